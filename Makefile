@@ -1,0 +1,54 @@
+# Everything a newcomer needs: `make demo` and `make test`. Both make .venv and install into it first.
+#
+#   TORCH    the torch to install, as arguments of pip install. Empty keeps what is there.
+#   PYTHON   the interpreter that makes .venv (3.11 or newer)
+#   OUT      folder that `make gpu` writes its results to
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+OUT ?= build/gpu
+BIN := .venv/bin
+RUN = timeout --kill-after=15
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint docs bench-cpu gpu clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/ready: pyproject.toml Makefile
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: expected 3.11 or newer, got " + sys.version)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]'
+	touch $@
+
+demo: .venv/ready ## run the seed workload and print a table
+	$(BIN)/moeyard bench --workload seed
+
+test: .venv/ready ## every test this machine can run, in at most 12 minutes on two cores
+	$(RUN) 1200 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+
+test-full: .venv/ready ## the longer tests too
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/ready ## ruff and strict mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+docs: .venv/ready ## regenerate README's tables and pictures from benchmarks/results
+	$(BIN)/python -m moeyard.bench.docs README.md
+
+bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/results/<machine>
+	$(BIN)/python -m moeyard.bench.suite cpu
+
+# On a GPU machine the interpreter that already has torch is used as it is; every part has its own time limit and a
+# part that fails does not keep the others from running.
+gpu: ## GPU tests and benchmarks, unattended; results in OUT
+	mkdir -p '$(OUT)'
+	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
+	PYTHONPATH=src $(RUN) 240 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)'; echo $$? > '$(OUT)/bench.status'
+	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qLv '^0$$' '$(OUT)'/*.status
+
+clean: ## remove .venv and build products
+	rm -rf .venv build dist

@@ -1,0 +1,29 @@
+"""The Mixture-of-Experts layer as a stand-alone library.
+
+Importing it imports torch and nothing else; implementations are loaded at their first call.
+"""
+
+from moeyard.combine import combine, moe_sum
+from moeyard.impls import explain
+from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
+from moeyard.outputs import empty_layout
+from moeyard.permute import permute, shuffle_rows
+from moeyard.values import Layout, Permuted
+from moeyard.warmup import warmup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Layout",
+    "Permuted",
+    "batched_moe_align_block_size",
+    "combine",
+    "empty_layout",
+    "explain",
+    "moe_align_block_size",
+    "moe_lora_align_block_size",
+    "moe_sum",
+    "permute",
+    "shuffle_rows",
+    "warmup",
+]

@@ -1,0 +1,79 @@
+"""Pictures of a result file: time over tokens, and how many times faster than plain torch."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+
+def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
+    """Draws the timed rows of a result file into a PNG or SVG; returns how many providers it shows.
+
+    The left half shows the median time over tokens, one line a provider (10 % to 90 % shaded); the right half bars of
+    the baseline's time over each provider's, median over the cases that both timed. The baseline is vLLM where it
+    took part, plain torch otherwise.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in content["rows"] if row["time_us"] is not None and row["mode"] in _modes(content, mode)]
+    if not rows:
+        raise ValueError(f"result file: expected timed rows of mode {mode or 'graph or cpu'}, got none")
+    named = defaultdict(list)
+    for row in rows:
+        named[f"{row['provider']} {row['impl']}"].append(row)
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(sorted(named))}
+    for name, mine in sorted(named.items()):
+        by_tokens = defaultdict(list)
+        for row in mine:
+            by_tokens[row["sizes"]["num_tokens"]].append(row)
+        tokens = sorted(by_tokens)
+        medians = [[_median([row[key] for row in by_tokens[t]]) for t in tokens] for key in _TIME_KEYS]
+        left.plot(tokens, medians[0], marker="o", markersize=4, label=name, color=colours[name])
+        left.fill_between(tokens, medians[1], medians[2], alpha=0.15, color=colours[name])
+    left.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time of a call, µs (median over cases)")
+    left.legend(fontsize="small")
+    left.grid(alpha=0.3)
+    baseline = next(
+        name for name in [*(n for n in named if n.startswith("vllm")), "torch plain", *named] if name in named
+    )
+    base = {_key(row): row["time_us"] for row in named[baseline]}
+    ratios = {
+        name: _median([base[_key(row)] / row["time_us"] for row in mine if _key(row) in base] or [float("nan")])
+        for name, mine in named.items()
+    }
+    ordered = sorted(ratios, key=lambda name: ratios[name])
+    bars = right.barh(ordered, [ratios[name] for name in ordered], color=[colours[name] for name in ordered])
+    right.bar_label(bars, fmt="%.2f ×", padding=3, fontsize="small")
+    right.axvline(1, color="black", linewidth=0.8)
+    right.set(xlabel=f"times as fast as {baseline} (median over cases)", xmargin=0.15)
+    machine = content["machine"]
+    figure.suptitle(
+        f"{', '.join(sorted({row['op'] for row in rows}))} on {machine.get('gpu', machine['cpu'])}", fontsize="medium"
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    pyplot.close(figure)
+    return len(named)
+
+
+_TIME_KEYS = ("time_us", "time_us_p10", "time_us_p90")
+
+
+def _modes(content: dict[str, Any], mode: str | None) -> set[str]:
+    if mode is not None:
+        return {mode}
+    present = {row["mode"] for row in content["rows"]}
+    return {"graph"} if "graph" in present else {"cpu"}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["op"], row["workload"], row["routing"], tuple(sorted(row["sizes"].items()))
+
+
+def _median(values: list[float]) -> float:
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

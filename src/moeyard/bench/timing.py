@@ -1,0 +1,142 @@
+"""Times of several providers of one case, taken in turn, so that what drifts hits all of them alike."""
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+_LEAST_ROUNDS = 7
+_MOST_US = 15e6
+
+
+@dataclass(frozen=True)
+class Times:
+    """Microseconds a call over the rounds of one provider."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def summarise(samples: Sequence[float]) -> Times:
+    """Median and the 10 % and 90 % points, in the unit of the samples."""
+    ordered = sorted(samples)
+
+    def at(share: float) -> float:
+        position = share * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+    return Times(at(0.5), at(0.1), at(0.9))
+
+
+def time_in_turn(
+    runs: Sequence[Callable[[Any], object]],
+    inputs: Sequence[Any],
+    *,
+    rounds: int,
+    sample_us: float,
+    finish: Callable[[], None],
+    after_round: Callable[[], None],
+    seed: int = 0,
+) -> list[Times]:
+    """Times calls on the host clock: in every round each run gets one sample, in random order.
+
+    Slow runs get fewer rounds, so that a case ends in about 15 s. A sample makes whole turns over `inputs`, as many as last about `sample_us`, and ends with `finish`, which waits for
+    the device if there is one.
+    """
+    for run in runs:
+        for value in inputs:
+            run(value)  # first calls compile
+    turn_us = [_sample(run, inputs, 1, finish) * len(inputs) for run in runs]
+    counts = [max(1, round(sample_us / turn)) for turn in turn_us]
+    round_us = sum(count * turn for count, turn in zip(counts, turn_us, strict=True))
+    rounds = max(min(rounds, _LEAST_ROUNDS), min(rounds, round(_MOST_US / max(round_us, 1.0))))
+    samples: list[list[float]] = [[] for _ in runs]
+    order = list(range(len(runs)))
+    shuffler = random.Random(seed)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for i in order:
+            samples[i].append(_sample(runs[i], inputs, counts[i], finish))
+        after_round()
+    return [summarise(sample) for sample in samples]
+
+
+def _sample(run: Callable[[Any], object], inputs: Sequence[Any], turns: int, finish: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(turns):
+        for value in inputs:
+            run(value)
+    finish()
+    return (time.perf_counter() - start) * 1e6 / (turns * len(inputs))
+
+
+def time_graphs_in_turn(
+    runs: Sequence[Callable[[Any], object]],
+    inputs: Sequence[Any],
+    *,
+    rounds: int,
+    calls: int,
+    after_round: Callable[[], None],
+    seed: int = 0,
+) -> list[Times]:
+    """Times CUDA-graph replays of `calls` calls over rotating inputs, by events, in random order."""
+    graphs = [_capture(run, inputs, calls) for run in runs]
+    samples: list[list[float]] = [[] for _ in runs]
+    order = list(range(len(runs)))
+    shuffler = random.Random(seed)
+    for _ in range(rounds):
+        shuffler.shuffle(order)
+        for i in order:
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graphs[i].replay()
+            stop.record()
+            stop.synchronize()
+            samples[i].append(start.elapsed_time(stop) * 1e3 / calls)
+        after_round()
+    return [summarise(sample) for sample in samples]
+
+
+def _capture(run: Callable[[Any], object], inputs: Sequence[Any], calls: int) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for value in inputs:
+            run(value)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            run(inputs[i % len(inputs)])
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    return graph
+
+
+def copy_gb_s(device: torch.device) -> float:
+    """The machine's copy bandwidth in GB/s, read and written bytes added: torch's copy into an existing tensor."""
+    size = 1 << (30 if device.type == "cuda" else 27)
+    source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(9):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            target.copy_(source)
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1e3)
+        else:
+            begin = time.perf_counter()
+            target.copy_(source)
+            seconds.append(time.perf_counter() - begin)
+    return 2 * size / summarise(seconds).median / 1e9

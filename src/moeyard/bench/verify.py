@@ -1,0 +1,82 @@
+"""Is an answer right? Each check says what is wrong, in words, or None; a wrong provider is never timed."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeyard.values import Layout
+
+
+def layout_error(
+    topk_ids: Tensor, num_experts: int, block_size: int, got: dict[str, Tensor], *, stable: bool
+) -> str | None:
+    """What is wrong with a layout of these ids (no map), by properties that only the right one has.
+
+    `got` holds any of Layout's tensors, of which sorted_token_ids, expert_ids and num_tokens_post_padded must be
+    there; longer ones than needed are judged by what their entries past the end must be. Unless `stable`, routes of
+    an expert may be in any order.
+    """
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in got.items()}
+    ids = topk_ids.detach().cpu().numpy().reshape(-1).astype(np.int64)
+    n = len(ids)
+    valid = (ids >= 0) & (ids < num_experts)
+    counts = np.bincount(ids[valid], minlength=num_experts)
+    blocks = -(-counts // block_size)
+    offsets = np.concatenate(([0], np.cumsum(blocks * block_size)))
+    total = int(offsets[-1])
+    if arrays["num_tokens_post_padded"].tolist() != [total]:
+        return f"num_tokens_post_padded is {arrays['num_tokens_post_padded'].tolist()}, not [{total}]"
+    expert_ids = np.repeat(np.arange(num_experts), blocks)
+    if not np.array_equal(arrays["expert_ids"][: len(expert_ids)], expert_ids):
+        return "expert_ids name other experts than the blocks hold"
+    if not (arrays["expert_ids"][len(expert_ids) :] == -1).all():
+        return "expert_ids past the used blocks are not -1"
+    slots = arrays["sorted_token_ids"].astype(np.int64)
+    if len(slots) < total:
+        return f"sorted_token_ids has {len(slots)} slots, fewer than the {total} used"
+    order = np.argsort(np.where(valid, ids, num_experts), kind="stable")[: counts.sum()]
+    held = np.full(len(slots), n)
+    first = np.repeat(offsets[:-1] - np.concatenate(([0], np.cumsum(counts)[:-1])), counts)
+    held[first + np.arange(len(order))] = order
+    if not stable:  # sort what each expert got, then it must be the same
+        owner = np.full(len(slots), num_experts)
+        owner[:total] = np.repeat(np.arange(num_experts), blocks * block_size)
+        slots = slots[np.lexsort((slots, owner))]
+    if not np.array_equal(slots, held):
+        where = int(np.flatnonzero(slots != held)[0])
+        return f"sorted_token_ids[{where}] is {slots[where]}, not {held[where]}"
+    if "expert_offsets" in arrays and not np.array_equal(arrays["expert_offsets"], offsets):
+        return "expert_offsets are not the first slots of the experts"
+    if "expert_counts" in arrays and not np.array_equal(arrays["expert_counts"], counts):
+        return "expert_counts are not the numbers of routes"
+    if "route_rows" in arrays:
+        rows = np.full(n, -1)
+        rows[order] = first + np.arange(len(order))
+        if not np.array_equal(arrays["route_rows"], rows):
+            return "route_rows is not the inverse of sorted_token_ids"
+    return None
+
+
+def rows_error(hidden_states: Tensor, layout: Layout, rows: Tensor) -> str | None:
+    """What is wrong with permuted rows: every held slot has its token's row, bit by bit."""
+    held = layout.sorted_token_ids < layout.num_routes
+    tokens = layout.sorted_token_ids[held].long() // layout.top_k
+    wrong = (rows[held].view(torch.uint8) != hidden_states[tokens].view(torch.uint8)).any(dim=1)
+    if bool(wrong.any()):
+        return f"{int(wrong.sum())} of {len(tokens)} rows differ from their token's"
+    return None
+
+
+def sum_error(wide: Tensor, got: Tensor, terms: int) -> str | None:
+    """What is wrong with sums: against the float64 answer `wide`, a bound of one rounding to the output's dtype.
+
+    `terms` float32 products and sums add at most `terms` + 1 roundings of 2^-24 of the largest magnitude.
+    """
+    if got.shape != wide.shape:
+        return f"shape {tuple(got.shape)}, not {tuple(wide.shape)}"
+    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    error = (got.double() - wide).abs()
+    bound = wide.abs() * torch.finfo(got.dtype).eps * 0.51 + (terms + 1) * 2.0**-23 * scale
+    if not bool((error <= bound).all()):  # NaN fails too
+        return f"largest error {float(error.max()):.2e} where {float(bound.max()):.2e} is allowed"
+    return None

@@ -1,0 +1,89 @@
+"""TOML files -> cases: one op at one size under one routing."""
+
+import itertools
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeyard.bench.routing import ROUTINGS
+
+FOLDER = Path(__file__).parent / "workloads"
+ALIGN_SIZES = ("num_tokens", "num_experts", "top_k", "block_size")
+SIZES_OF = {
+    "moe_align_block_size": ALIGN_SIZES,
+    "permute": (*ALIGN_SIZES, "hidden_size", "dtype"),
+    "combine": (*ALIGN_SIZES, "hidden_size", "dtype"),
+    "moe_sum": ("num_tokens", "top_k", "hidden_size", "dtype"),
+}
+"""The ops that can be benchmarked and the sizes that each needs."""
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one size under one routing."""
+
+    workload: str
+    op: str
+    routing: str
+    sizes: tuple[tuple[str, int | str], ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return dict(self.sizes)[name]
+
+    def __str__(self) -> str:
+        return f"{self.op} " + " ".join(f"{name}={value}" for name, value in self.sizes) + f" {self.routing}"
+
+
+def names() -> dict[str, str]:
+    """The workloads that come with the package, with their descriptions."""
+    return {path.stem: _read(path)["description"] for path in sorted(FOLDER.glob("*.toml"))}
+
+
+def load(name: str) -> list[Case]:
+    """The cases of a workload, by name or by the path of a TOML file. ValueError says what the file lacks."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise ValueError(f"workload: expected one of {', '.join(names())} or the path of a TOML file, got {name!r}")
+    table = _read(path)
+    cases = []
+    for op, routing in itertools.product(_several(table, "op", path), _several(table, "routing", path)):
+        if op not in SIZES_OF:
+            raise ValueError(f"{path}: op: expected one of {sorted(SIZES_OF)}, got {op!r}")
+        if routing not in ROUTINGS:
+            raise ValueError(f"{path}: routing: expected one of {sorted(ROUTINGS)}, got {routing!r}")
+        sizes = table.get("sizes", {})
+        unknown = set(sizes) - set(SIZES_OF["permute"])
+        if unknown:
+            raise ValueError(f"{path}: sizes: expected keys of {SIZES_OF['permute']}, got {sorted(unknown)}")
+        axes = [[(key, value) for value in _several(sizes, key, path)] for key in SIZES_OF[op]]
+        for point in itertools.product(*axes):
+            _check_point(dict(point), path)
+            cases.append(Case(path.stem, op, routing, point))
+    return cases
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: expected TOML, got {error}") from None
+
+
+def _several(table: dict[str, Any], key: str, path: Path) -> list[Any]:
+    value = table.get(key)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: {key}: expected a list of at least one value, got {value!r}")
+    return value
+
+
+def _check_point(sizes: dict[str, Any], path: Path) -> None:
+    for key, value in sizes.items():
+        if key == "dtype":
+            if value not in DTYPES:
+                raise ValueError(f"{path}: dtype: expected one of {DTYPES}, got {value!r}")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{path}: {key}: expected integers of 1 and above, got {value!r}")
+    if sizes.get("num_experts", sizes["top_k"]) < sizes["top_k"]:
+        raise ValueError(f"{path}: top_k: expected at most num_experts={sizes['num_experts']}, got {sizes['top_k']}")

@@ -1,0 +1,75 @@
+"""Argument checks that name the argument, what was expected and what was got. None of them costs a host sync."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moeyard.values import INT32_MAX
+
+ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
+
+
+def check_int(name: str, value: object, *, low: int, high: int = INT32_MAX) -> None:
+    """`value` is an integer (never a bool) in [low, high]."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {value}")
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    ndim: Sequence[int] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """`value` is a tensor of one of `dtypes` and of one of the ranks `ndim`, on `device`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: expected dtype {wanted}, got {str(value.dtype).removeprefix('torch.')}")
+    if ndim is not None and value.dim() not in ndim:
+        wanted = " or ".join(f"{n}-D" for n in ndim)
+        raise ValueError(f"{name}: expected a {wanted} tensor, got shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {value.device}")
+
+
+def check_shape(name: str, value: Tensor, shape: tuple[int, ...], why: str) -> None:
+    """`value` has exactly `shape`; `why` names what the shape follows from."""
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape} ({why}), got {tuple(value.shape)}")
+
+
+def check_out(name: str, value: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """`value` can be written as an output: dtype, device and shape match and it is contiguous."""
+    check_tensor(name, value, dtypes=(dtype,), device=device)
+    assert isinstance(value, Tensor)
+    check_shape(name, value, shape, "the sizes of the inputs")
+    if not value.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {value.stride()}")
+
+
+def check_routes(topk_ids: Tensor, top_k: int | None, expert_map: Tensor | None, num_experts: int) -> int:
+    """The top_k of valid ids and map."""
+    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in ID_DTYPES or topk_ids.dim() not in (1, 2):
+        check_tensor("topk_ids", topk_ids, dtypes=ID_DTYPES, ndim=(1, 2))
+    if topk_ids.dim() == 2:
+        if top_k is not None and top_k != topk_ids.shape[1]:
+            raise ValueError(f"top_k: expected {topk_ids.shape[1]} (topk_ids is {tuple(topk_ids.shape)}), got {top_k}")
+        top_k = topk_ids.shape[1]
+        check_int("topk_ids.shape[1]", top_k, low=1)
+    elif top_k is None:
+        top_k = 1
+    else:
+        check_int("top_k", top_k, low=1)
+        if topk_ids.shape[0] % top_k:
+            raise ValueError(f"topk_ids: expected a multiple of top_k={top_k} ids, got {topk_ids.shape[0]}")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=topk_ids.device)
+        check_shape("expert_map", expert_map, (num_experts,), "num_experts")
+    return top_k

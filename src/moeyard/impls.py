@@ -1,0 +1,170 @@
+"""Which implementation meets a call: one table, loaded lazily, whose row order is the preference.
+
+Every implementation is a *launcher*: it receives checked inputs and outputs that are already allocated,
+fills every valid element of the outputs and returns nothing. Launchers of one op share a signature.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Call(NamedTuple):
+    """What a refusal may depend on."""
+
+    device: str
+    """Device type, as in `torch.device.type`."""
+    dtype: torch.dtype
+    """Dtype of the ids (layout) or rows (permute, combine)."""
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One row of the table."""
+
+    name: str
+    target: str
+    """"module:function" of the launcher."""
+    refusal: Callable[[Call], str | None]
+    """Why this implementation cannot meet a call, in words; None if it can."""
+    by_name_only: bool = False
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` would choose for a call, and why the others are not chosen."""
+
+    op: str
+    call: Call
+    chosen: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        dtype = str(self.call.dtype).removeprefix("torch.")
+        lines = [f"{self.op} on {self.call.device} ({dtype}): {self.chosen}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@cache
+def installed(module: str) -> bool:
+    """Whether a package is there to be imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _anywhere(_: Call) -> str | None:
+    return None
+
+
+def _cpu(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"takes CPU tensors, got {call.device}"
+    if not installed("numba"):
+        return "numba is not installed (pip install 'moeyard[cpu]')"
+    return None
+
+
+def _cpu_sums(call: Call) -> str | None:
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"sums rows of float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    return _cpu(call)
+
+
+def _rows(cpu: str | None, shared: str, cpu_refusal: Callable[[Call], str | None] = _cpu) -> tuple[Impl, ...]:
+    """The rows of one op: `cpu` before `torch`, `reference` only by name."""
+    module, function = shared.split(":")
+    rows = [
+        Impl("torch", f"moeyard.vectorised.{module}:{function}", _anywhere),
+        Impl("reference", f"moeyard.reference:{function}", _anywhere, by_name_only=True),
+    ]
+    if cpu is not None:
+        rows.insert(0, Impl("cpu", f"moeyard.cpu.{cpu}", cpu_refusal))
+    return tuple(rows)
+
+
+TABLE: dict[str, tuple[Impl, ...]] = {
+    # cpu before torch: benchmarks/results/cpu-2core/layout.json, rows.json
+    "moe_align_block_size": _rows("layout:align_launch", "layout:align_launch"),
+    "batched_moe_align_block_size": _rows("layout:batched_align_launch", "layout:batched_align_launch"),
+    "moe_lora_align_block_size": _rows(None, "layout:lora_align_launch"),
+    "permute": _rows("rows:permute_launch", "rows:permute_launch"),
+    "shuffle_rows": _rows("rows:shuffle_rows_launch", "rows:shuffle_rows_launch"),
+    "combine": _rows("rows:combine_launch", "rows:combine_launch", _cpu_sums),
+    "moe_sum": _rows("rows:moe_sum_launch", "rows:moe_sum_launch", _cpu_sums),
+}
+
+
+def _read_override(text: str) -> dict[str, str]:
+    """`MOEYARD_IMPL`: "torch" for every op, or "op=impl,op=impl"; "" overrides nothing."""
+    chosen: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, impl = part.rpartition("=")
+        if op and op not in TABLE:
+            raise ValueError(f"MOEYARD_IMPL: expected an op of {sorted(TABLE)}, got {op!r}")
+        known = {row.name for name in ([op] if op else TABLE) for row in TABLE[name]}
+        if impl not in known:
+            raise ValueError(f"MOEYARD_IMPL: expected an implementation of {sorted(known)}, got {impl!r}")
+        chosen.update({op: impl} if op else dict.fromkeys(TABLE, impl))
+    return chosen
+
+
+_OVERRIDE = _read_override(os.environ.get("MOEYARD_IMPL", ""))  # once: a read on every call costs 1 us
+
+
+def impl_names(op: str) -> tuple[str, ...]:
+    """The implementations of `op`, most preferred first."""
+    return tuple(row.name for row in TABLE[op])
+
+
+@cache
+def launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    """The launcher that meets a call: `impl` by name, or the first row that does not refuse for "auto".
+
+    An implementation asked for by name is met or refused with its reason, never replaced (ValueError).
+    """
+    call = Call(device.type, dtype)
+    if impl == "auto":
+        impl = _OVERRIDE.get(op, impl)
+    for row in TABLE[op]:
+        if impl == row.name or (impl == "auto" and not row.by_name_only):
+            reason = row.refusal(call)
+            if reason is None:
+                module, function = row.target.split(":")
+                loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
+                return loaded
+            if impl == row.name:
+                raise ValueError(f"impl: {impl!r} refuses {op}: it {reason}")
+    raise ValueError(f"impl: expected 'auto' or one of {list(impl_names(op))} for {op}, got {impl!r}")
+
+
+def explain(op: str, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Explanation:
+    """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
+
+    `dtype` is that of the ids (layout; int32 by default) or of the rows (permute, combine; bfloat16 by
+    default). Printing the result gives one line an implementation. ValueError for an unknown op.
+    """
+    if op not in TABLE:
+        raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
+    if dtype is None:
+        dtype = torch.int32 if "align" in op else torch.bfloat16
+    call = Call(torch.device(device).type, dtype)
+    forced: Any = _OVERRIDE.get(op)
+    chosen, reasons = "", {}
+    for row in TABLE[op]:
+        reason = row.refusal(call)
+        if reason is None and row.by_name_only and row.name != forced:
+            reason = "only chosen by name"
+        elif reason is None and forced not in (None, row.name):
+            reason = f"MOEYARD_IMPL asks for {forced}"
+        elif reason is None and chosen:
+            reason = f"comes after {chosen}"
+        if reason is None:
+            chosen, reason = row.name, "chosen"
+        reasons[row.name] = reason
+    return Explanation(op, call, chosen or "none", reasons)

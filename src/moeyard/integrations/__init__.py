@@ -1,0 +1,1 @@
+"""moeyard behind other projects' names and signatures."""
