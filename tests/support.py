@@ -1,12 +1,18 @@
 """What several test files need: implementations, poisoned outputs, comparisons that can fail."""
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import moeyard
 from moeyard import Layout, impls
 
+SOURCE = Path(moeyard.__file__).parents[1]
 GUARD = 64
 POISON = 0x7F7F7F7F
 CPU = torch.device("cpu")
@@ -65,3 +71,11 @@ def no_worse(got: Tensor, honest: Tensor, wide: Tensor) -> bool:
     """Whether errors are at most 1.1 times those of an honest computation at the same dtype."""
     mine, theirs = largest_and_rms(got, wide), largest_and_rms(honest, wide)
     return all(a <= 1.1 * b + 1e-12 for a, b in zip(mine, theirs))
+
+
+def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds this moeyard, wherever it runs."""
+    path = os.pathsep.join(filter(None, (str(SOURCE), os.environ.get("PYTHONPATH", ""))))
+    environment = {**os.environ, "PYTHONPATH": path, "COLUMNS": "160", "NO_COLOR": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd, env=environment)

@@ -29,7 +29,7 @@ def layout_lengths(
 ) -> tuple[int, ...]:
     """The lengths of a Layout's six tensors; ValueError if capacity passes int32."""
     if capacity is None:
-        capacity = layout_capacity(num_routes, num_local_experts, block_size)
+        capacity = layout_capacity(num_routes, num_local_experts, block_size, torch.sym_min)
     if capacity > INT32_MAX:
         raise ValueError(
             f"block_size: expected a capacity of at most {INT32_MAX} slots (int32), got {capacity} from {num_routes} "

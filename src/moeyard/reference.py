@@ -224,11 +224,17 @@ def permute_launch(
     rows: Tensor,
     row_scales: Tensor | None,
 ) -> None:
-    slots, num_routes = sorted_token_ids.cpu(), route_rows.numel()
-    held = sorted_token_ids < num_routes  # what the operator leaves unwritten stays as it was
-    rows[held] = _gather(hidden_states.detach().cpu(), slots, num_routes, top_k).to(rows.device)[held]
-    if scales is not None and row_scales is not None:
-        row_scales[held] = _gather(scales.detach().cpu(), slots, num_routes, top_k).to(rows.device)[held]
+    where = (sorted_token_ids.cpu(), route_rows.numel(), top_k)
+    held = sorted_token_ids < route_rows.numel()  # what the operator leaves unwritten stays as it was
+    for source, out in ((hidden_states, rows), (scales, row_scales)):
+        if source is not None and out is not None and out.numel():
+            moved = _gather(source.detach().cpu().contiguous(), *where).to(out.device)
+            _bytes(out)[held] = _bytes(moved)[held]
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """[R, ...] as [R, bytes], for dtypes that indexing lacks."""
+    return tensor.view(tensor.shape[0], -1).view(torch.uint8)
 
 
 def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> None:

@@ -1,4 +1,6 @@
-"""Sizes in, sizes out: how long outputs are and how work is cut. Pure functions; nothing is imported."""
+"""Sizes in, sizes out: how long outputs are and how work is cut. Pure functions that need nothing."""
+
+from collections.abc import Callable
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -6,13 +8,15 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def layout_capacity(num_routes: int, num_local_experts: int, block_size: int) -> int:
+def layout_capacity(
+    num_routes: int, num_local_experts: int, block_size: int, smaller: Callable[[int, int], int] = min
+) -> int:
     """Slots that hold `num_routes` routes on `num_local_experts` experts however they are routed.
 
-    Every expert that receives a route wastes at most `block_size - 1` slots, and no more than
-    `num_routes` experts receive one. The result is a multiple of `block_size`.
+    Every expert that receives a route wastes at most `block_size - 1` slots, and no more than `num_routes` experts
+    receive one. The result is a multiple of `block_size`. `smaller` is `min`, or what stands for it on symbolic sizes.
     """
-    touched = min(num_routes, num_local_experts)
+    touched = smaller(num_routes, num_local_experts)
     return round_up(num_routes + touched * (block_size - 1), block_size)
 
 

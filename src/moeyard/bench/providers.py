@@ -169,8 +169,10 @@ def _plain(case: Case) -> Callable[[Any], Any]:
     if case.op == "combine":
 
         def combine(x: Any) -> Tensor:
-            taken = x.rows[x.layout.route_rows].view(*x.topk_weights.shape, -1)
-            total: Tensor = (taken * x.topk_weights.unsqueeze(2)).sum(1).to(x.rows.dtype)
+            taken = x.rows[x.layout.route_rows.clamp(min=0)].view(*x.topk_weights.shape, -1)
+            dropped = (x.layout.route_rows < 0).view(*x.topk_weights.shape, 1)
+            weighted = (taken * x.topk_weights.unsqueeze(2)).masked_fill(dropped, 0)
+            total: Tensor = weighted.sum(1).to(x.rows.dtype)
             return total
 
         return combine

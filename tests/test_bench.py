@@ -1,0 +1,269 @@
+"""Workloads, the correctness gate and its mutants, timing, result files, pictures and README's tables."""
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeyard
+from moeyard import Layout
+from moeyard.bench import docs, plots, providers, results, run, workloads
+from moeyard.bench.routing import ROUTINGS
+from moeyard.bench.timing import summarise, time_in_turn
+from moeyard.bench.verify import layout_error, rows_error, sum_error
+
+CPU = torch.device("cpu")
+
+
+def draw(routing: str, tokens: int = 500, experts: int = 16, top_k: int = 4) -> torch.Tensor:
+    return ROUTINGS[routing](tokens, experts, top_k, torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+def test_routings_are_what_they_say(routing: str) -> None:
+    ids = draw(routing)
+    counts = torch.bincount(ids[ids >= 0].long(), minlength=16)
+    assert ids.shape == (500, 4) and ids.dtype == torch.int32 and int(ids.max()) < 16
+    assert torch.equal(ids, draw(routing))
+    if routing not in ("independent", "dropped"):
+        assert all(len(set(row)) == 4 for row in ids.tolist())
+    if routing == "uniform":
+        assert 80 < int(counts.min()) and int(counts.max()) < 175
+    if routing == "zipf":
+        assert int(counts[0]) > 3 * int(counts[15])
+    if routing == "one_hot":
+        assert int(counts[0]) == 500
+    if routing == "half_empty":
+        assert not counts[1::2].any()
+    assert (0.07 < float((ids < 0).float().mean()) < 0.13) == (routing == "dropped")
+
+
+def named(layout: Layout) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in zip(Layout.TENSORS, layout.tensors, strict=True)}
+
+
+MUTANTS = {
+    "two routes of an expert swapped": lambda x: x["sorted_token_ids"].__setitem__(
+        slice(0, 2), x["sorted_token_ids"][:2].flip(0).clone()
+    ),
+    "a route twice": lambda x: x["sorted_token_ids"].__setitem__(0, int(x["sorted_token_ids"][1])),
+    "a route lost": lambda x: x["sorted_token_ids"].__setitem__(0, 2000),
+    "padding unwritten": lambda x: x["sorted_token_ids"].__setitem__(-1, 0),
+    "another expert": lambda x: x["expert_ids"].__setitem__(0, 1),
+    "the end of expert_ids unwritten": lambda x: x["expert_ids"].__setitem__(-1, 0),
+    "a block too many": lambda x: x["num_tokens_post_padded"].add_(16),
+    "an offset off by one": lambda x: x["expert_offsets"].__setitem__(3, int(x["expert_offsets"][3]) + 1),
+    "a count off by one": lambda x: x["expert_counts"].__setitem__(3, int(x["expert_counts"][3]) + 1),
+    "the inverse of another route": lambda x: x["route_rows"].__setitem__(7, int(x["route_rows"][8])),
+    "slots missing": lambda x: x.__setitem__("sorted_token_ids", x["sorted_token_ids"][:1000]),
+}
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+def test_the_gate_accepts_what_is_right(routing: str) -> None:
+    ids = draw(routing)
+    layout = moeyard.moe_align_block_size(ids, num_experts=16, block_size=16)
+    assert layout_error(ids, 16, 16, named(layout), stable=True) is None
+    swapped = named(layout)
+    MUTANTS["two routes of an expert swapped"](swapped)
+    del swapped["route_rows"]
+    assert layout_error(ids, 16, 16, swapped, stable=False) is None
+
+
+@pytest.mark.parametrize("mutant", sorted(MUTANTS))
+@pytest.mark.parametrize("stable", [True, False])
+def test_the_gate_rejects_every_mutant(mutant: str, stable: bool) -> None:
+    ids = draw("uniform")
+    wrong = named(moeyard.moe_align_block_size(ids, num_experts=16, block_size=16))
+    MUTANTS[mutant](wrong)
+    if mutant.startswith("two routes") and not stable:
+        del wrong["route_rows"]
+        assert layout_error(ids, 16, 16, wrong, stable=False) is None
+        return
+    assert layout_error(ids, 16, 16, wrong, stable=stable)
+
+
+def test_the_gates_of_rows_reject_mutants() -> None:
+    ids = draw("dropped", tokens=20)
+    layout = moeyard.moe_align_block_size(ids, num_experts=16, block_size=4)
+    hidden = torch.randn(20, 8).bfloat16()
+    rows = moeyard.permute(hidden, layout).rows
+    assert rows_error(hidden, layout, rows) is None
+    wrong = rows.clone()
+    wrong[int(layout.route_rows.max()), 3] += 1
+    assert rows_error(hidden, layout, wrong) == f"1 of {int(layout.expert_counts.sum())} rows differ from their token's"
+    wide = torch.randn(6, 9, dtype=torch.float64)
+    assert sum_error(wide, wide.bfloat16(), 2) is None and sum_error(wide, wide.float(), 2) is None
+    assert sum_error(wide, wide.float()[:5], 2)
+    for mutant in (wide.bfloat16() * 1.01, wide.bfloat16() * float("nan"), wide.float() + 1e-5):
+        assert sum_error(wide, mutant, 2)
+    off_by_one_bit = (wide.bfloat16().view(torch.int16) + 1).view(torch.bfloat16)
+    assert sum_error(wide, off_by_one_bit, 2)
+
+
+def test_a_wrong_provider_is_shown_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = workloads.load("seed")[0]
+    calls = []
+
+    def wrong(inputs: Any) -> Any:
+        calls.append(inputs)
+        layout = moeyard.moe_align_block_size(inputs.topk_ids, num_experts=64, block_size=128, impl="torch")
+        layout.expert_ids[0] = 7
+        return layout
+
+    def broken(inputs: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    found = [providers.Provider("peer", "wrong", wrong), providers.Provider("peer", "broken", broken)]
+    monkeypatch.setattr(providers, "providers", lambda case, device: found)
+    rows = run.run_case(case, CPU, bandwidth=10, rounds=3, wanted=lambda *_: True, seed=0, advance=lambda: None)
+    assert [row["correct"] for row in rows] == [False, False] and [row["time_us"] for row in rows] == [None, None]
+    assert rows[0]["wrong"] == "expert_ids name other experts than the blocks hold"
+    assert rows[1]["wrong"] == "RuntimeError: no such kernel"
+    assert len(calls) == 1  # the first wrong answer ended it
+
+
+def test_every_provider_of_every_op_is_right() -> None:
+    for name in ("seed", "rows", "routing"):
+        for case in workloads.load(name):
+            if case["num_tokens"] > 5000:
+                continue
+            inputs = providers.make_inputs(case, CPU, torch.Generator().manual_seed(0))
+            found = providers.providers(case, CPU)
+            assert {p.name for p in found} >= {"moeyard", "torch"}
+            for provider in found:
+                for _ in range(2):
+                    assert providers.error(case, provider, inputs, CPU) is None, (case, provider)
+
+
+def test_timing_is_in_turn_and_tells_slow_from_fast() -> None:
+    order: list[str] = []
+
+    def make(name: str, seconds: float) -> Any:
+        def call(value: Any) -> None:
+            order.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    times = time_in_turn(
+        [make("fast", 0.001), make("slow", 0.004)],
+        [1, 2],
+        rounds=8,
+        sample_us=10,
+        finish=lambda: order.append("|"),
+        after_round=lambda: order.append("\n"),
+    )
+    assert 900 < times[0].median < 3500 < times[1].median and times[0].p10 <= times[0].median <= times[0].p90
+    rounds = "".join(part[0] for part in order).split("\n")[:8]
+    assert len({r[-8:] for r in rounds}) > 1  # both orders occur
+    assert summarise([1.0, 2.0, 3.0, 4.0]).median == 2.5
+
+
+def test_workloads_that_come_along() -> None:
+    assert len(workloads.load("vllm-grid")) == 4 * 6 * 3
+    assert {case.routing for case in workloads.load("routing")} == {
+        "uniform",
+        "zipf",
+        "one_hot",
+        "half_empty",
+        "dropped",
+    }
+    (seed,) = workloads.load("seed")
+    assert (seed["num_tokens"], seed["num_experts"], seed["top_k"], seed["block_size"]) == (4096, 64, 2, 128)
+    assert set(workloads.names()) == {path.stem for path in workloads.FOLDER.glob("*.toml")}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("op = [", "expected TOML"),
+        ("description = 'x'", r"op: expected a list of at least one value, got None"),
+        ("op = ['sort']\nrouting = ['uniform']", r"op: expected one of .* got 'sort'"),
+        ("op = ['moe_sum']\nrouting = ['fair']", r"routing: expected one of .* got 'fair'"),
+        ("op = ['moe_sum']\nrouting = ['uniform']\n[sizes]\nnum_tokens = 3", "num_tokens: expected a list"),
+        (
+            "op = ['moe_sum']\nrouting = ['uniform']\n[sizes]\ntokens = [3]",
+            r"sizes: expected keys of .* got \['tokens'\]",
+        ),
+        (
+            "op = ['moe_align_block_size']\nrouting = ['uniform']\n[sizes]\nnum_tokens = [0]\nnum_experts = [2]\n"
+            "top_k = [1]\nblock_size = [8]",
+            "num_tokens: expected integers of 1 and above, got 0",
+        ),
+        (
+            "op = ['moe_align_block_size']\nrouting = ['uniform']\n[sizes]\nnum_tokens = [4]\nnum_experts = [2]\n"
+            "top_k = [3]\nblock_size = [8]",
+            "top_k: expected at most num_experts=2, got 3",
+        ),
+    ],
+)
+def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        workloads.load(str(path))
+    with pytest.raises(ValueError, match="workload: expected one of"):
+        workloads.load("absent")
+
+
+def a_result(**change: Any) -> dict[str, Any]:
+    row = {
+        "op": "moe_align_block_size", "workload": "seed", "routing": "uniform",
+        "sizes": {"num_tokens": 8, "num_experts": 4, "top_k": 2, "block_size": 16},
+        "provider": "moeyard", "impl": "cpu", "mode": "cpu",
+        "time_us": 12.345, "time_us_p10": 12.0, "time_us_p90": 13.0, "floor_us": 0.5, "correct": True,
+    }  # fmt: skip
+    rows = [row | change, row | {"provider": "torch", "impl": "plain", "time_us": 123.4}]
+    rows.append(row | {"provider": "peer", "impl": "1.0", "time_us": None, "correct": False})
+    return results.document(rows, results.machine(CPU, 20.0), results.peers(""))
+
+
+def test_result_files_survive_a_round_trip(tmp_path: Path) -> None:
+    content, path = a_result(), tmp_path / "deep" / "seed.json"
+    results.write(path, content)
+    assert results.read(path) == content
+    assert set(content) == {"schema", "date", "commit", "machine", "peers", "rows"}
+    assert content["machine"]["copy_gb_s"] == 20.0 and content["peers"]["torch"] == torch.__version__
+    assert len(path.read_text().splitlines()) < 60  # a row a line: readable in a diff
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{"op": "x"}]}'])
+def test_what_is_not_a_result_file_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="result file: expected"):
+        results.read(path)
+    with pytest.raises(ValueError, match="result file: expected"):
+        results.read(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_pictures(suffix: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / f"picture{suffix}"
+    assert plots.plot(a_result(), out) == 2
+    assert out.stat().st_size > 5000
+    with pytest.raises(ValueError, match="expected timed rows of mode graph"):
+        plots.plot(a_result(), out, mode="graph")
+
+
+def test_tables_hold_what_was_measured() -> None:
+    text = docs.table(a_result())
+    assert "| moe_align_block_size: 8 tokens, 4 experts, 2 top_k, 16 block_size; uniform | 12.3 | 123 | wrong |" in text
+    assert "copy bandwidth 20.0 GB/s" in text
+
+
+def test_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text()
+    assert docs.regenerate(readme, root, draw=False) == readme, "run make docs"
+    assert re.search(r"<!-- results: \S+", readme)
+    for path in (root / "benchmarks" / "results").rglob("*.json"):
+        content = results.read(path)
+        assert all(row["correct"] for row in content["rows"] if row["provider"] == "moeyard"), path
+        assert json.loads(path.read_text())["commit"] != "unknown"

@@ -1,0 +1,91 @@
+"""The command line as a subprocess."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import python
+
+import moeyard
+
+TINY = """
+description = "tiny"
+op = ["moe_align_block_size", "permute", "combine", "moe_sum"]
+routing = ["uniform", "dropped"]
+[sizes]
+num_tokens = [8]
+num_experts = [4]
+top_k = [2]
+block_size = [1]
+hidden_size = [64]
+dtype = ["bfloat16"]
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def test_help_and_version() -> None:
+    for arguments in (["--help"], ["bench", "--help"], ["plot", "--help"], ["doctor", "--help"], ["warmup", "--help"]):
+        done = python("-m", "moeyard", *arguments)
+        assert done.returncode == 0 and "Usage: moeyard" in done.stdout, done.stderr
+    assert python("-m", "moeyard", "--version").stdout == f"moeyard {moeyard.__version__}\n"
+
+
+def test_bench_prints_a_table_and_writes_json(tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "tiny.json"
+    done = python("-m", "moeyard", "bench", "-w", str(tiny), "--device", "cpu", "--rounds", "3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    for word in ("moeyard torch", "torch plain", "moe_align_block_size (cpu)", "combine (cpu)", "copy bandwidth"):
+        assert word in done.stdout
+    content = json.loads(out.read_text())
+    assert {row["op"] for row in content["rows"]} == {"moe_align_block_size", "permute", "combine", "moe_sum"}
+    assert all(row["correct"] and row["time_us_p10"] <= row["time_us"] <= row["time_us_p90"] for row in content["rows"])
+    assert {row["mode"] for row in content["rows"]} == {"cpu"}
+    picture = tmp_path / "tiny.svg"
+    done = python("-m", "moeyard", "plot", str(out), "--out", str(picture))
+    assert done.returncode == 0 and picture.read_text().startswith("<?xml"), done.stderr
+
+
+def test_bench_of_some_providers_and_ops(tiny: Path) -> None:
+    only = ("--op", "permute", "--provider", "moeyard:torch", "--rounds", "3", "--device", "cpu")
+    done = python("-m", "moeyard", "bench", "-w", str(tiny), *only)
+    assert done.returncode == 0, done.stderr
+    assert "moeyard torch" in done.stdout and "torch plain" not in done.stdout and "combine" not in done.stdout
+
+
+def test_bench_lists_workloads() -> None:
+    done = python("-m", "moeyard", "bench", "--list")
+    assert "seed: the seed script" in done.stdout and "vllm-grid: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "-w", "absent"], "workload: expected one of"),
+        (["bench", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["bench", "--provider", "nobody", "--device", "cpu"], "--provider: expected some of ["),
+        (["bench", "--op", "softmax"], "--op: expected ops of these workloads, got ['softmax']"),
+        (["bench", "-w", "rows", "--op", "moe_sum", "--rounds", "1"], "Invalid value for '--rounds'"),
+        (["plot", "absent.json"], "result file: expected JSON"),
+        (["plot", "absent.json", "--out", "picture.gif"], "--out: expected a .png or .svg file, got picture.gif"),
+        (["warmup", "--device", "tpu"], "--device: expected cpu or cuda"),
+    ],
+)
+def test_mistakes_are_errors_in_words(arguments: list[str], message: str) -> None:
+    done = python("-m", "moeyard", *arguments)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_doctor_and_warmup() -> None:
+    done = python("-m", "moeyard", "doctor")
+    assert done.returncode == 0, done.stderr
+    for word in (f"moeyard {moeyard.__version__}", "numba: ", "moe_align_block_size", "reference: only chosen by name"):
+        assert word in done.stdout
+    done = python("-m", "moeyard", "warmup", "--device", "cpu")
+    assert done.returncode == 0 and "ms  moe_align_block_size" in done.stdout, done.stderr

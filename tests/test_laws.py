@@ -1,0 +1,170 @@
+"""The laws of the house: who imports whom, what importing costs, what is public, how long a file may be."""
+
+import ast
+import inspect
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from support import python
+
+import moeyard
+
+SOURCE = Path(moeyard.__file__).parent
+LEAVES = {"values", "tiles"}
+ARROWS = {  # module -> what of moeyard it may import
+    "values": set(),
+    "tiles": set(),
+    "impls": set(),
+    "reference": {"values"},
+    "ids": {"values"},
+    "checks": {"values"},
+    "outputs": {"values", "tiles", "checks"},
+    "library": {"values", "ids", "impls", "outputs"},
+    "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
+    "permute": {"values", "ids", "checks", "impls", "library"},
+    "combine": {"values", "ids", "checks", "impls", "library"},
+    "warmup": {"impls", "layout", "permute", "combine"},
+    "vectorised": {"values", "tiles", "ids", "vectorised"},
+    "cpu": {"values", "tiles", "ids", "cpu"},
+    "integrations": {"", "values", "tiles", "ids", "checks", "combine", "integrations"},
+}
+OPS = ("layout", "permute", "combine")
+PUBLIC = (
+    "Layout Permuted batched_moe_align_block_size combine empty_layout explain moe_align_block_size "
+    "moe_lora_align_block_size moe_sum permute shuffle_rows warmup"
+).split()
+
+
+def imports_of(path: Path) -> set[str]:
+    """The rooms of moeyard that a file imports; "" for the package itself."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [node.module or ""]
+            if node.module == "moeyard":
+                names = [f"moeyard.{alias.name}" for alias in node.names]
+        found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "moeyard"}
+    return found
+
+
+@pytest.mark.parametrize("room", sorted(ARROWS))
+def test_imports_go_one_way(room: str) -> None:
+    paths = list((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]
+    for path in paths:
+        assert imports_of(path) <= ARROWS[room], path
+
+
+def test_every_room_has_its_arrows() -> None:
+    rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
+    assert rooms - {"__init__", "__main__", "__pycache__", "bench"} == set(ARROWS)
+
+
+def test_no_host_reads_of_device_values() -> None:
+    """`.item()`, `.tolist()` and `bool(tensor)` wait for the device: only the reference may."""
+    for room in ("layout", "permute", "combine", "library", "outputs", "ids", "vectorised", "integrations"):
+        for path in list((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute):
+                    assert node.attr not in ("item", "tolist", "nonzero", "cpu"), f"{path}:{node.lineno}"
+
+
+def test_public_names() -> None:
+    assert sorted(moeyard.__all__) == sorted(PUBLIC)
+    for name in PUBLIC:
+        assert inspect.getdoc(getattr(moeyard, name)), f"{name} has no docstring"
+
+
+def in_fresh_process(code: str) -> str:
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+LOADED = "import sys, json; before = set(sys.modules)\n{}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+
+
+def test_importing_moeyard_imports_torch_and_nothing_else() -> None:
+    code = "import torch\n" + LOADED.format("import moeyard")
+    new = {name.split(".")[0] for name in json.loads(in_fresh_process(code))}
+    assert {name for name in new if name not in sys.stdlib_module_names} == {"moeyard"}
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_only_the_cpu_implementation_imports_numba(impl: str) -> None:
+    call = (
+        "import torch, moeyard\n"
+        "layout = moeyard.moe_align_block_size(torch.zeros(3, 2, dtype=torch.int32), num_experts=2, block_size=2, "
+        f"impl='{impl}')\n"
+        f"rows = moeyard.permute(torch.ones(3, 8), layout, impl='{impl}').rows\n"
+        f"moeyard.combine(rows, layout, impl='{impl}')\n"
+        "import sys; print(sorted(m for m in ('numba', 'typer', 'rich', 'matplotlib') if m in sys.modules))"
+    )
+    assert in_fresh_process(call).strip() == "[]"
+
+
+def test_works_without_numba() -> None:
+    code = (
+        "import importlib.util as u, torch; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'numba' else find(name, *a)\n"
+        "import moeyard; print(moeyard.explain('permute'))\n"
+        "print(moeyard.moe_align_block_size(torch.zeros(1, 1, dtype=torch.int32), num_experts=1, block_size=1))\n"
+        "try: moeyard.moe_align_block_size(torch.zeros(1, 1).int(), num_experts=1, block_size=1, impl='cpu')\n"
+        "except ValueError as error: print(error)"
+    )
+    printed = in_fresh_process(code)
+    assert "permute on cpu (bfloat16): torch" in printed
+    assert "cpu: numba is not installed (pip install 'moeyard[cpu]')" in printed
+    assert "impl: 'cpu' refuses moe_align_block_size: it numba is not installed" in printed or "refuses" in printed
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("torch", "torch torch"), ("permute=torch", "cpu torch"), ("reference", "reference reference")],
+)
+def test_environment_overrides_the_choice(value: str, expected: str) -> None:
+    if not moeyard.impls.installed("numba"):
+        pytest.skip("numba is not installed")
+    code = (
+        f"import os; os.environ['MOEYARD_IMPL'] = '{value}'\n"
+        "import moeyard; print(moeyard.explain('moe_align_block_size').chosen, moeyard.explain('permute').chosen)"
+    )
+    assert in_fresh_process(code).strip() == expected
+
+
+@pytest.mark.parametrize("value", ["warp", "nothing=torch", "permute=warp"])
+def test_a_bad_override_is_an_error(value: str) -> None:
+    code = f"import os; os.environ['MOEYARD_IMPL'] = '{value}'\ntry:\n import moeyard\nexcept ValueError as e: print(e)"
+    assert in_fresh_process(code).startswith("MOEYARD_IMPL: expected ")
+
+
+def test_sizes_that_stay_readable() -> None:
+    for path in SOURCE.rglob("*.py"):
+        limit = 150 if path.stem in OPS and path.parent == SOURCE else 400
+        assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_nothing_inherits_beyond_what_is_allowed() -> None:
+    allowed = {"NamedTuple", "Enum", "Protocol", "Module", "ModuleType"}
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = {
+                    base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "?") for base in node.bases
+                }
+                assert bases <= allowed, f"{path}: {node.name}"
+
+
+def test_explain_names_every_implementation() -> None:
+    seen = moeyard.explain("combine", "cuda")
+    assert seen.chosen == "torch"
+    assert seen.reasons["cpu"] == "takes CPU tensors, got cuda"
+    assert str(seen).splitlines()[0] == "combine on cuda (bfloat16): torch"
+    with pytest.raises(ValueError, match="op: expected one of"):
+        moeyard.explain("softmax")
