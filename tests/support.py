@@ -41,7 +41,9 @@ def guard_broken(tensor: Tensor) -> bool:
 
 def poisoned_layout(like: Layout) -> Layout:
     """A poisoned layout of the sizes of another."""
-    fields = {name: poisoned(tuple(t.shape), t.dtype, t.device) for name, t in zip(Layout.TENSORS, like.tensors)}
+    fields = {
+        name: poisoned(tuple(t.shape), t.dtype, t.device) for name, t in zip(Layout.TENSORS, like.tensors, strict=True)
+    }
     return dataclasses.replace(like, **fields)
 
 
@@ -70,7 +72,7 @@ def largest_and_rms(got: Tensor, wide: Tensor) -> tuple[float, float]:
 def no_worse(got: Tensor, honest: Tensor, wide: Tensor) -> bool:
     """Whether errors are at most 1.1 times those of an honest computation at the same dtype."""
     mine, theirs = largest_and_rms(got, wide), largest_and_rms(honest, wide)
-    return all(a <= 1.1 * b + 1e-12 for a, b in zip(mine, theirs))
+    return all(a <= 1.1 * b + 1e-12 for a, b in zip(mine, theirs, strict=True))
 
 
 def python(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from support import python
 
 import moeyard
+from support import python
 
 TINY = """
 description = "tiny"

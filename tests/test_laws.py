@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from support import python
-
 import moeyard
+from support import python
 
 SOURCE = Path(moeyard.__file__).parent
 LEAVES = {"values", "tiles"}
@@ -50,7 +49,7 @@ def imports_of(path: Path) -> set[str]:
             names = [node.module or ""]
             if node.module == "moeyard":
                 names = [f"moeyard.{alias.name}" for alias in node.names]
-        found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "moeyard"}
+        found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "moeyard"}
     return found
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import CPU, guard_broken, impls_on, layout_difference, poisoned_layout
 
 import moeyard
 from moeyard import reference
 from moeyard.bench.routing import ROUTINGS
 from moeyard.cpu import threads
 from moeyard.tiles import layout_capacity
+from support import CPU, guard_broken, impls_on, layout_difference, poisoned_layout
 
 ALIGN = impls_on("moe_align_block_size", CPU)
 BATCHED = impls_on("batched_moe_align_block_size", CPU)
@@ -96,8 +96,8 @@ def test_uint32_ids_are_cast_first(impl: str) -> None:
     wanted = moeyard.moe_align_block_size(
         torch.tensor([[0, -1], [-1, 3], [2, -1]], dtype=torch.int32), num_experts=4, block_size=2, impl="reference"
     )
-    for given in (ids, torch.stack([ids, ids], 2)[:, :, 0]):
-        got = moeyard.moe_align_block_size(given, num_experts=4, block_size=2, impl=impl)
+    for value in (ids, torch.stack([ids, ids], 2)[:, :, 0]):
+        got = moeyard.moe_align_block_size(value, num_experts=4, block_size=2, impl=impl)
         assert layout_difference(got, wanted) is None
 
 
@@ -245,7 +245,7 @@ def test_bad_input_of_the_others() -> None:
     counts = torch.zeros(3, dtype=torch.int32)
     with pytest.raises(TypeError, match="expert_num_tokens: expected dtype int32, got int64"):
         moeyard.batched_moe_align_block_size(counts.long(), max_num_tokens=4, block_size=8)
-    with pytest.raises(ValueError, match="max_num_tokens: expected an integer .* got -1"):
+    with pytest.raises(ValueError, match=r"max_num_tokens: expected an integer .* got -1"):
         moeyard.batched_moe_align_block_size(counts, max_num_tokens=-1, block_size=8)
     ids = torch.zeros(3, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"token_lora_mapping: expected shape \(3,\)"):

@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import layout_difference, same_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeyard
 from moeyard import Layout, library
+from support import layout_difference, same_bits
 
 IDS = torch.tensor([[0, 2, 5], [1, -1, 2], [7, 0, 1], [2, 2, 9]], dtype=torch.int32)
 MAP = torch.tensor([0, -1, 1, 2, 3, 4, -1, 5], dtype=torch.int32)

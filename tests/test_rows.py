@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CPU, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
 
 import moeyard
 from moeyard import Layout, Permuted, reference
 from moeyard.bench.routing import ROUTINGS
+from support import CPU, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
 
 MOVED = [
     torch.float32,

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import python, same_bits
 
 import moeyard
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import layout_error
 from moeyard.integrations import vllm
+from support import python, same_bits
 
 NAMES = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
 

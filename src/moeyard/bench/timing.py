@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-
 _LEAST_ROUNDS = 7
 _MOST_US = 15e6
 
@@ -47,8 +46,8 @@ def time_in_turn(
 ) -> list[Times]:
     """Times calls on the host clock: in every round each run gets one sample, in random order.
 
-    Slow runs get fewer rounds, so that a case ends in about 15 s. A sample makes whole turns over `inputs`, as many as last about `sample_us`, and ends with `finish`, which waits for
-    the device if there is one.
+    A sample makes whole turns over `inputs`, as many as last about `sample_us`, and ends with `finish`, which waits for
+    the device if there is one. Slow runs get fewer rounds, so that a case ends in about 15 s.
     """
     for run in runs:
         for value in inputs:
