@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import moeyard
-from moeyard import reference
+from moeyard import Layout, reference
 from moeyard.bench.routing import ROUTINGS
+from moeyard.bench.verify import layout_error
 from moeyard.cpu import threads
 from moeyard.tiles import layout_capacity
 from support import CPU, guard_broken, impls_on, layout_difference, poisoned_layout
@@ -258,3 +259,24 @@ def test_an_implementation_by_name_is_met_or_refused() -> None:
     ids = torch.zeros(3, 2, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match="impl: 'cpu' refuses moe_align_block_size: it takes CPU tensors, got meta"):
         moeyard.moe_align_block_size(ids, num_experts=4, block_size=8, impl="cpu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("impl", [impl for impl in ALIGN if impl != "reference"])
+@pytest.mark.parametrize("routing", ["independent", "dropped"])
+def test_sixteen_million_ids(impl: str, routing: str) -> None:
+    ids = torch.randint(-2 if routing == "dropped" else 0, 66 if routing == "dropped" else 64, (2**23, 2)).int()
+    layout = moeyard.moe_align_block_size(ids, num_experts=64, block_size=128, impl=impl)
+    got = dict(zip(Layout.TENSORS, layout.tensors, strict=True))
+    assert layout_error(ids, 64, 128, got, stable=True) is None
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("impl", [impl for impl in ALIGN if impl != "reference"])
+@settings(max_examples=3000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(call=calls())
+def test_very_many_calls_equal_reference(impl: str, call: dict[str, Any]) -> None:
+    assert (
+        layout_difference(moeyard.moe_align_block_size(**call, impl=impl), reference.moe_align_block_size(**call))
+        is None
+    )
