@@ -54,7 +54,7 @@ def document(rows: list[dict[str, Any]], machine: dict[str, Any], peers: dict[st
     """A whole result file."""
     here = Path(__file__).parent
     commit = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
-    if commit and _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"):
+    if commit and _output("git", "-C", str(here), "status", "--porcelain", "--", ":/src"):
         commit += " with changes"
     return {
         "schema": SCHEMA,
