@@ -28,6 +28,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "warmup": {"impls", "layout", "permute", "combine"},
     "vectorised": {"values", "tiles", "ids", "vectorised"},
     "cpu": {"values", "tiles", "ids", "cpu"},
+    "cuda": {"values", "tiles", "ids", "cuda"},
     "integrations": {"", "values", "tiles", "ids", "checks", "combine", "integrations"},
 }
 OPS = ("layout", "permute", "combine")

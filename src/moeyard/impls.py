@@ -70,33 +70,44 @@ def _cpu(call: Call) -> str | None:
     return None
 
 
+def _cuda(call: Call) -> str | None:
+    if call.device != "cuda" or torch.version.hip is not None:
+        return f"takes tensors of NVIDIA GPUs, got {call.device}"
+    if not installed("cuda") or not installed("cuda.core"):
+        return "cuda-core is not installed (pip install 'moeyard[gpu]')"
+    return None
+
+
 def _cpu_sums(call: Call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"sums rows of float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     return _cpu(call)
 
 
-def _rows(cpu: str | None, shared: str, cpu_refusal: Callable[[Call], str | None] = _cpu) -> tuple[Impl, ...]:
-    """The rows of one op: `cpu` before `torch`, `reference` only by name."""
-    module, function = shared.split(":")
-    rows = [
-        Impl("torch", f"moeyard.vectorised.{module}:{function}", _anywhere),
-        Impl("reference", f"moeyard.reference:{function}", _anywhere, by_name_only=True),
-    ]
-    if cpu is not None:
-        rows.insert(0, Impl("cpu", f"moeyard.cpu.{cpu}", cpu_refusal))
-    return tuple(rows)
+def _shared(target: str) -> tuple[Impl, ...]:
+    """The rows that every op has: `torch`, and `reference` only by name."""
+    return (
+        Impl("torch", f"moeyard.vectorised.{target}", _anywhere),
+        Impl("reference", f"moeyard.reference:{target.partition(':')[2]}", _anywhere, by_name_only=True),
+    )
 
 
 TABLE: dict[str, tuple[Impl, ...]] = {
-    # cpu before torch: benchmarks/results/cpu-2core/layout.json, rows.json
-    "moe_align_block_size": _rows("layout:align_launch", "layout:align_launch"),
-    "batched_moe_align_block_size": _rows("layout:batched_align_launch", "layout:batched_align_launch"),
-    "moe_lora_align_block_size": _rows(None, "layout:lora_align_launch"),
-    "permute": _rows("rows:permute_launch", "rows:permute_launch"),
-    "shuffle_rows": _rows("rows:shuffle_rows_launch", "rows:shuffle_rows_launch"),
-    "combine": _rows("rows:combine_launch", "rows:combine_launch", _cpu_sums),
-    "moe_sum": _rows("rows:moe_sum_launch", "rows:moe_sum_launch", _cpu_sums),
+    # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
+    "moe_align_block_size": (
+        Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.layout:align_launch", _cuda),
+        *_shared("layout:align_launch"),
+    ),
+    "batched_moe_align_block_size": (
+        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
+        *_shared("layout:batched_align_launch"),
+    ),
+    "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
+    "permute": (Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu), *_shared("rows:permute_launch")),
+    "shuffle_rows": (Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu), *_shared("rows:shuffle_rows_launch")),
+    "combine": (Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums), *_shared("rows:combine_launch")),
+    "moe_sum": (Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums), *_shared("rows:moe_sum_launch")),
 }
 
 

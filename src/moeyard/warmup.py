@@ -41,9 +41,11 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     rows = torch.ones(layout.capacity, 8, dtype=torch.bfloat16, device=device)
 
     def align() -> None:
-        for dtype in (torch.int32, torch.int64):
-            for mapping in (None, expert_map):
-                moe_align_block_size(ids.to(dtype), num_experts=3, block_size=2, expert_map=mapping)
+        for num_tokens in (1, 64, 8192, 262144) if device.type == "cuda" else (2,):  # each way that align.cu has
+            for dtype in (torch.int32, torch.int64):
+                some = torch.zeros(num_tokens, 1, dtype=dtype, device=device)
+                for mapping in (None, expert_map):
+                    moe_align_block_size(some, num_experts=3, block_size=2, expert_map=mapping)
 
     yield "moe_align_block_size", align
     yield (

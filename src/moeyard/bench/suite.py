@@ -16,7 +16,7 @@ SUITES = {
         "rows": ["--workload", "rows"],
     },
     "cuda": {
-        "layout": ["--workload", "seed", "--workload", "ids", "--workload", "routing"],
+        "align": ["--workload", "align", "--workload", "routing", "--workload", "ids"],
         "vllm-grid": ["--workload", "vllm-grid"],
         "rows": ["--workload", "rows"],
     },

@@ -1,4 +1,4 @@
-"""TOML files -> cases: one op at one size under one routing."""
+"""TOML files -> cases: one op at one size under one routing; sizes are crossed lists, or a list of points."""
 
 import itertools
 import tomllib
@@ -57,8 +57,15 @@ def load(name: str) -> list[Case]:
         unknown = set(sizes) - set(SIZES_OF["permute"])
         if unknown:
             raise ValueError(f"{path}: sizes: expected keys of {SIZES_OF['permute']}, got {sorted(unknown)}")
-        axes = [[(key, value) for value in _several(sizes, key, path)] for key in SIZES_OF[op]]
-        for point in itertools.product(*axes):
+        if "points" in table:
+            points = [
+                tuple((key, _present(one, key, path)) for key in SIZES_OF[op])
+                for one in _several(table, "points", path)
+            ]
+        else:
+            axes = [[(key, value) for value in _several(sizes, key, path)] for key in SIZES_OF[op]]
+            points = list(itertools.product(*axes))
+        for point in points:
             _check_point(dict(point), path)
             cases.append(Case(path.stem, op, routing, point))
     return cases
@@ -76,6 +83,12 @@ def _several(table: dict[str, Any], key: str, path: Path) -> list[Any]:
     if not isinstance(value, list) or not value:
         raise ValueError(f"{path}: {key}: expected a list of at least one value, got {value!r}")
     return value
+
+
+def _present(table: dict[str, Any], key: str, path: Path) -> Any:
+    if key not in table:
+        raise ValueError(f"{path}: points: expected every point to have {key}, got {table}")
+    return table[key]
 
 
 def _check_point(sizes: dict[str, Any], path: Path) -> None:

@@ -1,0 +1,433 @@
+// Token alignment in one launch: topk_ids -> a whole Layout (see values.py), stable and without floating point,
+// so the same ids always give the same bits.
+//
+// Every block learns the count of every expert, and how many of an expert's routes come before the block's own span
+// of routes; then offsets, ranks and outputs follow without another word between blocks. How a block learns it is
+// the only difference between the kernels:
+//
+//   small     one block, a route a thread
+//   alone     each block counts all routes itself: nothing is exchanged
+//   cluster   the blocks of a cluster count a part each and read each other's shared memory; every cluster does the
+//             whole input again
+//   grid      each block counts its own span and publishes it; one grid barrier (cooperative launch)
+//
+// A warp ranks 32 routes at a time by __match_any_sync; spans of warps, blocks and parts are consecutive, so ranks
+// ascend with the route. Parameters are 64-bit so that the host can pass plain integers.
+
+#pragma nv_diag_suppress 186  // comparisons that only some kernels need
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int SMALL = 0, ALONE = 1, CLUSTER = 2, GRID = 3;
+constexpr u32 ALL = 0xffffffffu;
+constexpr int BATCH = 8;   // ids that a thread has in flight
+constexpr int ROUNDS = 4;  // times 32 routes that a warp keeps in registers (all but grid)
+
+struct Parameters {
+  const void* ids;           // [num_routes] int32 or int64
+  const int* expert_map;     // [num_experts] or null
+  int* sorted_token_ids;     // [capacity]
+  int* expert_ids;           // [capacity / block_size]
+  int* num_tokens_post_padded;
+  i64* expert_offsets;       // [num_local + 1]
+  int* expert_counts;        // [num_local]
+  int* route_rows;           // [num_routes]
+  u32* exchange;             // grid: [blocks, num_local] counts
+  u32* barrier;              // grid: {arrived, generation}, zero between launches
+  i64 num_routes, num_experts, num_local, block_size, capacity;
+  i64 block_shift;           // log2 of block_size, or -1 if it is no power of two
+  i64 warp_span;             // routes that a warp places: a multiple of 32, at most 32 * ROUNDS unless grid
+  i64 warps;                 // warps of a block that place routes
+  i64 copies;                // histogram copies, a power of two up to 32: lanes of a warp then seldom collide
+};
+
+__device__ __forceinline__ u32 lanes_below() {
+  u32 mask;
+  asm("mov.u32 %0, %%lanemask_lt;" : "=r"(mask));
+  return mask;
+}
+
+// Programmatic dependent launch: what the launch before wrote may be read after this; a no-op otherwise.
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ __forceinline__ u32 cluster_rank() {
+  u32 rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+
+__device__ __forceinline__ u32 cluster_size() {
+  u32 size = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+#endif
+  return size;
+}
+
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// The word of another block of the cluster at the place of `mine` in this one's shared memory.
+__device__ __forceinline__ u32 read_peer(const u32* mine, u32 rank) {
+  u32 value = 0;
+#if __CUDA_ARCH__ >= 900
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(mine)), peer;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(peer) : "memory");
+#endif
+  return value;
+}
+
+// All blocks of the grid arrive before any leaves. The last one resets the counter, so the grid may change its size.
+__device__ void grid_barrier(u32* barrier) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    volatile u32* generation = barrier + 1;
+    u32 before = *generation;
+    __threadfence();
+    if (atomicAdd(barrier, 1u) == gridDim.x - 1) {
+      *static_cast<volatile u32*>(barrier) = 0;
+      __threadfence();
+      *generation = before + 1;
+    } else {
+      while (*generation == before) {
+      }
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// The local expert of a route, or num_local if the route is dropped. Negative ids are large when unsigned.
+template <bool MAPPED>
+__device__ __forceinline__ u32 bucket_of(int id, const Parameters& p) {
+  const u32 experts = p.num_local;
+  if constexpr (!MAPPED) {
+    const u32 limit = min(static_cast<u32>(p.num_experts), experts);
+    return static_cast<u32>(id) < limit ? id : experts;
+  }
+  u32 local = static_cast<u32>(id) < static_cast<u32>(p.num_experts) ? __ldg(p.expert_map + id) : ALL;
+  return min(local, experts);
+}
+
+// Ids of 64 bits: those that 32 bits do not hold are out of range like -1.
+__device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop, int) {
+  return route < stop ? __ldg(static_cast<const int*>(ids) + route) : -1;
+}
+
+__device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop, i64) {
+  i64 id = route < stop ? __ldg(static_cast<const i64*>(ids) + route) : -1;
+  return id == static_cast<int>(id) ? static_cast<int>(id) : -1;
+}
+
+// Blocks of block_size that hold `count` rows.
+__device__ __forceinline__ u32 blocks_of(u32 count, const Parameters& p) {
+  u32 block_size = p.block_size;
+  return p.block_shift >= 0 ? (count + block_size - 1) >> p.block_shift : (count + block_size - 1) / block_size;
+}
+
+// Gives the bucket of every lane the next free places of a warp's table; returns the lane's place.
+__device__ __forceinline__ u32 take_places(u32* table, u32 bucket, u32 experts) {
+  u32 same = __match_any_sync(ALL, bucket);
+  u32 rank = __popc(same & lanes_below());
+  bool held = bucket < experts;
+  u32 place = held ? table[bucket] + rank : ALL;
+  __syncwarp();
+  if (held && rank == 0) table[bucket] = place + __popc(same);
+  __syncwarp();
+  return place;
+}
+
+__device__ __forceinline__ u32 scan_warp(u32 value, u32 lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    u32 other = __shfl_up_sync(ALL, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+// A thread owns PER consecutive experts from the counts on: they stay in its registers.
+template <int HOW, typename Id, bool MAPPED, int PER>
+__device__ __forceinline__ void align(const Parameters& p) {
+  extern __shared__ uint4 shared_words[];
+  const u32 threads = blockDim.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const u32 experts = p.num_local, warps = p.warps, copies = p.copies, block_size = p.block_size;
+  const u32 num_routes = p.num_routes, capacity = p.capacity;
+
+  u32* table = reinterpret_cast<u32*>(shared_words);  // [warps, experts] counts of a warp's span, then first places
+  u32* before = table + warps * experts;              // [experts, copies] routes of this part before this block's span
+  u32* rest = before + experts * copies;              // [experts, copies] the others of this part
+  u32* own = rest + experts * copies;                 // [experts] this part's counts, what others read
+  u32* earlier = own + experts;                       // [experts] grid: routes before this block's span
+  u32* offsets = earlier + experts;                   // [experts + 1]
+  u32* warp_sums = offsets + experts + 1;             // [32]
+
+  // which part of the routes this block counts, and which span of it this block places
+  const u32 parts = HOW == CLUSTER ? cluster_size() : HOW == GRID ? gridDim.x : 1;
+  const u32 part = HOW == CLUSTER ? cluster_rank() : HOW == GRID ? blockIdx.x : 0;
+  const u32 spans = HOW == ALONE ? gridDim.x : HOW == CLUSTER ? gridDim.x / parts : 1;  // spans of a part
+  const u32 own_span = HOW == ALONE ? blockIdx.x : HOW == CLUSTER ? blockIdx.x / parts : 0;
+  const u32 warp_span = p.warp_span, span = warps * warp_span;
+  const u32 part_start = min(part * spans * span, num_routes), part_stop = min(part_start + spans * span, num_routes);
+  const u32 start = min(part_start + own_span * span, num_routes), stop = min(start + span, num_routes);
+  const u32 warp_start = min(start + warp * warp_span, stop);
+  const u32 warp_stop = warp < warps ? min(warp_start + warp_span, stop) : warp_start;
+
+  // ids are on their way while shared memory is cleared
+  wait_for_previous_launch();
+  constexpr int OWN = HOW == SMALL ? 1 : HOW == GRID ? 0 : ROUNDS;
+  int own_id[OWN + 1], part_id[BATCH];
+#pragma unroll
+  for (int r = 0; r < OWN; ++r) own_id[r] = load_id(p.ids, warp_start + r * 32 + lane, warp_stop, Id());
+  if constexpr (HOW == ALONE || HOW == CLUSTER) {
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, part_start + thread + k * threads, part_stop, Id());
+  }
+  const u32 zeroed = (HOW == GRID ? offsets : own) - table;
+  for (u32 i = thread; i < (zeroed + 3) / 4; i += threads) shared_words[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+
+  // count: ranks among the routes of its own warp come along
+  u32 own_bucket[OWN + 1], own_rank[OWN + 1];
+  if (warp < warps) {
+    u32* own_table = table + warp * experts;
+    if constexpr (HOW == GRID) {
+      for (u32 first = warp_start + lane; first < warp_stop; first += BATCH * 32) {
+        int id[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) id[k] = load_id(p.ids, first + k * 32, warp_stop, Id());
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+          u32 bucket = bucket_of<MAPPED>(id[k], p);
+          if (bucket < experts) atomicAdd(own_table + bucket, 1u);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < OWN; ++r) {
+        own_bucket[r] = experts;
+        if (r == 0 || r * 32 < warp_span) {
+          own_bucket[r] = bucket_of<MAPPED>(own_id[r], p);
+          own_rank[r] = take_places(own_table, own_bucket[r], experts);
+        }
+      }
+    }
+  }
+  if constexpr (HOW == ALONE || HOW == CLUSTER) {
+    const u32 copy = lane & (copies - 1);
+    for (u32 first = part_start + thread; first < part_stop; first += BATCH * threads) {
+#pragma unroll
+      for (int k = 0; k < BATCH; ++k) {
+        u32 bucket = bucket_of<MAPPED>(part_id[k], p);
+        if (bucket < experts) atomicAdd((first + k * threads < start ? before : rest) + bucket * copies + copy, 1u);
+      }
+#pragma unroll
+      for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, first + (BATCH + k) * threads, part_stop, Id());
+    }
+  }
+  __syncthreads();
+
+  // every owned expert's count, and its routes before this block's span
+  u32 count[PER], low[PER];
+#pragma unroll
+  for (int k = 0; k < PER; ++k) {
+    const u32 e = thread * PER + k;
+    count[k] = low[k] = 0;
+    if (e < experts) {
+      if constexpr (HOW == ALONE || HOW == CLUSTER) {
+        for (u32 c = 0; c < copies; ++c) {
+          u32 at = e * copies + ((c + lane) & (copies - 1));  // lanes start at different banks
+          low[k] += before[at];
+          count[k] += rest[at];
+        }
+        count[k] += low[k];
+      } else {
+#pragma unroll 8
+        for (u32 w = 0; w < warps; ++w) count[k] += table[w * experts + e];
+      }
+      if constexpr (HOW == CLUSTER) own[e] = count[k];
+      if constexpr (HOW == GRID) p.exchange[blockIdx.x * experts + e] = count[k];
+    }
+  }
+  if constexpr (HOW == CLUSTER) {
+    cluster_arrive();
+    cluster_wait();
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const u32 e = thread * PER + k;
+      if (e < experts) {
+        count[k] = 0;
+#pragma unroll 8
+        for (u32 r = 0; r < parts; ++r) {
+          u32 value = read_peer(own + e, r);
+          count[k] += value;
+          if (r < part) low[k] += value;
+        }
+      }
+    }
+    cluster_arrive_relaxed();  // waited for at the end: until then peers may read this block's shared memory
+  } else if constexpr (HOW == GRID) {
+    grid_barrier(p.barrier);
+    const u32 lines = max(threads / experts, 1u), line = lines > 1 ? thread / experts : 0;
+    for (u32 e = lines > 1 ? thread % experts : thread; e < experts && line < lines; e += lines > 1 ? experts : threads) {
+      u32 all = 0, below = 0;
+#pragma unroll 8
+      for (u32 b = line; b < parts; b += lines) {
+        u32 value = __ldcg(p.exchange + b * experts + e);
+        all += value;
+        if (b < part) below += value;
+      }
+      atomicAdd(own + e, all);
+      atomicAdd(earlier + e, below);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const u32 e = thread * PER + k;
+      count[k] = e < experts ? own[e] : 0;
+      low[k] = e < experts ? earlier[e] : 0;
+    }
+  }
+
+  // first slot of every expert: an exclusive scan over padded counts
+  u32 padded[PER], sum = 0;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) sum += padded[k] = blocks_of(count[k], p) * block_size;
+  const u32 scan = scan_warp(sum, lane);
+  if (lane == 31) warp_sums[warp] = scan;
+  __syncthreads();
+  const u32 through = scan_warp(lane < threads / 32 ? warp_sums[lane] : 0, lane);
+  const u32 used = __shfl_sync(ALL, through, 31), earlier_warps = __shfl_sync(ALL, through, (warp - 1) & 31);
+  u32 slot = scan - sum + (warp ? earlier_warps : 0);
+  const bool writes_vectors = blockIdx.x == gridDim.x - 1;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) {
+    const u32 e = thread * PER + k, begin = slot, filled = begin + count[k], end = begin + padded[k];
+    slot = end;
+    const bool mine = e < experts && e % gridDim.x == blockIdx.x;  // this block writes what belongs to the expert alone
+    if (e < experts) {
+      if constexpr (HOW == GRID) offsets[e] = begin;
+      u32 at = begin + low[k];
+      for (u32 w = 0; w < warps; w += 8) {  // all loads of a batch before its stores
+        u32 in_warp[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) in_warp[i] = w + i < warps ? table[(w + i) * experts + e] : 0;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (w + i < warps) table[(w + i) * experts + e] = at;
+          at += in_warp[i];
+        }
+      }
+      if (writes_vectors) {
+        p.expert_offsets[e] = begin;
+        p.expert_counts[e] = count[k];
+      }
+    }
+    for (u32 todo = __ballot_sync(ALL, mine && filled < end); todo; todo &= todo - 1) {
+      const u32 from = __ffs(todo) - 1, until = __shfl_sync(ALL, end, from);
+      for (u32 s = __shfl_sync(ALL, filled, from) + lane; s < until; s += 32) p.sorted_token_ids[s] = num_routes;
+    }
+    if constexpr (HOW != GRID) {
+      const u32 block = blocks_of(begin, p), blocks = blocks_of(padded[k], p);
+      if (mine && blocks == 1) p.expert_ids[block] = e;
+      for (u32 todo = __ballot_sync(ALL, mine && blocks > 1); todo; todo &= todo - 1) {
+        const u32 from = __ffs(todo) - 1, number = __shfl_sync(ALL, blocks, from);
+        const u32 at = __shfl_sync(ALL, block, from), expert = __shfl_sync(ALL, e, from);
+        for (u32 b = lane; b < number; b += 32) p.expert_ids[at + b] = expert;
+      }
+    }
+  }
+  if (writes_vectors && thread == 0) {
+    p.expert_offsets[experts] = used;
+    *p.num_tokens_post_padded = used;
+  }
+  if (HOW == GRID && thread == 0) offsets[experts] = used;
+  __syncthreads();
+
+  // routes
+  if (warp < warps) {
+    u32* places = table + warp * experts;
+    if constexpr (HOW == GRID) {
+      for (u32 base = warp_start; base < warp_stop; base += BATCH * 32) {
+        int id[BATCH];
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) id[k] = load_id(p.ids, base + k * 32 + lane, warp_stop, Id());
+#pragma unroll
+        for (int k = 0; k < BATCH; ++k) {
+          u32 route = base + k * 32 + lane;
+          if (base + k * 32 < warp_stop) {
+            u32 place = take_places(places, bucket_of<MAPPED>(id[k], p), experts);
+            if (place != ALL) p.sorted_token_ids[place] = route;
+            if (route < warp_stop) p.route_rows[route] = place;
+          }
+        }
+      }
+    } else {
+#pragma unroll
+      for (int r = 0; r < OWN; ++r) {
+        u32 route = warp_start + r * 32 + lane;
+        if (route < warp_stop) {
+          u32 place = ALL;
+          if (own_bucket[r] < experts) {
+            place = places[own_bucket[r]] + own_rank[r];
+            p.sorted_token_ids[place] = route;
+          }
+          p.route_rows[route] = place;
+        }
+      }
+    }
+  }
+
+  // the unused end
+  const u32 grid_thread = blockIdx.x * threads + thread, grid_threads = gridDim.x * threads;
+  for (u32 s = used + grid_thread; s < capacity; s += grid_threads) p.sorted_token_ids[s] = num_routes;
+  const u32 used_blocks = blocks_of(used, p), num_blocks = blocks_of(capacity, p);
+  for (u32 block = used_blocks + grid_thread; block < num_blocks; block += grid_threads) p.expert_ids[block] = -1;
+  if constexpr (HOW == GRID) {
+    for (u32 block = grid_thread; block < used_blocks; block += grid_threads) {
+      u32 least = 0, most = experts;  // the expert whose segment holds the block: the last that starts at or before it
+      while (most - least > 1) {
+        u32 middle = (least + most) / 2;
+        if (offsets[middle] <= block * block_size) least = middle;
+        else most = middle;
+      }
+      p.expert_ids[block] = least;
+    }
+  }
+  if constexpr (HOW == CLUSTER) cluster_wait();
+}
+
+// One kernel a compilation: EXCHANGE, ID, MAP and EXPERTS_A_THREAD are given on the command line.
+extern "C" __global__ void __launch_bounds__(1024, 1) align_kernel(
+    const void* ids, const int* expert_map, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
+    i64* expert_offsets, int* expert_counts, int* route_rows, u32* exchange, u32* barrier, i64 num_routes,
+    i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_shift, i64 warp_span, i64 warps, i64 copies) {
+  align<EXCHANGE, ID, MAP, EXPERTS_A_THREAD>({ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets,
+                       expert_counts, route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size,
+                       capacity, block_shift, warp_span, warps, copies});
+}

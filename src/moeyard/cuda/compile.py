@@ -1,0 +1,92 @@
+"""CUDA C++ compiled at first use with NVRTC, kept on disk as cubin, loaded once a process."""
+
+import hashlib
+import os
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_FOLDER = Path(__file__).parent
+_OPTIONS = ("-std=c++17",)
+
+
+def cache_folder() -> Path:
+    """Where cubins are kept: $MOEYARD_CACHE, or the user's cache folder."""
+    chosen = os.environ.get("MOEYARD_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moeyard"
+
+
+def cubin(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
+    """The machine code of a source file of this folder for `arch` ("sm_90"), from the cache if it is there.
+
+    The key is the source, the definitions, the architecture, the options and the compiler's version. Files are
+    replaced whole, so processes may compile the same at once; one whose digest is wrong is compiled again; a folder
+    that cannot be written costs the compilation every time and nothing else.
+    """
+    from cuda.bindings import nvrtc
+
+    text = (_FOLDER / source).read_text()
+    _, major, minor = nvrtc.nvrtcVersion()
+    key = hashlib.sha256(repr((text, defines, arch, _OPTIONS, major, minor)).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{Path(source).stem}-{arch}-{key}.cubin"
+    code = _read(path)
+    if code is None:
+        code = compile_source(text, defines, arch)
+        _write(path, code)
+    return code
+
+
+def compile_source(text: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
+    """The machine code of a text; RuntimeError with the compiler's log if it does not compile."""
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(arch=arch, std="c++17", define_macro=list(defines) or None)
+    program = Program(text, "c++", options)
+    try:
+        code: bytes = program.compile("cubin").code
+    finally:
+        program.close()
+    return code
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:32], content[32:]
+    return code if code and hashlib.sha256(code).digest() == digest else None
+
+
+def _write(path: Path, code: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "wb") as part:
+            part.write(hashlib.sha256(code).digest() + code)
+        Path(name).replace(path)
+    except OSError:
+        return
+
+
+@cache
+def kernel(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
+    """A loaded `cuda.core.Kernel` that may use all the shared memory a block of the device can have."""
+    from cuda.bindings import driver
+    from cuda.core import Device, ObjectCode
+
+    here = Device(device)
+    major, minor = here.compute_capability
+    module = ObjectCode.from_cubin(cubin(source, defines, f"sm_{major}{minor}"))
+    loaded = module.get_kernel(name)
+    limit = here.properties.max_shared_memory_per_block_optin
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(
+        attribute, limit, driver.CUkernel(int(loaded.handle)), driver.CUdevice(device)
+    )
+    if int(status):
+        raise RuntimeError(f"cuKernelSetAttribute of {name}: {status}")
+    return loaded

@@ -1,0 +1,157 @@
+"""Layouts of CUDA tensors: one launch of align.cu, straight from Python."""
+
+from collections.abc import Iterator
+from functools import cache
+from threading import Lock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.compile import kernel
+from moeyard.cuda.plan import Card, Plan, plan
+from moeyard.values import Layout
+
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
+
+
+@cache
+def card_of(device: int) -> Card:
+    """What plans need to know of a device."""
+    facts: Any = torch.cuda.get_device_properties(device)
+    return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
+
+
+def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chosen: Plan | None = None) -> None:
+    """Fills the layout of int32 or int64 ids of any shape and strides, by a plan of its own or a given one."""
+    device = topk_ids.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            align_launch(topk_ids, expert_map, out, chosen)
+        return
+    if not topk_ids.is_contiguous():
+        topk_ids = topk_ids.contiguous()
+    if expert_map is not None and not expert_map.is_contiguous():
+        expert_map = expert_map.contiguous()
+    num_routes, block_size = topk_ids.numel(), out.block_size
+    if chosen is None:
+        chosen = plan(num_routes, out.num_local_experts, card_of(device))
+    prepared, config = _prepared(
+        chosen, out.num_local_experts, topk_ids.dtype == torch.int64, expert_map is not None, device
+    )
+    stream = _current_stream(device)
+    exchange = barrier = 0
+    if chosen.exchange == "GRID":
+        words = topk_ids.new_empty(chosen.grid * out.num_local_experts, dtype=torch.int32)
+        exchange, barrier = words.data_ptr(), _barrier(device, stream)
+    _launch()(
+        _stream(stream),
+        config,
+        prepared,
+        topk_ids.data_ptr(),
+        0 if expert_map is None else expert_map.data_ptr(),
+        out.sorted_token_ids.data_ptr(),
+        out.expert_ids.data_ptr(),
+        out.num_tokens_post_padded.data_ptr(),
+        out.expert_offsets.data_ptr(),
+        out.expert_counts.data_ptr(),
+        out.route_rows.data_ptr(),
+        exchange,
+        barrier,
+        num_routes,
+        out.num_experts,
+        out.num_local_experts,
+        block_size,
+        out.sorted_token_ids.shape[0],
+        -1 if block_size & (block_size - 1) else block_size.bit_length() - 1,
+        chosen.warp_span,
+        chosen.warps,
+        chosen.copies,
+    )
+
+
+@cache
+def _launch() -> Any:
+    from cuda.core import launch
+
+    return launch
+
+
+@cache
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+@cache
+def _prepared(chosen: Plan, experts: int, wide: bool, mapped: bool, device: int) -> tuple[Any, Any]:
+    from cuda.core import Device, LaunchConfig
+
+    Device(device).set_current()
+    per_thread = 1 if experts <= chosen.threads else -(-experts // chosen.threads)
+    defines = (
+        ("EXCHANGE", chosen.exchange),
+        ("ID", "i64" if wide else "int"),
+        ("MAP", "true" if mapped else "false"),
+        ("EXPERTS_A_THREAD", str(per_thread)),
+    )
+    options: dict[str, Any] = {"grid": chosen.grid, "block": chosen.threads}
+    if chosen.exchange == "CLUSTER":
+        options |= {"grid": chosen.grid // chosen.cluster, "cluster": chosen.cluster}
+    config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=chosen.exchange == "GRID")
+    return kernel("align.cu", "align_kernel", defines, device), config
+
+
+def _barrier(device: int, stream: int) -> int:
+    """Two zeroed words that no other launch uses at the same time; every launch leaves them ready for the next.
+
+    Launches on one stream follow each other and share theirs. A captured launch gets its own, for good: its graph may
+    be replayed on any stream, but never beside itself.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return _new_barrier(device)
+    key = (device, stream)
+    found = _BARRIERS.get(key)
+    if found is None:
+        with _LOCK:
+            found = _BARRIERS.setdefault(key, _new_barrier(device))
+    return found
+
+
+def _new_barrier(device: int) -> int:
+    spare = _SPARE.setdefault(device, [])
+    if not spare:
+        spare.extend(_zeroed())
+    return spare.pop()
+
+
+def _zeroed() -> Iterator[int]:
+    """Addresses of zeroed words of the current device, a cache line apart; also while this thread captures a graph."""
+    from cuda.bindings import driver
+
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _, mode = _check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        size = _LINE * _LINES
+        _, address = _check(driver.cuMemAlloc(size))
+        _, stream = _check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        _check(driver.cuMemsetD8Async(address, 0, size, stream))
+        _check(driver.cuStreamSynchronize(stream))
+        _check(driver.cuStreamDestroy(stream))
+    finally:
+        _check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    return (int(address) + _LINE * i for i in range(_LINES))
+
+
+def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    if int(result[0]):
+        raise RuntimeError(f"CUDA driver: {result[0]}")
+    return result
+
+
+_LINE = 128
+_LINES = 4096
+_LOCK = Lock()
+_BARRIERS: dict[tuple[int, int], int] = {}
+_SPARE: dict[int, list[int]] = {}

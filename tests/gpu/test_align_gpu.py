@@ -1,0 +1,139 @@
+"""The cuda implementation of moe_align_block_size: every way of counting, streams, graphs, threads, sanitizers."""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moeyard
+from moeyard import Layout, impls
+from moeyard.bench.routing import ROUTINGS
+from moeyard.bench.verify import layout_error
+from support import SOURCE, guard_broken, layout_difference, poisoned_layout
+
+pytestmark = pytest.mark.skipif(not impls.installed("cuda"), reason="cuda-core is not installed")
+WAYS = [(8, 256, 16), (1000, 64, 16), (8000, 256, 64), (60_000, 128, 128), (300_000, 64, 128), (300_000, 8, 32)]
+
+
+def align(ids: torch.Tensor, experts: int, block: int, **more: Any) -> Layout:
+    return moeyard.moe_align_block_size(ids, num_experts=experts, block_size=block, impl="cuda", **more)
+
+
+def named(layout: Layout) -> dict[str, torch.Tensor]:
+    return dict(zip(Layout.TENSORS, layout.tensors, strict=True))
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS))
+@pytest.mark.parametrize("routes", [1, 32, 33, 1024, 4097, 16385, 131_072, 131_073, 1_000_003])
+@pytest.mark.parametrize("experts", [1, 8, 200, 1024, 1025, 8192])
+def test_every_size_is_exact(routing: str, routes: int, experts: int) -> None:
+    if routing not in ("independent", "dropped", "zipf") and routes > 20_000:
+        pytest.skip("large draws of the other routings take long on the host and add nothing")
+    if routing in ("zipf", "dropped") and routes * experts > 2**27:
+        pytest.skip("too many scores to draw")
+    ids = ROUTINGS[routing](routes, experts, 1, torch.Generator().manual_seed(routes))
+    layout = align(ids.cuda(), experts, 16)
+    out = poisoned_layout(layout)
+    again = align(ids.cuda(), experts, 16, out=out)
+    assert layout_error(ids, experts, 16, named(again), stable=True) is None
+    assert layout_difference(layout, again) is None and not any(guard_broken(t) for t in out.tensors)
+
+
+@pytest.mark.parametrize("block", [1, 3, 48, 256])
+@pytest.mark.parametrize(("routes", "experts", "_block"), WAYS)
+def test_blocks_of_any_size_and_maps(routes: int, experts: int, _block: int, block: int) -> None:
+    ids = torch.randint(-2, experts + 2, (routes,), dtype=torch.int64, device="cuda")
+    mapping = torch.where(torch.arange(experts) % 2 == 0, torch.arange(experts) // 2, -1).int().cuda()
+    for call in (
+        {},
+        {"expert_map": mapping, "num_local_experts": (experts + 1) // 2},
+        {"num_local_experts": experts + 5},
+    ):
+        wanted = moeyard.moe_align_block_size(ids, num_experts=experts, block_size=block, impl="torch", **call)
+        for given in (ids, ids.int()):
+            assert layout_difference(align(given, experts, block, **call), wanted) is None
+
+
+@pytest.mark.parametrize(("routes", "experts", "block"), WAYS)
+def test_graphs_own_their_barriers(routes: int, experts: int, block: int) -> None:
+    ids = torch.randint(0, experts, (routes,), dtype=torch.int32, device="cuda")
+    align(ids, experts, block)
+    graphs = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            layouts = [align(ids, experts, block) for _ in range(3)]
+        graphs.append((graph, layouts))
+    for step in range(3):
+        ids.copy_(torch.randint(-1, experts + 1, (routes,), dtype=torch.int32))
+        torch.cuda.synchronize()
+        wanted = moeyard.moe_align_block_size(ids, num_experts=experts, block_size=block, impl="torch")
+        streams = [torch.cuda.Stream() for _ in graphs]
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        eager = align(ids, experts, block)
+        torch.cuda.synchronize()
+        for layout in [eager, *graphs[0][1], *graphs[1][1]]:
+            assert layout_difference(layout, wanted) is None, step
+
+
+def test_streams_and_threads_at_once_beside_a_running_product() -> None:
+    stop = time.monotonic() + 60
+    left, right = torch.randn(2, 4096, 4096, device="cuda", dtype=torch.bfloat16)
+    inputs = [torch.randint(0, e, (n,), dtype=torch.int32, device="cuda") for n, e, _ in WAYS]
+    wanted = [align(ids, e, b) for ids, (_, e, b) in zip(inputs, WAYS, strict=True)]
+    torch.cuda.synchronize()
+
+    def work(seed: int) -> int:
+        wrong = 0
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for call in range(1000):
+                way = (call + seed) % len(WAYS)
+                got = align(inputs[way], *WAYS[way][1:])
+                if call % 50 == 0:
+                    wrong += layout_difference(got, wanted[way]) is not None
+                assert time.monotonic() < stop, "took longer than a minute"
+            torch.cuda.current_stream().synchronize()
+        return wrong
+
+    with ThreadPoolExecutor(5) as pool:
+        product = pool.submit(lambda: [left @ right for _ in range(200)])
+        assert sum(pool.map(work, range(4))) == 0
+        product.result()
+
+
+SANITIZED = """
+import torch, moeyard
+for routes, experts in ((8, 64), (0, 3), (700, 64), (5000, 257), (20000, 64), (140000, 33)):
+    ids = torch.randint(-1, experts + 1, (routes,), device="cuda")
+    for dtype in (torch.int32, torch.int64):
+        moeyard.moe_align_block_size(ids.to(dtype), num_experts=experts, block_size=16, impl="cuda")
+torch.cuda.synchronize()
+print("finished")
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_sanitizers_find_nothing_in_our_kernels(tool: str, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SANITIZED)
+    options = ["--tool", tool, "--kernel-name", "kernel_substring=align_kernel", "--report-api-errors", "no"]
+    done = subprocess.run(
+        ["compute-sanitizer", *options, "--error-exitcode", "9", sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    assert done.returncode == 0 and "finished" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
+    assert "0 errors" in done.stdout or "0 hazards" in done.stdout, done.stdout[-500:]

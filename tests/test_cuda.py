@@ -1,0 +1,116 @@
+"""What the cuda implementation can show without a GPU: sources compile, plans hold, the cache survives."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moeyard.cuda import compile as building
+from moeyard.cuda.plan import ROUNDS, WARP, Card, plan
+from support import python
+
+H200 = Card(132, 232448, True)
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+VARIANTS = [
+    (("EXCHANGE", how), ("ID", kind), ("MAP", mapped), ("EXPERTS_A_THREAD", per))
+    for how in ("SMALL", "ALONE", "CLUSTER", "GRID")
+    for kind, mapped, per in (("int", "false", "1"), ("i64", "true", "8"))
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sources_compile_everywhere(arch: str) -> None:
+    pytest.importorskip("cuda.core")
+    text = (Path(building.__file__).parent / "align.cu").read_text()
+    for defines in VARIANTS:
+        code = building.compile_source(text, defines, arch)
+        assert code[:4] == b"\x7fELF" and b"align_kernel" in code
+
+
+def test_a_source_that_does_not_compile_says_why() -> None:
+    pytest.importorskip("cuda.core")
+    with pytest.raises(Exception, match="undefined_name"):
+        building.compile_source('extern "C" __global__ void k() { undefined_name(); }', (), "sm_90")
+
+
+@pytest.mark.parametrize("card", [H200, Card(108, 166912, False), Card(128, 101376, False)], ids=str)
+@pytest.mark.parametrize("experts", [1, 8, 64, 256, 257, 1024])
+def test_plans_hold(card: Card, experts: int) -> None:
+    sizes = [
+        0,
+        1,
+        8,
+        31,
+        32,
+        33,
+        511,
+        513,
+        1024,
+        1025,
+        4096,
+        4097,
+        8191,
+        16385,
+        65536,
+        131072,
+        131073,
+        2**20,
+        2**24,
+        2**30,
+    ]
+    for routes in sizes:
+        chosen = plan(routes, experts, card)
+        assert chosen.places >= routes
+        assert chosen.shared_bytes(experts) <= card.shared_limit
+        assert chosen.threads % WARP == 0 and chosen.warps * WARP <= chosen.threads <= 1024
+        assert chosen.warp_span % WARP == 0 and chosen.grid % chosen.cluster == 0
+        assert chosen.grid <= card.processors and chosen.grid * chosen.threads < 2**31
+        if chosen.exchange != "GRID":
+            assert chosen.warp_span <= WARP * ROUNDS
+        assert chosen.exchange != "CLUSTER" or card.clusters
+        assert chosen.exchange != "SMALL" or chosen.grid == 1
+
+
+def test_eight_thousand_experts_fit_an_h200_and_too_many_are_an_error() -> None:
+    for routes in (1, 62, 1000, 8192, 100_000, 2**24):
+        assert plan(routes, 8192, H200).shared_bytes(8192) <= H200.shared_limit
+    with pytest.raises(ValueError, match="num_local_experts: expected so few that tables fit 49152 bytes"):
+        plan(100, 8192, Card(20, 49152, False))
+
+
+DEFINES = VARIANTS[0]
+
+
+def test_the_cache_is_used_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("MOEYARD_CACHE", str(tmp_path / "cache"))
+    code = building.cubin("align.cu", DEFINES, "sm_90")
+    (path,) = (tmp_path / "cache").glob("*.cubin")
+    with monkeypatch.context() as blocked:
+        blocked.setattr(building, "compile_source", lambda *a: pytest.fail("compiled again"))
+        assert building.cubin("align.cu", DEFINES, "sm_90") == code
+    for damage in (b"", b"short", path.read_bytes()[:-1], b"\0" + path.read_bytes()[1:]):
+        path.write_bytes(damage)
+        assert building.cubin("align.cu", DEFINES, "sm_90") == code
+        assert path.read_bytes()[32:] == code
+    assert building.cubin("align.cu", VARIANTS[2], "sm_90") != code
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("MOEYARD_CACHE", str(tmp_path / "file" / "cache"))
+    assert building.cubin("align.cu", DEFINES, "sm_90")[:4] == b"\x7fELF"
+
+
+def test_processes_may_compile_the_same_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("MOEYARD_CACHE", str(tmp_path))
+    code = f"from moeyard.cuda.compile import cubin; print(len(cubin('align.cu', {DEFINES!r}, 'sm_90')))"
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: python("-c", code), range(4)))
+    assert all(one.returncode == 0 for one in done), done[0].stderr
+    assert len({one.stdout for one in done}) == 1
+    assert [name.endswith(".cubin") for name in os.listdir(tmp_path)] == [True]
