@@ -59,7 +59,7 @@ def document(rows: list[dict[str, Any]], machine: dict[str, Any], peers: dict[st
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or "unknown",
+        "commit": commit or os.environ.get("MOEYARD_COMMIT", "unknown"),  # a copy without git may be told
         "machine": machine,
         "peers": peers,
         "rows": rows,

@@ -12,20 +12,14 @@ from moeyard.cuda.compile import kernel
 from moeyard.cuda.plan import Card, Plan, plan
 from moeyard.values import Layout
 
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
-
-
-@cache
-def card_of(device: int) -> Card:
-    """What plans need to know of a device."""
-    facts: Any = torch.cuda.get_device_properties(device)
-    return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
 
 
 def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chosen: Plan | None = None) -> None:
     """Fills the layout of int32 or int64 ids of any shape and strides, by a plan of its own or a given one."""
     device = topk_ids.get_device()
-    if device != torch.cuda.current_device():
+    if device != _current_device():
         with torch.cuda.device(device):
             align_launch(topk_ids, expert_map, out, chosen)
         return
@@ -33,21 +27,30 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         topk_ids = topk_ids.contiguous()
     if expert_map is not None and not expert_map.is_contiguous():
         expert_map = expert_map.contiguous()
-    num_routes, block_size = topk_ids.numel(), out.block_size
-    if chosen is None:
-        chosen = plan(num_routes, out.num_local_experts, card_of(device))
-    prepared, config = _prepared(
-        chosen, out.num_local_experts, topk_ids.dtype == torch.int64, expert_map is not None, device
+    num_routes, num_experts, experts, block_size = (
+        topk_ids.numel(),
+        out.num_experts,
+        out.num_local_experts,
+        out.block_size,
     )
-    stream = _current_stream(device)
+    capacity = out.sorted_token_ids.shape[0]
+    key = (num_routes, experts, capacity, block_size, topk_ids.dtype, expert_map is None, device, chosen)
+    ready = _READY.get(key)
+    if ready is None:
+        ready = _READY.setdefault(key, _make_ready(*key))
+    launch, config, kernel, chosen, streams, sizes = ready
+    handle = _current_stream(device)
+    stream = streams.get(handle)
+    if stream is None:
+        stream = streams.setdefault(handle, _wrap_stream(handle))
     exchange = barrier = 0
     if chosen.exchange == "GRID":
-        words = topk_ids.new_empty(chosen.grid * out.num_local_experts, dtype=torch.int32)
-        exchange, barrier = words.data_ptr(), _barrier(device, stream)
-    _launch()(
-        _stream(stream),
+        words = topk_ids.new_empty(chosen.grid * experts, dtype=torch.int32)
+        exchange, barrier = words.data_ptr(), _barrier(device, handle)
+    launch(
+        stream,
         config,
-        prepared,
+        kernel,
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
         out.sorted_token_ids.data_ptr(),
@@ -59,48 +62,61 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         exchange,
         barrier,
         num_routes,
-        out.num_experts,
-        out.num_local_experts,
-        block_size,
-        out.sorted_token_ids.shape[0],
-        -1 if block_size & (block_size - 1) else block_size.bit_length() - 1,
-        chosen.warp_span,
-        chosen.warps,
-        chosen.copies,
+        num_experts,
+        *sizes,
     )
 
 
-@cache
-def _launch() -> Any:
-    from cuda.core import launch
-
-    return launch
+_READY: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+"""What a launch needs besides pointers, by all that it depends on: hashing plain values, not plans, on every call."""
+_STREAMS: dict[int, dict[int, Any]] = {}
 
 
-@cache
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
-
-
-@cache
-def _prepared(chosen: Plan, experts: int, wide: bool, mapped: bool, device: int) -> tuple[Any, Any]:
-    from cuda.core import Device, LaunchConfig
+def _make_ready(
+    num_routes: int,
+    experts: int,
+    capacity: int,
+    block_size: int,
+    dtype: torch.dtype,
+    unmapped: bool,
+    device: int,
+    chosen: Plan | None,
+) -> tuple[Any, ...]:
+    from cuda.core import Device, LaunchConfig, launch
 
     Device(device).set_current()
-    per_thread = 1 if experts <= chosen.threads else -(-experts // chosen.threads)
+    if chosen is None:
+        chosen = plan(num_routes, experts, capacity, card_of(device))
     defines = (
         ("EXCHANGE", chosen.exchange),
-        ("ID", "i64" if wide else "int"),
-        ("MAP", "true" if mapped else "false"),
-        ("EXPERTS_A_THREAD", str(per_thread)),
+        ("ID", "i64" if dtype == torch.int64 else "int"),
+        ("MAP", "false" if unmapped else "true"),
+        ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))),
     )
     options: dict[str, Any] = {"grid": chosen.grid, "block": chosen.threads}
     if chosen.exchange == "CLUSTER":
         options |= {"grid": chosen.grid // chosen.cluster, "cluster": chosen.cluster}
-    config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=chosen.exchange == "GRID")
-    return kernel("align.cu", "align_kernel", defines, device), config
+    cooperative = chosen.exchange == "GRID"
+    config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=cooperative)
+    shift = -1 if block_size & (block_size - 1) else block_size.bit_length() - 1
+    sizes = (experts, block_size, capacity, shift, chosen.warp_span, chosen.warps, chosen.copies)
+    if len(_READY) >= _MOST_READY:
+        _READY.clear()
+    streams = _STREAMS.setdefault(device, {})
+    return launch, config, kernel("align.cu", "align_kernel", defines, device), chosen, streams, sizes
+
+
+@cache
+def card_of(device: int) -> Card:
+    """What plans need to know of a device."""
+    facts: Any = torch.cuda.get_device_properties(device)
+    return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
+
+
+def _wrap_stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
 
 
 def _barrier(device: int, stream: int) -> int:
@@ -150,6 +166,7 @@ def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
     return result
 
 
+_MOST_READY = 4096
 _LINE = 128
 _LINES = 4096
 _LOCK = Lock()

@@ -49,14 +49,14 @@ class Plan:
 
 
 @lru_cache(maxsize=4096)
-def plan(num_routes: int, num_local_experts: int, card: Card) -> Plan:
+def plan(num_routes: int, num_local_experts: int, capacity: int, card: Card) -> Plan:
     """The launch for these sizes. Raises ValueError if the tables of so many experts do not fit the card's blocks.
 
     The thresholds are the best of what was tried on an H200 at the sizes of bench/workloads/align.toml.
     """
     experts = num_local_experts
     candidates = []
-    if num_routes <= WARP:
+    if num_routes <= WARP and capacity <= 512:  # one block fills no more slots than that fast enough
         candidates.append(Plan("SMALL", 1, 1, _threads_for(experts, 256), 1, WARP, 0))
     elif num_routes <= 4096:
         grid, threads = (16, 256) if num_routes <= 512 else (32, 256) if num_routes <= 2048 else (64, 512)
