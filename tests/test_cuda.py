@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeyard.cuda import compile as building
-from moeyard.cuda.plan import ROUNDS, WARP, Card, plan
+from moeyard.cuda.plan import ROUNDS, WARP, Card, division, plan
 from moeyard.tiles import layout_capacity
 from support import python
 
@@ -77,6 +77,16 @@ def test_eight_thousand_experts_fit_an_h200_and_too_many_are_an_error() -> None:
         assert plan(routes, 8192, 4096, H200).shared_bytes(8192) <= H200.shared_limit
     with pytest.raises(ValueError, match="num_local_experts: expected so few that tables fit 49152 bytes"):
         plan(100, 8192, 4096, Card(20, 49152, False))
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 16, 48, 100, 127, 128, 129, 4096, 65_537, 2**30, 2**31 - 1])
+def test_division_by_multiplication_is_exact(divisor: int) -> None:
+    magic, shift = division(divisor)
+    assert magic < 2**32
+    edges = [divisor * k + d for k in (0, 1, 2, 1000, (2**31 - 1) // divisor) for d in (-1, 0, 1)]
+    for value in [*edges, *range(0, 2**31, 2**31 // 997), 2**31 - 1]:
+        if 0 <= value < 2**31:
+            assert value * magic >> shift == value // divisor
 
 
 DEFINES = VARIANTS[0]

@@ -35,9 +35,10 @@ struct Parameters {
   int* expert_counts;        // [num_local]
   int* route_rows;           // [num_routes]
   u32* exchange;             // grid: [blocks, num_local] counts
-  u32* barrier;              // grid: {arrived, generation}, zero between launches
+  u32* barrier;              // grid: [0] arrived, zero between launches; [32] generation
   i64 num_routes, num_experts, num_local, block_size, capacity;
-  i64 block_shift;           // log2 of block_size, or -1 if it is no power of two
+  i64 block_magic, block_shift;  // x / block_size = x * block_magic >> block_shift for x below 2^31
+  i64 owners;                // blocks that write what belongs to one expert: a power of two, at most the grid
   i64 warp_span;             // routes that a warp places: a multiple of 32, at most 32 * ROUNDS unless grid
   i64 warps;                 // warps of a block that place routes
   i64 copies;                // histogram copies, a power of two up to 32: lanes of a warp then seldom collide
@@ -106,7 +107,7 @@ __device__ __forceinline__ u32 read_peer(const u32* mine, u32 rank) {
 __device__ void grid_barrier(u32* barrier) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    volatile u32* generation = barrier + 1;
+    volatile u32* generation = barrier + 32;  // a line of its own: those who wait do not slow those who arrive
     u32 before = *generation;
     __threadfence();
     if (atomicAdd(barrier, 1u) == gridDim.x - 1) {
@@ -144,10 +145,10 @@ __device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop, i64
   return id == static_cast<int>(id) ? static_cast<int>(id) : -1;
 }
 
-// Blocks of block_size that hold `count` rows.
+// Blocks of block_size that hold `count` rows: a division below 2^31 by a multiplication (Granlund and Montgomery 1994).
 __device__ __forceinline__ u32 blocks_of(u32 count, const Parameters& p) {
-  u32 block_size = p.block_size;
-  return p.block_shift >= 0 ? (count + block_size - 1) >> p.block_shift : (count + block_size - 1) / block_size;
+  u32 full = static_cast<u64>(count - 1) * static_cast<u32>(p.block_magic) >> static_cast<u32>(p.block_shift);
+  return count ? full + 1 : 0;
 }
 
 // Gives the bucket of every lane the next free places of a warp's table; returns the lane's place.
@@ -162,6 +163,7 @@ __device__ __forceinline__ u32 take_places(u32* table, u32 bucket, u32 experts) 
   return place;
 }
 
+// The sum over this lane and those below it.
 __device__ __forceinline__ u32 scan_warp(u32 value, u32 lane) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -179,12 +181,13 @@ __device__ __forceinline__ void align(const Parameters& p) {
   const u32 experts = p.num_local, warps = p.warps, copies = p.copies, block_size = p.block_size;
   const u32 num_routes = p.num_routes, capacity = p.capacity;
 
-  u32* table = reinterpret_cast<u32*>(shared_words);  // [warps, experts] counts of a warp's span, then first places
+  u32* table = reinterpret_cast<u32*>(shared_words);  // [warps, experts] counts of a warp's span, then of those before it
   u32* before = table + warps * experts;              // [experts, copies] routes of this part before this block's span
   u32* rest = before + experts * copies;              // [experts, copies] the others of this part
   u32* own = rest + experts * copies;                 // [experts] this part's counts, what others read
   u32* earlier = own + experts;                       // [experts] grid: routes before this block's span
-  u32* offsets = earlier + experts;                   // [experts + 1]
+  u32* firsts = earlier + experts;                    // [experts] first slot of this block's routes
+  u32* offsets = firsts + experts;                    // [experts + 1] grid: first slot of an expert
   u32* warp_sums = offsets + experts + 1;             // [32]
 
   // which part of the routes this block counts, and which span of it this block places
@@ -198,7 +201,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
   const u32 warp_start = min(start + warp * warp_span, stop);
   const u32 warp_stop = warp < warps ? min(warp_start + warp_span, stop) : warp_start;
 
-  // ids are on their way while shared memory is cleared
+  // ids are on their way while shared memory is cleared, and the later parameters come into the constant cache
   wait_for_previous_launch();
   constexpr int OWN = HOW == SMALL ? 1 : HOW == GRID ? 0 : ROUNDS;
   int own_id[OWN + 1], part_id[BATCH];
@@ -208,7 +211,9 @@ __device__ __forceinline__ void align(const Parameters& p) {
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, part_start + thread + k * threads, part_stop, Id());
   }
-  const u32 zeroed = (HOW == GRID ? offsets : own) - table;
+  asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity), "l"(p.owners),
+               "l"(p.copies));
+  const u32 zeroed = (HOW == GRID ? firsts : own) - table;
   for (u32 i = thread; i < (zeroed + 3) / 4; i += threads) shared_words[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
 
@@ -266,9 +271,24 @@ __device__ __forceinline__ void align(const Parameters& p) {
           count[k] += rest[at];
         }
         count[k] += low[k];
+      } else if (warps == 1) {
+        count[k] = table[e];
+      }
+      if (warps > 1) {  // the table's counts become routes of the warps before
+        u32 run = 0;
+        for (u32 w = 0; w < warps; w += 4) {  // all loads of a batch before its stores
+          u32 in_warp[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) in_warp[i] = w + i < warps ? table[(w + i) * experts + e] : 0;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (w + i < warps) table[(w + i) * experts + e] = run;
+            run += in_warp[i];
+          }
+        }
+        if constexpr (HOW == SMALL || HOW == GRID) count[k] = run;
       } else {
-#pragma unroll 8
-        for (u32 w = 0; w < warps; ++w) count[k] += table[w * experts + e];
+        table[e] = 0;
       }
       if constexpr (HOW == CLUSTER) own[e] = count[k];
       if constexpr (HOW == GRID) p.exchange[blockIdx.x * experts + e] = count[k];
@@ -329,20 +349,10 @@ __device__ __forceinline__ void align(const Parameters& p) {
   for (int k = 0; k < PER; ++k) {
     const u32 e = thread * PER + k, begin = slot, filled = begin + count[k], end = begin + padded[k];
     slot = end;
-    const bool mine = e < experts && e % gridDim.x == blockIdx.x;  // this block writes what belongs to the expert alone
+    const bool mine = e < experts && (HOW == SMALL || (e & static_cast<u32>(p.owners - 1)) == blockIdx.x);
     if (e < experts) {
+      firsts[e] = begin + low[k];
       if constexpr (HOW == GRID) offsets[e] = begin;
-      u32 at = begin + low[k];
-      for (u32 w = 0; w < warps; w += 8) {  // all loads of a batch before its stores
-        u32 in_warp[8];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) in_warp[i] = w + i < warps ? table[(w + i) * experts + e] : 0;
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          if (w + i < warps) table[(w + i) * experts + e] = at;
-          at += in_warp[i];
-        }
-      }
       if (writes_vectors) {
         p.expert_offsets[e] = begin;
         p.expert_counts[e] = count[k];
@@ -381,8 +391,11 @@ __device__ __forceinline__ void align(const Parameters& p) {
         for (int k = 0; k < BATCH; ++k) {
           u32 route = base + k * 32 + lane;
           if (base + k * 32 < warp_stop) {
-            u32 place = take_places(places, bucket_of<MAPPED>(id[k], p), experts);
-            if (place != ALL) p.sorted_token_ids[place] = route;
+            u32 bucket = bucket_of<MAPPED>(id[k], p), place = take_places(places, bucket, experts);
+            if (bucket < experts) {
+              place += firsts[bucket];
+              p.sorted_token_ids[place] = route;
+            }
             if (route < warp_stop) p.route_rows[route] = place;
           }
         }
@@ -394,7 +407,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
         if (route < warp_stop) {
           u32 place = ALL;
           if (own_bucket[r] < experts) {
-            place = places[own_bucket[r]] + own_rank[r];
+            place = firsts[own_bucket[r]] + places[own_bucket[r]] + own_rank[r];
             p.sorted_token_ids[place] = route;
           }
           p.route_rows[route] = place;
@@ -426,8 +439,9 @@ __device__ __forceinline__ void align(const Parameters& p) {
 extern "C" __global__ void __launch_bounds__(1024, 1) align_kernel(
     const void* ids, const int* expert_map, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
     i64* expert_offsets, int* expert_counts, int* route_rows, u32* exchange, u32* barrier, i64 num_routes,
-    i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_shift, i64 warp_span, i64 warps, i64 copies) {
+    i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_magic, i64 block_shift, i64 owners,
+    i64 warp_span, i64 warps, i64 copies) {
   align<EXCHANGE, ID, MAP, EXPERTS_A_THREAD>({ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets,
                        expert_counts, route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size,
-                       capacity, block_shift, warp_span, warps, copies});
+                       capacity, block_magic, block_shift, owners, warp_span, warps, copies});
 }

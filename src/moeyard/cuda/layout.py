@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.compile import kernel
-from moeyard.cuda.plan import Card, Plan, plan
+from moeyard.cuda.plan import Card, Plan, division, plan
 from moeyard.values import Layout
 
 _current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
@@ -98,8 +98,11 @@ def _make_ready(
         options |= {"grid": chosen.grid // chosen.cluster, "cluster": chosen.cluster}
     cooperative = chosen.exchange == "GRID"
     config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=cooperative)
-    shift = -1 if block_size & (block_size - 1) else block_size.bit_length() - 1
-    sizes = (experts, block_size, capacity, shift, chosen.warp_span, chosen.warps, chosen.copies)
+    magic, shift = division(block_size)
+    sizes = (
+        *(experts, block_size, capacity, magic, shift, chosen.owners),
+        *(chosen.warp_span, chosen.warps, chosen.copies),
+    )
     if len(_READY) >= _MOST_READY:
         _READY.clear()
     streams = _STREAMS.setdefault(device, {})
@@ -167,7 +170,7 @@ def _check(result: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 _MOST_READY = 4096
-_LINE = 128
+_LINE = 256
 _LINES = 4096
 _LOCK = Lock()
 _BARRIERS: dict[tuple[int, int], int] = {}

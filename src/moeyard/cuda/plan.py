@@ -38,13 +38,18 @@ class Plan:
     """Histogram copies, a power of two; 0 where a block counts nothing but its own routes."""
 
     @property
+    def owners(self) -> int:
+        """Blocks that write what belongs to one expert."""
+        return 1 << (self.grid.bit_length() - 1)
+
+    @property
     def places(self) -> int:
         """Routes that the whole grid can place."""
         return self.grid * self.warps * self.warp_span
 
     def shared_bytes(self, experts: int) -> int:
-        """Shared memory of a block: its warps' tables, two histograms, three vectors and the warps' sums."""
-        words = self.warps * experts + 2 * experts * self.copies + 3 * experts + 1 + WARP
+        """Shared memory of a block: its warps' tables, two histograms, four vectors and the warps' sums."""
+        words = self.warps * experts + 2 * experts * self.copies + 4 * experts + 1 + WARP
         return -(-4 * words // 16) * 16
 
 
@@ -94,3 +99,9 @@ def _threads_for(experts: int, least: int) -> int:
 def _valid(candidate: Plan, experts: int, card: Card) -> bool:
     short = candidate.exchange == "GRID" or candidate.warp_span <= WARP * ROUNDS
     return short and candidate.shared_bytes(experts) <= card.shared_limit
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """(magic, shift) such that x // divisor == x * magic >> shift for every x in [0, 2^31), with magic in 32 bits."""
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1, shift
