@@ -27,18 +27,13 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         topk_ids = topk_ids.contiguous()
     if expert_map is not None and not expert_map.is_contiguous():
         expert_map = expert_map.contiguous()
-    num_routes, num_experts, experts, block_size = (
-        topk_ids.numel(),
-        out.num_experts,
-        out.num_local_experts,
-        out.block_size,
-    )
-    capacity = out.sorted_token_ids.shape[0]
+    num_routes, capacity = topk_ids.numel(), out.sorted_token_ids.shape[0]
+    experts, block_size = out.num_local_experts, out.block_size
     key = (num_routes, experts, capacity, block_size, topk_ids.dtype, expert_map is None, device, chosen)
     ready = _READY.get(key)
     if ready is None:
         ready = _READY.setdefault(key, _make_ready(*key))
-    launch, config, kernel, chosen, streams, sizes = ready
+    launch, config, loaded, chosen, streams, sizes = ready
     handle = _current_stream(device)
     stream = streams.get(handle)
     if stream is None:
@@ -50,7 +45,7 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
     launch(
         stream,
         config,
-        kernel,
+        loaded,
         topk_ids.data_ptr(),
         0 if expert_map is None else expert_map.data_ptr(),
         out.sorted_token_ids.data_ptr(),
@@ -62,7 +57,7 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         exchange,
         barrier,
         num_routes,
-        num_experts,
+        out.num_experts,
         *sizes,
     )
 

@@ -9,7 +9,7 @@ replaced) or not (the import paths of the operators exist, nothing else of vLLM 
 
 Deviations from vLLM, all in what it leaves undefined: orders are stable; ids that are out of range are dropped
 everywhere; the unused end of `expert_ids` stays -1 when a map is applied afterwards, where vLLM sends it through
-`expert_map[-1]`; 1-D ids are accepted.
+`expert_map[-1]`; flat ids are accepted in the form that says so (`moe_align_block_size`).
 """
 
 import sys
