@@ -73,8 +73,8 @@ def _cpu(call: Call) -> str | None:
 def _cuda(call: Call) -> str | None:
     if call.device != "cuda" or torch.version.hip is not None:
         return f"takes tensors of NVIDIA GPUs, got {call.device}"
-    if not installed("cuda") or not installed("cuda.core"):
-        return "cuda-core is not installed (pip install 'moeyard[gpu]')"
+    if not installed("cuda") or not installed("cuda.core") or not installed("cuda.bindings"):
+        return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
     return None
 
 

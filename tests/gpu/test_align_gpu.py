@@ -18,7 +18,8 @@ from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import layout_error
 from support import SOURCE, guard_broken, layout_difference, poisoned_layout
 
-pytestmark = pytest.mark.skipif(not impls.installed("cuda"), reason="cuda-core is not installed")
+REFUSAL = impls.explain("moe_align_block_size", "cuda").reasons["cuda"]
+pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 WAYS = [(8, 256, 16), (1000, 64, 16), (8000, 256, 64), (60_000, 128, 128), (300_000, 64, 128), (300_000, 8, 32)]
 
 

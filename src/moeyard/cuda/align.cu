@@ -41,7 +41,6 @@ struct Parameters {
   i64 owners;                // blocks that write what belongs to one expert: a power of two, at most the grid
   i64 warp_span;             // routes that a warp places: a multiple of 32, at most 32 * ROUNDS unless grid
   i64 warps;                 // warps of a block that place routes
-  i64 copies;                // histogram copies, a power of two up to 32: lanes of a warp then seldom collide
 };
 
 __device__ __forceinline__ u32 lanes_below() {
@@ -178,13 +177,13 @@ template <int HOW, typename Id, bool MAPPED, int PER>
 __device__ __forceinline__ void align(const Parameters& p) {
   extern __shared__ uint4 shared_words[];
   const u32 threads = blockDim.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const u32 experts = p.num_local, warps = p.warps, copies = p.copies, block_size = p.block_size;
+  const u32 experts = p.num_local, warps = p.warps, block_size = p.block_size;
   const u32 num_routes = p.num_routes, capacity = p.capacity;
 
   u32* table = reinterpret_cast<u32*>(shared_words);  // [warps, experts] counts of a warp's span, then of those before it
-  u32* before = table + warps * experts;              // [experts, copies] routes of this part before this block's span
-  u32* rest = before + experts * copies;              // [experts, copies] the others of this part
-  u32* own = rest + experts * copies;                 // [experts] this part's counts, what others read
+  u32* before = table + warps * experts;              // [experts] routes of this part before this block's span
+  u32* rest = before + experts;                       // [experts] the others of this part
+  u32* own = rest + experts;                          // [experts] this part's counts, what others read
   u32* earlier = own + experts;                       // [experts] grid: routes before this block's span
   u32* firsts = earlier + experts;                    // [experts] first slot of this block's routes
   u32* offsets = firsts + experts;                    // [experts + 1] grid: first slot of an expert
@@ -211,8 +210,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, part_start + thread + k * threads, part_stop, Id());
   }
-  asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity), "l"(p.owners),
-               "l"(p.copies));
+  asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity), "l"(p.owners));
   const u32 zeroed = (HOW == GRID ? firsts : own) - table;
   for (u32 i = thread; i < (zeroed + 3) / 4; i += threads) shared_words[i] = make_uint4(0, 0, 0, 0);
   __syncthreads();
@@ -244,15 +242,16 @@ __device__ __forceinline__ void align(const Parameters& p) {
     }
   }
   if constexpr (HOW == ALONE || HOW == CLUSTER) {
-    const u32 copy = lane & (copies - 1);
     for (u32 first = part_start + thread; first < part_stop; first += BATCH * threads) {
+      int next_id[BATCH];  // on their way while these are counted
+#pragma unroll
+      for (int k = 0; k < BATCH; ++k) next_id[k] = load_id(p.ids, first + (BATCH + k) * threads, part_stop, Id());
 #pragma unroll
       for (int k = 0; k < BATCH; ++k) {
         u32 bucket = bucket_of<MAPPED>(part_id[k], p);
-        if (bucket < experts) atomicAdd((first + k * threads < start ? before : rest) + bucket * copies + copy, 1u);
+        if (bucket < experts) atomicAdd((first + k * threads < start ? before : rest) + bucket, 1u);
+        part_id[k] = next_id[k];
       }
-#pragma unroll
-      for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, first + (BATCH + k) * threads, part_stop, Id());
     }
   }
   __syncthreads();
@@ -265,12 +264,8 @@ __device__ __forceinline__ void align(const Parameters& p) {
     count[k] = low[k] = 0;
     if (e < experts) {
       if constexpr (HOW == ALONE || HOW == CLUSTER) {
-        for (u32 c = 0; c < copies; ++c) {
-          u32 at = e * copies + ((c + lane) & (copies - 1));  // lanes start at different banks
-          low[k] += before[at];
-          count[k] += rest[at];
-        }
-        count[k] += low[k];
+        low[k] = before[e];
+        count[k] = low[k] + rest[e];
       } else if (warps == 1) {
         count[k] = table[e];
       }
@@ -344,37 +339,16 @@ __device__ __forceinline__ void align(const Parameters& p) {
   const u32 through = scan_warp(lane < threads / 32 ? warp_sums[lane] : 0, lane);
   const u32 used = __shfl_sync(ALL, through, 31), earlier_warps = __shfl_sync(ALL, through, (warp - 1) & 31);
   u32 slot = scan - sum + (warp ? earlier_warps : 0);
-  const bool writes_vectors = blockIdx.x == gridDim.x - 1;
+  u32 begin[PER];
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
-    const u32 e = thread * PER + k, begin = slot, filled = begin + count[k], end = begin + padded[k];
-    slot = end;
-    const bool mine = e < experts && (HOW == SMALL || (e & static_cast<u32>(p.owners - 1)) == blockIdx.x);
+    const u32 e = thread * PER + k;
+    begin[k] = slot;
     if (e < experts) {
-      firsts[e] = begin + low[k];
-      if constexpr (HOW == GRID) offsets[e] = begin;
-      if (writes_vectors) {
-        p.expert_offsets[e] = begin;
-        p.expert_counts[e] = count[k];
-      }
+      firsts[e] = slot + low[k];
+      if constexpr (HOW == GRID) offsets[e] = slot;
     }
-    for (u32 todo = __ballot_sync(ALL, mine && filled < end); todo; todo &= todo - 1) {
-      const u32 from = __ffs(todo) - 1, until = __shfl_sync(ALL, end, from);
-      for (u32 s = __shfl_sync(ALL, filled, from) + lane; s < until; s += 32) p.sorted_token_ids[s] = num_routes;
-    }
-    if constexpr (HOW != GRID) {
-      const u32 block = blocks_of(begin, p), blocks = blocks_of(padded[k], p);
-      if (mine && blocks == 1) p.expert_ids[block] = e;
-      for (u32 todo = __ballot_sync(ALL, mine && blocks > 1); todo; todo &= todo - 1) {
-        const u32 from = __ffs(todo) - 1, number = __shfl_sync(ALL, blocks, from);
-        const u32 at = __shfl_sync(ALL, block, from), expert = __shfl_sync(ALL, e, from);
-        for (u32 b = lane; b < number; b += 32) p.expert_ids[at + b] = expert;
-      }
-    }
-  }
-  if (writes_vectors && thread == 0) {
-    p.expert_offsets[experts] = used;
-    *p.num_tokens_post_padded = used;
+    slot += padded[k];
   }
   if (HOW == GRID && thread == 0) offsets[experts] = used;
   __syncthreads();
@@ -416,6 +390,35 @@ __device__ __forceinline__ void align(const Parameters& p) {
     }
   }
 
+  // what belongs to one expert
+  const bool writes_vectors = blockIdx.x == gridDim.x - 1;
+#pragma unroll
+  for (int k = 0; k < PER; ++k) {
+    const u32 e = thread * PER + k, filled = begin[k] + count[k], end = begin[k] + padded[k];
+    const bool mine = e < experts && (HOW == SMALL || (e & static_cast<u32>(p.owners - 1)) == blockIdx.x);
+    if (writes_vectors && e < experts) {
+      p.expert_offsets[e] = begin[k];
+      p.expert_counts[e] = count[k];
+    }
+    for (u32 todo = __ballot_sync(ALL, mine && filled < end); todo; todo &= todo - 1) {
+      const u32 from = __ffs(todo) - 1, until = __shfl_sync(ALL, end, from);
+      for (u32 s = __shfl_sync(ALL, filled, from) + lane; s < until; s += 32) p.sorted_token_ids[s] = num_routes;
+    }
+    if constexpr (HOW != GRID) {
+      const u32 block = blocks_of(begin[k], p), blocks = blocks_of(padded[k], p);
+      if (mine && blocks == 1) p.expert_ids[block] = e;
+      for (u32 todo = __ballot_sync(ALL, mine && blocks > 1); todo; todo &= todo - 1) {
+        const u32 from = __ffs(todo) - 1, number = __shfl_sync(ALL, blocks, from);
+        const u32 at = __shfl_sync(ALL, block, from), expert = __shfl_sync(ALL, e, from);
+        for (u32 b = lane; b < number; b += 32) p.expert_ids[at + b] = expert;
+      }
+    }
+  }
+  if (writes_vectors && thread == 0) {
+    p.expert_offsets[experts] = used;
+    *p.num_tokens_post_padded = used;
+  }
+
   // the unused end
   const u32 grid_thread = blockIdx.x * threads + thread, grid_threads = gridDim.x * threads;
   for (u32 s = used + grid_thread; s < capacity; s += grid_threads) p.sorted_token_ids[s] = num_routes;
@@ -440,8 +443,8 @@ extern "C" __global__ void __launch_bounds__(1024, 1) align_kernel(
     const void* ids, const int* expert_map, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
     i64* expert_offsets, int* expert_counts, int* route_rows, u32* exchange, u32* barrier, i64 num_routes,
     i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_magic, i64 block_shift, i64 owners,
-    i64 warp_span, i64 warps, i64 copies) {
+    i64 warp_span, i64 warps) {
   align<EXCHANGE, ID, MAP, EXPERTS_A_THREAD>({ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets,
                        expert_counts, route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size,
-                       capacity, block_magic, block_shift, owners, warp_span, warps, copies});
+                       capacity, block_magic, block_shift, owners, warp_span, warps});
 }

@@ -94,10 +94,7 @@ def _make_ready(
     cooperative = chosen.exchange == "GRID"
     config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=cooperative)
     magic, shift = division(block_size)
-    sizes = (
-        *(experts, block_size, capacity, magic, shift, chosen.owners),
-        *(chosen.warp_span, chosen.warps, chosen.copies),
-    )
+    sizes = (experts, block_size, capacity, magic, shift, chosen.owners, chosen.warp_span, chosen.warps)
     if len(_READY) >= _MOST_READY:
         _READY.clear()
     streams = _STREAMS.setdefault(device, {})

@@ -34,8 +34,6 @@ class Plan:
     """Warps of a block that place routes."""
     warp_span: int
     """Routes that each of them places: a multiple of 32, at most 32 * ROUNDS unless the exchange is GRID."""
-    copies: int
-    """Histogram copies, a power of two; 0 where a block counts nothing but its own routes."""
 
     @property
     def owners(self) -> int:
@@ -48,8 +46,8 @@ class Plan:
         return self.grid * self.warps * self.warp_span
 
     def shared_bytes(self, experts: int) -> int:
-        """Shared memory of a block: its warps' tables, two histograms, four vectors and the warps' sums."""
-        words = self.warps * experts + 2 * experts * self.copies + 4 * experts + 1 + WARP
+        """Shared memory of a block: its warps' tables, six vectors and the warps' sums."""
+        words = self.warps * experts + 6 * experts + 1 + WARP
         return -(-4 * words // 16) * 16
 
 
@@ -62,7 +60,7 @@ def plan(num_routes: int, num_local_experts: int, capacity: int, card: Card) -> 
     experts = num_local_experts
     candidates = []
     if num_routes <= WARP and capacity <= 512:  # one block fills no more slots than that fast enough
-        candidates.append(Plan("SMALL", 1, 1, _threads_for(experts, 256), 1, WARP, 0))
+        candidates.append(Plan("SMALL", 1, 1, _threads_for(experts, 256), 1, WARP))
     elif num_routes <= 4096:
         grid, threads = (16, 256) if num_routes <= 512 else (32, 256) if num_routes <= 2048 else (64, 512)
         candidates.append(_redundant("ALONE", num_routes, grid, 1, _threads_for(experts, threads)))
@@ -73,7 +71,7 @@ def plan(num_routes: int, num_local_experts: int, capacity: int, card: Card) -> 
     grid, threads = min(128 if few else 64, card.processors), 512 if few else MAX_THREADS
     for warps in (threads // WARP, 8, 4, 2, 1):  # fewer tables where they are long
         span = -(-max(num_routes, 1) // (grid * warps * WARP)) * WARP
-        candidates.append(Plan("GRID", grid, 1, _threads_for(experts, threads), warps, span, 0))
+        candidates.append(Plan("GRID", grid, 1, _threads_for(experts, threads), warps, span))
     for candidate in candidates:
         if _valid(candidate, experts, card):
             return candidate
@@ -88,7 +86,7 @@ def _redundant(exchange: str, num_routes: int, grid: int, cluster: int, threads:
     warps = min(rounds, 8)
     if rounds > 8 * ROUNDS:
         warps = 16
-    return Plan(exchange, grid, cluster, threads, warps, WARP * -(-rounds // warps), 1)
+    return Plan(exchange, grid, cluster, threads, warps, WARP * -(-rounds // warps))
 
 
 def _threads_for(experts: int, least: int) -> int:
