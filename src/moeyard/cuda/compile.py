@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 _FOLDER = Path(__file__).parent
-_OPTIONS = ("-std=c++17",)
+_STANDARD = "c++17"
 
 
 def cache_folder() -> Path:
@@ -22,15 +22,16 @@ def cache_folder() -> Path:
 def cubin(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
     """The machine code of a source file of this folder for `arch` ("sm_90"), from the cache if it is there.
 
-    The key is the source, the definitions, the architecture, the options and the compiler's version. Files are
-    replaced whole, so processes may compile the same at once; one whose digest is wrong is compiled again; a folder
-    that cannot be written costs the compilation every time and nothing else.
+    The key is the source, the headers, the definitions, the architecture, the language standard and the compiler's
+    version. Files are replaced whole, so processes may compile the same at once; one whose digest is wrong is compiled
+    again; a folder that cannot be written costs the compilation every time and nothing else.
     """
     from cuda.bindings import nvrtc
 
     text = (_FOLDER / source).read_text()
+    headers = [path.read_text() for path in sorted(_FOLDER.glob("*.cuh"))]
     _, major, minor = nvrtc.nvrtcVersion()
-    key = hashlib.sha256(repr((text, defines, arch, _OPTIONS, major, minor)).encode()).hexdigest()[:32]
+    key = hashlib.sha256(repr((text, headers, defines, arch, _STANDARD, major, minor)).encode()).hexdigest()[:32]
     path = cache_folder() / f"{Path(source).stem}-{arch}-{key}.cubin"
     code = _read(path)
     if code is None:
@@ -43,7 +44,7 @@ def compile_source(text: str, defines: tuple[tuple[str, str], ...], arch: str) -
     """The machine code of a text; RuntimeError with the compiler's log if it does not compile."""
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(arch=arch, std="c++17", define_macro=list(defines) or None)
+    options = ProgramOptions(arch=arch, std=_STANDARD, define_macro=list(defines) or None, include_path=str(_FOLDER))
     program = Program(text, "c++", options)
     try:
         code: bytes = program.compile("cubin").code
