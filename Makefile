@@ -26,7 +26,7 @@ demo: .venv/ready ## run the seed workload and print a table
 	$(BIN)/moeyard bench --workload seed
 
 test: .venv/ready ## every test this machine can run, in at most 12 minutes on two cores
-	$(RUN) 1200 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+	$(RUN) 720 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
 
 test-full: .venv/ready ## the longer tests too
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -47,8 +47,8 @@ bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/result
 gpu: ## GPU tests and benchmarks, unattended; results in OUT
 	mkdir -p '$(OUT)'
 	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
-	PYTHONPATH=src $(RUN) 240 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)'; echo $$? > '$(OUT)/bench.status'
-	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qLv '^0$$' '$(OUT)'/*.status
+	PYTHONPATH=src $(RUN) 480 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)'; echo $$? > '$(OUT)/bench.status'
+	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qv '^0$$' '$(OUT)'/*.status
 
 clean: ## remove .venv and build products
 	rm -rf .venv build dist

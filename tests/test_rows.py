@@ -151,11 +151,11 @@ def test_moe_sum(dtype: torch.dtype, masked: str, layout: str) -> None:
             out = poisoned((tokens, hidden), dtype)
             got = moeyard.moe_sum(rows, topk_ids=ids, expert_map=mapping, out=out, impl=impl)
             assert got is out and not guard_broken(out)
-            assert (
-                not wide.numel()
-                or largest_and_rms(got, wide)[0]
-                <= top_k * 2.0**-21 + float(wide.abs().max()) * torch.finfo(dtype).eps * 0.51
-            ), impl
+            if wide.numel():
+                sums_eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+                size = float(torch.where(rows.isnan(), 0, rows).double().abs().sum(1).max())
+                allowed = size * (top_k * sums_eps + 0.51 * torch.finfo(dtype).eps)
+                assert largest_and_rms(got, wide)[0] <= allowed, impl
             if ids is not None and tokens:
                 unsigned = ids.int().view(torch.uint32)
                 assert same_bits(moeyard.moe_sum(rows, topk_ids=unsigned, expert_map=mapping, impl=impl), got)
@@ -185,9 +185,7 @@ def test_special_values_pass_through(impl: str) -> None:
     special = [float("nan"), float("inf"), -float("inf"), -0.0, 3.4e38, 1e-40, 65504.0, 6e-8, 1.0039, 1.0117]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rows = torch.tensor(special * 4).to(dtype).unsqueeze(1).repeat(1, 40)
-        assert torch.equal(moeyard.combine(rows, layout, impl=impl), rows + 0.0) or torch.allclose(
-            moeyard.combine(rows, layout, impl=impl), rows, rtol=0, atol=0, equal_nan=True
-        )
+        assert torch.allclose(moeyard.combine(rows, layout, impl=impl), rows, rtol=0, atol=0, equal_nan=True)
         every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
         if dtype == torch.bfloat16:  # every bfloat16 survives widening and rounding
             one = moeyard.moe_align_block_size(torch.zeros(1, 1, dtype=torch.int32), num_experts=1, block_size=1)
@@ -266,7 +264,7 @@ def test_bad_rows_name_the_argument() -> None:
         (
             lambda: moeyard.combine(rows.double(), layout, impl="cpu"),
             ValueError,
-            "impl: 'cpu' refuses combine: it sums rows",
+            "impl: 'cpu' refuses combine: sums rows",
         ),
         (lambda: moeyard.moe_sum(rows), ValueError, "rows: expected a 3-D tensor"),
         (

@@ -143,9 +143,7 @@ def doctor() -> None:
     else:
         _console.print(f"no GPU: torch is built for CUDA {torch.version.cuda} but sees no device")
     for package, how, use in _OPTIONAL:
-        state = (
-            "installed" if impls.installed(package.split(".")[0]) and impls.installed(package) else f"missing ({how})"
-        )
+        state = "installed" if impls.installed(package) else f"missing ({how})"
         _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
     for place in ["cpu", *(["cuda"] if cuda else [])]:
         table = Table(title=f"{place} tensors", title_justify="left")

@@ -55,7 +55,10 @@ class Explanation:
 @cache
 def installed(module: str) -> bool:
     """Whether a package is there to be imported."""
-    return importlib.util.find_spec(module) is not None
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent is
+        return False
 
 
 def _anywhere(_: Call) -> str | None:
@@ -73,7 +76,7 @@ def _cpu(call: Call) -> str | None:
 def _cuda(call: Call) -> str | None:
     if call.device != "cuda" or torch.version.hip is not None:
         return f"takes tensors of NVIDIA GPUs, got {call.device}"
-    if not installed("cuda") or not installed("cuda.core") or not installed("cuda.bindings"):
+    if not installed("cuda.core") or not installed("cuda.bindings"):
         return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
     return None
 
@@ -150,7 +153,7 @@ def launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Ca
                 loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
                 return loaded
             if impl == row.name:
-                raise ValueError(f"impl: {impl!r} refuses {op}: it {reason}")
+                raise ValueError(f"impl: {impl!r} refuses {op}: {reason}")
     raise ValueError(f"impl: expected 'auto' or one of {list(impl_names(op))} for {op}, got {impl!r}")
 
 

@@ -66,7 +66,7 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         dtype = torch.int32 if "dtype" not in dict(case.sizes) else getattr(torch, case["dtype"])
         reason = impls.explain(case.op, device, dtype).reasons[impl]
         if impl != "reference" and (reason == "chosen" or reason.startswith("comes after")):
-            found.append(Provider("moeyard", impl, _moeyard(case, impl), waits=False))
+            found.append(Provider("moeyard", impl, _moeyard(case, impl)))
     found.append(Provider("torch", "plain", _plain(case), waits=True))
     if case.op == "moe_align_block_size" and device.type == "cpu" and impls.installed("numba"):
         found.append(Provider("numba", "bare", _bare(case)))

@@ -22,7 +22,7 @@ SUITES = {
     },
 }
 """Device -> result file -> arguments of `moeyard bench`."""
-LIMIT_S = {"cpu": 600, "cuda": 75}
+LIMIT_S = {"cpu": 600, "cuda": 150}
 """Seconds that one result file may take."""
 
 

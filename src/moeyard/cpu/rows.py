@@ -38,7 +38,7 @@ from moeyard.cpu.pointers import (
 from moeyard.cpu.threads import count_parts, run_parts
 from moeyard.ids import local_expert_ids
 
-_LEAST_BYTES = 1 << 20  # a part smaller than this is not worth a thread: benchmarks/results/cpu-2core/rows.json
+_LEAST_BYTES = 1 << 20  # a part smaller than this is not worth the hand-over to a thread
 _STREAMED_BYTES = 1 << 23  # outputs from here on do not stay in a core's caches anyway
 _FLOAT32, _BFLOAT16, _FLOAT16 = 0, 1, 2
 _KINDS = {torch.float32: _FLOAT32, torch.bfloat16: _BFLOAT16, torch.float16: _FLOAT16}

@@ -41,7 +41,7 @@ def cubin(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes
 
 
 def compile_source(text: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
-    """The machine code of a text; RuntimeError with the compiler's log if it does not compile."""
+    """The machine code of a text; what cuda.core raises, the compiler's log in it, if it does not compile."""
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(arch=arch, std=_STANDARD, define_macro=list(defines) or None, include_path=str(_FOLDER))
@@ -63,14 +63,17 @@ def _read(path: Path) -> bytes | None:
 
 
 def _write(path: Path, code: bytes) -> None:
+    part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "wb") as part:
-            part.write(hashlib.sha256(code).digest() + code)
-        Path(name).replace(path)
-    except OSError:
-        return
+        part = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(hashlib.sha256(code).digest() + code)
+        part.replace(path)
+    except OSError:  # a full disk, say: leave no half behind
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 @cache

@@ -124,17 +124,15 @@ def _barrier(device: int, stream: int) -> int:
         return _new_barrier(device)
     key = (device, stream)
     found = _BARRIERS.get(key)
-    if found is None:
-        with _LOCK:
-            found = _BARRIERS.setdefault(key, _new_barrier(device))
-    return found
+    return _BARRIERS.setdefault(key, _new_barrier(device)) if found is None else found
 
 
 def _new_barrier(device: int) -> int:
-    spare = _SPARE.setdefault(device, [])
-    if not spare:
-        spare.extend(_zeroed())
-    return spare.pop()
+    with _LOCK:
+        spare = _SPARE.setdefault(device, [])
+        if not spare:
+            spare.extend(_zeroed())
+        return spare.pop()
 
 
 def _zeroed() -> Iterator[int]:
