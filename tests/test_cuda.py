@@ -6,16 +6,29 @@ from pathlib import Path
 import pytest
 
 from moeyard.cuda import compile as building
-from moeyard.cuda.plan import ROUNDS, WARP, Card, division, plan
+from moeyard.cuda.plan import MAX_ROUNDS, WARP, Card, division, plan
 from moeyard.tiles import layout_capacity
 from support import python
 
 H200 = Card(132, 232448, True)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+NAMES = (
+    "EXCHANGE BLOCK BLOCKS_A_CLUSTER PLACING_WARPS ROUTES_A_LANE EXPERTS_A_THREAD ID MAP ALIGN".split()
+)
 VARIANTS = [
-    (("EXCHANGE", how), ("ID", kind), ("MAP", mapped), ("EXPERTS_A_THREAD", per))
-    for how in ("SMALL", "ALONE", "CLUSTER", "GRID")
-    for kind, mapped, per in (("int", "false", "1"), ("i64", "true", "8"))
+    tuple(zip(NAMES, values.split(), strict=True))
+    for values in (
+        "TINY 512 1 1 1 1 int false true",
+        "TINY 512 1 1 1 16 i64 true false",
+        "ALONE 256 1 1 1 1 int false true",
+        "ALONE 1024 1 2 2 8 i64 true false",
+        "CLUSTER 256 8 4 1 1 int false true",
+        "CLUSTER 512 8 8 4 2 i64 true false",
+        "GRID 512 8 16 4 1 int false true",
+        "GRID 512 1 16 8 2 i64 true false",
+        "LONG 512 1 16 8 1 int false true",
+        "LONG 1024 1 1 8 8 i64 true false",
+    )
 ]
 
 
@@ -64,12 +77,13 @@ def test_plans_hold(card: Card, experts: int) -> None:
         assert chosen.places >= routes
         assert chosen.shared_bytes(experts) <= card.shared_limit
         assert chosen.threads % WARP == 0 and chosen.warps * WARP <= chosen.threads <= 1024
-        assert chosen.warp_span % WARP == 0 and chosen.grid % chosen.cluster == 0
-        assert chosen.grid <= card.processors and chosen.grid * chosen.threads < 2**31
-        if chosen.exchange != "GRID":
-            assert chosen.warp_span <= WARP * ROUNDS
-        assert chosen.exchange != "CLUSTER" or card.clusters
-        assert chosen.exchange != "SMALL" or chosen.grid == 1
+        assert 1 <= chosen.rounds <= MAX_ROUNDS and chosen.tile < 2**16, "tables hold 16 bits"
+        assert chosen.grid % chosen.cluster == 0 and chosen.cluster == 1 or card.clusters
+        assert chosen.tiles == 1 or chosen.exchange == "LONG"
+        if chosen.cooperative:
+            blocks = min(65536 // (64 * chosen.threads), (card.shared_limit + 1024) // (chosen.shared_bytes(experts) + 1024))
+            lost = 8 * 7 if chosen.cluster > 1 else 0
+            assert chosen.grid <= blocks * card.processors - lost, "all blocks run at once, whatever 8 GPCs look like"
 
 
 def test_eight_thousand_experts_fit_an_h200_and_too_many_are_an_error() -> None:

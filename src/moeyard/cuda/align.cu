@@ -3,356 +3,420 @@
 //
 // Every block learns the count of every expert, and how many of an expert's routes come before the block's own span
 // of routes; then offsets, ranks and outputs follow without another word between blocks. How a block learns it is
-// the only difference between the kernels:
+// the main difference between the kernels:
 //
-//   small     one block, a route a thread
+//   tiny      at most a warp of routes: every warp has all of them in its lanes, and nothing is shared
 //   alone     each block counts all routes itself: nothing is exchanged
-//   cluster   the blocks of a cluster count a part each and read each other's shared memory; every cluster does the
+//   cluster   the blocks of a cluster count a part each and post their counts to each other; every cluster does the
 //             whole input again
-//   grid      each block counts its own span and publishes it; one grid barrier (cooperative launch)
+//   grid      each block counts its own span; clusters add up and publish; one grid barrier (cooperative launch)
+//   long      as grid, for spans of more than one tile, which is what a block's registers hold
 //
-// A warp ranks 32 routes at a time by __match_any_sync; spans of warps, blocks and parts are consecutive, so ranks
-// ascend with the route. Parameters are 64-bit so that the host can pass plain integers.
+// A warp ranks 32 routes at a time: each lane sets its bit in its bucket's word of shared memory, and the bits below its
+// own are its rank, whatever order the bits were set in (measured on an H200, __match_any_sync takes two cycles for every
+// distinct bucket, in one warp of a multiprocessor at a time: ten times as long). Spans of warps, blocks and parts are
+// consecutive, so ranks ascend with the route. Grid and long sort a tile in shared memory, so that neighbouring threads
+// write neighbouring slots.
+//
+// Small sizes take about five cycles an instruction, in one warp: hence the constants and the loops that are not unrolled.
 
-#pragma nv_diag_suppress 186  // comparisons that only some kernels need
+#pragma nv_diag_suppress 177, 186  // names and comparisons that only some kernels need
 
-#include "device.cuh"
+#include "align.cuh"
+#include "align_tiny.cuh"
 
-constexpr int SMALL = 0, ALONE = 1, CLUSTER = 2, GRID = 3;
-constexpr int BATCH = 8;   // ids that a thread has in flight
-constexpr int ROUNDS = 4;  // times 32 routes that a warp keeps in registers (all but grid)
+constexpr int TINY = 0, ALONE = 1, CLUSTER = 2, GRID = 3, LONG = 4, HOW = EXCHANGE;
+constexpr bool REPEATS = HOW == ALONE || HOW == CLUSTER;  // blocks count routes that other blocks count as well
+constexpr u32 TILE = 32 * WARPS * ROUNDS;                 // routes that a block places at a time
+constexpr int BATCH = HOW == ALONE ? 2 : 4;               // groups of four ids that a thread has in flight
 
-struct Parameters {
-  const void* ids;           // [num_routes] int32 or int64
-  const int* expert_map;     // [num_experts] or null
-  int* sorted_token_ids;     // [capacity]
-  int* expert_ids;           // [capacity / block_size]
-  int* num_tokens_post_padded;
-  i64* expert_offsets;       // [num_local + 1]
-  int* expert_counts;        // [num_local]
-  int* route_rows;           // [num_routes]
-  u32* exchange;             // grid: [blocks, num_local] counts
-  u32* barrier;              // grid: [0] arrived, zero between launches; [32] generation
-  i64 num_routes, num_experts, num_local, block_size, capacity;
-  i64 block_magic, block_shift;  // x / block_size = x * block_magic >> block_shift for x below 2^31
-  i64 owners;                // blocks that write what belongs to one expert: a power of two, at most the grid
-  i64 warp_span;             // routes that a warp places: a multiple of 32, at most 32 * ROUNDS unless grid
-  i64 warps;                 // warps of a block that place routes
-};
-
-// The local expert of a route, or num_local if the route is dropped. Negative ids are large when unsigned.
-template <bool MAPPED>
-__device__ __forceinline__ u32 bucket_of(int id, const Parameters& p) {
-  const u32 experts = p.num_local;
-  if constexpr (!MAPPED) {
-    const u32 limit = min(static_cast<u32>(p.num_experts), experts);
-    return static_cast<u32>(id) < limit ? id : experts;
+// Ranks the routes of a warp among those of its own bucket. `bits` are clear before and, if ROUNDS > 1, after;
+// `counts` are those of the rounds so far.
+__device__ __forceinline__ void rank_routes(const int (&id)[ROUNDS], u32 (&bucket)[ROUNDS], u32 (&rank)[ROUNDS],
+                                            u32* bits, u16* counts, const Parameters& p) {
+  const u32 experts = p.num_local, lane_bit = 1u << (threadIdx.x & 31);
+#pragma unroll
+  for (int r = 0; r < ROUNDS; ++r) {
+    bucket[r] = bucket_of(id[r], p);
+    const bool held = bucket[r] < experts;
+    if (held) atomicOr(bits + bucket[r], lane_bit);
+    __syncwarp();
+    const u32 same = held ? bits[bucket[r]] : 0;
+    rank[r] = __popc(same & (lane_bit - 1));
+    if constexpr (ROUNDS > 1) {
+      const bool first = held && rank[r] == 0;
+      if (held) rank[r] += counts[bucket[r]];
+      __syncwarp();
+      if (first) {
+        counts[bucket[r]] = rank[r] + __popc(same);
+        bits[bucket[r]] = 0;
+      }
+      __syncwarp();
+    }
   }
-  u32 local = static_cast<u32>(id) < static_cast<u32>(p.num_experts) ? __ldg(p.expert_map + id) : ALL;
-  return min(local, experts);
 }
 
-// Ids of 64 bits: those that 32 bits do not hold are out of range like -1.
-__device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop, int) {
-  return route < stop ? __ldg(static_cast<const int*>(ids) + route) : -1;
+// Turns an expert's counts (ROUNDS == 1: bits) of each warp into counts of the warps before; returns the sum.
+__device__ __forceinline__ u32 sum_column(u32* bits, u16* counts, u32 experts) {
+  constexpr u32 MOST = WARPS < 8 ? WARPS : 8;  // all loads of a batch before its stores
+  u32 run = 0;
+#pragma unroll
+  for (u32 first = 0; first < WARPS; first += MOST) {
+    u32 count[MOST];
+#pragma unroll
+    for (u32 i = 0; i < MOST; ++i) {
+      const u32 at = (first + i) * experts;
+      count[i] = first + i >= WARPS ? 0 : ROUNDS == 1 ? __popc(bits[at]) : counts[at];
+    }
+#pragma unroll
+    for (u32 i = 0; i < MOST; ++i) {
+      if (first + i < WARPS) counts[(first + i) * experts] = run;
+      run += count[i];
+    }
+  }
+  return run;
 }
 
-__device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop, i64) {
-  i64 id = route < stop ? __ldg(static_cast<const i64*>(ids) + route) : -1;
-  return id == static_cast<int>(id) ? static_cast<int>(id) : -1;
+// Long counts its span from the end, so that what it places first is still in the L2 cache.
+__device__ __forceinline__ u32 counted_at(u32 route, u32 start, u32 stop) {
+  return HOW == LONG ? start + (stop - start + 3) / 4 * 4 - 4 - (route - start) : route;
 }
 
-// Blocks of block_size that hold `count` rows: a division below 2^31 by a multiplication (Granlund and Montgomery 1994).
-__device__ __forceinline__ u32 blocks_of(u32 count, const Parameters& p) {
-  u32 full = static_cast<u64>(count - 1) * static_cast<u32>(p.block_magic) >> static_cast<u32>(p.block_shift);
-  return count ? full + 1 : 0;
+// The first groups of four ids that this thread counts.
+__device__ __forceinline__ void load_batch(int4 (&four)[BATCH], const Parameters& p, u32 start, u32 stop) {
+#pragma unroll
+  for (int k = 0; k < BATCH; ++k) {
+    const u32 route = start + (threadIdx.x + k * THREADS) * 4;
+    if (route < stop) four[k] = load_four(p.ids, counted_at(route, start, stop), stop);
+  }
 }
 
-// Gives the bucket of every lane the next free places of a warp's table; returns the lane's place.
-__device__ __forceinline__ u32 take_places(u32* table, u32 bucket, u32 experts) {
-  u32 same = __match_any_sync(ALL, bucket);
-  u32 rank = __popc(same & lanes_below());
-  bool held = bucket < experts;
-  u32 place = held ? table[bucket] + rank : ALL;
-  __syncwarp();
-  if (held && rank == 0) table[bucket] = place + __popc(same);
-  __syncwarp();
-  return place;
+// Adds the routes of [start, stop) to two histograms: those before `border`, a multiple of four, and the others.
+__device__ __forceinline__ void count_routes(int4 (&four)[BATCH], const Parameters& p, u32 start, u32 border, u32 stop,
+                                             u32* before, u32* others) {
+  const u32 experts = p.num_local;
+  constexpr u32 STEP = 4 * BATCH * THREADS;
+#pragma unroll 1
+  for (u32 first = start + 4 * threadIdx.x; first < stop; first += STEP) {
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
+      const u32 route = first + k * 4 * THREADS;
+      if (route >= stop) break;
+      u32* histogram = route < border ? before : others;
+      const u32 bucket[4] = {bucket_of(four[k].x, p), bucket_of(four[k].y, p), bucket_of(four[k].z, p),
+                             bucket_of(four[k].w, p)};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (bucket[i] < experts) atomicAdd(histogram + bucket[i], 1u);
+      }
+      if (route + STEP < stop) four[k] = load_four(p.ids, counted_at(route + STEP, start, stop), stop);
+    }
+  }
 }
 
-// A thread owns PER consecutive experts from the counts on: they stay in its registers.
-template <int HOW, typename Id, bool MAPPED, int PER>
 __device__ __forceinline__ void align(const Parameters& p) {
   extern __shared__ uint4 shared_words[];
-  const u32 threads = blockDim.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-  const u32 experts = p.num_local, warps = p.warps, block_size = p.block_size;
-  const u32 num_routes = p.num_routes, capacity = p.capacity;
+  const u32 thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const u32 experts = p.num_local, block_size = p.block_size, num_routes = p.num_routes, capacity = p.capacity;
+  const u32 rank_in_cluster = CLUSTER_SIZE > 1 ? cluster_rank() : 0;
 
-  u32* table = reinterpret_cast<u32*>(shared_words);  // [warps, experts] counts of a warp's span, then of those before it
-  u32* before = table + warps * experts;              // [experts] routes of this part before this block's span
-  u32* rest = before + experts;                       // [experts] the others of this part
-  u32* own = rest + experts;                          // [experts] this part's counts, what others read
-  u32* earlier = own + experts;                       // [experts] grid: routes before this block's span
-  u32* firsts = earlier + experts;                    // [experts] first slot of this block's routes
-  u32* offsets = firsts + experts;                    // [experts + 1] grid: first slot of an expert
-  u32* warp_sums = offsets + experts + 1;             // [32]
+  u64* mailbox = reinterpret_cast<u64*>(shared_words);   // [2]
+  u32* sums = reinterpret_cast<u32*>(shared_words + 1);  // [32]
+  u32* tile_sums = sums + 32;                            // [32]
+  u32* counts = tile_sums + 32;                          // [experts]
+  u32* before = counts + experts;                        // [experts] routes before this block's span
+  u32* rest = before + experts;                          // [experts] other routes; grid: first staged one of a tile
+  u32* bits = rest + experts;                            // [WARPS, experts] see rank_routes
+  u16* table = reinterpret_cast<u16*>(bits + WARPS * experts);  // [WARPS, experts] routes of a warp, of those before it
+  u32* firsts = bits + WARPS * experts + (WARPS * experts + 1) / 2;  // [experts] first slot of this block, less `rest`
+  u32* blocks = firsts + experts;                        // [experts + 1] first block of an expert
+  u32* inbox = blocks + experts + 1;                     // [CLUSTER_SIZE, experts] counts of the blocks of a cluster
+  u32* answers = inbox + (CLUSTER_SIZE > 1 ? CLUSTER_SIZE * experts : 0);       // grid: [2, experts] all, before
+  u32* staged = answers + (!REPEATS && CLUSTER_SIZE > 1 ? 2 * experts : 0);     // grid: [TILE] routes by bucket
+  u32* staged_place = staged + TILE;                                            // grid: [TILE] their slots
+  u32* own_bits = bits + warp * experts;
+  u16* own_row = table + warp * experts;
+  auto owner = [](u32 e) { return (e >> 5) % CLUSTER_SIZE; };  // grid: the block of a cluster that adds up an expert
 
   // which part of the routes this block counts, and which span of it this block places
-  const u32 parts = HOW == CLUSTER ? cluster_size() : HOW == GRID ? gridDim.x : 1;
-  const u32 part = HOW == CLUSTER ? cluster_rank() : HOW == GRID ? blockIdx.x : 0;
-  const u32 spans = HOW == ALONE ? gridDim.x : HOW == CLUSTER ? gridDim.x / parts : 1;  // spans of a part
-  const u32 own_span = HOW == ALONE ? blockIdx.x : HOW == CLUSTER ? blockIdx.x / parts : 0;
-  const u32 warp_span = p.warp_span, span = warps * warp_span;
+  const u32 part = HOW == CLUSTER ? rank_in_cluster : 0, spans = HOW == CLUSTER ? number_of_clusters() : gridDim.x;
+  const u32 own_span = HOW == CLUSTER ? cluster_number() : blockIdx.x, span = HOW == LONG ? TILE * p.tiles : TILE;
   const u32 part_start = min(part * spans * span, num_routes), part_stop = min(part_start + spans * span, num_routes);
   const u32 start = min(part_start + own_span * span, num_routes), stop = min(start + span, num_routes);
-  const u32 warp_start = min(start + warp * warp_span, stop);
-  const u32 warp_stop = warp < warps ? min(warp_start + warp_span, stop) : warp_start;
+  const u32 first_route = start + warp * 32 * ROUNDS + lane, warp_stop = warp < WARPS ? stop : 0;
 
   // ids are on their way while shared memory is cleared, and the later parameters come into the constant cache
   wait_for_previous_launch();
-  constexpr int OWN = HOW == SMALL ? 1 : HOW == GRID ? 0 : ROUNDS;
-  int own_id[OWN + 1], part_id[BATCH];
+  int id[ROUNDS];
+  int4 four[BATCH];
+  const u32 counted = HOW == LONG ? start : part_start, counted_stop = HOW == LONG ? stop : part_stop;
 #pragma unroll
-  for (int r = 0; r < OWN; ++r) own_id[r] = load_id(p.ids, warp_start + r * 32 + lane, warp_stop, Id());
-  if constexpr (HOW == ALONE || HOW == CLUSTER) {
-#pragma unroll
-    for (int k = 0; k < BATCH; ++k) part_id[k] = load_id(p.ids, part_start + thread + k * threads, part_stop, Id());
-  }
-  asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity), "l"(p.owners));
-  const u32 zeroed = (HOW == GRID ? firsts : own) - table;
-  for (u32 i = thread; i < (zeroed + 3) / 4; i += threads) shared_words[i] = make_uint4(0, 0, 0, 0);
-  __syncthreads();
-
-  // count: ranks among the routes of its own warp come along
-  u32 own_bucket[OWN + 1], own_rank[OWN + 1];
-  if (warp < warps) {
-    u32* own_table = table + warp * experts;
-    if constexpr (HOW == GRID) {
-      for (u32 first = warp_start + lane; first < warp_stop; first += BATCH * 32) {
-        int id[BATCH];
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) id[k] = load_id(p.ids, first + k * 32, warp_stop, Id());
-#pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-          u32 bucket = bucket_of<MAPPED>(id[k], p);
-          if (bucket < experts) atomicAdd(own_table + bucket, 1u);
-        }
-      }
-    } else {
-#pragma unroll
-      for (int r = 0; r < OWN; ++r) {
-        own_bucket[r] = experts;
-        if (r == 0 || r * 32 < warp_span) {
-          own_bucket[r] = bucket_of<MAPPED>(own_id[r], p);
-          own_rank[r] = take_places(own_table, own_bucket[r], experts);
-        }
-      }
+  for (int r = 0; r < ROUNDS; ++r) id[r] = load_id(p.ids, first_route + r * 32, warp_stop);
+  if constexpr (HOW != GRID) load_batch(four, p, counted, counted_stop);
+  asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity), "l"(p.tiles));
+  const u32 cleared = 64 + (3 + WARPS) * experts + (WARPS * experts + 1) / 2;
+#pragma unroll 1
+  for (u32 i = thread; i < (cleared + 3) / 4; i += THREADS) shared_words[1 + i] = make_uint4(0, 0, 0, 0);
+  if constexpr (CLUSTER_SIZE > 1) {
+    if (thread == 0) {
+      const u32 groups = (experts + 31) / 32, own_groups = (groups + CLUSTER_SIZE - 1 - rank_in_cluster) / CLUSTER_SIZE;
+      const u32 owned = own_groups * 32 - (owner(experts - 1) == rank_in_cluster ? groups * 32 - experts : 0);
+      open_mailbox(mailbox, CLUSTER_SIZE * (REPEATS ? experts : owned));
+      if constexpr (!REPEATS) open_mailbox(mailbox + 1, 2 * experts);
     }
-  }
-  if constexpr (HOW == ALONE || HOW == CLUSTER) {
-    for (u32 first = part_start + thread; first < part_stop; first += BATCH * threads) {
-      int next_id[BATCH];  // on their way while these are counted
-#pragma unroll
-      for (int k = 0; k < BATCH; ++k) next_id[k] = load_id(p.ids, first + (BATCH + k) * threads, part_stop, Id());
-#pragma unroll
-      for (int k = 0; k < BATCH; ++k) {
-        u32 bucket = bucket_of<MAPPED>(part_id[k], p);
-        if (bucket < experts) atomicAdd((first + k * threads < start ? before : rest) + bucket, 1u);
-        part_id[k] = next_id[k];
-      }
-    }
+    greet_peers();
   }
   __syncthreads();
 
-  // every owned expert's count, and its routes before this block's span
-  u32 count[PER], low[PER];
+  u32 bucket[ROUNDS], rank[ROUNDS];
+  if constexpr (HOW != LONG) {
+    if (warp < WARPS) rank_routes(id, bucket, rank, own_bits, own_row, p);
+  }
+  if constexpr (REPEATS) count_routes(four, p, counted, start, counted_stop, before, rest);
+  if constexpr (HOW == LONG) count_routes(four, p, counted, stop, counted_stop, counts, counts);
+  __syncthreads();
+
+  // every owned expert's routes: those counted here, those before this block's span, those of this tile
+  u32 count[PER], low[PER], in_tile[PER];
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     const u32 e = thread * PER + k;
-    count[k] = low[k] = 0;
+    count[k] = low[k] = in_tile[k] = 0;
     if (e < experts) {
-      if constexpr (HOW == ALONE || HOW == CLUSTER) {
+      if constexpr (REPEATS) {
         low[k] = before[e];
         count[k] = low[k] + rest[e];
-      } else if (warps == 1) {
-        count[k] = table[e];
       }
-      if (warps > 1) {  // the table's counts become routes of the warps before
-        u32 run = 0;
-        for (u32 w = 0; w < warps; w += 4) {  // all loads of a batch before its stores
-          u32 in_warp[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) in_warp[i] = w + i < warps ? table[(w + i) * experts + e] : 0;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (w + i < warps) table[(w + i) * experts + e] = run;
-            run += in_warp[i];
-          }
-        }
-        if constexpr (HOW == SMALL || HOW == GRID) count[k] = run;
-      } else {
-        table[e] = 0;
-      }
-      if constexpr (HOW == CLUSTER) own[e] = count[k];
-      if constexpr (HOW == GRID) p.exchange[blockIdx.x * experts + e] = count[k];
+      if constexpr (HOW == LONG) count[k] = counts[e];
+      if constexpr (HOW == GRID) count[k] = in_tile[k] = sum_column(bits + e, table + e, experts);
+      if constexpr (REPEATS && WARPS > 1) sum_column(bits + e, table + e, experts);
     }
   }
-  if constexpr (HOW == CLUSTER) {
-    cluster_arrive();
-    cluster_wait();
+  if constexpr (CLUSTER_SIZE > 1) {
+    await_peers();
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const u32 e = thread * PER + k;
-      if (e < experts) {
-        count[k] = 0;
-#pragma unroll 8
-        for (u32 r = 0; r < parts; ++r) {
-          u32 value = read_peer(own + e, r);
-          count[k] += value;
-          if (r < part) low[k] += value;
+      if (e >= experts) continue;
+      u32* place = inbox + rank_in_cluster * experts + e;
+      if constexpr (!REPEATS) post(mailbox, place, owner(e), count[k]);
+#pragma unroll
+      for (u32 r = 0; REPEATS && r < CLUSTER_SIZE; ++r) post(mailbox, place, r, count[k]);
+    }
+    await_mail(mailbox);
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const u32 e = thread * PER + k;
+      if (e >= experts || (!REPEATS && owner(e) != rank_in_cluster)) continue;
+      count[k] = 0;
+#pragma unroll
+      for (u32 r = 0; r < CLUSTER_SIZE; ++r) {
+        const u32 value = inbox[r * experts + e];
+        count[k] += value;
+        if (REPEATS && r < rank_in_cluster) low[k] += value;
+      }
+    }
+  }
+  u32 staged_routes = 0, first_staged[PER];
+  auto scan_tile = [&]() {
+    u32 sum = 0;
+#pragma unroll
+    for (int k = 0; k < PER; ++k) sum += in_tile[k];
+    sum = scan_block(sum, tile_sums, staged_routes);
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      first_staged[k] = sum;
+      sum += in_tile[k];
+    }
+  };
+  if constexpr (!REPEATS) {
+    const u32 row = CLUSTER_SIZE > 1 ? cluster_number() : blockIdx.x, rows = gridDim.x / CLUSTER_SIZE;
+#pragma unroll
+    for (int k = 0; k < PER; ++k) {
+      const u32 e = thread * PER + k;
+      if (e < experts && owner(e) == rank_in_cluster) p.exchange[row * experts + e] = count[k];
+    }
+    const u32 ticket = arrive_at_grid(p.barrier);
+    if constexpr (HOW == GRID) scan_tile();
+    await_grid(p.barrier, ticket);
+    if constexpr (CLUSTER_SIZE > 1) {  // owners read what clusters have, and tell every block of theirs
+#pragma unroll
+      for (int k = 0; k < PER; ++k) {
+        const u32 e = thread * PER + k;
+        if (e >= experts || owner(e) != rank_in_cluster) continue;
+        u32 all = 0, below = 0;
+#pragma unroll 16
+        for (u32 b = 0; b < rows; ++b) {
+          const u32 value = __ldcg(p.exchange + b * experts + e);
+          all += value;
+          if (b < row) below += value;
+        }
+#pragma unroll
+        for (u32 r = 0; r < CLUSTER_SIZE; ++r) {
+          post(mailbox + 1, answers + e, r, all);
+          post(mailbox + 1, answers + experts + e, r, below);
+          below += inbox[r * experts + e];
         }
       }
-    }
-    cluster_arrive_relaxed();  // waited for at the end: until then peers may read this block's shared memory
-  } else if constexpr (HOW == GRID) {
-    grid_barrier(p.barrier);
-    const u32 lines = max(threads / experts, 1u), line = lines > 1 ? thread / experts : 0;
-    for (u32 e = lines > 1 ? thread % experts : thread; e < experts && line < lines; e += lines > 1 ? experts : threads) {
-      u32 all = 0, below = 0;
+      await_mail(mailbox + 1);
+    } else {
+      const u32 lines = max(THREADS / experts, 1u), line = lines > 1 ? thread / experts : 0;
+      const u32 step = lines > 1 ? experts : THREADS;
+      for (u32 e = lines > 1 ? thread % experts : thread; e < experts && line < lines; e += step) {
+        u32 all = 0, below = 0;
 #pragma unroll 8
-      for (u32 b = line; b < parts; b += lines) {
-        u32 value = __ldcg(p.exchange + b * experts + e);
-        all += value;
-        if (b < part) below += value;
+        for (u32 b = line; b < rows; b += lines) {
+          const u32 value = __ldcg(p.exchange + b * experts + e);
+          all += value;
+          if (b < row) below += value;
+        }
+        atomicAdd(rest + e, all);
+        atomicAdd(before + e, below);
       }
-      atomicAdd(own + e, all);
-      atomicAdd(earlier + e, below);
+      __syncthreads();
     }
-    __syncthreads();
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const u32 e = thread * PER + k;
-      count[k] = e < experts ? own[e] : 0;
-      low[k] = e < experts ? earlier[e] : 0;
+      count[k] = e >= experts ? 0 : CLUSTER_SIZE > 1 ? answers[e] : rest[e];
+      low[k] = e >= experts ? 0 : CLUSTER_SIZE > 1 ? answers[experts + e] : before[e];
     }
   }
 
-  // first slot of every expert: an exclusive scan over padded counts
-  u32 padded[PER], sum = 0;
+  // first block of every expert: an exclusive scan
+  u32 sum = 0, used_blocks, padded[PER];
 #pragma unroll
-  for (int k = 0; k < PER; ++k) sum += padded[k] = blocks_of(count[k], p) * block_size;
-  const u32 scan = scan_warp(sum, lane);
-  if (lane == 31) warp_sums[warp] = scan;
-  __syncthreads();
-  const u32 through = scan_warp(lane < threads / 32 ? warp_sums[lane] : 0, lane);
-  const u32 used = __shfl_sync(ALL, through, 31), earlier_warps = __shfl_sync(ALL, through, (warp - 1) & 31);
-  u32 slot = scan - sum + (warp ? earlier_warps : 0);
-  u32 begin[PER];
+  for (int k = 0; k < PER; ++k) sum += padded[k] = blocks_of(count[k], p);
+  sum = scan_block(sum, sums, used_blocks);
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     const u32 e = thread * PER + k;
-    begin[k] = slot;
     if (e < experts) {
-      firsts[e] = slot + low[k];
-      if constexpr (HOW == GRID) offsets[e] = slot;
+      counts[e] = count[k];
+      blocks[e] = sum;
+      firsts[e] = sum * block_size + low[k] - (HOW == GRID ? first_staged[k] : 0);
+      if constexpr (HOW == GRID) rest[e] = first_staged[k];
     }
-    slot += padded[k];
+    sum += padded[k];
   }
-  if (HOW == GRID && thread == 0) offsets[experts] = used;
+  if (thread == 0) blocks[experts] = used_blocks;
   __syncthreads();
 
   // routes
-  if (warp < warps) {
-    u32* places = table + warp * experts;
-    if constexpr (HOW == GRID) {
-      for (u32 base = warp_start; base < warp_stop; base += BATCH * 32) {
-        int id[BATCH];
+  if constexpr (REPEATS) {
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) id[k] = load_id(p.ids, base + k * 32 + lane, warp_stop, Id());
+    for (int r = 0; r < ROUNDS; ++r) {
+      const u32 route = first_route + r * 32;
+      if (route < warp_stop) {
+        u32 place = ALL;
+        if (bucket[r] < experts) {
+          place = firsts[bucket[r]] + rank[r] + (WARPS > 1 ? own_row[bucket[r]] : 0);
+          p.sorted_token_ids[place] = route;
+        }
+        p.route_rows[route] = place;
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (u32 t = 0; t < (HOW == LONG ? p.tiles : 1); ++t) {
+      const u32 tile_route = first_route + t * TILE;
+      if constexpr (HOW == LONG) {
+        if (warp < WARPS) rank_routes(id, bucket, rank, own_bits, own_row, p);
 #pragma unroll
-        for (int k = 0; k < BATCH; ++k) {
-          u32 route = base + k * 32 + lane;
-          if (base + k * 32 < warp_stop) {
-            u32 bucket = bucket_of<MAPPED>(id[k], p), place = take_places(places, bucket, experts);
-            if (bucket < experts) {
-              place += firsts[bucket];
-              p.sorted_token_ids[place] = route;
-            }
-            if (route < warp_stop) p.route_rows[route] = place;
+        for (int r = 0; r < ROUNDS; ++r) id[r] = load_id(p.ids, tile_route + TILE + r * 32, warp_stop);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < PER; ++k) {
+          const u32 e = thread * PER + k;
+          in_tile[k] = e < experts ? sum_column(bits + e, table + e, experts) : 0;
+        }
+        scan_tile();
+#pragma unroll
+        for (int k = 0; k < PER; ++k) {
+          const u32 e = thread * PER + k;
+          if (e < experts) {
+            rest[e] = first_staged[k];
+            firsts[e] -= first_staged[k];
           }
         }
+        __syncthreads();
       }
-    } else {
 #pragma unroll
-      for (int r = 0; r < OWN; ++r) {
-        u32 route = warp_start + r * 32 + lane;
+      for (int r = 0; r < ROUNDS; ++r) {
+        const u32 route = tile_route + r * 32;
         if (route < warp_stop) {
           u32 place = ALL;
-          if (own_bucket[r] < experts) {
-            place = firsts[own_bucket[r]] + places[own_bucket[r]] + own_rank[r];
-            p.sorted_token_ids[place] = route;
+          if (bucket[r] < experts) {
+            const u32 i = rest[bucket[r]] + own_row[bucket[r]] + rank[r];
+            place = firsts[bucket[r]] + i;
+            staged[i] = route;
+            staged_place[i] = place;
           }
-          p.route_rows[route] = place;
+          __stcs(p.route_rows + route, place);
+        }
+      }
+      __syncthreads();
+#pragma unroll 4
+      for (u32 i = thread; i < staged_routes; i += THREADS) __stcs(p.sorted_token_ids + staged_place[i], staged[i]);
+      if constexpr (HOW == LONG) {
+        u32* words = reinterpret_cast<u32*>(table);
+        for (u32 i = thread; i < (WARPS * experts + 1) / 2; i += THREADS) words[i] = 0;
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < PER; ++k) {
+          const u32 e = thread * PER + k;
+          if (e < experts) firsts[e] += first_staged[k] + in_tile[k];
         }
       }
     }
   }
 
-  // what belongs to one expert
-  const bool writes_vectors = blockIdx.x == gridDim.x - 1;
-#pragma unroll
-  for (int k = 0; k < PER; ++k) {
-    const u32 e = thread * PER + k, filled = begin[k] + count[k], end = begin[k] + padded[k];
-    const bool mine = e < experts && (HOW == SMALL || (e & static_cast<u32>(p.owners - 1)) == blockIdx.x);
-    if (writes_vectors && e < experts) {
-      p.expert_offsets[e] = begin[k];
-      p.expert_counts[e] = count[k];
+  // what belongs to one expert: a warp an expert
+#pragma unroll 1
+  for (u32 e = warp * gridDim.x + blockIdx.x; e < experts; e += gridDim.x * (THREADS / 32)) {
+    const u32 first = blocks[e], end = blocks[e + 1], held = counts[e], first_slot = first * block_size;
+    if (lane == 0) {
+      p.expert_offsets[e] = first_slot;
+      p.expert_counts[e] = held;
     }
-    for (u32 todo = __ballot_sync(ALL, mine && filled < end); todo; todo &= todo - 1) {
-      const u32 from = __ffs(todo) - 1, until = __shfl_sync(ALL, end, from);
-      for (u32 s = __shfl_sync(ALL, filled, from) + lane; s < until; s += 32) p.sorted_token_ids[s] = num_routes;
-    }
-    if constexpr (HOW != GRID) {
-      const u32 block = blocks_of(begin[k], p), blocks = blocks_of(padded[k], p);
-      if (mine && blocks == 1) p.expert_ids[block] = e;
-      for (u32 todo = __ballot_sync(ALL, mine && blocks > 1); todo; todo &= todo - 1) {
-        const u32 from = __ffs(todo) - 1, number = __shfl_sync(ALL, blocks, from);
-        const u32 at = __shfl_sync(ALL, block, from), expert = __shfl_sync(ALL, e, from);
-        for (u32 b = lane; b < number; b += 32) p.expert_ids[at + b] = expert;
-      }
-    }
+#pragma unroll 1
+    for (u32 s = first_slot + held + lane; s < end * block_size; s += 32) p.sorted_token_ids[s] = num_routes;
+#pragma unroll 1
+    for (u32 b = first + lane; REPEATS && b < end; b += 32) p.expert_ids[b] = e;
   }
-  if (writes_vectors && thread == 0) {
-    p.expert_offsets[experts] = used;
-    *p.num_tokens_post_padded = used;
+  if (blockIdx.x == 0 && thread == 0) {
+    p.expert_offsets[experts] = used_blocks * block_size;
+    *p.num_tokens_post_padded = used_blocks * block_size;
   }
 
   // the unused end
-  const u32 grid_thread = blockIdx.x * threads + thread, grid_threads = gridDim.x * threads;
-  for (u32 s = used + grid_thread; s < capacity; s += grid_threads) p.sorted_token_ids[s] = num_routes;
-  const u32 used_blocks = blocks_of(used, p), num_blocks = blocks_of(capacity, p);
-  for (u32 block = used_blocks + grid_thread; block < num_blocks; block += grid_threads) p.expert_ids[block] = -1;
-  if constexpr (HOW == GRID) {
-    for (u32 block = grid_thread; block < used_blocks; block += grid_threads) {
-      u32 least = 0, most = experts;  // the expert whose segment holds the block: the last that starts at or before it
+  const u32 grid_thread = blockIdx.x * THREADS + thread, grid_threads = gridDim.x * THREADS;
+#pragma unroll 1
+  for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) p.sorted_token_ids[s] = num_routes;
+  const u32 num_blocks = blocks_of(capacity, p);
+#pragma unroll 1
+  for (u32 b = used_blocks + grid_thread; b < num_blocks; b += grid_threads) p.expert_ids[b] = -1;
+  if constexpr (!REPEATS) {
+#pragma unroll 1
+    for (u32 b = grid_thread; b < used_blocks; b += grid_threads) {
+      u32 least = 0, most = experts;  // the last expert that starts at or before the block
       while (most - least > 1) {
-        u32 middle = (least + most) / 2;
-        if (offsets[middle] <= block * block_size) least = middle;
+        const u32 middle = (least + most) / 2;
+        if (blocks[middle] <= b) least = middle;
         else most = middle;
       }
-      p.expert_ids[block] = least;
+      p.expert_ids[b] = least;
     }
   }
-  if constexpr (HOW == CLUSTER) cluster_wait();
 }
 
-// One kernel a compilation: EXCHANGE, ID, MAP and EXPERTS_A_THREAD are given on the command line.
-extern "C" __global__ void __launch_bounds__(1024, 1) align_kernel(
+extern "C" __global__ void __launch_bounds__(THREADS, HOW >= GRID ? 1024 / THREADS : 1) align_kernel(
     const void* ids, const int* expert_map, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
     i64* expert_offsets, int* expert_counts, int* route_rows, u32* exchange, u32* barrier, i64 num_routes,
-    i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_magic, i64 block_shift, i64 owners,
-    i64 warp_span, i64 warps) {
-  align<EXCHANGE, ID, MAP, EXPERTS_A_THREAD>({ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets,
-                       expert_counts, route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size,
-                       capacity, block_magic, block_shift, owners, warp_span, warps});
+    i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_magic, i64 block_shift, i64 tiles) {
+  const Parameters p = {ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets, expert_counts,
+                        route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size, capacity,
+                        block_magic, block_shift, tiles};
+  if constexpr (HOW == TINY) align_tiny(p);
+  else align(p);
 }

@@ -1,7 +1,9 @@
-// What kernels share: integer types, lanes, clusters, one grid barrier. Compiled by NVRTC: no other header is needed.
+// What kernels share: integer types, lanes, scans, clusters, one grid barrier. Compiled by NVRTC: no other header is
+// needed.
 
 #pragma once
 
+typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
@@ -14,6 +16,27 @@ __device__ __forceinline__ u32 lanes_below() {
   return mask;
 }
 
+// The sum over this lane and those below it.
+__device__ __forceinline__ u32 scan_warp(u32 value, u32 lane) {
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    u32 other = __shfl_up_sync(ALL, value, step);
+    if (lane >= step) value += other;
+  }
+  return value;
+}
+
+// The sum over the threads below this one, and over all. `sums` holds 32 words, those past the last warp zero; nothing
+// else may be written to it until the whole block has returned.
+__device__ __forceinline__ u32 scan_block(u32 value, u32* sums, u32& total) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, through = scan_warp(value, lane);
+  if (lane == 31) sums[warp] = through;
+  __syncthreads();
+  const u32 of_warp = sums[lane];
+  total = __reduce_add_sync(ALL, of_warp);
+  return __reduce_add_sync(ALL, lane < warp ? of_warp : 0) + through - value;
+}
+
 // Programmatic dependent launch: what the launch before wrote may be read after this; a no-op otherwise.
 __device__ __forceinline__ void wait_for_previous_launch() {
 #if __CUDA_ARCH__ >= 900
@@ -21,6 +44,8 @@ __device__ __forceinline__ void wait_for_previous_launch() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Clusters: a block of an architecture that has none is a cluster of its own.
 
 __device__ __forceinline__ u32 cluster_rank() {
   u32 rank = 0;
@@ -38,61 +63,98 @@ __device__ __forceinline__ u32 cluster_size() {
   return size;
 }
 
-__device__ __forceinline__ void cluster_arrive() {
+__device__ __forceinline__ u32 cluster_number() {
+  u32 number = blockIdx.x;
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(number));
+#endif
+  return number;
+}
+
+__device__ __forceinline__ u32 number_of_clusters() {
+  u32 number = gridDim.x;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(number));
+#endif
+  return number;
+}
+
+// Words from every block of a cluster into every block's shared memory, which an mbarrier counts as they come (st.async):
+// a barrier of the cluster would wait for all writes to global memory as well. First the block opens its mailboxes,
+// then `greet_peers`, and `await_peers` before the first post; `await_mail` returns when `words` have come. `mailbox` is
+// 8 bytes of shared memory, and only the first thread opens it.
+
+__device__ __forceinline__ void open_mailbox(u64* mailbox, u32 words) {
+#if __CUDA_ARCH__ >= 900
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(mailbox));
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(words * 4) : "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_arrive_relaxed() {
+__device__ __forceinline__ void greet_peers() {
 #if __CUDA_ARCH__ >= 900
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
-__device__ __forceinline__ void cluster_wait() {
+__device__ __forceinline__ void await_peers() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #endif
 }
 
-// The word of another block of the cluster at the place of `mine` in this one's shared memory.
-__device__ __forceinline__ u32 read_peer(const u32* mine, u32 rank) {
-  u32 value = 0;
+// Writes a word to where `place` is in the shared memory of another block.
+__device__ __forceinline__ void post(u64* mailbox, u32* place, u32 rank, u32 word) {
 #if __CUDA_ARCH__ >= 900
-  u32 address = static_cast<u32>(__cvta_generic_to_shared(mine)), peer;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(value) : "r"(peer) : "memory");
+  u32 here = static_cast<u32>(__cvta_generic_to_shared(place)), box = static_cast<u32>(__cvta_generic_to_shared(mailbox));
+  asm volatile(
+      "{\n\t.reg .b32 there, its_box;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %2;\n\t"
+      "mapa.shared::cluster.u32 its_box, %1, %2;\n\t"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [there], %3, [its_box];\n\t}" ::"r"(here),
+      "r"(box), "r"(rank), "r"(word)
+      : "memory");
 #endif
-  return value;
 }
 
-// All blocks of the grid arrive before any leaves. The last one resets the counter, so the grid may change its size.
-__device__ void grid_barrier(u32* barrier) {
+__device__ __forceinline__ void await_mail(u64* mailbox) {
+#if __CUDA_ARCH__ >= 900
+  u32 address = static_cast<u32>(__cvta_generic_to_shared(mailbox)), done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(address)
+        : "memory");
+  }
+#endif
+}
+
+// A barrier of the whole grid in two halves, on one word that starts as zero. The first block adds what makes the grid's
+// sum 2^31, so the top bit flips when the last one arrives and the other bits are zero again: nothing to reset, whatever
+// the next grid's size (the scheme of cooperative groups). What a block wrote before it arrived, the others may read
+// after they waited.
+__device__ __forceinline__ u32 arrive_at_grid(u32* barrier) {
+  u32 before = 0;
   __syncthreads();
   if (threadIdx.x == 0) {
-    volatile u32* generation = barrier + 32;  // a line of its own: those who wait do not slow those who arrive
-    u32 before = *generation;
-    __threadfence();
-    if (atomicAdd(barrier, 1u) == gridDim.x - 1) {
-      *static_cast<volatile u32*>(barrier) = 0;
-      __threadfence();
-      *generation = before + 1;
-    } else {
-      while (*generation == before) {
-      }
-    }
-    __threadfence();
+    const u32 added = blockIdx.x == 0 ? 0x80000000u - (gridDim.x - 1) : 1;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(barrier), "r"(added) : "memory");
   }
-  __syncthreads();
+  return before;
 }
 
-// The sum over this lane and those below it.
-__device__ __forceinline__ u32 scan_warp(u32 value, u32 lane) {
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    u32 other = __shfl_up_sync(ALL, value, step);
-    if (lane >= step) value += other;
+__device__ __forceinline__ void await_grid(u32* barrier, u32 before) {
+  if (threadIdx.x == 0) {
+    u32 now;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(barrier) : "memory");
+    } while (((now ^ before) & 0x80000000u) == 0);
   }
-  return value;
+  __syncthreads();
 }

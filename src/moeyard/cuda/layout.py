@@ -29,7 +29,8 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         expert_map = expert_map.contiguous()
     num_routes, capacity = topk_ids.numel(), out.sorted_token_ids.shape[0]
     experts, block_size = out.num_local_experts, out.block_size
-    key = (num_routes, experts, capacity, block_size, topk_ids.dtype, expert_map is None, device, chosen)
+    ids = topk_ids.data_ptr()
+    key = (num_routes, experts, capacity, block_size, topk_ids.dtype, expert_map is None, ids % 16 == 0, device, chosen)
     ready = _READY.get(key)
     if ready is None:
         ready = _READY.setdefault(key, _make_ready(*key))
@@ -39,14 +40,14 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
     if stream is None:
         stream = streams.setdefault(handle, _wrap_stream(handle))
     exchange = barrier = 0
-    if chosen.exchange == "GRID":
-        words = topk_ids.new_empty(chosen.grid * experts, dtype=torch.int32)
+    if chosen.cooperative:
+        words = topk_ids.new_empty(chosen.grid // chosen.cluster * experts, dtype=torch.int32)
         exchange, barrier = words.data_ptr(), _barrier(device, handle)
     launch(
         stream,
         config,
         loaded,
-        topk_ids.data_ptr(),
+        ids,
         0 if expert_map is None else expert_map.data_ptr(),
         out.sorted_token_ids.data_ptr(),
         out.expert_ids.data_ptr(),
@@ -74,6 +75,7 @@ def _make_ready(
     block_size: int,
     dtype: torch.dtype,
     unmapped: bool,
+    aligned: bool,
     device: int,
     chosen: Plan | None,
 ) -> tuple[Any, ...]:
@@ -84,17 +86,22 @@ def _make_ready(
         chosen = plan(num_routes, experts, capacity, card_of(device))
     defines = (
         ("EXCHANGE", chosen.exchange),
+        ("BLOCK", str(chosen.threads)),
+        ("BLOCKS_A_CLUSTER", str(chosen.cluster)),
+        ("PLACING_WARPS", str(chosen.warps)),
+        ("ROUTES_A_LANE", str(chosen.rounds)),
+        ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))),
         ("ID", "i64" if dtype == torch.int64 else "int"),
         ("MAP", "false" if unmapped else "true"),
-        ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))),
+        ("ALIGN", "true" if aligned else "false"),
     )
     options: dict[str, Any] = {"grid": chosen.grid, "block": chosen.threads}
-    if chosen.exchange == "CLUSTER":
+    if chosen.cluster > 1:
         options |= {"grid": chosen.grid // chosen.cluster, "cluster": chosen.cluster}
-    cooperative = chosen.exchange == "GRID"
-    config = LaunchConfig(**options, shmem_size=chosen.shared_bytes(experts), is_cooperative=cooperative)
+    shared = chosen.shared_bytes(experts)
+    config = LaunchConfig(**options, shmem_size=shared, is_cooperative=chosen.cooperative)
     magic, shift = division(block_size)
-    sizes = (experts, block_size, capacity, magic, shift, chosen.owners, chosen.warp_span, chosen.warps)
+    sizes = (experts, block_size, capacity, magic, shift, chosen.tiles)
     if len(_READY) >= _MOST_READY:
         _READY.clear()
     streams = _STREAMS.setdefault(device, {})

@@ -1,12 +1,21 @@
 """How an alignment is launched: a pure function of sizes and of what the card has."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 WARP = 32
-ROUNDS = 4
-"""As in align.cu: times 32 routes that a warp keeps in registers."""
 MAX_THREADS = 1024
+MAX_ROUNDS = 8
+"""Routes that a lane holds in registers at most."""
+_REGISTERS, _REGISTERS_A_THREAD = 65536, 64
+"""Of a multiprocessor, and what __launch_bounds__ allows cooperative kernels."""
+_RESERVED = 1024
+"""Bytes of shared memory that the system keeps of every block's."""
+_PARTITIONS = 12
+"""Clusters do not span the partitions (GPCs) of a card, of which no card has more: each may leave places empty."""
+CLUSTER = 8
+"""Blocks of a cluster: the most that every card with clusters can launch."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +35,41 @@ class Plan:
     """Grid, block and shared memory of one launch of align.cu."""
 
     exchange: str
-    """SMALL, ALONE, CLUSTER or GRID: how blocks learn the counts of routes that they did not count (align.cu)."""
+    """TINY, ALONE, CLUSTER, GRID or LONG: how blocks learn the counts of routes that they did not count (align.cu)."""
     grid: int
     cluster: int
     threads: int
     warps: int
     """Warps of a block that place routes."""
-    warp_span: int
-    """Routes that each of them places: a multiple of 32, at most 32 * ROUNDS unless the exchange is GRID."""
+    rounds: int
+    """Routes that each of their lanes holds at a time."""
+    tiles: int = 1
+    """Times that a block places 32 * warps * rounds routes: 1 unless the exchange is LONG."""
 
     @property
-    def owners(self) -> int:
-        """Blocks that write what belongs to one expert."""
-        return 1 << (self.grid.bit_length() - 1)
+    def cooperative(self) -> bool:
+        """Whether blocks wait for all others, so that they must run at the same time."""
+        return self.exchange in ("GRID", "LONG")
+
+    @property
+    def tile(self) -> int:
+        """Routes that a block places at a time."""
+        return WARP * self.warps * self.rounds
 
     @property
     def places(self) -> int:
         """Routes that the whole grid can place."""
-        return self.grid * self.warps * self.warp_span
+        return self.grid * self.tile * self.tiles
 
     def shared_bytes(self, experts: int) -> int:
-        """Shared memory of a block: its warps' tables, six vectors and the warps' sums."""
-        words = self.warps * experts + 6 * experts + 1 + WARP
+        """Shared memory of a block, as align.cu divides it."""
+        if self.exchange == "TINY":
+            return 0
+        words = 4 + 2 * WARP + (5 + self.warps) * experts + 1 + -(-self.warps * experts // 2)
+        if self.cluster > 1:
+            words += (self.cluster + 2 * self.cooperative) * experts
+        if self.cooperative:
+            words += 2 * self.tile
         return -(-4 * words // 16) * 16
 
 
@@ -58,45 +80,65 @@ def plan(num_routes: int, num_local_experts: int, capacity: int, card: Card) -> 
     The thresholds are the best of what was tried on an H200 at the sizes of bench/workloads/align.toml.
     """
     experts = num_local_experts
-    candidates = []
-    if num_routes <= WARP and capacity <= 512:  # one block fills no more slots than that fast enough
-        candidates.append(Plan("SMALL", 1, 1, _threads_for(experts, 256), 1, WARP))
-    elif num_routes <= 4096:
-        grid, threads = (16, 256) if num_routes <= 512 else (32, 256) if num_routes <= 2048 else (64, 512)
-        candidates.append(_redundant("ALONE", num_routes, grid, 1, _threads_for(experts, threads)))
-    elif num_routes <= 131072 and card.clusters:
-        threads = 256 if num_routes <= 16384 else 512
-        candidates.append(_redundant("CLUSTER", num_routes, 64, 8, _threads_for(experts, threads)))
-    few = experts <= 32 or num_routes >= 1 << 22
-    grid, threads = min(128 if few else 64, card.processors), 512 if few else MAX_THREADS
-    for warps in (threads // WARP, 8, 4, 2, 1):  # fewer tables where they are long
-        span = -(-max(num_routes, 1) // (grid * warps * WARP)) * WARP
-        candidates.append(Plan("GRID", grid, 1, _threads_for(experts, threads), warps, span))
-    for candidate in candidates:
-        if _valid(candidate, experts, card):
+    for candidate in _candidates(num_routes, experts, capacity, card):
+        if candidate.places >= num_routes and fits(candidate, experts, card):
             return candidate
     raise ValueError(
         f"num_local_experts: expected so few that tables fit {card.shared_limit} bytes of shared memory, got {experts}"
     )
 
 
-def _redundant(exchange: str, num_routes: int, grid: int, cluster: int, threads: int) -> Plan:
-    """Blocks that count more routes than they place."""
-    rounds = -(-num_routes // (grid * WARP))
-    warps = min(rounds, 8)
-    if rounds > 8 * ROUNDS:
-        warps = 16
-    return Plan(exchange, grid, cluster, threads, warps, WARP * -(-rounds // warps))
+def fits(plan: Plan, experts: int, card: Card) -> bool:
+    """Whether the card can launch a plan: shared memory, and for cooperative ones that all blocks run at once."""
+    shared = plan.shared_bytes(experts)
+    if shared > card.shared_limit:
+        return False
+    if not plan.cooperative:
+        return True
+    by_shared = (card.shared_limit + _RESERVED) // (shared + _RESERVED)
+    together = card.processors * min(_REGISTERS // (plan.threads * _REGISTERS_A_THREAD), by_shared)
+    return plan.grid <= together - (_PARTITIONS * (plan.cluster - 1) if plan.cluster > 1 else 0)
+
+
+def _candidates(num_routes: int, experts: int, capacity: int, card: Card) -> Iterator[Plan]:
+    """Plans from the best on; those that do not fit or have too few places are passed over."""
+    if num_routes <= WARP:
+        pieces = -(-experts // WARP) + -(-capacity // WARP) + 1
+        yield Plan("TINY", min(-(-pieces // 4), 64), 1, 128, 1, 1)
+    elif num_routes <= 4096:
+        grid, threads = (32, 256) if num_routes <= 2048 else (64, 512)
+        yield _sized("ALONE", num_routes, grid, 1, threads, experts)
+        yield _sized("ALONE", num_routes, 128, 1, threads, experts, most_warps=1)
+    elif num_routes <= 131072 and card.clusters:
+        threads = 256 if num_routes <= 16384 else 512
+        yield _sized("CLUSTER", num_routes, 64, CLUSTER, threads, experts)
+    if card.clusters:
+        if experts <= 32:
+            yield _sized("GRID", num_routes, 256, CLUSTER, 256, experts)
+        yield _sized("GRID", num_routes, 128, CLUSTER, 256, experts)
+        yield _sized("GRID", num_routes, 128, CLUSTER, 512, experts, most_warps=16)
+    elif num_routes <= 1 << 19:
+        yield _sized("GRID", num_routes, card.processors, 1, 512, experts, most_warps=16)
+    for warps in (16, 8, 4, 2, 1):  # fewer tables where they are long
+        for grid, threads in ((2 * card.processors, 512), (card.processors, MAX_THREADS)):
+            tiles = -(-max(num_routes, 1) // (grid * warps * WARP * MAX_ROUNDS))
+            yield Plan("LONG", grid, 1, _threads_for(experts, threads), warps, MAX_ROUNDS, tiles)
+
+
+def _sized(
+    exchange: str, num_routes: int, grid: int, cluster: int, threads: int, experts: int, most_warps: int = 8
+) -> Plan:
+    """As few rounds as that many warps allow, then as few warps."""
+    batches = -(-num_routes // (grid * WARP))
+    rounds = 1
+    while rounds < MAX_ROUNDS and batches > rounds * most_warps:
+        rounds *= 2
+    return Plan(exchange, grid, cluster, _threads_for(experts, threads), min(-(-batches // rounds), most_warps), rounds)
 
 
 def _threads_for(experts: int, least: int) -> int:
     """At least a thread an expert, as far as a block has them."""
     return min(max(least, -(-experts // WARP) * WARP), MAX_THREADS)
-
-
-def _valid(candidate: Plan, experts: int, card: Card) -> bool:
-    short = candidate.exchange == "GRID" or candidate.warp_span <= WARP * ROUNDS
-    return short and candidate.shared_bytes(experts) <= card.shared_limit
 
 
 def division(divisor: int) -> tuple[int, int]:
