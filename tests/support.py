@@ -56,7 +56,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def layout_difference(got: Layout, wanted: Layout) -> str | None:
     """The first field in which two layouts differ; None if they are the same bits."""
-    for name in (f.name for f in dataclasses.fields(Layout)):
+    for name in (f.name for f in dataclasses.fields(Layout) if f.init):
         a, b = getattr(got, name), getattr(wanted, name)
         if not (same_bits(a, b) if isinstance(a, Tensor) else a == b):
             return f"{name}: {a} instead of {b}"

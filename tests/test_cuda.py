@@ -12,22 +12,20 @@ from support import python
 
 H200 = Card(132, 232448, True)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
-NAMES = (
-    "EXCHANGE BLOCK BLOCKS_A_CLUSTER PLACING_WARPS ROUTES_A_LANE EXPERTS_A_THREAD ID MAP ALIGN".split()
-)
+NAMES = "EXCHANGE BLOCK BLOCKS_A_CLUSTER PLACING_WARPS ROUTES_A_LANE EXPERTS_A_THREAD ID MAP ALIGN WHOLE_LAYOUT".split()
 VARIANTS = [
     tuple(zip(NAMES, values.split(), strict=True))
     for values in (
-        "TINY 512 1 1 1 1 int false true",
-        "TINY 512 1 1 1 16 i64 true false",
-        "ALONE 256 1 1 1 1 int false true",
-        "ALONE 1024 1 2 2 8 i64 true false",
-        "CLUSTER 256 8 4 1 1 int false true",
-        "CLUSTER 512 8 8 4 2 i64 true false",
-        "GRID 512 8 16 4 1 int false true",
-        "GRID 512 1 16 8 2 i64 true false",
-        "LONG 512 1 16 8 1 int false true",
-        "LONG 1024 1 1 8 8 i64 true false",
+        "TINY 512 1 1 1 1 int false true true",
+        "TINY 512 1 1 1 16 i64 true false false",
+        "ALONE 256 1 1 1 1 int false true true",
+        "ALONE 1024 1 2 2 8 i64 true false false",
+        "CLUSTER 256 8 4 1 1 int false true true",
+        "CLUSTER 512 8 8 4 2 i64 true false false",
+        "GRID 512 8 16 4 1 int false true true",
+        "GRID 512 1 16 8 2 i64 true false false",
+        "LONG 512 1 16 8 1 int false true true",
+        "LONG 1024 1 1 8 8 i64 true false false",
     )
 ]
 
@@ -39,6 +37,11 @@ def test_sources_compile_everywhere(arch: str) -> None:
     for defines in VARIANTS:
         code = building.compile_source(text, defines, arch)
         assert code[:4] == b"\x7fELF" and b"align_kernel" in code
+    text = (Path(building.__file__).parent / "batched.cu").read_text()
+    for per in ("1", "8"):
+        assert b"batched_align_kernel" in building.compile_source(
+            text, (("BLOCK", "256"), ("EXPERTS_A_THREAD", per)), arch
+        )
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:
@@ -78,10 +81,12 @@ def test_plans_hold(card: Card, experts: int) -> None:
         assert chosen.shared_bytes(experts) <= card.shared_limit
         assert chosen.threads % WARP == 0 and chosen.warps * WARP <= chosen.threads <= 1024
         assert 1 <= chosen.rounds <= MAX_ROUNDS and chosen.tile < 2**16, "tables hold 16 bits"
-        assert chosen.grid % chosen.cluster == 0 and chosen.cluster == 1 or card.clusters
+        assert (chosen.grid % chosen.cluster == 0 and chosen.cluster == 1) or card.clusters
         assert chosen.tiles == 1 or chosen.exchange == "LONG"
         if chosen.cooperative:
-            blocks = min(65536 // (64 * chosen.threads), (card.shared_limit + 1024) // (chosen.shared_bytes(experts) + 1024))
+            blocks = min(
+                65536 // (64 * chosen.threads), (card.shared_limit + 1024) // (chosen.shared_bytes(experts) + 1024)
+            )
             lost = 8 * 7 if chosen.cluster > 1 else 0
             assert chosen.grid <= blocks * card.processors - lost, "all blocks run at once, whatever 8 GPCs look like"
 

@@ -29,7 +29,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "vectorised": {"values", "tiles", "ids", "vectorised"},
     "cpu": {"values", "tiles", "ids", "cpu"},
     "cuda": {"values", "tiles", "ids", "cuda"},
-    "integrations": {"", "values", "tiles", "ids", "checks", "combine", "integrations"},
+    "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
 OPS = ("layout", "permute", "combine")
 PUBLIC = (

@@ -34,6 +34,8 @@ class Impl:
     refusal: Callable[[Call], str | None]
     """Why this implementation cannot meet a call, in words; None if it can."""
     by_name_only: bool = False
+    first_outputs: str = ""
+    """"module:function" of a launcher of the op's first outputs alone, where that is quicker."""
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
     "moe_align_block_size": (
         Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.layout:align_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.layout:align_launch", _cuda, first_outputs="moeyard.cuda.layout:triple_launch"),
         *_shared("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
         Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
@@ -124,7 +127,7 @@ def _read_override(text: str) -> dict[str, str]:
         known = {row.name for name in ([op] if op else TABLE) for row in TABLE[name]}
         if impl not in known:
             raise ValueError(f"MOEYARD_IMPL: expected an implementation of {sorted(known)}, got {impl!r}")
-        chosen.update({op: impl} if op else dict.fromkeys(TABLE, impl))
+        chosen.update({name: impl for name in ([op] if op else TABLE) if impl in {row.name for row in TABLE[name]}})
     return chosen
 
 
@@ -142,6 +145,23 @@ def launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Ca
 
     An implementation asked for by name is met or refused with its reason, never replaced (ValueError).
     """
+    return _load(_choose(op, impl, device, dtype).target)
+
+
+@cache
+def first_outputs_launcher(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None] | None:
+    """The launcher of the first outputs alone that goes with what "auto" chooses; None if it has none."""
+    target = _choose(op, "auto", device, dtype).first_outputs
+    return _load(target) if target else None
+
+
+def _load(target: str) -> Callable[..., None]:
+    module, function = target.split(":")
+    loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Impl:
     call = Call(device.type, dtype)
     if impl == "auto":
         impl = _OVERRIDE.get(op, impl)
@@ -149,9 +169,7 @@ def launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Ca
         if impl == row.name or (impl == "auto" and not row.by_name_only):
             reason = row.refusal(call)
             if reason is None:
-                module, function = row.target.split(":")
-                loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
-                return loaded
+                return row
             if impl == row.name:
                 raise ValueError(f"impl: {impl!r} refuses {op}: {reason}")
     raise ValueError(f"impl: expected 'auto' or one of {list(impl_names(op))} for {op}, got {impl!r}")

@@ -1,7 +1,7 @@
 """The values that the operators pass to each other: frozen, with shape, dtype and sentinel beside each field."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -56,6 +56,8 @@ class Layout:
     num_local_experts: int
     block_size: int
     top_k: int
+    _fits: object = field(default=None, init=False, repr=False)
+    """What this layout was last found to fit as an output, so that the next check is short (outputs.py)."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], sizes: tuple[int, int, int, int]) -> "Layout":

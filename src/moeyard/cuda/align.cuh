@@ -8,6 +8,7 @@
 typedef ID Id;                       // int or i64
 constexpr bool MAPPED = MAP;         // whether there is an expert_map
 constexpr bool ALIGNED = ALIGN;      // whether ids start at a multiple of 16 bytes
+constexpr bool WHOLE = WHOLE_LAYOUT;  // false: the last three outputs are not written
 constexpr u32 THREADS = BLOCK;
 constexpr u32 CLUSTER_SIZE = BLOCKS_A_CLUSTER;
 constexpr u32 WARPS = PLACING_WARPS;  // warps of a block that place routes
@@ -64,8 +65,7 @@ __device__ __forceinline__ int4 load_four(const void* ids, u32 route, u32 stop) 
                    load_id(ids, route + 3, stop));
 }
 
-// Blocks of block_size that hold `count` rows: a division below 2^31 by a multiplication (Granlund and Montgomery 1994).
+// Blocks of block_size that hold `count` rows.
 __device__ __forceinline__ u32 blocks_of(u32 count, const Parameters& p) {
-  u32 full = static_cast<u64>(count - 1) * static_cast<u32>(p.block_magic) >> static_cast<u32>(p.block_shift);
-  return count ? full + 1 : 0;
+  return divide_up(count, p.block_magic, p.block_shift);
 }

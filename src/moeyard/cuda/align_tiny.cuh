@@ -37,6 +37,7 @@ __device__ __forceinline__ void align_tiny(const Parameters& p) {
 
   for (u32 piece = blockIdx.x * (THREADS / 32) + threadIdx.x / 32;; piece += num_warps) {
     if (piece < expert_pieces) {
+      if (!WHOLE) continue;
       const u32 e = piece * 32 + lane;
       u32 before = 0, own = 0;
       for_every_route(num_routes, [&](u32 r) {
@@ -59,11 +60,9 @@ __device__ __forceinline__ void align_tiny(const Parameters& p) {
       const u32 block = (piece - expert_pieces - slot_pieces) * 32 + lane;
       if (block - lane == 0) {
         const u32 used = __reduce_add_sync(ALL, word & 63) * block_size;
-        if (lane < num_routes) p.route_rows[lane] = place;
-        if (lane == 0) {
-          p.expert_offsets[experts] = used;
-          *p.num_tokens_post_padded = used;
-        }
+        if (WHOLE && lane < num_routes) p.route_rows[lane] = place;
+        if (WHOLE && lane == 0) p.expert_offsets[experts] = used;
+        if (lane == 0) *p.num_tokens_post_padded = used;
       } else if (block - lane >= num_blocks) {
         break;
       }

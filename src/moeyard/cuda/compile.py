@@ -3,6 +3,8 @@
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -83,14 +85,33 @@ def kernel(source: str, name: str, defines: tuple[tuple[str, str], ...], device:
     from cuda.core import Device, ObjectCode
 
     here = Device(device)
+    here.set_current()
     major, minor = here.compute_capability
-    module = ObjectCode.from_cubin(cubin(source, defines, f"sm_{major}{minor}"))
-    loaded = module.get_kernel(name)
-    limit = here.properties.max_shared_memory_per_block_optin
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(
-        attribute, limit, driver.CUkernel(int(loaded.handle)), driver.CUdevice(device)
-    )
-    if int(status):
-        raise RuntimeError(f"cuKernelSetAttribute of {name}: {status}")
+    code = cubin(source, defines, f"sm_{major}{minor}")
+    with outside_capture():
+        loaded = ObjectCode.from_cubin(code).get_kernel(name)
+        limit = here.properties.max_shared_memory_per_block_optin
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        function = driver.CUkernel(int(loaded.handle))
+        check(driver.cuKernelSetAttribute(attribute, limit, function, driver.CUdevice(device)))
     return loaded
+
+
+@contextmanager
+def outside_capture() -> Iterator[None]:
+    """What this thread does inside may allocate and load, even while it captures a graph; it is not captured."""
+    from cuda.bindings import driver
+
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    _, mode = check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    try:
+        yield
+    finally:
+        check(driver.cuThreadExchangeStreamCaptureMode(mode))
+
+
+def check(result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The answer of a driver call; RuntimeError if it failed."""
+    if int(result[0]):
+        raise RuntimeError(f"CUDA driver: {result[0]}")
+    return result

@@ -16,6 +16,13 @@ __device__ __forceinline__ u32 lanes_below() {
   return mask;
 }
 
+// dividend / divisor rounded up, below 2^31, by a multiplication (Granlund and Montgomery 1994): the host gives
+// (magic, shift) such that x / divisor = x * magic >> shift (`division` in plan.py).
+__device__ __forceinline__ u32 divide_up(u32 dividend, u32 magic, u32 shift) {
+  const u32 full = static_cast<u64>(dividend - 1) * magic >> shift;
+  return dividend ? full + 1 : 0;
+}
+
 // The sum over this lane and those below it.
 __device__ __forceinline__ u32 scan_warp(u32 value, u32 lane) {
 #pragma unroll

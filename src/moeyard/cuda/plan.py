@@ -145,3 +145,24 @@ def division(divisor: int) -> tuple[int, int]:
     """(magic, shift) such that x // divisor == x * magic >> shift for every x in [0, 2^31), with magic in 32 bits."""
     shift = 31 + (divisor - 1).bit_length()
     return (1 << shift) // divisor + 1, shift
+
+
+@dataclass(frozen=True)
+class BatchedPlan:
+    """Grid, block and shared memory of one launch of batched.cu, and what it needs to know of the sizes."""
+
+    grid: int
+    threads: int
+    shared_bytes: int
+    pieces: int
+    """Pieces of 4 * threads rows that an expert's padded rows take at most."""
+    capacity: int
+
+
+def batched_plan(num_experts: int, max_num_tokens: int, block_size: int, card: Card) -> BatchedPlan:
+    """The launch for batches of `max_num_tokens` rows: a piece of one expert's rows a block, as far as blocks go."""
+    threads = _threads_for(num_experts, 128)
+    rows = -(-max_num_tokens // block_size) * block_size
+    pieces = max(1, -(-rows // (4 * threads)))
+    grid = min(num_experts * pieces, 2 * card.processors)
+    return BatchedPlan(grid, threads, 4 * (WARP + 2 * num_experts + 1), pieces, num_experts * rows)

@@ -14,14 +14,18 @@ everywhere; the unused end of `expert_ids` stays -1 when a map is applied afterw
 
 import sys
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 import moeyard
-from moeyard.checks import ID_DTYPES, check_int, check_out, check_shape, check_tensor
+from moeyard.checks import ID_DTYPES, check_int, check_out, check_routes, check_shape, check_tensor
 from moeyard.combine import combine_routes
 from moeyard.ids import local_expert_ids, narrow_ids
+from moeyard.impls import first_outputs_launcher
+from moeyard.library import goes_straight
+from moeyard.outputs import check_sizes, layout_lengths
 from moeyard.tiles import round_up
 from moeyard.values import MAX_EXPERTS
 
@@ -64,16 +68,22 @@ def moe_align_block_size(
     if return_scatter_idx and expert_map is not None and not ignore_invalid_experts:
         raise ValueError("return_scatter_idx: expected ignore_invalid_experts=True beside an expert_map, got False")
     applied = expert_map if ignore_invalid_experts else None
+    own_triple = None
+    if not return_scatter_idx and applied is expert_map and goes_straight(topk_ids, expert_map):
+        check_sizes(num_experts, num_experts, block_size)
+        check_routes(topk_ids, top_k, expert_map, num_experts)
+        own_triple = first_outputs_launcher("moe_align_block_size", topk_ids.device, topk_ids.dtype)
+    if own_triple is not None:
+        length, num_blocks = _triple_lengths(topk_ids.numel(), num_experts, block_size, pad_sorted_ids)
+        ids = narrow_ids(topk_ids)
+        together = ids.new_empty(length + num_blocks + 1, dtype=torch.int32)
+        triple = together.unsafe_split_with_sizes((length, num_blocks, 1))
+        own_triple(ids, expert_map, num_experts, num_experts, block_size, *triple)
+        return tuple(triple)
     layout = moeyard.moe_align_block_size(
         topk_ids, num_experts=num_experts, block_size=block_size, expert_map=applied, top_k=top_k
     )
-    num_routes = layout.num_routes
-    length = num_routes + num_experts * (block_size - 1)
-    if pad_sorted_ids:
-        length = round_up(length, block_size)
-    if num_routes < num_experts:
-        length = min(num_routes * block_size, length)
-    num_blocks = round_up(length, block_size) // block_size
+    length, num_blocks = _triple_lengths(layout.num_routes, num_experts, block_size, pad_sorted_ids)
     sorted_token_ids, expert_ids = layout.sorted_token_ids[:length], layout.expert_ids[:num_blocks]
     if expert_map is not None and not ignore_invalid_experts:
         check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=topk_ids.device)
@@ -81,9 +91,21 @@ def moe_align_block_size(
         expert_ids = torch.where(expert_ids >= 0, expert_map[expert_ids.clamp(min=0)], -1)
     if not return_scatter_idx:
         return sorted_token_ids, expert_ids, layout.num_tokens_post_padded
-    own = torch.arange(num_routes, dtype=torch.int32, device=topk_ids.device)
+    own = torch.arange(layout.num_routes, dtype=torch.int32, device=topk_ids.device)
     scatter_idx = torch.where(layout.route_rows >= 0, own, -1).unsqueeze(1)
     return sorted_token_ids, expert_ids, layout.num_tokens_post_padded, scatter_idx
+
+
+@lru_cache(maxsize=1024)
+def _triple_lengths(num_routes: int, num_experts: int, block_size: int, pad_sorted_ids: bool) -> tuple[int, int]:
+    """The lengths of vLLM's sorted_token_ids and expert_ids; ValueError if int32 cannot number a layout's slots."""
+    layout_lengths(num_routes, num_experts, block_size)
+    length = num_routes + num_experts * (block_size - 1)
+    if pad_sorted_ids:
+        length = round_up(length, block_size)
+    if num_routes < num_experts:
+        length = min(num_routes * block_size, length)
+    return length, round_up(length, block_size) // block_size
 
 
 def _check_flat_form(topk_ids: Tensor, top_k: int) -> None:

@@ -1,0 +1,110 @@
+"""Kernels started straight from Python: what does not change between calls is prepared once."""
+
+import ctypes
+import os
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moeyard.cuda.compile import kernel
+
+_SETTINGS = {"programmatic": os.environ.get("MOEYARD_PDL", "") == "1"}
+
+
+def programmatic_launch(enabled: bool | None = None) -> bool:
+    """Whether launches prepared from now on may start before the one ahead of them in their stream has ended.
+
+    With programmatic dependent launch (compute capability 9.0 and later) a kernel's blocks are placed while the one
+    before drains, and wait there for its writes; results are the same. Off unless MOEYARD_PDL=1 is set or this is
+    called with True. Returns the setting.
+    """
+    if enabled is not None:
+        _SETTINGS["programmatic"] = enabled
+    return _SETTINGS["programmatic"]
+
+
+class Launch:
+    """A kernel and its launch configuration; a call costs the packing of its arguments and one call of the driver."""
+
+    def __init__(
+        self,
+        source: str,
+        name: str,
+        defines: tuple[tuple[str, str], ...],
+        device: int,
+        *,
+        arguments: int,
+        grid: int,
+        threads: int,
+        shared_bytes: int = 0,
+        cluster: int = 1,
+        cooperative: bool = False,
+    ) -> None:
+        """`arguments` is the number of the kernel's parameters, all of them 64 bits wide; `grid` counts blocks."""
+        from cuda.bindings import driver
+
+        self._kernel = kernel(source, name, defines, device)  # keeps the module loaded
+        self._function = driver.CUfunction(int(self._kernel.handle))
+        self._start: Callable[..., Any] = driver.cuLaunchKernelEx
+        self._success = driver.CUresult.CUDA_SUCCESS
+        self._pack = struct.Struct(f"{arguments}Q").pack_into
+        self._count = arguments
+        self._local = threading.local()  # one thread's arguments: the driver reads them while others run
+        self._name = name
+        self._shape = (grid, threads, shared_bytes)
+        self._cluster, self._cooperative = cluster, cooperative
+        self._programmatic = programmatic_launch() and torch.cuda.get_device_capability(device) >= (9, 0)
+        self._configs: dict[int, Any] = {}
+
+    def __call__(self, stream: int, *arguments: int) -> None:
+        """Starts the kernel on a raw stream of the current device. Raises RuntimeError if the driver refuses."""
+        config = self._configs.get(stream)
+        if config is None:
+            config = self._configs.setdefault(stream, self._configure(stream))
+        mine = self._local.__dict__
+        if not mine:
+            self._make_arguments(mine)
+        self._pack(mine["words"], 0, *arguments)
+        status = self._start(config, self._function, mine["address"], 0)[0]
+        if status is not self._success and status != self._success:
+            raise RuntimeError(f"launch of {self._name}: {status.name}, with {self._shape} (grid, threads, bytes)")
+
+    def _make_arguments(self, mine: dict[str, Any]) -> None:
+        """Room for the arguments and pointers to them, the form in which the driver takes them."""
+        words = (ctypes.c_uint64 * self._count)()
+        first, size = ctypes.addressof(words), ctypes.sizeof(ctypes.c_uint64)
+        pointers = (ctypes.c_void_p * self._count)(*(first + size * i for i in range(self._count)))
+        mine.update(words=words, pointers=pointers, address=ctypes.addressof(pointers))
+
+    def _configure(self, stream: int) -> Any:
+        from cuda.bindings import driver
+
+        names = driver.CUlaunchAttributeID
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.blockDimX, config.sharedMemBytes = self._shape
+        config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+        config.hStream = stream
+        attributes = []
+        if self._cluster > 1:
+            attributes.append(_attribute(names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION))
+            size = attributes[-1].value.clusterDim
+            size.x, size.y, size.z = self._cluster, 1, 1
+        if self._cooperative:
+            attributes.append(_attribute(names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE))
+            attributes[-1].value.cooperative = 1
+        if self._programmatic:
+            attributes.append(_attribute(names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION))
+            attributes[-1].value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = attributes, len(attributes)
+        return config
+
+
+def _attribute(which: Any) -> Any:
+    from cuda.bindings import driver
+
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = which
+    return attribute
