@@ -47,7 +47,7 @@ bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/result
 gpu: ## GPU tests and benchmarks, unattended; results in OUT
 	mkdir -p '$(OUT)'
 	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
-	PYTHONPATH=src $(RUN) 480 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)'; echo $$? > '$(OUT)/bench.status'
+	PYTHONPATH=src $(RUN) 480 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)' --tests '$(OUT)/tests.xml'; echo $$? > '$(OUT)/bench.status'
 	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qv '^0$$' '$(OUT)'/*.status
 
 clean: ## remove .venv and build products

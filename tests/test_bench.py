@@ -1,6 +1,7 @@
 """Workloads, the correctness gate and its mutants, timing, result files, pictures and README's tables."""
 
 import json
+import random
 import re
 import time
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 
 import moeyard
 from moeyard import Layout
-from moeyard.bench import docs, plots, providers, results, run, workloads
+from moeyard.bench import docs, plots, providers, results, run, suite, workloads
 from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.timing import summarise, time_in_turn
+from moeyard.bench.timing import Times, ratio_interval, summarise, time_in_turn
 from moeyard.bench.verify import layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
@@ -267,3 +268,24 @@ def test_readme_shows_the_committed_results() -> None:
         content = results.read(path)
         assert all(row["correct"] for row in content["rows"] if row["provider"] == "moeyard"), path
         assert json.loads(path.read_text())["commit"] != "unknown"
+
+
+def test_ratio_intervals_cover_what_they_should() -> None:
+    """Of 2000 experiments with a true median ratio of 1.1, at least 95 % of the intervals hold it, and not all."""
+    generator = random.Random(5)
+    held = 0
+    for _ in range(2000):
+        theirs = [generator.uniform(1, 2) for _ in range(15)]
+        ours = [1.1 * value * generator.lognormvariate(0, 0.3) for value in theirs]
+        middle, low, high = ratio_interval(Times(0, 0, 0, tuple(ours)), Times(0, 0, 0, tuple(theirs)))
+        assert low <= middle <= high
+        held += low <= 1.1 <= high
+    assert 0.95 <= held / 2000 < 0.99
+    pair = Times(0, 0, 0, (2.0, 3.0)), Times(0, 0, 0, (1.0, 1.0))
+    assert ratio_interval(*pair) == (2.5, 2.0, 3.0), "too few rounds: the whole range"
+
+
+def test_summary_of_a_test_run(tmp_path: Path) -> None:
+    path = tmp_path / "tests.xml"
+    path.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="3" time="2.5"/></testsuites>')
+    assert suite.test_summary(path) == {"passed": 4, "failed": 2, "skipped": 3, "seconds": 2.5}

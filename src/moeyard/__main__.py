@@ -78,7 +78,8 @@ def bench(
     with _progress() as progress:
         steps = rounds * (2 if place.type == "cuda" else 1)
         cold_rounds = 5 if cold else 0
-        task = progress.add_task("measuring bandwidth", total=len(cases) * steps + 2 * (cold_rounds + bool(cold)))
+        total = len(cases) * steps + run.COLD_KINDS * (cold_rounds + bool(cold))
+        task = progress.add_task("measuring bandwidth", total=total)
         bandwidth = copy_gb_s(place)
         for case in cases:
             progress.update(task, description=str(case))
@@ -96,7 +97,7 @@ def bench(
             if first is None:
                 raise _fail("--cold: expected a workload of moe_align_block_size, got none")
             progress.update(task, description="first calls in fresh processes")
-            rows += run.run_cold(first, cold_rounds, lambda: progress.advance(task))
+            rows += run.run_cold(first, place, cold_rounds, lambda: progress.advance(task))
     facts = results.machine(place, bandwidth)
     for table in _tables(rows):
         _console.print(table)

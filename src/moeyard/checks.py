@@ -8,6 +8,7 @@ from torch import Tensor
 from moeyard.values import INT32_MAX
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
+_ID_SET = frozenset(ID_DTYPES)
 
 
 def check_int(name: str, value: object, *, low: int, high: int = INT32_MAX) -> None:
@@ -56,13 +57,15 @@ def check_out(name: str, value: object, shape: tuple[int, ...], dtype: torch.dty
 
 def check_routes(topk_ids: Tensor, top_k: int | None, expert_map: Tensor | None, num_experts: int) -> int:
     """The top_k of valid ids and map."""
-    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in ID_DTYPES or topk_ids.dim() not in (1, 2):
+    if not isinstance(topk_ids, Tensor) or topk_ids.dtype not in _ID_SET or topk_ids.dim() not in (1, 2):
         check_tensor("topk_ids", topk_ids, dtypes=ID_DTYPES, ndim=(1, 2))
-    if topk_ids.dim() == 2:
-        if top_k is not None and top_k != topk_ids.shape[1]:
-            raise ValueError(f"top_k: expected {topk_ids.shape[1]} (topk_ids is {tuple(topk_ids.shape)}), got {top_k}")
-        top_k = topk_ids.shape[1]
-        check_int("topk_ids.shape[1]", top_k, low=1)
+    shape = topk_ids.shape
+    if len(shape) == 2:
+        if top_k is not None and top_k != shape[1]:
+            raise ValueError(f"top_k: expected {shape[1]} (topk_ids is {tuple(shape)}), got {top_k}")
+        top_k = shape[1]
+        if type(top_k) is not int or top_k < 1:
+            check_int("topk_ids.shape[1]", top_k, low=1)
     elif top_k is None:
         top_k = 1
     else:

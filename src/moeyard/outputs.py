@@ -66,13 +66,13 @@ def allocate_layout(
 def allocate_layout_at_once(
     new_empty: Callable[..., Tensor], lengths: tuple[int, ...], sizes: tuple[int, int, int, int]
 ) -> Layout:
-    """`allocate_layout` in two allocations, the int32 tensors sharing one: half the cost of six."""
+    """`allocate_layout` in one allocation, the tensors being slices of it: a third of the cost of six."""
     capacity, num_blocks, one, num_offsets, num_local_experts, num_routes = lengths
-    together = new_empty(capacity + num_blocks + one + num_local_experts + num_routes, dtype=torch.int32)
-    slots, routes, blocks, counts, total = together.unsafe_split_with_sizes(
-        (capacity, num_routes, num_blocks, num_local_experts, one)
+    total = 2 * num_offsets + capacity + num_blocks + one + num_local_experts + num_routes
+    offsets, slots, routes, blocks, counts, used = new_empty(total, dtype=torch.int32).unsafe_split_with_sizes(
+        (2 * num_offsets, capacity, num_routes, num_blocks, num_local_experts, one)
     )
-    return Layout(slots, blocks, total, new_empty(num_offsets, dtype=torch.int64), counts, routes, *sizes)
+    return Layout(slots, blocks, used, offsets.view(torch.int64), counts, routes, *sizes)
 
 
 def empty_layout(

@@ -41,10 +41,12 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     rows = torch.ones(layout.capacity, 8, dtype=torch.bfloat16, device=device)
 
     def align() -> None:
-        for num_tokens in (1, 64, 8192, 262144):  # each way of align.cu; one thread and several of the cpu kernels
+        # Each kernel of plan.py for up to 256 experts, one thread and several of the cpu kernels; maps are compiled for
+        # small batches only, since kernels are many and each takes a compiler a good part of a second.
+        for num_tokens in (1, 64, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288):
             for dtype in (torch.int32, torch.int64):
                 some = torch.zeros(num_tokens, 1, dtype=dtype, device=device)
-                for mapping in (None, expert_map):
+                for mapping in (None, expert_map) if num_tokens <= 64 else (None,):
                     moe_align_block_size(some, num_experts=3, block_size=2, expert_map=mapping)
 
     yield "moe_align_block_size", align

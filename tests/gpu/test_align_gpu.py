@@ -16,11 +16,14 @@ import moeyard
 from moeyard import Layout, impls
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import layout_error
-from support import SOURCE, guard_broken, layout_difference, poisoned_layout
+from moeyard.cuda.launch import programmatic_launch
+from moeyard.integrations import vllm
+from support import SOURCE, guard_broken, layout_difference, poisoned_layout, python
 
 REFUSAL = impls.explain("moe_align_block_size", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 WAYS = [(8, 256, 16), (1000, 64, 16), (8000, 256, 64), (60_000, 128, 128), (300_000, 64, 128), (300_000, 8, 32)]
+WAYS += [(700_000, 40, 64)]
 
 
 def align(ids: torch.Tensor, experts: int, block: int, **more: Any) -> Layout:
@@ -111,13 +114,69 @@ def test_streams_and_threads_at_once_beside_a_running_product() -> None:
         product.result()
 
 
+FIRST_CALL_IN_A_CAPTURE = """
+import torch, moeyard
+from moeyard.bench.verify import layout_error
+for routes, experts in ((8, 64), (700, 64), (20000, 64), (140000, 33), (2000000, 33)):
+    ids = torch.randint(-1, experts + 1, (routes,), dtype=torch.int32)
+    given, graph = ids.cuda(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layout = moeyard.moe_align_block_size(given, num_experts=experts, block_size=16, impl="cuda")
+    graph.replay()
+    torch.cuda.synchronize()
+    got = {name: getattr(layout, name) for name in layout.TENSORS}
+    assert layout_error(ids, experts, 16, got, stable=True) is None, routes
+print("finished")
+"""
+
+
+def test_the_first_call_may_be_inside_a_capture() -> None:
+    done = python("-c", FIRST_CALL_IN_A_CAPTURE)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize(("routes", "experts", "block"), [*WAYS, (0, 5, 16), (3, 5, 7), (2_000_000, 33, 48)])
+def test_the_triple_alone_is_the_layouts_first_outputs(
+    routes: int, experts: int, block: int, pad: bool, mapped: bool
+) -> None:
+    ids = torch.randint(-1, experts + 1, (routes, 1), dtype=torch.int32, device="cuda")
+    mapping = (torch.arange(experts, dtype=torch.int32, device="cuda") - 2).clamp(min=-1) if mapped else None
+    slots, owners, total = vllm.moe_align_block_size(ids, block, experts, mapping, pad, ignore_invalid_experts=mapped)
+    wanted = align(ids, experts, block, expert_map=mapping)
+    assert torch.equal(slots, wanted.sorted_token_ids[: len(slots)])
+    assert torch.equal(owners, wanted.expert_ids[: len(owners)]) and torch.equal(total, wanted.num_tokens_post_padded)
+
+
+@pytest.mark.parametrize(("routes", "experts", "block"), WAYS)
+def test_programmatic_launch_changes_no_bits(routes: int, experts: int, block: int) -> None:
+    ids = torch.randint(0, experts, (routes,), dtype=torch.int32, device="cuda")
+    keys = [torch.randint(-1, experts + 1, (routes,), dtype=torch.int32, device="cuda") for _ in range(8)]
+    wanted = [align(key, experts, block) for key in keys]
+    before = programmatic_launch()
+    programmatic_launch(True)
+    try:
+        got = []
+        for key in keys * 3:
+            ids.copy_(key)  # each launch must wait for the copy, and the copy for the launch before
+            got.append(align(ids, experts, block))
+    finally:
+        programmatic_launch(before)
+    for layout, expected in zip(got, wanted * 3, strict=True):
+        assert layout_difference(layout, expected) is None
+
+
 SANITIZED = """
 import torch, moeyard
-for routes, experts in ((8, 64), (0, 3), (700, 64), (5000, 257), (20000, 64), (140000, 33)):
+for routes, experts in ((8, 64), (0, 3), (700, 64), (5000, 257), (20000, 64), (140000, 33), (600000, 33)):
     ids = torch.randint(-1, experts + 1, (routes,))
     for dtype in (torch.int32, torch.int64):
         given = ids.to(dtype).cuda()  # copied, since initcheck sees what copies and our kernels write, and no others
         moeyard.moe_align_block_size(given, num_experts=experts, block_size=16, impl="cuda")
+for experts, rows in ((5, 7), (300, 600)):
+    counts = torch.randint(-1, rows + 3, (experts,), dtype=torch.int32).cuda()
+    moeyard.batched_moe_align_block_size(counts, max_num_tokens=rows, block_size=16, impl="cuda")
 torch.cuda.synchronize()
 print("finished")
 """

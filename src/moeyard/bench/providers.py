@@ -151,6 +151,28 @@ def _moeyard(case: Case, impl: str) -> Callable[[Any], Any]:
     return run
 
 
+def align_into_given(case: Case) -> Callable[[Any], Any]:
+    """moeyard's alignment into a layout that is there already."""
+    run = _moeyard(case, "cuda")
+    out: list[Layout] = []
+
+    def align(inputs: Any) -> Layout:
+        if not out:
+            out.append(run(inputs))
+        return moeyard.moe_align_block_size(
+            inputs.topk_ids, num_experts=case["num_experts"], block_size=case["block_size"], out=out[0], impl="cuda"
+        )
+
+    return align
+
+
+def align_triple(case: Case) -> Callable[[Any], Any]:
+    """moeyard behind vLLM's signature: sorted_token_ids, expert_ids and num_tokens_post_pad alone."""
+    from moeyard.integrations.vllm import moe_align_block_size
+
+    return lambda x: moe_align_block_size(x.topk_ids, case["block_size"], case["num_experts"])
+
+
 def _plain(case: Case) -> Callable[[Any], Any]:
     """What one writes in eager torch without a library."""
     if case.op == "moe_align_block_size":

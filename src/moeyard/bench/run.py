@@ -1,14 +1,18 @@
 """A benchmark run: for every case make inputs, gate, time in turn, and hand over rows."""
 
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeyard.bench import providers as who
-from moeyard.bench.timing import Times, summarise, time_graphs_in_turn, time_in_turn
+from moeyard.bench.timing import Times, ratio_interval, summarise, time_graphs_in_turn, time_in_turn
 from moeyard.bench.workloads import Case
 
 _SETS = 4  # input sets that calls rotate over
@@ -49,8 +53,8 @@ def run_case(
         else:
             rows += [_row(case, provider.name, provider.impl, mode, None, floor) | {"wrong": wrong} for mode in modes]
     for mode in modes:
-        timed = [provider for provider in right if not (mode == "graph" and provider.waits)]
-        runs = [provider.run for provider in timed]
+        timed = list(_timed(case, right, mode, device))
+        runs = [run for _, _, run in timed]
         if mode == "graph":
             calls = 20 if case["num_tokens"] >= 32768 else 50
             times = time_graphs_in_turn(runs, inputs, rounds=rounds, calls=calls, after_round=advance, seed=seed)
@@ -59,40 +63,141 @@ def run_case(
             times = time_in_turn(
                 runs, inputs, rounds=rounds, sample_us=1e4, finish=finish, after_round=advance, seed=seed
             )
-        rows += [_row(case, p.name, p.impl, mode, time, floor) for p, time in zip(timed, times, strict=True)]
+        theirs = {p.name: time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
+        for (provider, label, _), time in zip(timed, times, strict=True):
+            row = _row(case, provider.name, provider.impl, label, time, floor)
+            if provider.name == "moeyard" and theirs:
+                row["ratio_to"] = {
+                    name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
+                }
+            rows.append(row)
     return rows
 
 
-def run_cold(case: Case, rounds: int, advance: Callable[[], None]) -> list[dict[str, Any]]:
-    """First call of an align case in fresh processes on the CPU: import of moeyard and the call, torch imported before.
+_NO_PEERS = ("moeyard", "torch", "numba")
 
-    The kernel cache is warm after the first process, which is not counted.
+
+def _timed(
+    case: Case, right: list[who.Provider], mode: str, device: torch.device
+) -> Iterator[tuple[who.Provider, str, Callable[[Any], Any]]]:
+    """(provider, mode of its row, what to time) of everything that is timed in turn."""
+    for provider in right:
+        if mode == "graph" and provider.waits:
+            continue
+        yield provider, mode, provider.run
+        if provider.name == "moeyard" and provider.impl == "cuda" and case.op == "moe_align_block_size":
+            if mode == "graph" and torch.cuda.get_device_capability(device) >= (9, 0):
+                yield provider, "graph_pdl", _programmatically(provider.run)
+            if mode == "eager":
+                yield provider, "eager_out", who.align_into_given(case)
+                yield provider, "eager_triple", who.align_triple(case)
+
+
+def _programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    from moeyard.cuda.launch import programmatic_launch
+
+    def with_programmatic_launch(inputs: Any) -> Any:
+        before = programmatic_launch()
+        programmatic_launch(True)
+        try:
+            return run(inputs)
+        finally:
+            programmatic_launch(before)
+
+    return with_programmatic_launch
+
+
+def run_cold(case: Case, device: torch.device, rounds: int, advance: Callable[[], None]) -> list[dict[str, Any]]:
+    """First calls of an align case in fresh processes, torch imported and its device in use before the clock starts.
+
+    `cold` includes the import of moeyard; on CUDA `cold_ready` has `moeyard.warmup()` (or vLLM's import) before it and
+    `cold_empty` starts from an empty kernel cache. The kernel cache is filled by a first process, not counted.
     """
+    sizes = {"n": case["num_tokens"], "k": case["top_k"], "e": case["num_experts"], "b": case["block_size"]}
+    ours = "import moeyard\nmoeyard.moe_align_block_size(ids, num_experts={e}, block_size={b}, impl='{impl}')"
+    kinds = [("moeyard", impl, "cold", "", ours) for impl in ("cpu", "torch")]
+    if device.type == "cuda":
+        ready = "import moeyard\nmoeyard.warmup('cuda')"
+        kinds = [("moeyard", "cuda", "cold", "", ours), ("moeyard", "cuda", "cold_ready", ready, ours)]
+        kinds.append(("moeyard", "cuda", "cold_empty", "", ours))
+        if who.peer_version("vllm"):
+            path = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
+            theirs = "align(ids, {b}, {e})"
+            ready = f"from {path} import moe_align_block_size as align"
+            kinds.append(("vllm", who.peer_version("vllm"), "cold_ready", ready, theirs))
     rows = []
-    for impl in ("cpu", "torch"):
-        code = _COLD.format(
-            n=case["num_tokens"], k=case["top_k"], e=case["num_experts"], b=case["block_size"], impl=impl
-        )
+    for provider, impl, mode, before, call in kinds:
+        code = _COLD.format(before=before, call=call.format(**sizes, impl=impl), device=device.type, **sizes)
         seconds = []
         for i in range(rounds + 1):
-            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+            with tempfile.TemporaryDirectory() as empty:
+                given = {"MOEYARD_CACHE": empty} if mode == "cold_empty" else {}
+                done = subprocess.run(
+                    [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ | given
+                )
             if done.returncode:
                 raise RuntimeError(f"first call in a fresh process failed:\n{done.stderr}")
             if i:
-                seconds.append(float(done.stdout) * 1e6)
+                seconds.append(float(done.stdout.split()[-1]) * 1e6)
             advance()
-        rows.append(_row(case, "moeyard", impl, "cold", summarise(seconds), None))
+        rows.append(_row(case, provider, impl, mode, summarise(seconds), None))
+    if device.type == "cuda":
+        rows += _run_seed_script(case, rounds)
     return rows
 
 
+def _run_seed_script(case: Case, rounds: int) -> list[dict[str, Any]]:
+    """What the script that the project began with prints, under moeyard's launcher and with vLLM's own operator.
+
+    It times the first call of a fresh process, after its imports. vLLM takes ids of two dimensions only.
+    """
+    ours = f"topk_ids, {case['num_experts']}, {case['block_size']}, {case['top_k']}"
+    theirs = f"topk_ids.view(-1, {case['top_k']}), {case['block_size']}, {case['num_experts']}"
+    kinds = [("moeyard", "cuda", ["-m", "moeyard.integrations.vllm"], ours)]
+    if who.peer_version("vllm"):
+        kinds.append(("vllm", who.peer_version("vllm"), [], theirs))
+    rows = []
+    for provider, impl, launcher, call in kinds:
+        microseconds = []
+        with tempfile.TemporaryDirectory() as folder:
+            script = Path(folder) / "seed.py"
+            script.write_text(_SEED.format(n=case["num_tokens"] * case["top_k"], e=case["num_experts"], call=call))
+            for _ in range(rounds):
+                done = subprocess.run(
+                    [sys.executable, *launcher, str(script)], capture_output=True, text=True, check=False
+                )
+                found = re.search(r"Duration: ([0-9.]+) seconds", done.stdout)
+                if done.returncode or found is None:
+                    raise RuntimeError(f"the seed script failed:\n{done.stderr}")
+                microseconds.append(float(found[1]) * 1e6)
+        rows.append(_row(case, provider, impl, "seed_script", summarise(microseconds), None))
+    return rows
+
+
+_SEED = """
+import torch
+import time
+from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
+topk_ids = torch.randint(0, {e}, ({n},), dtype=torch.int32, device='cuda')
+torch.cuda.synchronize()
+start = time.time()
+moe_align_block_size({call})
+torch.cuda.synchronize()
+print(f"Duration: {{time.time() - start:.6f}} seconds")
+"""
 _COLD = """
 import time, torch
-ids = torch.randint(0, {e}, ({n}, {k}), dtype=torch.int32)
+ids = torch.randint(0, {e}, ({n}, {k}), dtype=torch.int32, device="{device}")
+wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+wait()
+{before}
 start = time.perf_counter()
-import moeyard
-moeyard.moe_align_block_size(ids, num_experts={e}, block_size={b}, impl="{impl}")
+{call}
+wait()
 print(time.perf_counter() - start)
 """
+COLD_KINDS = 4
+"""Most kinds of first calls of a device, for progress."""
 
 
 def _nothing() -> None:

@@ -1,9 +1,10 @@
 """Times of several providers of one case, taken in turn, so that what drifts hits all of them alike."""
 
+import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ class Times:
     median: float
     p10: float
     p90: float
+    samples: tuple[float, ...] = field(default=(), repr=False)
+    """One a round, in the order of rounds: those of two providers make pairs."""
 
 
 def summarise(samples: Sequence[float]) -> Times:
@@ -31,7 +34,22 @@ def summarise(samples: Sequence[float]) -> Times:
         high = min(low + 1, len(ordered) - 1)
         return ordered[low] + (position - low) * (ordered[high] - ordered[low])
 
-    return Times(at(0.5), at(0.1), at(0.9))
+    return Times(at(0.5), at(0.1), at(0.9), tuple(samples))
+
+
+def ratio_interval(ours: Times, theirs: Times, confidence: float = 0.95) -> tuple[float, float, float]:
+    """The median over rounds of ours / theirs, and an interval that covers the true one.
+
+    The interval is the exact one of the sign test: order statistics of the paired ratios, as many from either end as
+    the binomial distribution allows. With fewer than six rounds no interval has 95 %: then the whole range.
+    """
+    ratios = sorted(a / b for a, b in zip(ours.samples, theirs.samples, strict=True))
+    n = len(ratios)
+    outside, skipped = 2 * 0.5**n, 0
+    while outside + 2 * math.comb(n, skipped + 1) * 0.5**n <= 1 - confidence:
+        skipped += 1
+        outside += 2 * math.comb(n, skipped) * 0.5**n
+    return summarise(ratios).median, ratios[skipped], ratios[n - 1 - skipped]
 
 
 def time_in_turn(

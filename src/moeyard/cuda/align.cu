@@ -69,7 +69,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
 #pragma unroll 1
   for (u32 i = thread; i < (cleared + 3) / 4; i += THREADS) shared_words[1 + i] = make_uint4(0, 0, 0, 0);
   if constexpr (CLUSTER_SIZE > 1) {
-    if (thread == 0) {
+    if (warp == 0) {
       const u32 groups = (experts + 31) / 32, own_groups = (groups + CLUSTER_SIZE - 1 - rank_in_cluster) / CLUSTER_SIZE;
       const u32 owned = own_groups * 32 - (owner(experts - 1) == rank_in_cluster ? groups * 32 - experts : 0);
       open_mailbox(mailbox, CLUSTER_SIZE * (REPEATS ? experts : owned));

@@ -89,14 +89,17 @@ __device__ __forceinline__ u32 number_of_clusters() {
 // Words from every block of a cluster into every block's shared memory, which an mbarrier counts as they come (st.async):
 // a barrier of the cluster would wait for all writes to global memory as well. First the block opens its mailboxes,
 // then `greet_peers`, and `await_peers` before the first post; `await_mail` returns when `words` have come. `mailbox` is
-// 8 bytes of shared memory, and only the first thread opens it.
+// 8 bytes of shared memory, and only the first warp opens it.
 
 __device__ __forceinline__ void open_mailbox(u64* mailbox, u32 words) {
 #if __CUDA_ARCH__ >= 900
-  u32 address = static_cast<u32>(__cvta_generic_to_shared(mailbox));
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address) : "memory");
+  const u32 address = static_cast<u32>(__cvta_generic_to_shared(mailbox)), lane = threadIdx.x & 31;
+  if (lane == 0) asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(address) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(words * 4) : "memory");
+  __syncwarp();
+  if (lane == 0) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address), "r"(words * 4) : "memory");
+  }
 #endif
 }
 

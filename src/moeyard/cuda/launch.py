@@ -11,7 +11,7 @@ import torch
 
 from moeyard.cuda.compile import kernel
 
-_SETTINGS = {"programmatic": os.environ.get("MOEYARD_PDL", "") == "1"}
+SETTINGS = {"programmatic": os.environ.get("MOEYARD_PDL", "") == "1"}
 
 
 def programmatic_launch(enabled: bool | None = None) -> bool:
@@ -22,8 +22,8 @@ def programmatic_launch(enabled: bool | None = None) -> bool:
     called with True. Returns the setting.
     """
     if enabled is not None:
-        _SETTINGS["programmatic"] = enabled
-    return _SETTINGS["programmatic"]
+        SETTINGS["programmatic"] = enabled
+    return SETTINGS["programmatic"]
 
 
 class Launch:
@@ -36,22 +36,23 @@ class Launch:
         defines: tuple[tuple[str, str], ...],
         device: int,
         *,
-        arguments: int,
+        pointers: int,
+        sizes: tuple[int, ...],
         grid: int,
         threads: int,
         shared_bytes: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
     ) -> None:
-        """`arguments` is the number of the kernel's parameters, all of them 64 bits wide; `grid` counts blocks."""
+        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks."""
         from cuda.bindings import driver
 
         self._kernel = kernel(source, name, defines, device)  # keeps the module loaded
         self._function = driver.CUfunction(int(self._kernel.handle))
         self._start: Callable[..., Any] = driver.cuLaunchKernelEx
         self._success = driver.CUresult.CUDA_SUCCESS
-        self._pack = struct.Struct(f"{arguments}Q").pack_into
-        self._count = arguments
+        self._pack = struct.Struct(f"{pointers}Q").pack_into
+        self._pointers, self._sizes = pointers, sizes
         self._local = threading.local()  # one thread's arguments: the driver reads them while others run
         self._name = name
         self._shape = (grid, threads, shared_bytes)
@@ -59,7 +60,7 @@ class Launch:
         self._programmatic = programmatic_launch() and torch.cuda.get_device_capability(device) >= (9, 0)
         self._configs: dict[int, Any] = {}
 
-    def __call__(self, stream: int, *arguments: int) -> None:
+    def __call__(self, stream: int, *pointers: int) -> None:
         """Starts the kernel on a raw stream of the current device. Raises RuntimeError if the driver refuses."""
         config = self._configs.get(stream)
         if config is None:
@@ -67,16 +68,17 @@ class Launch:
         mine = self._local.__dict__
         if not mine:
             self._make_arguments(mine)
-        self._pack(mine["words"], 0, *arguments)
+        self._pack(mine["words"], 0, *pointers)
         status = self._start(config, self._function, mine["address"], 0)[0]
         if status is not self._success and status != self._success:
             raise RuntimeError(f"launch of {self._name}: {status.name}, with {self._shape} (grid, threads, bytes)")
 
     def _make_arguments(self, mine: dict[str, Any]) -> None:
         """Room for the arguments and pointers to them, the form in which the driver takes them."""
-        words = (ctypes.c_uint64 * self._count)()
+        count = self._pointers + len(self._sizes)
+        words = (ctypes.c_uint64 * count)(*(0,) * self._pointers, *self._sizes)
         first, size = ctypes.addressof(words), ctypes.sizeof(ctypes.c_uint64)
-        pointers = (ctypes.c_void_p * self._count)(*(first + size * i for i in range(self._count)))
+        pointers = (ctypes.c_void_p * count)(*(first + size * i for i in range(count)))
         mine.update(words=words, pointers=pointers, address=ctypes.addressof(pointers))
 
     def _configure(self, stream: int) -> Any:

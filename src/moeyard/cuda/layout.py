@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.barriers import barrier_for
-from moeyard.cuda.launch import Launch, programmatic_launch
+from moeyard.cuda.launch import SETTINGS, Launch
 from moeyard.cuda.plan import Card, Plan, batched_plan, division, plan
 from moeyard.values import Layout
 
@@ -77,11 +77,12 @@ def _align(
         topk_ids = topk_ids.contiguous()
     if expert_map is not None and not expert_map.is_contiguous():
         expert_map = expert_map.contiguous()
-    ids, capacity = topk_ids.data_ptr(), slots.numel()
+    ids = topk_ids.data_ptr()
     key = (
         topk_ids.numel(),
+        num_experts,
         experts,
-        capacity,
+        slots.numel(),
         block_size,
         topk_ids.dtype,
         expert_map is None,
@@ -89,33 +90,23 @@ def _align(
         whole is None,
         device,
         chosen,
-        programmatic_launch(),
+        SETTINGS["programmatic"],
     )
     ready = _READY.get(key)
     if ready is None:
         ready = _READY.setdefault(key, _make_ready(*key[:-1]))
-    launch, words, sizes = ready
+    launch, words = ready
     stream = _current_stream(device)
-    exchange = barrier = 0
+    exchange = barrier = offsets = counts = routes = 0
     if words:
         buffer = topk_ids.new_empty(words, dtype=torch.int32)
         exchange, barrier = buffer.data_ptr(), barrier_for(device, stream)
-    launch(
-        stream,
-        ids,
-        0 if expert_map is None else expert_map.data_ptr(),
-        slots.data_ptr(),
-        expert_ids.data_ptr(),
-        total.data_ptr(),
-        0 if whole is None else whole.expert_offsets.data_ptr(),
-        0 if whole is None else whole.expert_counts.data_ptr(),
-        0 if whole is None else whole.route_rows.data_ptr(),
-        exchange,
-        barrier,
-        key[0],
-        num_experts,
-        *sizes,
-    )
+    if whole is not None:
+        offsets, counts = whole.expert_offsets.data_ptr(), whole.expert_counts.data_ptr()
+        routes = whole.route_rows.data_ptr()
+    mapping = 0 if expert_map is None else expert_map.data_ptr()
+    blocks, used = expert_ids.data_ptr(), total.data_ptr()
+    launch(stream, ids, mapping, slots.data_ptr(), blocks, used, offsets, counts, routes, exchange, barrier)
 
 
 _READY: dict[tuple[Any, ...], tuple[Any, ...]] = {}
@@ -124,6 +115,7 @@ _READY: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 def _make_ready(
     num_routes: int,
+    num_experts: int,
     experts: int,
     capacity: int,
     block_size: int,
@@ -133,8 +125,8 @@ def _make_ready(
     triple: bool,
     device: int,
     chosen: Plan | None,
-) -> tuple[Launch, int, tuple[int, ...]]:
-    """The launch, the words of its exchange, and the arguments that depend on the key alone."""
+) -> tuple[Launch, int]:
+    """The launch and the words of its exchange."""
     if chosen is None:
         chosen = plan(num_routes, experts, capacity, card_of(device))
     defines = (
@@ -154,7 +146,8 @@ def _make_ready(
         "align_kernel",
         defines,
         device,
-        arguments=18,
+        pointers=10,
+        sizes=(num_routes, num_experts, experts, block_size, capacity, *division(block_size), chosen.tiles),
         grid=chosen.grid,
         threads=chosen.threads,
         shared_bytes=chosen.shared_bytes(experts),
@@ -163,7 +156,7 @@ def _make_ready(
     )
     _make_room(_READY)
     words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0
-    return launch, words, (experts, block_size, capacity, *division(block_size), chosen.tiles)
+    return launch, words
 
 
 def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:
@@ -174,35 +167,35 @@ def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: La
             batched_align_launch(expert_num_tokens, max_num_tokens, out)
         return
     expert_num_tokens = expert_num_tokens.contiguous()
-    key = (expert_num_tokens.numel(), max_num_tokens, out.block_size, device, programmatic_launch())
+    key = (expert_num_tokens.numel(), max_num_tokens, out.block_size, device, SETTINGS["programmatic"])
     ready = _BATCHED.get(key)
     if ready is None:
         ready = _BATCHED.setdefault(key, _make_batched_ready(*key[:-1]))
-    launch, sizes = ready
     outputs = (tensor.data_ptr() for tensor in out.tensors)
-    launch(_current_stream(device), expert_num_tokens.data_ptr(), *outputs, *sizes)
+    ready(_current_stream(device), expert_num_tokens.data_ptr(), *outputs)
 
 
-_BATCHED: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+_BATCHED: dict[tuple[Any, ...], Any] = {}
 
 
-def _make_batched_ready(experts: int, rows: int, block_size: int, device: int) -> tuple[Launch, tuple[int, ...]]:
+def _make_batched_ready(experts: int, rows: int, block_size: int, device: int) -> Launch:
     chosen = batched_plan(experts, rows, block_size, card_of(device))
     launch = Launch(
         "batched.cu",
         "batched_align_kernel",
         (("BLOCK", str(chosen.threads)), ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads)))),
         device,
-        arguments=14,
+        pointers=7,
+        sizes=(experts, rows, block_size, chosen.capacity, *division(block_size), chosen.pieces),
         grid=chosen.grid,
         threads=chosen.threads,
         shared_bytes=chosen.shared_bytes,
     )
     _make_room(_BATCHED)
-    return launch, (experts, rows, block_size, chosen.capacity, *division(block_size), chosen.pieces)
+    return launch
 
 
-def _make_room(ready: dict[tuple[Any, ...], tuple[Any, ...]]) -> None:
+def _make_room(ready: dict[tuple[Any, ...], Any]) -> None:
     if len(ready) >= _MOST_READY:
         ready.clear()
 

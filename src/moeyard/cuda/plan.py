@@ -128,12 +128,17 @@ def _candidates(num_routes: int, experts: int, capacity: int, card: Card) -> Ite
 def _sized(
     exchange: str, num_routes: int, grid: int, cluster: int, threads: int, experts: int, most_warps: int = 8
 ) -> Plan:
-    """As few rounds as that many warps allow, then as few warps."""
+    """As few rounds as that many warps allow, then as few warps.
+
+    Warps are a power of two, so that few kernels are compiled, unless tables are long and each warp's takes time.
+    """
     batches = -(-num_routes // (grid * WARP))
-    rounds = 1
+    rounds = warps = 1
     while rounds < MAX_ROUNDS and batches > rounds * most_warps:
         rounds *= 2
-    return Plan(exchange, grid, cluster, _threads_for(experts, threads), min(-(-batches // rounds), most_warps), rounds)
+    while warps < most_warps and batches > rounds * warps:
+        warps = 2 * warps if experts <= 256 else warps + 1
+    return Plan(exchange, grid, cluster, _threads_for(experts, threads), warps, rounds)
 
 
 def _threads_for(experts: int, least: int) -> int:

@@ -70,6 +70,11 @@ def _replace(module: types.ModuleType, name: str, function: Callable[..., Any]) 
             setattr(other, alias, function)
 
 
+def _load_runtime(device: str) -> None:
+    """Imports what operators need, by one small call."""
+    moeyard.moe_align_block_size(torch.zeros(1, dtype=torch.int32, device=device), num_experts=1, block_size=1)
+
+
 def main(argv: list[str]) -> int:
     """`python -m moeyard.integrations.vllm SCRIPT [ARGUMENT ...]`."""
     usage = "usage: python -m moeyard.integrations.vllm SCRIPT [ARGUMENT ...]"
@@ -81,7 +86,7 @@ def main(argv: list[str]) -> int:
         print(f"{usage}\\nSCRIPT: expected a file, got {argv[1]!r}", file=sys.stderr)
         return 2
     print(f"moeyard {moeyard.__version__}: {install()}", file=sys.stderr)
-    moeyard.warmup("cuda" if torch.cuda.is_available() else "cpu")  # as importing vLLM loads its library
+    _load_runtime("cuda" if torch.cuda.is_available() else "cpu")  # as importing vLLM loads its library
     sys.argv = argv[1:]
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
