@@ -1,5 +1,7 @@
 """Layouts: every implementation against the reference, bit by bit."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -280,3 +282,10 @@ def test_very_many_calls_equal_reference(impl: str, call: dict[str, Any]) -> Non
         layout_difference(moeyard.moe_align_block_size(**call, impl=impl), reference.moe_align_block_size(**call))
         is None
     )
+
+
+def test_layouts_can_be_copied_and_pickled() -> None:
+    layout = moeyard.moe_align_block_size(torch.tensor([[2, 0], [2, 1]]), num_experts=3, block_size=2)
+    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):  # noqa: S301 - our own bytes
+        assert layout_difference(other, layout) is None
+        assert other.route_rows.data_ptr() != layout.route_rows.data_ptr()

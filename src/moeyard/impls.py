@@ -36,6 +36,8 @@ class Impl:
     by_name_only: bool = False
     first_outputs: str = ""
     """"module:function" of a launcher of the op's first outputs alone, where that is quicker."""
+    repeater: str = ""
+    """"module:function" that prepares the same call again, for other ids and the same outputs."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,13 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
     "moe_align_block_size": (
         Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.layout:align_launch", _cuda, first_outputs="moeyard.cuda.layout:triple_launch"),
+        Impl(
+            "cuda",
+            "moeyard.cuda.layout:align_launch",
+            _cuda,
+            first_outputs="moeyard.cuda.layout:triple_launch",
+            repeater="moeyard.cuda.layout:align_again",
+        ),
         *_shared("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
@@ -155,9 +163,16 @@ def first_outputs_launcher(op: str, device: torch.device, dtype: torch.dtype) ->
     return _load(target) if target else None
 
 
-def _load(target: str) -> Callable[..., None]:
+@cache
+def repeater(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """What prepares the same call again for the implementation that `launcher` finds; None if it has nothing."""
+    target = _choose(op, impl, device, dtype).repeater
+    return _load(target) if target else None
+
+
+def _load(target: str) -> Callable[..., Any]:
     module, function = target.split(":")
-    loaded: Callable[..., None] = getattr(importlib.import_module(module), function)
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return loaded
 
 

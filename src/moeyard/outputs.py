@@ -103,26 +103,15 @@ def check_layout_out(
     """`out` is a layout of these lengths and sizes on `device`."""
     if not isinstance(out, Layout):
         raise TypeError(f"out: expected a Layout, got {type(out).__name__}")
-    found = (  # a tensor that was replaced in place has another address
-        lengths,
-        sizes,
-        device,
-        out.sorted_token_ids.data_ptr(),
-        out.expert_ids.data_ptr(),
-        out.num_tokens_post_padded.data_ptr(),
-        out.expert_offsets.data_ptr(),
-        out.expert_counts.data_ptr(),
-        out.route_rows.data_ptr(),
-    )
-    if out._fits == found and lengths[0]:
-        return
     got = (out.num_experts, out.num_local_experts, out.block_size, out.top_k)
     if got != sizes:
         names = "num_experts, num_local_experts, block_size, top_k"
         raise ValueError(f"out: expected a layout with ({names}) = {sizes}, got {got}")
     for name, length, dtype in zip(Layout.TENSORS, lengths, _DTYPES, strict=True):
-        check_out(f"out.{name}", getattr(out, name), (length,), dtype, device)
-    object.__setattr__(out, "_fits", found)
+        tensor = getattr(out, name)
+        fits = tensor.shape == (length,) and tensor.dtype is dtype and tensor.device == device
+        if not fits or not tensor.is_contiguous():
+            check_out(f"out.{name}", tensor, (length,), dtype, device)
 
 
 def deliver(layout: Layout, out: Layout | None) -> Layout:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -56,14 +56,18 @@ class Layout:
     num_local_experts: int
     block_size: int
     top_k: int
-    _fits: object = field(default=None, init=False, repr=False)
-    """What this layout was last found to fit as an output, so that the next check is short (outputs.py)."""
+    _again: Any = field(default=None, init=False, repr=False)
+    """(arguments of the call that filled this layout as `out=`, function that repeats it), or None (layout.py)."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], sizes: tuple[int, int, int, int]) -> "Layout":
         """The layout of six tensors and (num_experts, num_local_experts, block_size, top_k)."""
         slots, blocks, total, offsets, counts, routes = tensors
         return cls(slots, blocks, total, offsets, counts, routes, *sizes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles carry the tensors and sizes alone."""
+        return Layout, (*self.tensors, self.num_experts, self.num_local_experts, self.block_size, self.top_k)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -1,6 +1,7 @@
 """The cuda implementation of moe_align_block_size: every way of counting, streams, graphs, threads, sanitizers."""
 
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,25 @@ def test_programmatic_launch_changes_no_bits(routes: int, experts: int, block: i
         programmatic_launch(before)
     for layout, expected in zip(got, wanted * 3, strict=True):
         assert layout_difference(layout, expected) is None
+
+
+def test_outputs_given_again_and_again() -> None:
+    """The short way of a repeated call takes nothing for granted: shape, strides, addresses, outputs."""
+    ids = [torch.randint(-1, 70, (4096, 2), dtype=torch.int32, device="cuda") for _ in range(3)]
+    out = poisoned_layout(align(ids[0], 64, 128))
+    ids += [ids[0].t().contiguous().t(), torch.cat([ids[1].flatten(), ids[2].flatten()])[3:8195].view(4096, 2)]
+    ids += [ids[0].long(), ids[1][:4096], ids[2] % 5]
+    for value in [*ids, *ids]:
+        wanted = align(value, 64, 128)
+        assert layout_difference(align(value, 64, 128, out=out), wanted) is None
+    with pytest.raises(ValueError, match="out: expected a layout with"):
+        align(ids[0], 64, 64, out=out)
+    with pytest.raises(ValueError, match=r"out.sorted_token_ids: expected shape"):
+        align(ids[0][:100], 64, 128, out=out)
+    assert layout_difference(pickle.loads(pickle.dumps(out)), out) is None  # noqa: S301 - our own bytes
+    out.route_rows.set_(torch.empty(8, dtype=torch.int32, device="cuda"))
+    with pytest.raises(ValueError, match=r"out.route_rows: expected shape"):
+        align(ids[0], 64, 128, out=out)
 
 
 SANITIZED = """

@@ -53,13 +53,15 @@ def peers(vllm: str) -> dict[str, str]:
 def document(rows: list[dict[str, Any]], machine: dict[str, Any], peers: dict[str, str]) -> dict[str, Any]:
     """A whole result file."""
     here = Path(__file__).parent
-    commit = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
-    if commit and _output("git", "-C", str(here), "status", "--porcelain", "--", ":/src"):
-        commit += " with changes"
+    commit = os.environ.get("MOEYARD_COMMIT", "")  # a copy of the tree may be told
+    if not commit:
+        commit = _output("git", "-C", str(here), "rev-parse", "--short=12", "HEAD")
+        if commit and _output("git", "-C", str(here), "status", "--porcelain", "--", ":/src"):
+            commit += " with changes"
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or os.environ.get("MOEYARD_COMMIT", "unknown"),  # a copy without git may be told
+        "commit": commit or "unknown",
         "machine": machine,
         "peers": peers,
         "rows": rows,

@@ -19,7 +19,8 @@ SUITES = {
         "rows": ["--workload", "rows"],
     },
     "cuda": {
-        "align": ["--workload", "align", "--workload", "seed", "--workload", "routing", "--workload", "ids", "--cold"],
+        "align": ["--workload", "align", "--workload", "routing", "--workload", "ids"],
+        "first-calls": ["--workload", "seed", "--cold"],
         "vllm-grid": ["--workload", "vllm-grid"],
         "rows": ["--workload", "rows"],
     },

@@ -1,5 +1,6 @@
 """Layouts of CUDA tensors: one launch of align.cu or batched.cu, straight from Python."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,6 +29,51 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         out.num_tokens_post_padded,
         out,
         chosen,
+    )
+
+
+def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], bool] | None:
+    """A function that fills `out` for other ids of the same shape and dtype, checking only what can have changed.
+
+    It returns False, having done nothing, where it cannot: other devices, strides or addresses, or other settings. It
+    is None for ids that are cast first and for plans that need a buffer. There is no expert map.
+    """
+    device, pointers = topk_ids.get_device(), _addresses(out)
+    capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not capacity:
+        return None
+    programmatic = SETTINGS["programmatic"]
+    with torch.cuda.device(device):
+        sizes = (topk_ids.numel(), out.num_experts, experts, capacity, out.block_size, topk_ids.dtype)
+        launch, words = _ready((*sizes, True, True, False, device, None, programmatic))
+    if words:
+        return None
+
+    def again(ids: Tensor, given: Layout) -> bool:
+        address = ids.data_ptr()
+        if (
+            address % 16
+            or _addresses(given) != pointers
+            or ids.get_device() != device
+            or _current_device() != device
+            or not ids.is_contiguous()
+            or SETTINGS["programmatic"] is not programmatic
+        ):
+            return False
+        launch(_current_stream(device), address, 0, *pointers, 0, 0)
+        return True
+
+    return again
+
+
+def _addresses(out: Layout) -> tuple[int, ...]:
+    return (
+        out.sorted_token_ids.data_ptr(),
+        out.expert_ids.data_ptr(),
+        out.num_tokens_post_padded.data_ptr(),
+        out.expert_offsets.data_ptr(),
+        out.expert_counts.data_ptr(),
+        out.route_rows.data_ptr(),
     )
 
 
@@ -92,10 +138,7 @@ def _align(
         chosen,
         SETTINGS["programmatic"],
     )
-    ready = _READY.get(key)
-    if ready is None:
-        ready = _READY.setdefault(key, _make_ready(*key[:-1]))
-    launch, words = ready
+    launch, words = _READY.get(key) or _ready(key)
     stream = _current_stream(device)
     exchange = barrier = offsets = counts = routes = 0
     if words:
@@ -111,6 +154,11 @@ def _align(
 
 _READY: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 """What a launch needs besides pointers, by all that it depends on: hashing plain values, not plans, on every call."""
+
+
+def _ready(key: tuple[Any, ...]) -> tuple[Launch, int]:
+    found: tuple[Launch, int] | None = _READY.get(key)
+    return _READY.setdefault(key, _make_ready(*key[:-1])) if found is None else found
 
 
 def _make_ready(
