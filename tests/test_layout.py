@@ -286,6 +286,6 @@ def test_very_many_calls_equal_reference(impl: str, call: dict[str, Any]) -> Non
 
 def test_layouts_can_be_copied_and_pickled() -> None:
     layout = moeyard.moe_align_block_size(torch.tensor([[2, 0], [2, 1]]), num_experts=3, block_size=2)
-    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):  # noqa: S301 - our own bytes
+    for other in (pickle.loads(pickle.dumps(layout)), copy.deepcopy(layout)):
         assert layout_difference(other, layout) is None
         assert other.route_rows.data_ptr() != layout.route_rows.data_ptr()

@@ -181,7 +181,7 @@ def test_outputs_given_again_and_again() -> None:
         align(ids[0], 64, 64, out=out)
     with pytest.raises(ValueError, match=r"out.sorted_token_ids: expected shape"):
         align(ids[0][:100], 64, 128, out=out)
-    assert layout_difference(pickle.loads(pickle.dumps(out)), out) is None  # noqa: S301 - our own bytes
+    assert layout_difference(pickle.loads(pickle.dumps(out)), out) is None
     out.route_rows.set_(torch.empty(8, dtype=torch.int32, device="cuda"))
     with pytest.raises(ValueError, match=r"out.route_rows: expected shape"):
         align(ids[0], 64, 128, out=out)
