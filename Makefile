@@ -15,11 +15,11 @@ RUN = timeout --kill-after=15
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-.venv/ready: pyproject.toml Makefile
+.venv/ready: pyproject.toml assay/pyproject.toml Makefile
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: expected 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]' --editable ./assay
 	touch $@
 
 demo: .venv/ready ## run the seed workload and print a table
