@@ -12,13 +12,14 @@
 //   grid      each block counts its own span; clusters add up and publish; one grid barrier (cooperative launch)
 //   long      as grid, for spans of more than one tile, which is what a block's registers hold
 //
-// A warp ranks 32 routes at a time: each lane sets its bit in its bucket's word of shared memory, and the bits below its
-// own are its rank, whatever order the bits were set in (measured on an H200, __match_any_sync takes two cycles for every
-// distinct bucket, in one warp of a multiprocessor at a time: ten times as long). Spans of warps, blocks and parts are
-// consecutive, so ranks ascend with the route. Grid and long sort a tile in shared memory, so that neighbouring threads
-// write neighbouring slots.
+// A warp ranks 32 routes at a time: each lane sets its bit in its bucket's word of shared memory, and the bits below
+// its own are its rank, whatever order the bits were set in (measured on an H200, __match_any_sync takes two cycles
+// for every distinct bucket, in one warp of a multiprocessor at a time: ten times as long). Spans of warps, blocks
+// and parts are consecutive, so ranks ascend with the route. Grid and long sort a tile in shared memory, so that
+// neighbouring threads write neighbouring slots.
 //
-// Small sizes take about five cycles an instruction, in one warp: hence the constants and the loops that are not unrolled.
+// Small sizes take about five cycles an instruction, in one warp: hence the constants and the loops that are not
+// unrolled.
 
 #pragma nv_diag_suppress 177, 186  // names and comparisons that only some kernels need
 
@@ -268,7 +269,9 @@ __device__ __forceinline__ void align(const Parameters& p) {
       }
       __syncthreads();
 #pragma unroll 4
-      for (u32 i = thread; i < staged_routes; i += THREADS) __stcs(p.sorted_token_ids + staged_place[i], static_cast<int>(staged[i]));
+      for (u32 i = thread; i < staged_routes; i += THREADS) {
+        __stcs(p.sorted_token_ids + staged_place[i], static_cast<int>(staged[i]));
+      }
       if constexpr (HOW == LONG) {
         u32* words = reinterpret_cast<u32*>(table);
         for (u32 i = thread; i < (WARPS * experts + 1) / 2; i += THREADS) words[i] = 0;
@@ -303,7 +306,9 @@ __device__ __forceinline__ void align(const Parameters& p) {
   // the unused end
   const u32 grid_thread = blockIdx.x * THREADS + thread, grid_threads = gridDim.x * THREADS;
 #pragma unroll 1
-  for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) p.sorted_token_ids[s] = num_routes;
+  for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) {
+    p.sorted_token_ids[s] = num_routes;
+  }
   const u32 num_blocks = blocks_of(capacity, p);
 #pragma unroll 1
   for (u32 b = used_blocks + grid_thread; b < num_blocks; b += grid_threads) p.expert_ids[b] = -1;
@@ -325,9 +330,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, HOW >= GRID ? 1024 / THREA
     const void* ids, const int* expert_map, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
     i64* expert_offsets, int* expert_counts, int* route_rows, u32* exchange, u32* barrier, i64 num_routes,
     i64 num_experts, i64 num_local, i64 block_size, i64 capacity, i64 block_magic, i64 block_shift, i64 tiles) {
-  const Parameters p = {ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets, expert_counts,
-                        route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size, capacity,
-                        block_magic, block_shift, tiles};
+  const Parameters p = {ids, expert_map, sorted_token_ids, expert_ids, num_tokens_post_padded, expert_offsets,
+                        expert_counts, route_rows, exchange, barrier, num_routes, num_experts, num_local, block_size,
+                        capacity, block_magic, block_shift, tiles};
   if constexpr (HOW == TINY) align_tiny(p);
   else align(p);
 }

@@ -54,7 +54,8 @@ __device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop) {
 __device__ __forceinline__ int4 load_whole(const int* ids) { return __ldg(reinterpret_cast<const int4*>(ids)); }
 
 __device__ __forceinline__ int4 load_whole(const i64* ids) {
-  longlong2 low = __ldg(reinterpret_cast<const longlong2*>(ids)), high = __ldg(reinterpret_cast<const longlong2*>(ids) + 1);
+  const longlong2* pairs = reinterpret_cast<const longlong2*>(ids);
+  const longlong2 low = __ldg(pairs), high = __ldg(pairs + 1);
   return make_int4(narrow(low.x), narrow(low.y), narrow(high.x), narrow(high.y));
 }
 

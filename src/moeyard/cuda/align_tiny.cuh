@@ -21,7 +21,8 @@ __device__ __forceinline__ void align_tiny(const Parameters& p) {
   wait_for_previous_launch();
   const int id = load_id(p.ids, lane, num_routes);
   asm volatile("" ::"l"(p.sorted_token_ids), "l"(p.expert_offsets), "l"(p.route_rows), "l"(p.capacity));
-  const u32 num_blocks = blocks_of(capacity, p), expert_pieces = (experts + 31) / 32, slot_pieces = (capacity + 31) / 32;
+  const u32 num_blocks = blocks_of(capacity, p);
+  const u32 expert_pieces = (experts + 31) / 32, slot_pieces = (capacity + 31) / 32;
   const u32 bucket = bucket_of(id, p);
   const u32 same = __match_any_sync(ALL, bucket), rank = __popc(same & lanes_below()), count = __popc(same);
   const bool held = bucket < experts, first = held && rank == 0;

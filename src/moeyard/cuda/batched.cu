@@ -9,8 +9,8 @@ constexpr u32 PIECE = 4 * THREADS;     // rows of one expert that a block fills 
 
 extern "C" __global__ void __launch_bounds__(THREADS) batched_align_kernel(
     const int* expert_num_tokens, int* sorted_token_ids, int* expert_ids, int* num_tokens_post_padded,
-    i64* expert_offsets, int* expert_counts, int* route_rows, i64 num_experts, i64 rows_, i64 block_size_, i64 capacity_,
-    i64 block_magic, i64 block_shift, i64 pieces_) {
+    i64* expert_offsets, int* expert_counts, int* route_rows, i64 num_experts, i64 rows_, i64 block_size_,
+    i64 capacity_, i64 block_magic, i64 block_shift, i64 pieces_) {
   extern __shared__ u32 shared[];
   u32* sums = shared;                       // [32]
   u32* counts = sums + 32;                  // [experts]
@@ -61,7 +61,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) batched_align_kernel(
   }
 
   const u32 grid_thread = blockIdx.x * THREADS + thread, grid_threads = gridDim.x * THREADS;
-  for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) sorted_token_ids[s] = num_routes;
+  for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) {
+    sorted_token_ids[s] = num_routes;
+  }
   const u32 num_blocks = divide_up(capacity, block_magic, block_shift);
   for (u32 b = used_blocks + grid_thread; b < num_blocks; b += grid_threads) expert_ids[b] = -1;
   if (grid_thread == 0) {

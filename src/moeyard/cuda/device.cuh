@@ -86,10 +86,10 @@ __device__ __forceinline__ u32 number_of_clusters() {
   return number;
 }
 
-// Words from every block of a cluster into every block's shared memory, which an mbarrier counts as they come (st.async):
-// a barrier of the cluster would wait for all writes to global memory as well. First the block opens its mailboxes,
-// then `greet_peers`, and `await_peers` before the first post; `await_mail` returns when `words` have come. `mailbox` is
-// 8 bytes of shared memory, and only the first warp opens it.
+// Words from every block of a cluster into every block's shared memory, which an mbarrier counts as they come
+// (st.async): a barrier of the cluster would wait for all writes to global memory as well. First the block opens its
+// mailboxes, then `greet_peers`, and `await_peers` before the first post; `await_mail` returns when `words` have
+// come. `mailbox` is 8 bytes of shared memory, and only the first warp opens it.
 
 __device__ __forceinline__ void open_mailbox(u64* mailbox, u32 words) {
 #if __CUDA_ARCH__ >= 900
@@ -119,7 +119,8 @@ __device__ __forceinline__ void await_peers() {
 // Writes a word to where `place` is in the shared memory of another block.
 __device__ __forceinline__ void post(u64* mailbox, u32* place, u32 rank, u32 word) {
 #if __CUDA_ARCH__ >= 900
-  u32 here = static_cast<u32>(__cvta_generic_to_shared(place)), box = static_cast<u32>(__cvta_generic_to_shared(mailbox));
+  const u32 here = static_cast<u32>(__cvta_generic_to_shared(place));
+  const u32 box = static_cast<u32>(__cvta_generic_to_shared(mailbox));
   asm volatile(
       "{\n\t.reg .b32 there, its_box;\n\t"
       "mapa.shared::cluster.u32 there, %0, %2;\n\t"
@@ -145,10 +146,10 @@ __device__ __forceinline__ void await_mail(u64* mailbox) {
 #endif
 }
 
-// A barrier of the whole grid in two halves, on one word that starts as zero. The first block adds what makes the grid's
-// sum 2^31, so the top bit flips when the last one arrives and the other bits are zero again: nothing to reset, whatever
-// the next grid's size (the scheme of cooperative groups). What a block wrote before it arrived, the others may read
-// after they waited.
+// A barrier of the whole grid in two halves, on one word that starts as zero. The first block adds what makes the
+// grid's sum 2^31, so the top bit flips when the last one arrives and the other bits are zero again: nothing to
+// reset, whatever the next grid's size (the scheme of cooperative groups). What a block wrote before it arrived, the
+// others may read after they waited.
 __device__ __forceinline__ u32 arrive_at_grid(u32* barrier) {
   u32 before = 0;
   __syncthreads();
