@@ -9,13 +9,13 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def busy_seconds() -> float | None:
-    """Processor seconds that the machine has spent on anything since it started; None where /proc does not say."""
+    """Processor seconds spent on anything since the machine started, or taken by its host; None where /proc is missing."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
         return None
-    user, nice, system, _, _, irq, softirq = (int(field) for field in fields[:7])
-    return (user + nice + system + irq + softirq) / _TICK
+    user, nice, system, _, _, irq, softirq, stolen = (int(field) for field in fields[:8])
+    return (user + nice + system + irq + softirq + stolen) / _TICK
 
 
 def own_seconds() -> float:
