@@ -9,7 +9,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 
 def busy_seconds() -> float | None:
-    """Processor seconds spent on anything since the machine started, or taken by its host; None where /proc is missing."""
+    """Processor seconds spent on anything since start, or taken by the host; None where /proc is missing."""
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     except OSError:
