@@ -42,6 +42,9 @@ def test_planted_effects_both_ways_and_replay(tmp_path: Path, capsys: pytest.Cap
     block = rows[1]
     assert all(0 < block["cpu_s"][arm] and 0 < block["seconds"][arm] for arm in ("base", "candidate", "control"))
     assert rows[0]["plan"]["delta"] == 0.02 and rows[0]["schema"] == 1
+    rows[0]["plan"]["looks"] = [[8, 0.05]]
+    with pytest.raises(ValueError, match="RAW: expected the looks of this version"):
+        replay([json.dumps(row) for row in rows])
 
 
 def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:

@@ -35,19 +35,22 @@ def warmup(device: str | torch.device | None = None) -> dict[str, float]:
 
 def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     ids = torch.tensor([[0, 1], [1, 2]], dtype=torch.int32, device=device)
-    expert_map = torch.tensor([0, 1, 2], dtype=torch.int32, device=device)
+    wide_map = torch.arange(64, dtype=torch.int32, device=device)
     counts = torch.tensor([1, 0, 2], dtype=torch.int32, device=device)
     layout = moe_align_block_size(ids, num_experts=3, block_size=2)
     rows = torch.ones(layout.capacity, 8, dtype=torch.bfloat16, device=device)
 
     def align() -> None:
-        # Each kernel of plan.py for up to 256 experts, one thread and several of the cpu kernels; maps are compiled for
-        # small batches only, since kernels are many and each takes a compiler a good part of a second.
+        # The kernels of plan.py for 33 to 256 experts, with and without the last outputs; one thread and several of the
+        # cpu kernels. Maps are compiled for small batches only: kernels are many, and each takes a compiler a while.
         for num_tokens in (1, 64, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288):
             for dtype in (torch.int32, torch.int64):
                 some = torch.zeros(num_tokens, 1, dtype=dtype, device=device)
-                for mapping in (None, expert_map) if num_tokens <= 64 else (None,):
-                    moe_align_block_size(some, num_experts=3, block_size=2, expert_map=mapping)
+                for mapping in (None, wide_map) if num_tokens <= 64 else (None,):
+                    whole = moe_align_block_size(some, num_experts=64, block_size=16, expert_map=mapping)
+                    triple = impls.first_outputs_launcher("moe_align_block_size", device, dtype)
+                    if triple is not None:
+                        triple(some, mapping, 64, 64, 16, *whole.tensors[:3])
 
     yield "moe_align_block_size", align
     yield (

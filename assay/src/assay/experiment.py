@@ -118,6 +118,9 @@ def replay(lines: Sequence[str]) -> tuple[Judgement, dict[str, Any]]:
         raise ValueError(f"RAW: expected JSON lines, got {problem}") from None
     if not rows or rows[0].get("kind") != "header" or rows[0].get("schema") != SCHEMA:
         raise ValueError(f"RAW: expected a header of schema {SCHEMA} in the first line")
+    looks = [[look.blocks, look.alpha] for look in LOOKS]
+    if rows[0]["plan"]["looks"] != looks:
+        raise ValueError(f"RAW: expected the looks of this version, {looks}, got {rows[0]['plan']['looks']}")
     blocks, seen = Blocks(), None
     for row in rows:
         if row["kind"] == "block":

@@ -6,6 +6,7 @@
 
 constexpr int TINY = 0, ALONE = 1, CLUSTER = 2, GRID = 3, LONG = 4, HOW = EXCHANGE;
 constexpr bool REPEATS = HOW == ALONE || HOW == CLUSTER;  // blocks count routes that other blocks count as well
+static_assert(HOW != LONG || ROUNDS > 1, "rank_routes would leave bits behind for the next tile");
 constexpr u32 TILE = 32 * WARPS * ROUNDS;                 // routes that a block places at a time
 constexpr int BATCH = HOW == ALONE ? 2 : 4;               // groups of four ids that a thread has in flight
 

@@ -62,14 +62,6 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
-__device__ __forceinline__ u32 cluster_size() {
-  u32 size = 1;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-#endif
-  return size;
-}
-
 __device__ __forceinline__ u32 cluster_number() {
   u32 number = blockIdx.x;
 #if __CUDA_ARCH__ >= 900

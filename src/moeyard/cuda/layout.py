@@ -36,11 +36,11 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
     """A function that fills `out` for other ids of the same shape and dtype, checking only what can have changed.
 
     It returns False, having done nothing, where it cannot: other devices, strides or addresses, or other settings. It
-    is None for ids that are cast first and for plans that need a buffer. There is no expert map.
+    is None for ids that are cast first or start anywhere, and for plans that need a buffer. There is no expert map.
     """
     device, pointers = topk_ids.get_device(), _addresses(out)
     capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
-    if topk_ids.dtype not in (torch.int32, torch.int64) or not capacity:
+    if topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.data_ptr() % 16 or not capacity:
         return None
     programmatic = SETTINGS["programmatic"]
     with torch.cuda.device(device):
