@@ -3,23 +3,30 @@
 import json
 import os
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 
 from assay import sense
 from assay.__main__ import main
+from assay.arms import Running
 from assay.experiment import replay
 
 WORK = "total = 0\nfor i in range({units} * 10000): total += i * i\n"
+CALL = "def work(n):\n    total = n\n    for i in range({units} * 10000): total += i * i\n    return total\n"
 ANY_LOAD = ["--most-foreign", "1e9"]  # tests run beside each other
 
 
-def tree(folder: Path, units: int, more: str = "") -> Path:
+def tree(folder: Path, units: int, more: str = "", text: str = WORK) -> Path:
     folder.mkdir()
-    (folder / "work.py").write_text(WORK.format(units=units) + more)
+    (folder / "work.py").write_text(text.format(units=units) + more)
+    (folder / "inputs.py").write_text("def make(seed):\n    return (seed,)\n")
     return folder
 
 
@@ -27,24 +34,61 @@ def ab(a: Path, b: Path, raw: Path, *options: str) -> int:
     return main(["ab", str(a), str(b), "--out", str(raw), *options, "--", sys.executable, "-S", "work.py"])
 
 
-def test_planted_effects_both_ways_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def call(a: Path, b: Path, raw: Path, *options: str) -> int:
+    given = ["--call", "work:work", "--inputs", "inputs:make", *ANY_LOAD, *options]
+    return main(["ab", str(a), str(b), "--out", str(raw), *given])
+
+
+def rows(raw: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in raw.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def schema() -> jsonschema.Draft202012Validator:
+    printed = subprocess.run(
+        [sys.executable, "-m", "assay", "schema"], capture_output=True, check=True, env=_environment()
+    )
+    found = json.loads(printed.stdout)
+    jsonschema.Draft202012Validator.check_schema(found)
+    return jsonschema.Draft202012Validator(found)
+
+
+def _environment() -> dict[str, str]:
+    return dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+
+
+@pytest.mark.parametrize("isolation", ["auto", "links"])
+def test_planted_effects_both_ways_and_replay(
+    isolation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: jsonschema.Draft202012Validator
+) -> None:
     quick, slow = tree(tmp_path / "quick", 20), tree(tmp_path / "slow", 120)
-    assert ab(slow, quick, tmp_path / "raw1", *ANY_LOAD) == 0
+    assert ab(slow, quick, tmp_path / "raw1", *ANY_LOAD, "--isolation", isolation) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("faster: the interval lies above 0, beyond the margin") and "12 blocks" in shown
-    assert ab(quick, slow, tmp_path / "raw2", *ANY_LOAD) == 1
+    assert "wall, gets the verdict" in shown
+    assert ab(quick, slow, tmp_path / "raw2", *ANY_LOAD, "--isolation", isolation) == 1
     first = capsys.readouterr().out.splitlines()
     assert main(["replay", str(tmp_path / "raw2")]) == 1
     assert capsys.readouterr().out.splitlines()[1:3] == first[:2]
-    rows = [json.loads(line) for line in (tmp_path / "raw2").read_text().splitlines()]
-    assert [row["kind"] for row in rows] == ["header", *["block"] * 12, "verdict"]
-    assert len({tuple(row["order"]) for row in rows[1:-1]}) > 1
-    block = rows[1]
-    assert all(0 < block["cpu_s"][arm] and 0 < block["seconds"][arm] for arm in ("base", "candidate", "control"))
-    assert rows[0]["plan"]["delta"] == 0.02 and rows[0]["schema"] == 1
-    rows[0]["plan"]["looks"] = [[8, 0.05]]
+    found = rows(tmp_path / "raw2")
+    assert [row["kind"] for row in found] == ["header", *["block"] * 12, "verdict"]
+    for row in found:
+        schema.validate(row)
+    assert len({tuple(row["order"]) for row in found[1:-1]}) > 1
+    block = found[1]
+    assert all(0 < block["cpu_s"][arm] and 0 < block["primary"][arm] for arm in ("base", "candidate", "control"))
+    assert found[0]["plan"]["delta"] == 0.02 and found[0]["schema"] == 2
+    found[0]["plan"]["looks"] = [[8, 0.05]]
     with pytest.raises(ValueError, match="RAW: expected the looks of this version"):
-        replay([json.dumps(row) for row in rows])
+        replay([json.dumps(row) for row in found])
+
+
+def test_the_schema_rejects_what_is_no_raw(schema: jsonschema.Draft202012Validator) -> None:
+    good = {"kind": "verdict", "verdict": "void", "reason": "", "estimate": None, "interval": [None, None]}
+    good |= {"blocks": 3, "alpha": 1.0, "material": False, "detectable": None}
+    schema.validate(good)
+    for bad in ({**good, "verdict": "great"}, {**good, "more": 1}, {**good, "interval": [1.0]}, {"kind": "block"}):
+        assert not schema.is_valid(bad)
 
 
 def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:
@@ -54,17 +98,76 @@ def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:
     assert not seen.material or seen.verdict == "void"
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_callables(
+    rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: jsonschema.Draft202012Validator
+) -> None:
+    quick = tree(tmp_path / "quick", 8, text=CALL)
+    twice = "_once = work\ndef work(n):\n    _once(n)\n    return _once(n)\n"
+    slow = tree(tmp_path / "slow", 8, twice, text=CALL)
+    page = tmp_path / "page.html"
+    assert call(slow, quick, tmp_path / "raw", "--rounds", str(rounds), "--html", str(page)) == 0
+    shown = capsys.readouterr().out
+    assert "beyond the margin" in shown and "0 differ" in shown
+    found = rows(tmp_path / "raw")
+    for row in found:
+        schema.validate(row)
+    blocks = found[1:-1]
+    assert len({block["inputs"] for block in blocks}) == len(blocks)
+    assert all(len(block["calls"][arm]) >= 3 for block in blocks for arm in block["order"])
+    assert {"import", "first", "steady", "memory"} == set(blocks[0]["figures"]["base"])
+    assert found[0]["calibrated"]["transport_s"] < 0.1 * found[0]["calibrated"]["call_s"]
+    text = page.read_text()
+    assert text.count("<circle") == 5 * len(blocks) and "http" not in text and "<script" not in text
+    assert main(["report", str(tmp_path / "raw"), "--out", str(page)]) == 0 and page.read_text() == text
+
+
+def test_wrong_outputs_are_incorrect_however_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = tree(tmp_path / "good", 8, text=CALL)
+    wrong = tree(tmp_path / "wrong", 0, text=CALL)
+    assert call(good, wrong, tmp_path / "raw") == 1
+    assert capsys.readouterr().out.startswith("incorrect: outputs of ")
+    assert rows(tmp_path / "raw")[-1]["verdict"] == "incorrect" and len(rows(tmp_path / "raw")) == 3
+
+
+def test_outputs_within_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = CALL.replace("return total", "import numpy; return numpy.array([n + {noise}, 1.0])").replace("{units}", "8")
+    a = tree(tmp_path / "a", 0, text=text.replace("{noise}", "0.0"))
+    far = tree(tmp_path / "far", 0, text=text.replace("{noise}", "1e-2"))
+    near_slower = text.replace("{noise}", "1e-7").replace("return", "time.sleep(0.02); return")
+    near = tree(tmp_path / "near", 0, text="import time\n" + near_slower)
+    assert call(a, near, tmp_path / "1", "--atol", "1e-6") == 1 and "0 differ" in capsys.readouterr().out
+    assert rows(tmp_path / "1")[-1]["verdict"] == "slower"
+    assert call(a, far, tmp_path / "2", "--atol", "1e-6") == 1
+    assert call(a, near, tmp_path / "3") == 1
+    random = tree(tmp_path / "random", 0, text="import random\n" + text.replace("{noise}", "random.random()"))
+    assert call(random, random, tmp_path / "4") == 2
+    assert "expected two builds of base to agree" in capsys.readouterr().err
+
+
+def test_too_short_unless_chained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "def work(n):\n    return n + 1\ndef chain(given, output):\n    return (output,)\n"
+    a = tree(tmp_path / "a", 0, text=text)
+    b = tree(tmp_path / "b", 0, text=text.replace("return n + 1", "return sum([n, *[0] * 40, 1])"))
+    assert call(a, a, tmp_path / "raw1") == 2 and not (tmp_path / "raw1").exists()
+    assert "too_short: a call takes" in capsys.readouterr().err
+    assert call(a, a, tmp_path / "raw2", "--links", "40000") == 2
+    assert "--links: expected --chain" in capsys.readouterr().err
+    assert call(a, b, tmp_path / "raw3", "--links", "40000", "--chain", "work:chain") == 1
+    assert capsys.readouterr().out.startswith("slower") and rows(tmp_path / "raw3")[-1]["blocks"] == 12
+
+
 def test_what_outlives_its_arm_is_killed_and_its_block_left_out(tmp_path: Path) -> None:
     """A process that spins while others run would slow them: none is alive when the next arm starts."""
     spins = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
     a, b = tree(tmp_path / "a", 1), tree(tmp_path / "b", 1, spins)
     assert ab(a, b, tmp_path / "raw", *ANY_LOAD) == 3
-    rows = [json.loads(line) for line in (tmp_path / "raw").read_text().splitlines()]
-    assert all(row["survivors"] == {"base": 0, "candidate": 1, "control": 0} for row in rows if row["kind"] == "block")
-    assert rows[-1]["verdict"] == "void" and "contaminated" in rows[-1]["reason"]
+    blocks = [row for row in rows(tmp_path / "raw") if row["kind"] == "block"]
+    assert all(row["left"] == {"base": 0, "candidate": 1, "control": 0} for row in blocks)
+    assert rows(tmp_path / "raw")[-1]["verdict"] == "void"
 
 
-def test_foreign_load_is_seen(tmp_path: Path) -> None:
+def test_foreign_load_is_seen() -> None:
     load = sense.Load.now()
     child = os.fork()
     if child == 0:
@@ -94,6 +197,29 @@ def test_failing_runs(
     assert message in capsys.readouterr().err and time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("def work(n): raise KeyError('no good')\n", [], "KeyError: 'no good'"),
+        ("def other(n): pass\n", [], "has no attribute 'work'"),
+        (
+            "import os\ndef work(n): print('last words', flush=True); os._exit(7)\n",
+            [],
+            "ended with status 7: last words",
+        ),
+        ("import time\ndef work(n): time.sleep(30)\n", ["--timeout", "0.5"], "did not answer within 0.5 s"),
+        ("def work(n): return object()\n", [], "expected numbers, text, bytes, arrays"),
+    ],
+)
+def test_failing_callables(
+    text: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = time.monotonic()
+    good = tree(tmp_path / "a", 8, text=CALL)
+    assert call(good, tree(tmp_path / "b", 0, text=text), tmp_path / "raw", *options) == 3
+    assert message in capsys.readouterr().err and time.monotonic() - start < 20
+
+
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = tree(tmp_path / "a", 1)
     assert ab(a, tmp_path / "none", tmp_path / "raw") == 2 and not (tmp_path / "raw").exists()
@@ -108,3 +234,83 @@ def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 2 and "COMMAND: expected" in capsys.readouterr().err
     assert main(["ab", str(a), str(a), "--out", str(tmp_path / "x"), "--", "no-such-program"]) == 3
     assert "cannot start no-such-program" in capsys.readouterr().err
+    for options, words in (
+        (["--primary", "speed"], "--primary: expected one of steady, first, import, memory, got speed"),
+        (["--graph"], "--graph: expected --clock cuda"),
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+    ):
+        assert call(a, a, tmp_path / "new", *options) == 2
+        assert words in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+ASV = """
+class TimeSums:
+    params = [[1, 3], ["a", "b"]]
+    def setup_cache(self): return 20000
+    def setup(self, cache, times, name): self.numbers = range(cache * times * {units})
+    def time_sum(self, cache, times, name): sum(self.numbers)
+def time_alone(): sum(range(200000 * {units}))
+"""
+PYPERF = """
+import pyperf
+runner = pyperf.Runner()
+runner.bench_func("other", lambda: 1 / 0)
+runner.bench_func("sum", sum, range(200000 * {units}))
+runner.timeit("text", stmt="sum(numbers)", setup="numbers = range(200000 * {units})")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--asv", "work.py:TimeSums.time_sum", "--case", "3"], ASV),
+        (["--asv", "work.py:time_alone"], ASV),
+        (["--pyperf", "work.py:sum"], PYPERF),
+        (["--pyperf", "work.py:text"], PYPERF),
+    ],
+)
+def test_benchmarks_of_asv_and_pyperf(options: list[str], text: str, tmp_path: Path) -> None:
+    if "--pyperf" in options:
+        pytest.importorskip("pyperf", reason="pyperf is not installed")
+    a, b = tree(tmp_path / "a", 1, text=text), tree(tmp_path / "b", 2, text=text)
+    assert main(["ab", str(a), str(b), "--out", str(tmp_path / "raw"), *ANY_LOAD, *options]) == 1
+    assert rows(tmp_path / "raw")[-1]["verdict"] == "slower"
+
+
+def test_benchmarks_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = tree(tmp_path / "a", 1, text=ASV)
+    for target, words in (
+        (["--asv", "work.py:TimeSums.time_sum", "--case", "4"], "case: expected below 4"),
+        (["--asv", "work.py:TimeSums.time_other"], "no attribute 'time_other'"),
+        (["--asv", "nothing.py:X.y"], "expected a Python file, found none"),
+    ):
+        assert main(["ab", str(a), str(a), "--out", str(tmp_path / "raw"), *target]) == 3
+        assert words in capsys.readouterr().err
+
+
+HOG = """
+import subprocess, sys
+for _ in range(4): subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"])
+"""
+
+
+def _hogged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezing: bool) -> tuple[float, float, list[str]]:
+    """Medians of base and candidate, which do the same, and why blocks were left out."""
+    if not freezing:
+        monkeypatch.setattr(Running, "freeze", lambda _: None)
+    a, b = tree(tmp_path / "a", 8, text=CALL), tree(tmp_path / "b", 8, HOG, text=CALL)
+    call(a, b, tmp_path / "raw", "--rounds", "2", "--calls", "4")
+    blocks = [row for row in rows(tmp_path / "raw") if row["kind"] == "block"]
+    base, candidate = (statistics.median(row["primary"][arm] for row in blocks) for arm in ("base", "candidate"))
+    return base, candidate, [words for row in blocks for words in row["reasons"]]
+
+
+def test_a_hog_only_harms_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Helpers of the candidate that always spin are frozen while base runs."""
+    base, candidate, reasons = _hogged(tmp_path, monkeypatch, freezing=True)
+    assert candidate > 1.3 * base and not reasons
+
+
+def test_without_freezing_a_hog_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, reasons = _hogged(tmp_path, monkeypatch, freezing=False)
+    assert reasons and set(reasons) == {"an arm ran while it was frozen"}

@@ -1,7 +1,7 @@
-"""Two trees, one command: blocks of fresh processes in random order until a look decides.
+"""Two trees, one workload: blocks of fresh processes in random order until a look decides.
 
-RAW is a file of JSON lines: first a header, then a line a block, written as they end, then the verdict. A block holds
-one run of A, of B and of A'; its datum is the judge's wall clock from start to end of the process, in seconds.
+RAW is a file of JSON lines (raw.schema.json): a header, written before the first sample that counts, then a line a
+block as they end, then the verdict. A block holds a run of A, of B and of A'; its datum is the primary figure of each.
 """
 
 import hashlib
@@ -11,47 +11,38 @@ import os
 import platform
 import random
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from assay import sense
+from assay import gpu, sense
+from assay.arms import ArmError
+from assay.measure import (
+    Inputs,
+    Sample,
+    Trees,
+    calibrate,
+    command_sample,
+    differing,
+    too_busy_while_frozen,
+    worker_samples,
+)
+from assay.plan import Plan
 from assay.stats import LOOKS, MOST_CONTAMINATED, Interval, Judgement, judge
 
-SCHEMA = 1
+__all__ = ["SCHEMA", "ArmError", "Blocks", "NotRepeatableError", "replay", "run"]
+SCHEMA = 2
+_PATIENCE_S = 5.0
+"""How long a block waits for others to be gone, after one that was left out."""
 ARMS = ("base", "candidate", "control")
 _TOO_MANY = MOST_CONTAMINATED * LOOKS[-1].blocks / (1 - MOST_CONTAMINATED)
 
 
-class ArmError(RuntimeError):
-    """A run did not end with status 0 in time; `arm` says whose."""
-
-    def __init__(self, arm: str, words: str) -> None:
-        super().__init__(f"{arm}: {words}")
-        self.arm = arm
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is fixed before the first sample."""
-
-    command: tuple[str, ...]
-    delta: float = 0.02
-    seed: int = 0
-    timeout_s: float = 600.0
-    most_foreign: float = 0.1
-    """Processor seconds of others, a second of a block: above it the block is left out."""
-    looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
-
-    def digest(self) -> str:
-        """Identity of the protocol and its options."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+class NotRepeatableError(ValueError):
+    """Two builds of base gave different outputs, so that a candidate's cannot be compared with them."""
 
 
 @dataclass
@@ -60,32 +51,51 @@ class Blocks:
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     contaminated: int = 0
+    incorrect: str = ""
+    grown: bool = False
+    """Whether the last block was clean."""
 
     def add(self, block: dict[str, Any]) -> None:
-        """Takes a block of RAW: its times if it is clean."""
-        if not block["clean"]:
+        """Takes a block of RAW: its primary figures if it is clean."""
+        self.grown = not (block["differing"] or block["reasons"])
+        if block["differing"]:
+            self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
+        elif block["reasons"]:
             self.contaminated += 1
-            return
-        for arm in ARMS:
-            self.seconds[arm].append(block["seconds"][arm])
+        else:
+            for arm in ARMS:
+                self.seconds[arm].append(block["primary"][arm])
 
-    def judge(self, delta: float) -> Judgement | None:
-        """The judgement at the look that the clean blocks have just reached; None between looks."""
-        reached = len(self.seconds["base"])
-        if reached not in [look.blocks for look in LOOKS]:
+    def decision(self, delta: float) -> Judgement | None:
+        """The judgement, if the last block led to a look or to an end; its verdict may be "continue"."""
+        clean = len(self.seconds["base"])
+        if self.incorrect:
+            return _without_times("incorrect", self.incorrect, clean)
+        if self.contaminated > _TOO_MANY:
+            return _without_times(
+                "void", f"{self.contaminated} of {clean + self.contaminated} blocks contaminated", clean
+            )
+        if not self.grown or clean not in [look.blocks for look in LOOKS]:
             return None
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
         return judge(base, candidate, control, delta=delta, contaminated=self.contaminated)
 
 
 def run(
-    base: Path, candidate: Path, plan: Plan, out: TextIO, *, control: Path | None = None, told: Callable[[str], None]
+    base: Path,
+    candidate: Path,
+    plan: Plan,
+    out: TextIO,
+    *,
+    control: Path | None = None,
+    told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement:
-    """Measures until a look decides, and writes RAW to `out`. `told` hears of progress.
+    """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
 
-    Without `control`, A' is a copy of base made for the occasion. All trees are reached through one path, the current
-    directory of the command. Raises ArmError if a run fails, ValueError for what is no directory.
+    Without `control`, A' is a copy of base made for the occasion. Raises ArmError if a run fails, ValueError for what
+    is no directory, makes no sense, is too short, or is not even repeatable in base.
     """
+    plan = plan.checked()
     for name, tree in (("A", base), ("B", candidate), ("--prime", control)):
         if tree is not None and not tree.is_dir():
             raise ValueError(f"{name}: expected a directory, got {tree}")
@@ -93,25 +103,137 @@ def run(
         if control is None:
             control = Path(folder) / "control"
             shutil.copytree(base, control, symlinks=True)
-        trees = dict(zip(ARMS, (base, candidate, control), strict=True))
-        _write(out, _header(plan, {arm: str(tree) for arm, tree in trees.items()}))
-        blocks, shuffler = Blocks(), random.Random(plan.seed)
-        for block in _measure(trees, plan, Path(folder) / "tree", shuffler):
-            _write(out, block)
-            blocks.add(block)
-            clean = len(blocks.seconds["base"])
-            told(f"{clean} of at most {LOOKS[-1].blocks} blocks, {blocks.contaminated} left out")
-            seen = blocks.judge(plan.delta) if block["clean"] else None
-            if seen is None and blocks.contaminated > _TOO_MANY:
-                seen = _hopeless(blocks)
-            if seen is not None and seen.verdict != "continue":
-                _write(out, {"kind": "verdict", **asdict(seen)})
-                return seen
-    raise AssertionError("the last look always decides")
+        trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
+        series = _Series(plan, trees)
+        try:
+            return _until_decided(series, plan, trees, out, told)
+        finally:
+            series.end()
+
+
+def _until_decided(
+    series: "_Series", plan: Plan, trees: Trees, out: TextIO, told: Callable[[dict[str, Any]], None]
+) -> Judgement:
+    def tell(row: dict[str, Any]) -> None:
+        out.write(json.dumps(row) + "\n")
+        out.flush()
+        told(row)
+
+    tell(_header(plan, trees, series.calibrated))
+    blocks, loaded = Blocks(), False
+    while True:
+        if loaded:
+            sense.wait_for_calm(_PATIENCE_S)
+        block = series.block()
+        blocks.add(block)
+        loaded = any(words.startswith(sense.FOREIGN) for words in block["reasons"])
+        tell(block)
+        seen = blocks.decision(plan.delta)
+        if seen is not None and seen.verdict != "continue":
+            tell(verdict_row(seen))
+            return seen
+
+
+class _Series:
+    """Blocks one after another, from one seed."""
+
+    def __init__(self, plan: Plan, trees: Trees) -> None:
+        """Calibrates, or runs every arm once before anything counts, so that caches are alike and errors come early."""
+        self.plan, self.trees, self.number = plan, trees, 0
+        self.order = random.Random(plan.seed)
+        self.inputs: Inputs | None = None
+        self.calibrated: dict[str, float] = {}
+        if plan.workload.worker:
+            self.inputs = Inputs(plan, trees)
+            try:
+                self.calls, self.calibrated = calibrate(plan, trees, self.inputs)
+                self._workers(0)
+            except BaseException:
+                self.end()
+                raise
+        else:
+            for arm in ARMS:
+                command_sample(arm, plan, trees, 0)
+
+    def block(self) -> dict[str, Any]:
+        """The next row of RAW."""
+        hash_seed = self.order.randrange(2**32)
+        reasons = gpu.foreign()
+        if self.inputs is None:
+            order = list(ARMS)
+            self.order.shuffle(order)
+            load, start = sense.Load.now(), time.perf_counter()
+            samples = {arm: command_sample(arm, self.plan, self.trees, hash_seed) for arm in order}
+            given: list[bytes] = []
+        else:
+            given = self._given()
+            load, start = sense.Load.now(), time.perf_counter()
+            samples = worker_samples(self.plan, self.trees, self.order, given, hash_seed)
+        elapsed = time.perf_counter() - start
+        evidence, more = load.disturbances(elapsed, self.plan.most_foreign)
+        reasons += more
+        slowed = {words for sample in samples.values() for state in sample.gpus for words in state.slowed()}
+        reasons += sorted(slowed)
+        if too_busy_while_frozen(samples):
+            reasons.append("an arm ran while it was frozen")
+        if any(sample.left for sample in samples.values()):
+            reasons.append("a process outlived its arm")
+        if differing(self.plan.workload, samples["base"], samples["control"]):
+            raise NotRepeatableError(
+                "outputs: expected two builds of base to agree; --rtol and --atol allow for less than equal bits"
+            )
+        row = {
+            "kind": "block",
+            "number": self.number,
+            "order": list(samples),
+            "reasons": reasons,
+            "elapsed_s": round(elapsed, 6),
+            **evidence,
+            "primary": {arm: samples[arm].figures[self.plan.primary] for arm in ARMS},
+            "figures": {arm: _rounded(samples[arm].figures) for arm in ARMS},
+            "cpu_s": {arm: samples[arm].cpu_s for arm in ARMS},
+            "left": {arm: samples[arm].left for arm in ARMS},
+            "calls": {arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in ARMS},
+            "gpus": {arm: [state.as_json() for state in samples[arm].gpus] for arm in ARMS},
+            "inputs": hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
+            "compared": len(samples["base"].outputs) if self.plan.workload.compare else 0,
+            "differing": differing(self.plan.workload, samples["base"], samples["candidate"]),
+        }
+        self.number += 1
+        return row
+
+    def _given(self) -> list[bytes]:
+        """A block's inputs: the first ones are not timed."""
+        assert self.inputs is not None
+        workload = self.plan.workload
+        wanted = 1 if workload.constant else self.calls + workload.warmups
+        made = self.inputs.make([self.order.randrange(2**31) for _ in range(wanted)])
+        return made * (self.calls + workload.warmups) if workload.constant else made
+
+    def _workers(self, hash_seed: int) -> dict[str, Sample]:
+        return worker_samples(self.plan, self.trees, random.Random(0), self._given(), hash_seed)
+
+    def end(self) -> None:
+        """Ends what lives across blocks."""
+        if self.inputs is not None:
+            self.inputs.end()
 
 
 def replay(lines: Sequence[str]) -> tuple[Judgement, dict[str, Any]]:
     """The judgement that RAW's blocks lead to, and its header. ValueError says what is missing or not RAW."""
+    rows = rows_of(lines)
+    blocks = Blocks()
+    for row in rows[1:]:
+        if row["kind"] == "block":
+            blocks.add(row)
+            seen = blocks.decision(rows[0]["plan"]["delta"])
+            if seen is not None and seen.verdict != "continue":
+                return seen, rows[0]
+    raise ValueError(f"RAW: expected blocks up to a look that decides, got {len(blocks.seconds['base'])} clean ones")
+
+
+def rows_of(lines: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of RAW, header first. ValueError if it is not RAW, or of another protocol."""
     try:
         rows = [json.loads(line) for line in lines if line.strip()]
     except json.JSONDecodeError as problem:
@@ -121,108 +243,53 @@ def replay(lines: Sequence[str]) -> tuple[Judgement, dict[str, Any]]:
     looks = [[look.blocks, look.alpha] for look in LOOKS]
     if rows[0]["plan"]["looks"] != looks:
         raise ValueError(f"RAW: expected the looks of this version, {looks}, got {rows[0]['plan']['looks']}")
-    blocks, seen = Blocks(), None
-    for row in rows:
-        if row["kind"] == "block":
-            blocks.add(row)
-            if row["clean"]:
-                seen = blocks.judge(rows[0]["plan"]["delta"]) or seen
-            if seen is not None and seen.verdict != "continue":
-                return seen, rows[0]
-    if blocks.contaminated > _TOO_MANY:
-        return _hopeless(blocks), rows[0]
-    raise ValueError(f"RAW: expected blocks up to a look that decides, got {len(blocks.seconds['base'])} clean ones")
+    return rows
 
 
-def _hopeless(blocks: Blocks) -> Judgement:
-    """Void before the last look: so much was left out that the last look could not be valid."""
-    clean = len(blocks.seconds["base"])
-    reason = f"{blocks.contaminated} of {clean + blocks.contaminated} blocks were contaminated"
-    return Judgement("void", reason, math.nan, Interval(-math.inf, math.inf), clean, 1.0, False, math.inf)
+def verdict_row(seen: Judgement) -> dict[str, Any]:
+    """A judgement as a row of RAW: JSON knows no infinity, so what is not known is null."""
+    interval = [value if math.isfinite(value) else None for value in (seen.interval.low, seen.interval.high)]
+    numbers = {
+        name: value if math.isfinite(value) else None
+        for name, value in asdict(seen).items()
+        if isinstance(value, float)
+    }
+    return {"kind": "verdict", **asdict(seen), **numbers, "interval": interval}
 
 
-def _measure(trees: dict[str, Path], plan: Plan, link: Path, shuffler: random.Random) -> Iterator[dict[str, Any]]:
-    number = 0
-    while True:
-        order = list(ARMS)
-        shuffler.shuffle(order)
-        environment = dict(os.environ, PYTHONHASHSEED=str(shuffler.randrange(2**32)), PWD=str(link))
-        load, start = sense.Load.now(), time.perf_counter()
-        runs = {arm: _run_once(arm, trees[arm], plan, link, environment) for arm in order}
-        elapsed, foreign = time.perf_counter() - start, load.foreign_since()
-        left = sum(one["survivors"] for one in runs.values())
-        clean = (foreign is None or foreign <= plan.most_foreign * elapsed + 0.02) and not left
-        yield {
-            "kind": "block",
-            "number": number,
-            "order": order,
-            "clean": clean,
-            "foreign_cpu_s": None if foreign is None else round(foreign, 3),
-            "elapsed_s": round(elapsed, 6),
-            **{key: {arm: runs[arm][key] for arm in ARMS} for key in ("seconds", "cpu_s", "rss_kib", "survivors")},
-        }
-        number += 1
+def _without_times(verdict: str, reason: str, blocks: int) -> Judgement:
+    return Judgement(verdict, reason, math.nan, Interval(-math.inf, math.inf), blocks, 1.0, False, math.inf)
 
 
-def _run_once(arm: str, tree: Path, plan: Plan, link: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """One fresh process; nothing of it is left when this returns."""
-    link.unlink(missing_ok=True)
-    link.symlink_to(tree.resolve(), target_is_directory=True)
-    running: list[int] = []
-    late = threading.Timer(plan.timeout_s, _kill, [running])
-    late.daemon = True
-    with tempfile.TemporaryFile() as log:
-        late.start()
-        start = time.perf_counter()
-        try:
-            child = subprocess.Popen(
-                plan.command,
-                cwd=link,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        except OSError as problem:
-            late.cancel()
-            raise ArmError(arm, f"cannot start {plan.command[0]}: {problem.strerror}") from None
-        running.append(child.pid)
-        try:
-            _, status, usage = os.wait4(child.pid, 0)  # not Popen.wait: with a time limit it polls
-            seconds = time.perf_counter() - start
-        finally:
-            running.clear()
-            late.cancel()
-            left = sense.end_session(child.pid)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if seconds >= plan.timeout_s:
-            raise ArmError(arm, f"did not end within {plan.timeout_s:g} s")
-        if child.returncode:
-            log.seek(0)
-            words = log.read()[-2000:].decode(errors="replace").strip()
-            raise ArmError(arm, f"ended with status {child.returncode}: {words}")
-    cpu_s = usage.ru_utime + usage.ru_stime
-    return {"seconds": seconds, "cpu_s": round(cpu_s, 6), "rss_kib": usage.ru_maxrss, "survivors": left}
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
-def _kill(leaders: list[int]) -> None:
-    for leader in leaders:
-        os.killpg(leader, signal.SIGKILL)
-
-
-def _header(plan: Plan, trees: dict[str, str]) -> dict[str, Any]:
+def _header(plan: Plan, trees: Trees, calibrated: dict[str, float]) -> dict[str, Any]:
     return {
         "kind": "header",
         "schema": SCHEMA,
         "protocol": plan.digest(),
         "plan": asdict(plan),
-        "trees": trees,
-        "machine": {"system": platform.platform(), "processors": os.cpu_count(), "python": platform.python_version()},
+        "trees": {arm: str(tree) for arm, tree in trees.trees.items()},
+        "isolation": "namespaces" if trees.namespaces else "links",
+        "clock": "cooperative" if plan.workload.clock == "cuda" else "judge",
+        "calibrated": {name: float(f"{value:.4g}") for name, value in calibrated.items()},
+        "machine": machine(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
 
-def _write(out: TextIO, row: dict[str, Any]) -> None:
-    out.write(json.dumps(row) + "\n")
-    out.flush()
+def machine() -> dict[str, Any]:
+    """What identifies the environment: hardware, kernel, interpreter."""
+    model = ""
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return {
+        "system": platform.platform(),
+        "processor": model,
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "gpus": [state.name for state in gpu.states()],
+    }

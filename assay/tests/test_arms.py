@@ -1,0 +1,133 @@
+"""How an arm's process is held: what it sees, freezing, and that nothing of it survives."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from assay.arms import ArmError, Running, namespaces_work
+
+DOUBLE_FORK = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        open("escaped", "w").write(str(os.getpid()))
+        while True: time.sleep(0.01)
+    os._exit(0)
+time.sleep(0.3)
+"""
+SPIN = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\nwhile True: pass\n"
+MODES = [False, pytest.param(True, marks=pytest.mark.skipif(not namespaces_work(), reason="no namespaces here"))]
+
+
+@pytest.fixture(params=MODES, ids=lambda value: "namespaces" if value else "links")
+def namespaces(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "place").mkdir()
+    yield tmp_path
+
+
+def start(folder: Path, namespaces: bool, code: str, log: int, fds: tuple[int, ...] = ()) -> Running:
+    place = folder / ("place" if namespaces else "link")
+    command = [sys.executable, "-S", "-c", code]
+    return Running("arm", command, folder / "tree", place, os.environ, log=log, fds=fds, namespaces=namespaces)
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
+def test_a_double_fork_is_counted_and_killed(folder: Path, namespaces: bool) -> None:
+    with tempfile.TemporaryFile() as log:
+        running = start(folder, namespaces, DOUBLE_FORK, log.fileno())
+        running.release()
+        ended = running.wait(20)
+        members = running.members()
+        assert ended.status == 0 and ended.left == 1 and len(members) == 1
+        running.end()
+        assert all(gone(process) for process in members) and (folder / "tree" / "escaped").exists()
+
+
+def test_the_tree_is_seen_at_its_place(folder: Path, namespaces: bool) -> None:
+    (folder / "tree" / "mark").write_text("here")
+    with tempfile.TemporaryFile() as log:
+        code = "import os; print(os.getcwd(), open('mark').read(), sorted(os.listdir('/proc/self/fd')))"
+        running = start(folder, namespaces, code, log.fileno())
+        running.release()
+        assert running.wait(20).status == 0
+        running.end()
+        log.seek(0)
+        seen = log.read().decode().split(maxsplit=2)
+    assert seen[:2] == [str(folder / ("place" if namespaces else "tree")), "here"]
+    assert seen[2].strip() == "['0', '1', '2', '3']"  # 3 is the listing's own: no pipe of the judge is left open
+
+
+def test_frozen_arms_use_nothing(folder: Path, namespaces: bool) -> None:
+    with tempfile.TemporaryFile() as log:
+        running = start(folder, namespaces, SPIN, log.fileno())
+        running.release()
+        time.sleep(0.4)
+        running.freeze()
+        assert len(running.members()) == 2
+        time.sleep(0.05)
+        before = running.cpu_seconds()
+        assert before > 0.05
+        time.sleep(0.4)
+        assert running.cpu_seconds() == before
+        running.thaw()
+        time.sleep(0.4)
+        assert running.cpu_seconds() > before
+        running.freeze()
+        running.end()  # the frozen die, too
+
+
+def test_nothing_outlives_a_killed_judge(folder: Path, namespaces: bool) -> None:
+    judge = f"""
+import os, sys, time, tempfile
+from pathlib import Path
+from assay.arms import Running
+log = tempfile.TemporaryFile()
+place = Path({str(folder)!r}) / {"place" if namespaces else "link"!r}
+running = Running("arm", [sys.executable, "-S", "-c", "import time; time.sleep(60)"], Path({str(folder / "tree")!r}),
+                  place, os.environ, log=log.fileno(), namespaces={namespaces})
+running.release()
+while not running.members(): time.sleep(0.01)
+print(running.root, *running.members(), flush=True)
+time.sleep(60)
+"""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    with subprocess.Popen([sys.executable, "-c", judge], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        processes = [int(word) for word in process.stdout.readline().split()]
+        os.kill(process.pid, signal.SIGKILL)
+    assert len(processes) == 2
+    stop = time.monotonic() + 10
+    while not all(gone(one) for one in processes):
+        assert time.monotonic() < stop, processes
+        time.sleep(0.02)
+
+
+def test_a_command_that_cannot_start(folder: Path, namespaces: bool) -> None:
+    with tempfile.TemporaryFile() as log:
+        place = folder / ("place" if namespaces else "link")
+        running = Running("arm", ["no-such"], folder, place, os.environ, log=log.fileno(), namespaces=namespaces)
+        running.release()
+        with pytest.raises(ArmError, match="arm: cannot start no-such"):
+            running.wait(20)
+        running.end()
+        running.end()
