@@ -1,7 +1,8 @@
-"""Alignment as a workload for `assay ab`: routes of random tokens, on the CPU or, with CUDA tensors, on the GPU.
+"""Alignment as a workload for `assay ab`: random tokens' routes, on the CPU or, with CUDA tensors, on the GPU.
 
-assay ab A B --call benchmarks/assay/align.py:align --inputs benchmarks/assay/align.py:cpu --rounds 4
-assay ab A B --call benchmarks/assay/align.py:align --inputs benchmarks/assay/align.py:cuda --clock cuda --graph --links 50
+W=benchmarks/assay/align.py
+assay ab A B --call $W:align --inputs $W:cpu
+assay ab A B --call $W:align --inputs $W:cuda --clock cuda --graph --links 50
 """
 
 import torch

@@ -86,7 +86,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
     calls.add_argument("--python", default=sys.executable, help="the workers' interpreter (this one)")
     calls.add_argument("--path", action="append", help="folder of the tree put on sys.path; repeatable (. and src)")
-    calls.add_argument("--rounds", type=int, default=1, help="above 1: a block's workers live together and take turns")
+    calls.add_argument("--rounds", type=int, default=8, help="turns that a block's workers take (%(default)s)")
     calls.add_argument("--calls", type=int, default=0, help="timed calls a block and arm (calibrated to about 20 ms)")
     calls.add_argument("--warmups", type=int, default=1, help="calls before them (%(default)s)")
     both.add_argument("--prime", type=Path, help="a second build of base (A'); a copy of A unless given")

@@ -75,6 +75,7 @@ class Running:
             namespaces: as `namespaces_work` says.
         """
         self.arm, self._text = arm, b""
+        self._frozen: list[int] = []
         self._layers = 2 if namespaces else 1
         if not namespaces:
             place.unlink(missing_ok=True)
@@ -128,20 +129,28 @@ class Running:
         """The largest resident set that a living member has had."""
         return max((_peak_kib(process) for process in self.members()), default=0)
 
-    def freeze(self) -> None:
-        """Stops every member; until none is new, since a process may fork while others are being stopped."""
-        self._signal(signal.SIGSTOP)
+    def freeze(self) -> float:
+        """Stops every member; until none is new, since a process may fork while others are being stopped.
 
-    def thaw(self) -> None:
-        """Lets every member go on."""
-        self._signal(signal.SIGCONT)
+        Returns their processor seconds: `thaw` finds the same, if they were stopped indeed.
+        """
+        self._frozen = self._signal(signal.SIGSTOP)
+        return sum(_cpu_seconds(process) for process in self._frozen)
 
-    def _signal(self, what: signal.Signals) -> None:
-        done: set[int] = set()
-        while new := set(self.members()) - done:
+    def thaw(self) -> float:
+        """Lets every member go on; their processor seconds just before."""
+        used = sum(_cpu_seconds(process) for process in self._frozen)
+        for process in self._frozen:
+            _kill(process, signal.SIGCONT)
+        return used
+
+    def _signal(self, what: signal.Signals) -> list[int]:
+        done: list[int] = []
+        while new := [process for process in self.members() if process not in done]:
             for process in new:
                 _kill(process, what)
-            done |= new
+            done += new
+        return done
 
     def end(self) -> None:
         """Kills whatever is left, and returns when it is gone. May be called twice."""

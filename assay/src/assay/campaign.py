@@ -48,13 +48,13 @@ while True:
 _STEP = 1e-7
 """Seconds of the unit in which samples are kept."""
 _PATIENCE_S = 600.0
-_CALLS = 5
+_CALLS = 12
 _DELTA = 0.02
 
 
 def plan(seed: int) -> Plan:
-    """What every experiment does: fresh workers, one call that is not timed and five that are."""
-    workload = Workload("call", target="work:work", constant=True, compare=False, calls=_CALLS)
+    """What every experiment does: fresh workers that take twelve turns of one call, after one that is not timed."""
+    workload = Workload("call", target="work:work", constant=True, compare=False, rounds=_CALLS, calls=_CALLS)
     return Plan(workload, delta=_DELTA, seed=seed).checked()
 
 

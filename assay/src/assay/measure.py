@@ -11,6 +11,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from assay import gpu, wire
 from assay.arms import ArmError, Running, namespaces_work
 from assay.compare import same
@@ -148,12 +150,12 @@ def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[
                 _close(worker, samples[arm])
     else:
         with ExitStack() as stack:
-            workers = {}
+            workers, used = {}, {}
             for arm in arms:
                 workers[arm] = _started(arm, plan, trees, seed, inputs, samples)
                 stack.callback(workers[arm].end)
-                workers[arm].running.freeze()
-            _take_turns(workers, workload, order, inputs[workload.warmups :], samples)
+                used[arm] = workers[arm].running.freeze()
+            _take_turns(workers, used, workload, order, inputs[workload.warmups :], samples)
             for arm, worker in workers.items():
                 _close(worker, samples[arm])
     return samples
@@ -161,27 +163,40 @@ def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[
 
 def _take_turns(
     workers: dict[str, Worker],
+    used: dict[str, float],
     workload: Workload,
     order: random.Random,
     inputs: list[bytes],
     samples: dict[str, Sample],
 ) -> None:
-    used = {arm: worker.running.cpu_seconds() for arm, worker in workers.items()}
     share = -(-len(inputs) // workload.rounds)
     for first in range(0, len(inputs), share):
         arms = list(workers)
         order.shuffle(arms)
         for arm in arms:
-            worker = workers[arm]
-            samples[arm].frozen_cpu_s += max(0.0, worker.running.cpu_seconds() - used[arm])
-            worker.running.thaw()
-            worker.ask(b"c" if not workload.constant else b"g", 0.0, [inputs[0]] if not workload.constant else [])
-            _calls(worker, workload, inputs[first : first + share], samples[arm])
-            worker.running.freeze()
-            used[arm] = worker.running.cpu_seconds()
+            worker, sample = workers[arm], samples[arm]
+            sample.frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
+            worker.ask(b"p")  # it is awake again
+            _calls(worker, workload, inputs[first : first + share], sample)
+            used[arm] = worker.running.freeze()
     for arm, worker in workers.items():
-        samples[arm].frozen_cpu_s += max(0.0, worker.running.cpu_seconds() - used[arm])
-        worker.running.thaw()
+        samples[arm].frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
+    for arm, seconds in paired([samples[arm].calls for arm in workers], workload.rounds, list(workers)).items():
+        samples[arm].figures["steady"] = seconds
+
+
+def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -> dict[str, float]:
+    """A figure an arm, from [arms, calls] seconds: what the arms of a round shared is taken out before the median.
+
+    A machine whose own speed changes by half within seconds, as a shared one's does, slows all arms of a round alike.
+    So the log-times of a round (medians of its calls) are taken relative to the round's median over arms; an arm's
+    figure is the median of that over rounds, on the level of all times: the first half of Tukey's median polish (1977).
+    Where arms do not differ their figures are exchangeable, as the order in a round is random.
+    """
+    times = np.log(np.asarray(calls, float).reshape(len(arms), rounds, -1))
+    each = np.median(times, axis=2)
+    effects = np.median(each - np.median(each, axis=0), axis=1)
+    return dict(zip(arms, np.exp(np.median(each) + effects).tolist(), strict=True))
 
 
 def _worker(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Worker:
@@ -235,7 +250,7 @@ def _kept(reply: Reply, workload: Workload) -> bytes:
 
 
 def _close(worker: Worker, sample: Sample) -> None:
-    sample.figures["steady"] = statistics.median(sample.calls)
+    sample.figures.setdefault("steady", statistics.median(sample.calls))
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
     sample.gpus = gpu.states()

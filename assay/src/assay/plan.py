@@ -41,10 +41,10 @@ class Workload:
     python: str = sys.executable
     paths: tuple[str, ...] = (".", "src")
     """Folders of the tree that go in front of the worker's sys.path."""
-    rounds: int = 1
-    """Above 1 the three workers of a block live together, frozen in turn: for start-ups that are too dear."""
+    rounds: int = 8
+    """The workers of a block live together and take turns so many times, frozen in between; 1: one after another."""
     calls: int = 0
-    """Timed calls of a worker in a block; 0: calibrated to about 20 ms, at least 3."""
+    """Timed calls of a worker in a block; 0: calibrated to about 20 ms, at least 3, and one a round."""
     warmups: int = 1
 
     @property

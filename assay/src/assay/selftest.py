@@ -30,7 +30,6 @@ class Canary:
     base: str
     candidate: str
     expected: tuple[str, ...]
-    rounds: int = 1
 
 
 _UNITS = "def work(n):\n    total = n\n    for i in range({count}): total += i * i\n    return n\n"
@@ -44,7 +43,6 @@ CANARIES = (
         _UNITS.format(count=20000),
         _UNITS.format(count=20000) + _HOG,
         ("undecided", "equivalent", "void", "slower"),
-        rounds=3,
     ),
     Canary("too short for the judge's clock", _UNITS.format(count=10), _UNITS.format(count=10), ("too_short",)),
 )
@@ -133,7 +131,7 @@ def tried(canary: Canary, most_foreign: float = 0.5) -> str:
         for tree, text in zip(trees, (canary.base, canary.candidate), strict=True):
             tree.mkdir()
             (tree / "work.py").write_text(text + _INPUTS)
-        workload = Workload("call", target="work:work", inputs="work:make", rounds=canary.rounds)
+        workload = Workload("call", target="work:work", inputs="work:make")
         try:
             return run(trees[0], trees[1], Plan(workload, timeout_s=20, most_foreign=most_foreign), StringIO()).verdict
         except TooShortError:

@@ -6,7 +6,7 @@ arm nor the clock. Requests come on descriptor 3, replies go to 4, as frames (wi
 l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
 c  call with the input in the frame         g  call with the kept input
-k  keep this output for echoes
+k  keep this output for echoes              p  nothing: to see it awake
 """
 
 from __future__ import annotations
