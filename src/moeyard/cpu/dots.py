@@ -1,8 +1,8 @@
 """Dot products of float32 rows with weight rows of 32 or 16 bits, as LLVM vector instructions: the heart of products.
 
-Both operands run along their rows, so a tile of rows x weights is a set of dot products that share loads. One dot product
-is always summed the same way, LANES partial sums first, whatever the tile that it is part of: a token's result does not
-depend on which other tokens come with it.
+Both operands run along their rows, so a tile of rows x weights is a set of dot products that share loads. One dot
+product is always summed the same way, LANES partial sums first, whatever the tile that it is part of: a token's result
+does not depend on which other tokens come with it.
 """
 
 import math
@@ -66,9 +66,7 @@ def _dots(load: Callable[..., tuple[Any, Any]], width: int, rows: int, weights: 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         sums, sums_stride, x, x_stride, w, w_stride, steps = values
         wide = ir.VectorType(_F32, LANES)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32"
-        )
+        fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(wide, [wide] * 3), f"llvm.fma.v{LANES}f32")
         zero = ir.Constant(wide, [0.0] * LANES)
         total = [[cgutils.alloca_once_value(builder, zero) for _ in range(weights)] for _ in range(rows)]
         for row in total:  # alloca_once_value sets values at the function's entry

@@ -1,8 +1,8 @@
 """The experts of a layer in two passes over their weights, for one token as for many.
 
-The first pass gathers rows, multiplies by gate and up, and keeps only what the activation leaves, [routes, intermediate]
-in the dtype of the weights. The second multiplies by the down weights and adds each row, weighted, to its token's float32
-sum: experts in ascending order. Each thread has its columns of every expert, so nobody waits in between.
+The first pass gathers rows, multiplies by gate and up, and keeps only what the activation leaves, a row a route, in the
+dtype of the weights. The second multiplies by the down weights and adds each row, weighted, to its token's float32 sum:
+experts in ascending order. Each thread has its columns of every expert, so nobody waits in between.
 """
 
 import math
@@ -77,16 +77,17 @@ def fused_experts_launch(
     middle = hidden_states.new_empty((num_routes, size))
     sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
+    b13, b2 = (None if bias is None else bias.contiguous() for bias in (weights.w13_bias, weights.w2_bias))
     used_bytes = min(num_routes, num_local) * size * hidden_size * width
     common = (kind, slots.data_ptr(), top_k, factors.data_ptr(), weight_on_input, offsets.data_ptr(), num_local)
     run_parts(
         _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT), *common,
         hidden_states.data_ptr(), hidden_states.stride(0) * width, hidden_size, w13.data_ptr(),
-        _address(weights.w13_bias), size, weights.gated, *_code(activation), middle.data_ptr(),
+        _address(b13), size, weights.gated, *_code(activation), middle.data_ptr(),
     )  # fmt: skip
     run_parts(
         _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT), *common, middle.data_ptr(),
-        size, w2.data_ptr(), _address(weights.w2_bias), hidden_size, num_tokens, sums.data_ptr(), out.data_ptr(),
+        size, w2.data_ptr(), _address(b2), hidden_size, num_tokens, sums.data_ptr(), out.data_ptr(),
     )  # fmt: skip
 
 
@@ -96,7 +97,6 @@ def _code(activation: Activation) -> tuple[int, float, float, float]:
 
 
 def _address(bias: Tensor | None) -> int:
-    assert bias is None or bias.is_contiguous()
     return 0 if bias is None else bias.data_ptr()
 
 
@@ -204,6 +204,7 @@ def _first_kernel(
                     up = float32_at(ups + 4 * i * COLUMNS, COLUMNS if gated else 0)
                     _apply(code, alpha, beta, limit, gate, up, some, scratch)
                     store_row(kind, middle + width * ((chunk + i) * size + column), gate.ctypes.data, some, 0)
+    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
 
 
 @kernel
@@ -242,3 +243,5 @@ def _second_kernel(
         for token in range(num_tokens):
             at = token * hidden_size + low
             store_row(kind, out + width * at, sums + 4 * at, high - low, 0)
+    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    kept[:1] = 0

@@ -1,7 +1,7 @@
 """Rows times the weights of their experts: every thread computes its share of the columns of all experts.
 
-A chunk of an expert's rows is widened to float32 once and stays in the second cache; weights pass once a chunk. Sums are
-float32, over blocks of BLOCK elements, in an order that depends on nothing else.
+A chunk of an expert's rows is widened to float32 once and stays in the second cache; weights pass once a chunk. Sums
+are float32, over blocks of BLOCK elements, in an order that depends on nothing else.
 """
 
 from typing import Any
@@ -56,15 +56,17 @@ def grouped_gemm_launch(
     from `first_rows[e]` on.
     """
     num_experts, columns, size = weight.shape
-    rows = dense_rows(rows)
+    rows, weight = dense_rows(rows), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     factors = None if topk_weights is None else topk_weights.contiguous()
     slots = None if sorted_token_ids is None else sorted_token_ids.contiguous()
+    first_rows, row_counts = first_rows.contiguous(), row_counts.contiguous()
     parts = share_parts(columns, min(out.shape[0], num_experts) * columns * size * weight.element_size())
     run_parts(
         _grouped_kernel, parts, -(-columns // UNIT), KINDS[rows.dtype],
         rows.data_ptr(), rows.stride(0) * rows.element_size(), 0 if slots is None else slots.data_ptr(), row_divisor,
-        first_rows.contiguous().data_ptr(), row_counts.contiguous().data_ptr(), num_experts,
-        weight.contiguous().data_ptr(), columns, size, 0 if bias is None else bias.contiguous().data_ptr(),
+        first_rows.data_ptr(), row_counts.data_ptr(), num_experts,
+        weight.data_ptr(), columns, size, 0 if bias is None else bias.data_ptr(),
         0 if factors is None else factors.data_ptr(), out.data_ptr(),
     )  # fmt: skip
 
@@ -214,7 +216,7 @@ def _grouped_kernel(
     width = 4 if kind == FLOAT32 else 2
     firsts, counts = int64_at(first_rows, num_experts), int32_at(row_counts, num_experts)
     low, high = start * UNIT, min(stop * UNIT, columns)
-    most = 0
+    most: Any = 0
     for expert in range(num_experts):
         most = max(most, min(np.int64(counts[expert]), ROWS))
     packed, kept = np.empty(most * size, np.float32), np.empty(most * COLUMNS, np.float32)
@@ -235,6 +237,8 @@ def _grouped_kernel(
                     if factors != 0:
                         float32_at(sums + 4 * i * COLUMNS, some)[:] *= float32_at(factors, row + 1)[row]
                     store_row(kind, out + width * (row * columns + column), sums + 4 * i * COLUMNS, some, 0)
+    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    kept[:1] = 0
 
 
 @kernel
