@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moeyard.bench import layer
 from moeyard.bench import providers as who
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_graphs_in_turn, time_in_turn
 from moeyard.bench.workloads import Case
@@ -70,8 +71,22 @@ def run_case(
                 row["ratio_to"] = {
                     name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
                 }
+            if case.op in layer.OPS and case.op != "route":
+                row |= _beside_time(case, provider, inputs[0])
             rows.append(row)
     return rows
+
+
+def _beside_time(case: Case, provider: who.Provider, inputs: Any) -> dict[str, Any]:
+    """Errors against float64 over some tokens, and memory: how far a call raises it, and what intermediates need."""
+    rms, largest, _ = layer.errors(inputs, provider.run(inputs))
+    extra = layer.peak_extra_bytes(provider.run, inputs)
+    return {
+        "error_rms": float(f"{rms:.4g}"),
+        "error_max": float(f"{largest:.4g}"),
+        "extra_bytes": extra,
+        "needed_bytes": layer.needed_bytes(case),
+    }
 
 
 _NO_PEERS = ("moeyard", "torch", "numba")
