@@ -23,7 +23,7 @@ from moeyard.values import Activation, ExpertWeights, Routing
 
 OPS = ("route", "fused_experts", "moe_layer")
 _CHECKED_TOKENS = 32
-_COPIED_BYTES = 1 << 31  # providers that copy weights for every route take part up to here
+_COPIED_BYTES = 1 << 30  # providers that copy weights for every route take part up to here
 _ERRORS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 """Root-mean-square errors that are let through, in units of eps times that of the answer."""
 
