@@ -31,7 +31,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
     "permute": {"values", "ids", "checks", "impls", "library"},
     "combine": {"values", "ids", "checks", "impls", "library"},
-    "warmup": {"impls", "layout", "permute", "combine"},
+    "warmup": {"impls", "layout", "permute", "combine", "values", "router", "activation", "grouped_gemm", "experts"},
     "vectorised": {"values", "tiles", "ids", "vectorised"},
     "cpu": {"values", "tiles", "ids", "cpu"},
     "cuda": {"values", "tiles", "ids", "cuda"},

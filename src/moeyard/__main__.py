@@ -164,6 +164,7 @@ _OPTIONAL = (
     ("numba", "pip install 'moeyard[cpu]'", "the cpu implementations"),
     ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
     ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
+    ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
     ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),
 )
 

@@ -64,7 +64,7 @@ def run_case(
             times = time_in_turn(
                 runs, inputs, rounds=rounds, sample_us=1e4, finish=finish, after_round=advance, seed=seed
             )
-        theirs = {p.name: time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
+        theirs = {_peer(p): time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
         for (provider, label, _), time in zip(timed, times, strict=True):
             row = _row(case, provider.name, provider.impl, label, time, floor)
             if provider.name == "moeyard" and theirs:
@@ -87,6 +87,11 @@ def _beside_time(case: Case, provider: who.Provider, inputs: Any) -> dict[str, A
         "extra_bytes": extra,
         "needed_bytes": layer.needed_bytes(case),
     }
+
+
+def _peer(provider: who.Provider) -> str:
+    """A peer by name; transformers has several ways."""
+    return f"{provider.name} {provider.impl}" if provider.name == "transformers" else provider.name
 
 
 _NO_PEERS = ("moeyard", "torch", "numba")
