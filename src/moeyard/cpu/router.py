@@ -136,9 +136,14 @@ def _route_kernel(
                 for i in range(0, num_experts, LANES):
                     dots.sigmoids(scores.ctypes.data + 4 * i, values.ctypes.data + 4 * i)
         if bias != 0:
+            if not defined:
+                scores[:num_experts] = 0
+            elif softmax:
+                for i in range(num_experts):
+                    scores[i] /= total
+                total = np.float32(1)
             for i in range(num_experts):
-                score = scores[i] / total if defined else np.float32(0)
-                key = (score if score == score else np.float32(0)) + biases[i]
+                key = (scores[i] if scores[i] == scores[i] else np.float32(0)) + biases[i]
                 keys[i] = key if key == key else np.float32(-np.inf)
         elif defined:
             for i in range(num_experts):
