@@ -13,16 +13,23 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.mark.skipif(not impls.installed("transformers"), reason="transformers is not installed")
 @pytest.mark.filterwarnings("ignore")
-def test_qwen3_moe_gives_the_same_logits() -> None:
+def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("qwen3_moe", EXAMPLES / "qwen3_moe.py")
     assert spec is not None and spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    rows = {(dtype, experts): (largest, rms) for dtype, experts, largest, rms, _ in example.compare(96, 2)}
-    assert len(rows) == 4
-    for dtype, scale in (("float32", 1e-4), ("bfloat16", 0.5)):
-        theirs, ours = rows[dtype, "eager"], rows[dtype, "moeyard"]
-        assert 0 < ours[1] <= 1.1 * theirs[1] and ours[0] < scale
+
+    def within(dtype: str) -> bool:
+        """Errors of the logits against float64 as those of transformers' own; a largest one varies more."""
+        rows = {(kind, experts): errors for kind, experts, *errors, _ in example.compare(96, 2)}
+        assert len(rows) == 4
+        (their_largest, their_rms), (largest, rms) = rows[dtype, "eager"], rows[dtype, "moeyard"]
+        return 0 < rms <= 1.1 * their_rms and largest <= 1.5 * their_largest
+
+    assert within("float32") and within("bfloat16")
+    right = example.moeyard_experts
+    monkeypatch.setattr(example, "moeyard_experts", lambda *arguments: right(*arguments) * 1.001)
+    assert not within("float32")
 
 
 def test_examples_say_how_they_are_used() -> None:
