@@ -206,6 +206,61 @@ def test_sum_and_shuffle() -> None:
     assert torch.equal(got[0], out[1]) and torch.equal(got[3], out[0]) and not got[1:3].any()
 
 
+def test_routers() -> None:
+    logits, hidden = torch.randn(9, 16), torch.randn(9, 8)
+    weights, ids, own = vllm.fused_topk(hidden, logits, 3, True)
+    wide = torch.softmax(logits.double(), 1).topk(3, 1)
+    assert torch.equal(ids.long(), wide.indices) and ids.dtype == torch.int32
+    assert torch.allclose(weights.double(), wide.values / wide.values.sum(1, keepdim=True), rtol=1e-6)
+    assert own.dtype == torch.int32 and own.tolist() == [[k * 9 + t for k in range(3)] for t in range(9)]
+    for kind in (torch.int32, torch.int64, torch.uint32):
+        assert vllm.fused_topk(hidden, logits, 3, False, kind, "sigmoid")[1].dtype == kind
+    bias = torch.randn(16).bfloat16()
+    got = vllm.grouped_topk(hidden, logits, 4, True, 4, 2, "sigmoid", 2.5, bias)
+    options = {"scoring": "sigmoid", "selection_bias": bias.float(), "num_groups": 4, "top_k_groups": 2}
+    wanted = moeyard.route(logits, top_k=4, renormalize=True, routed_scaling_factor=2.5, **options)
+    assert same_bits(got[0], wanted.topk_weights) and same_bits(got[1], wanted.topk_ids)
+    assert torch.equal(vllm.grouped_topk(hidden, logits, 3, False)[1], ids)
+    with pytest.raises(ValueError, match="gating_output: expected 8 rows"):
+        vllm.fused_topk(hidden[:8], logits, 3, True)
+    with pytest.raises(TypeError, match="indices_type: expected int32, int64 or uint32"):
+        vllm.fused_topk(hidden, logits, 3, True, torch.int16)
+
+
+class Enumerated:
+    value = "swigluoai_uninterleave"
+
+
+class Config:
+    quant_dtype = None
+    w1_bias = torch.randn(4, 24).bfloat16()
+    w2_bias = torch.randn(4, 16).bfloat16()
+
+
+def test_experts() -> None:
+    hidden, w1, w2 = torch.randn(7, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16(), torch.randn(4, 16, 12).bfloat16()
+    weights, ids = torch.rand(7, 2), torch.randint(-1, 8, (7, 2))
+    mapping = torch.tensor([-1, 0, 1, -1, 2, 3, -1, 9], dtype=torch.int32)
+    routing = moeyard.Routing(weights, ids)
+    got = vllm.fused_experts(hidden, w1, w2, weights, ids, Enumerated(), False, 8, mapping, Config())
+    mine = moeyard.ExpertWeights(w1, w2, Config.w1_bias, Config.w2_bias)
+    options = {"activation": moeyard.GPT_OSS_ACTIVATION, "num_experts": 8, "expert_map": mapping}
+    assert same_bits(got, moeyard.fused_experts(hidden, routing, mine, **options))
+    one = moeyard.Routing(torch.rand(7, 1), ids[:, :1])
+    plain = moeyard.ExpertWeights(w1[:, :12], w2, gated=False)
+    got = vllm.fused_experts(hidden, w1[:, :12], w2, one.topk_weights, one.topk_ids, "relu2_no_mul", True)
+    act = moeyard.Activation("relu2")
+    assert same_bits(got, moeyard.fused_experts(hidden, one, plain, activation=act, apply_router_weight_on_input=True))
+    for name in ("swigluoai", "situ"):
+        with pytest.raises(ValueError, match=f"activation: expected one of .*, got '{name}'"):
+            vllm.fused_experts(hidden, w1, w2, weights, ids, name)
+    quantised = Config()
+    quantised.w1_scale = torch.ones(4)  # type: ignore[attr-defined]
+    for changed in ((w1, quantised), (w1.to(torch.float8_e4m3fn), None)):
+        with pytest.raises(ValueError, match="quant_config: expected nothing quantised"):
+            vllm.fused_experts(hidden, changed[0], w2, weights, ids, quant_config=changed[1])
+
+
 SEED_ON_CPU = """
 import torch
 import time
@@ -233,6 +288,10 @@ assert moe_permute is ours.moe_permute and ops.moe_sum is ours.moe_sum and sys.a
 assert int(module(topk_ids.view(-1, 2), block_size, num_experts)[2]) == int(num_tokens_post_pad)
 print("all there")
 """
+LAYER = """
+from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk, grouped_topk
+assert fused_experts is ours.fused_experts and fused_topk is ours.fused_topk and grouped_topk is ours.grouped_topk
+"""
 
 
 def launch(script: Path, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -241,7 +300,7 @@ def launch(script: Path, *arguments: str, path: Path | None = None) -> subproces
 
 def test_launcher_without_vllm(tmp_path: Path) -> None:
     script = tmp_path / "seed.py"
-    script.write_text(SEED_ON_CPU + MORE)
+    script.write_text(SEED_ON_CPU + MORE + LAYER)
     done = launch(script, "--flag", "7")
     assert done.returncode == 0, done.stderr
     assert "vLLM is not installed" in done.stderr

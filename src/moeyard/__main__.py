@@ -51,6 +51,7 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless given.")] = "auto",
     rounds: Annotated[int, typer.Option(min=3, help="Samples of every provider, taken in turn.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate sizes of models by this.")] = 1,
     cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CPU).")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a JSON result file.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the workloads and stop.")] = False,
@@ -62,7 +63,9 @@ def bench(
         return
     place = _device(device)
     try:
-        cases = [case for name in workload or ["seed"] for case in workloads.load(name) if not op or case.op in op]
+        cases = [
+            case for name in workload or ["seed"] for case in workloads.load(name, scale) if not op or case.op in op
+        ]
     except ValueError as problem:
         raise _fail(str(problem)) from None
     if not cases:
@@ -161,6 +164,7 @@ _OPTIONAL = (
     ("numba", "pip install 'moeyard[cpu]'", "the cpu implementations"),
     ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
     ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
+    ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
     ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),
 )
 

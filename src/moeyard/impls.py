@@ -87,15 +87,23 @@ def _cuda(call: Call) -> str | None:
 
 def _cpu_sums(call: Call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"sums rows of float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+        return f"computes in float32: takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     return _cpu(call)
 
 
-def _shared(target: str) -> tuple[Impl, ...]:
+def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
     """The rows that every op has: `torch`, and `reference` only by name."""
     return (
         Impl("torch", f"moeyard.vectorised.{target}", _anywhere),
-        Impl("reference", f"moeyard.reference:{target.partition(':')[2]}", _anywhere, by_name_only=True),
+        Impl("reference", f"moeyard.{reference}:{target.partition(':')[2]}", _anywhere, by_name_only=True),
+    )
+
+
+def _layer(launcher: str) -> tuple[Impl, ...]:
+    """The rows of products, activations and experts."""
+    return (
+        Impl("cpu", f"moeyard.cpu.{launcher}", _cpu_sums),
+        *_shared(f"experts:{launcher.partition(':')[2]}", "reference_layer"),
     )
 
 
@@ -117,6 +125,10 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
+    "route": (Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums), *_shared("router:route_launch")),
+    "grouped_gemm": _layer("products:grouped_gemm_launch"),
+    "activate": _layer("experts:activate_launch"),
+    "fused_experts": _layer("experts:fused_experts_launch"),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu), *_shared("rows:permute_launch")),
     "shuffle_rows": (Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu), *_shared("rows:shuffle_rows_launch")),

@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from moeyard import impls
+from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
+from moeyard.experts import fused_experts
+from moeyard.grouped_gemm import grouped_gemm
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.permute import permute, shuffle_rows
+from moeyard.router import route
+from moeyard.values import ExpertWeights, Routing
 
 
 def warmup(device: str | torch.device | None = None) -> dict[str, float]:
@@ -65,3 +70,9 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "shuffle_rows", lambda: shuffle_rows(rows, counts)
     yield "combine", lambda: combine(rows, layout)
     yield "moe_sum", lambda: moe_sum(rows[:2].view(1, 2, 8))
+    weights = ExpertWeights(rows.new_ones(3, 16, 8), rows.new_ones(3, 8, 8))
+    routing = Routing(torch.ones(2, 2, device=device), ids)
+    yield "route", lambda: route(rows[:2, :3], top_k=2)
+    yield "grouped_gemm", lambda: grouped_gemm(rows[:2], weights.w13, layout=layout)
+    yield "activate", lambda: activate(rows)
+    yield "fused_experts", lambda: fused_experts(rows[:2], routing, weights)

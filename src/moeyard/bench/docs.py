@@ -51,7 +51,13 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_UNITS = {"num_tokens": "tokens", "num_experts": "experts", "hidden_size": "wide", "dtype": ""}
+_UNITS = {
+    "num_tokens": "tokens",
+    "num_experts": "experts",
+    "hidden_size": "wide",
+    "intermediate_size": "inside",
+    "dtype": "",
+}
 
 
 def _three_digits(value: float) -> str:

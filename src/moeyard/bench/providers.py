@@ -11,6 +11,7 @@ from torch import Tensor
 
 import moeyard
 from moeyard import impls, tiles
+from moeyard.bench import layer
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import layout_error, rows_error, sum_error
 from moeyard.bench.workloads import Case
@@ -41,8 +42,10 @@ class Provider:
     """Whether it waits for the device, so that it cannot be captured in a graph."""
 
 
-def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Inputs:
+def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Any:
     """Fresh inputs of a case on a device."""
+    if case.op in layer.OPS:
+        return layer.make_inputs(case, device, generator)
     sizes: dict[str, Any] = dict(case.sizes)
     experts, top_k = sizes.get("num_experts", sizes["top_k"]), sizes["top_k"]
     ids = ROUTINGS[case.routing](sizes["num_tokens"], experts, top_k, generator).to(device)
@@ -61,6 +64,8 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
     """Everyone who can answer a case on a device."""
+    if case.op in layer.OPS:
+        return [Provider(*answer, waits=True) for answer in layer.providers(case, device)]
     found = []
     for impl in impls.impl_names(case.op):
         dtype = torch.int32 if "dtype" not in dict(case.sizes) else getattr(torch, case["dtype"])
@@ -85,7 +90,7 @@ def peer_version(package: str) -> str:
     return str(getattr(module, "__version__", "unknown"))
 
 
-def error(case: Case, provider: Provider, inputs: Inputs, device: torch.device) -> str | None:
+def error(case: Case, provider: Provider, inputs: Any, device: torch.device) -> str | None:
     """What is wrong with a provider's answer, or the exception it raised; None if it is right."""
     try:
         got = provider.run(inputs)
@@ -93,6 +98,8 @@ def error(case: Case, provider: Provider, inputs: Inputs, device: torch.device) 
             torch.cuda.synchronize(device)
     except Exception as problem:  # whatever a peer raises is a finding, not the end of the run
         return f"{type(problem).__name__}: {problem}"
+    if case.op in layer.OPS:
+        return layer.error(case, provider.impl, inputs, got)
     if case.op == "moe_align_block_size":
         return layout_error(
             inputs.topk_ids, case["num_experts"], case["block_size"], _named(got), stable=provider.stable
@@ -114,6 +121,8 @@ def error(case: Case, provider: Provider, inputs: Inputs, device: torch.device) 
 
 def bytes_moved(case: Case) -> int:
     """The bytes that any answer must read and write."""
+    if case.op in layer.OPS:
+        return layer.bytes_moved(case)
     sizes: dict[str, Any] = dict(case.sizes)
     routes = sizes["num_tokens"] * sizes["top_k"]
     if case.op == "moe_align_block_size":

@@ -42,7 +42,7 @@ def machine(device: torch.device, copy_gb_s: float) -> dict[str, Any]:
 def peers(vllm: str) -> dict[str, str]:
     """Versions of what took part."""
     versions = {"torch": torch.__version__, "vllm": vllm}
-    for package in ("numpy", "numba", "triton"):
+    for package in ("numpy", "numba", "triton", "transformers"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

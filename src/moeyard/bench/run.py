@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moeyard.bench import layer
 from moeyard.bench import providers as who
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_graphs_in_turn, time_in_turn
 from moeyard.bench.workloads import Case
@@ -63,15 +64,34 @@ def run_case(
             times = time_in_turn(
                 runs, inputs, rounds=rounds, sample_us=1e4, finish=finish, after_round=advance, seed=seed
             )
-        theirs = {p.name: time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
+        theirs = {_peer(p): time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
         for (provider, label, _), time in zip(timed, times, strict=True):
             row = _row(case, provider.name, provider.impl, label, time, floor)
             if provider.name == "moeyard" and theirs:
                 row["ratio_to"] = {
                     name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
                 }
+            if case.op in layer.OPS and case.op != "route":
+                row |= _beside_time(case, provider, inputs[0])
             rows.append(row)
     return rows
+
+
+def _beside_time(case: Case, provider: who.Provider, inputs: Any) -> dict[str, Any]:
+    """Errors against float64 over some tokens, and memory: how far a call raises it, and what intermediates need."""
+    rms, largest, _ = layer.errors(inputs, provider.run(inputs))
+    extra = layer.peak_extra_bytes(provider.run, inputs)
+    return {
+        "error_rms": float(f"{rms:.4g}"),
+        "error_max": float(f"{largest:.4g}"),
+        "extra_bytes": extra,
+        "needed_bytes": layer.needed_bytes(case),
+    }
+
+
+def _peer(provider: who.Provider) -> str:
+    """A peer by name; transformers has several ways."""
+    return f"{provider.name} {provider.impl}" if provider.name == "transformers" else provider.name
 
 
 _NO_PEERS = ("moeyard", "torch", "numba")

@@ -12,11 +12,17 @@ import torch
 
 from moeyard.bench import results
 
+_MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "deepseek-v3", "gpt-oss-20b", "olmoe-1b-7b")
+_ROUTERS = [part for model in _MODELS for part in ("--workload", model)]
+_EXPERTS = ["--op", "fused_experts", "--provider", "moeyard:cpu", "--provider", "transformers", "--rounds", "15"]
 SUITES = {
     "cpu": {
         "layout": ["--workload", "seed", "--workload", "ids", "--workload", "routing", "--cold"],
         "vllm-grid": ["--workload", "vllm-grid"],
         "rows": ["--workload", "rows"],
+        "routers": [*_ROUTERS, "--op", "route"],
+        "experts-qwen3": ["--workload", "qwen3-30b-a3b", *_EXPERTS],
+        "experts-mixtral": ["--workload", "mixtral-8x7b", "--scale", "2", *_EXPERTS],
     },
     "cuda": {
         "align": ["--workload", "align", "--workload", "routing", "--workload", "ids"],

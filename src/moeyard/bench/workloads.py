@@ -2,7 +2,7 @@
 
 import itertools
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,19 @@ SIZES_OF = {
     "permute": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "combine": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "moe_sum": ("num_tokens", "top_k", "hidden_size", "dtype"),
+    "route": ("num_tokens", "num_experts", "top_k", "dtype"),
+    "fused_experts": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
+    "moe_layer": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
 }
 """The ops that can be benchmarked and the sizes that each needs."""
+_KEYS = tuple(dict.fromkeys(key for keys in SIZES_OF.values() for key in keys))
+_SCALED = ("hidden_size", "intermediate_size", "shared_size")
+_MODEL = {
+    "scoring": str, "renormalize": bool, "selection_bias": bool, "num_groups": int, "top_k_groups": int,
+    "routed_scaling_factor": float, "activation": str, "bias": bool, "shared_size": int, "shared_gate": bool,
+    "transformers": str,
+}  # fmt: skip
+"""What a workload's [model] table may say, and its kind."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -28,6 +39,8 @@ class Case:
     op: str
     routing: str
     sizes: tuple[tuple[str, int | str], ...]
+    model: dict[str, Any] = field(default_factory=dict)
+    """How a model's router, activation and shared expert are; empty for ops without a model."""
 
     def __getitem__(self, name: str) -> Any:
         return dict(self.sizes)[name]
@@ -41,8 +54,11 @@ def names() -> dict[str, str]:
     return {path.stem: _read(path)["description"] for path in sorted(FOLDER.glob("*.toml"))}
 
 
-def load(name: str) -> list[Case]:
-    """The cases of a workload, by name or by the path of a TOML file. ValueError says what the file lacks."""
+def load(name: str, scale: int = 1) -> list[Case]:
+    """The cases of a workload, by name or by the path of a TOML file. ValueError says what the file lacks.
+
+    `scale` divides hidden and intermediate sizes, to multiples of 64, for machines that a whole model does not fit.
+    """
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         raise ValueError(f"workload: expected one of {', '.join(names())} or the path of a TOML file, got {name!r}")
@@ -54,9 +70,9 @@ def load(name: str) -> list[Case]:
         if routing not in ROUTINGS:
             raise ValueError(f"{path}: routing: expected one of {sorted(ROUTINGS)}, got {routing!r}")
         sizes = table.get("sizes", {})
-        unknown = set(sizes) - set(SIZES_OF["permute"])
+        unknown = set(sizes) - set(_KEYS)
         if unknown:
-            raise ValueError(f"{path}: sizes: expected keys of {SIZES_OF['permute']}, got {sorted(unknown)}")
+            raise ValueError(f"{path}: sizes: expected keys of {_KEYS}, got {sorted(unknown)}")
         if "points" in table:
             points = [
                 tuple((key, _present(one, key, path)) for key in SIZES_OF[op])
@@ -67,8 +83,22 @@ def load(name: str) -> list[Case]:
             points = list(itertools.product(*axes))
         for point in points:
             _check_point(dict(point), path)
-            cases.append(Case(path.stem, op, routing, point))
+            shrunk = tuple((key, _shrink(key, value, scale)) for key, value in point)
+            cases.append(Case(path.stem, op, routing, shrunk, _model(table, path, scale)))
     return cases
+
+
+def _shrink(key: str, value: Any, scale: int) -> Any:
+    return max(64, value // scale // 64 * 64) if key in _SCALED and scale > 1 else value
+
+
+def _model(table: dict[str, Any], path: Path, scale: int) -> dict[str, Any]:
+    model = table.get("model", {})
+    for key, value in model.items():
+        if key not in _MODEL or not isinstance(value, _MODEL[key]):
+            wanted = ", ".join(f"{name} ({kind.__name__})" for name, kind in _MODEL.items())
+            raise ValueError(f"{path}: model: expected keys of {wanted}, got {key} = {value!r}")
+    return {key: _shrink(key, value, scale) for key, value in model.items()}
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,6 +23,9 @@ OPERATORS = {
 }
 """vLLM's modules and the operators in them that are provided or replaced."""
 
+LAYER = {_FUSED_MOE: ("fused_topk", "grouped_topk", "fused_experts")}
+"""What is provided where vLLM is not installed. Its own are kept: they take quantised weights too."""
+
 
 class _CallableModule(types.ModuleType):
     """A module that can be called as the function of its own name: `fused_moe.moe_align_block_size` is both."""
@@ -35,7 +38,7 @@ class _CallableModule(types.ModuleType):
 def install() -> str:
     """Makes vLLM's import paths of the MoE operators resolve to moeyard; says in words what it did."""
     if importlib.util.find_spec("vllm") is None:
-        for path, names in OPERATORS.items():
+        for path, names in (OPERATORS | LAYER).items():
             module = _make_module(path)
             for name in names:
                 setattr(module, name, getattr(ours, name))

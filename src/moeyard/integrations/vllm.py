@@ -231,6 +231,122 @@ def shuffle_rows(input_tensor: Tensor, dst2src_map: Tensor) -> Tensor:
     return moeyard.shuffle_rows(input_tensor, dst2src_map)
 
 
+def fused_topk(
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    indices_type: torch.dtype | None = None,
+    scoring_func: str = "softmax",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """vLLM's `fused_topk`: (topk_weights [T, topk] float32, topk_ids [T, topk], token_expert_indices [T, topk] int32).
+
+    `indices_type` is int32 (also for None), int64 or uint32; token_expert_indices[t, k] is k * T + t. `hidden_states`
+    is looked at for its number of tokens alone.
+    """
+    _check_tokens(hidden_states, gating_output)
+    routing = moeyard.route(gating_output, top_k=topk, scoring=scoring_func, renormalize=renormalize)
+    own = torch.arange(routing.topk_ids.numel(), dtype=torch.int32, device=gating_output.device)
+    indices = own.view(topk, -1).t().contiguous()
+    return routing.topk_weights, _as_indices(routing.topk_ids, indices_type), indices
+
+
+def grouped_topk(
+    hidden_states: Tensor,
+    gating_output: Tensor,
+    topk: int,
+    renormalize: bool,
+    num_expert_group: int = 0,
+    topk_group: int = 0,
+    scoring_func: str = "softmax",
+    routed_scaling_factor: float = 1.0,
+    e_score_correction_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """vLLM's `grouped_topk`: (topk_weights [T, topk] float32, topk_ids [T, topk] int32); no groups for 0."""
+    _check_tokens(hidden_states, gating_output)
+    bias = None if e_score_correction_bias is None else e_score_correction_bias.float()
+    routing = moeyard.route(
+        gating_output,
+        top_k=topk,
+        scoring=scoring_func,
+        renormalize=renormalize,
+        selection_bias=bias,
+        num_groups=num_expert_group or 1,
+        top_k_groups=topk_group or 1,
+        routed_scaling_factor=routed_scaling_factor,
+    )
+    return routing.topk_weights, routing.topk_ids
+
+
+def fused_experts(
+    hidden_states: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    activation: object = "silu",
+    apply_router_weight_on_input: bool = False,
+    global_num_experts: int = -1,
+    expert_map: Tensor | None = None,
+    quant_config: object = None,
+) -> Tensor:
+    """vLLM's `fused_experts` of unquantised weights.
+
+    Args:
+        w1, w2: [E, 2I, H] (without a gate [E, I, H]) and [E, H, I] of the dtype of `hidden_states`.
+        activation: one of vLLM's `MoEActivation`, or its value: silu, gelu, gelu_tanh, swigluoai_uninterleave, and
+            silu_no_mul, gelu_no_mul, gelu_tanh_no_mul, relu2_no_mul. swigluoai, whose rows interleave gate and up, is
+            refused.
+        global_num_experts: -1 for those of `w1`, or of `expert_map`.
+        quant_config: None, or one that quantises nothing; its `w1_bias` and `w2_bias` are added.
+
+    Returns [T, H]. Raises ValueError for what is quantised.
+    """
+    name = str(getattr(activation, "value", activation))
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {sorted(_ACTIVATIONS)}, got {name!r}")
+    asked = [key for key in _QUANTISED if getattr(quant_config, key, None) is not None]
+    if asked or not w1.is_floating_point() or w1.dtype.itemsize == 1:
+        raise ValueError(
+            f"quant_config: expected nothing quantised (not supported yet), got {w1.dtype} and {asked or None}"
+        )
+    weights = moeyard.ExpertWeights(
+        w1, w2, getattr(quant_config, "w1_bias", None), getattr(quant_config, "w2_bias", None),
+        gated=not name.endswith("_no_mul"),
+    )  # fmt: skip
+    return moeyard.fused_experts(
+        hidden_states,
+        moeyard.Routing(topk_weights.float(), topk_ids),
+        weights,
+        activation=_ACTIVATIONS[name],
+        num_experts=None if global_num_experts == -1 else global_num_experts,
+        expert_map=expert_map,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
+
+
+_ACTIVATIONS = {
+    **{name: moeyard.Activation(name) for name in ("silu", "gelu", "gelu_tanh")},
+    **{f"{name}_no_mul": moeyard.Activation(name) for name in moeyard.Activation.NAMES},
+    "swigluoai_uninterleave": moeyard.GPT_OSS_ACTIVATION,
+}
+_QUANTISED = ("quant_dtype", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_zp", "w2_zp")
+
+
+def _check_tokens(hidden_states: Tensor, gating_output: Tensor) -> None:
+    if hidden_states.shape[0] != gating_output.shape[0]:
+        raise ValueError(
+            f"gating_output: expected {hidden_states.shape[0]} rows (those of hidden_states), "
+            f"got {gating_output.shape[0]}"
+        )
+
+
+def _as_indices(ids: Tensor, kind: torch.dtype | None) -> Tensor:
+    if kind not in (None, *ID_DTYPES):
+        raise TypeError(f"indices_type: expected int32, int64 or uint32, got {kind}")
+    return ids.view(kind) if kind == torch.uint32 else ids.to(kind or torch.int32)
+
+
 if __name__ == "__main__":
     from moeyard.integrations.launch import main
 

@@ -1,0 +1,79 @@
+"""Router, products and experts on a GPU, by the `torch` implementation: right, without host syncs, in graphs."""
+
+import pytest
+import torch
+
+import moeyard
+from moeyard import GPT_OSS_ACTIVATION, ExpertWeights, Routing
+from moeyard.bench.verify import routing_error, rows_of_experts
+
+CUDA = torch.device("cuda")
+
+
+def draw(tokens: int, experts: int, top_k: int, hidden: int, size: int, dtype: torch.dtype, bias: bool):  # type: ignore[no-untyped-def]
+    weights = ExpertWeights(
+        (torch.randn(experts, 2 * size, hidden, device=CUDA) / hidden**0.5).to(dtype),
+        (torch.randn(experts, hidden, size, device=CUDA) / size**0.5).to(dtype),
+        torch.randn(experts, 2 * size, device=CUDA).to(dtype) if bias else None,
+        torch.randn(experts, hidden, device=CUDA).to(dtype) if bias else None,
+    )
+    ids = torch.randint(-1, experts + 1, (tokens, top_k), device=CUDA, dtype=torch.int32)
+    return (
+        torch.randn(tokens, hidden, device=CUDA).to(dtype),
+        Routing(torch.rand(tokens, top_k, device=CUDA), ids),
+        weights,
+    )
+
+
+def on_host(weights: ExpertWeights) -> ExpertWeights:
+    tensors = (weights.w13, weights.w2, weights.w13_bias, weights.w2_bias)
+    return ExpertWeights(*(None if t is None else t.cpu() for t in tensors), weights.gated)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "size", [(0, 4, 2, 64, 32), (1, 8, 2, 128, 96), (70, 5, 3, 100, 37), (300, 16, 4, 512, 256)], ids=str
+)
+def test_fused_experts(dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    rows, routing, weights = draw(*size, dtype, bias=True)
+    got = moeyard.fused_experts(rows, routing, weights, activation=GPT_OSS_ACTIVATION)
+    host = Routing(routing.topk_weights.cpu(), routing.topk_ids.cpu())
+    wide = rows_of_experts(rows.cpu(), host, on_host(weights), GPT_OSS_ACTIVATION)
+    if wide.numel():
+        allowed = (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
+        error = (got.cpu().double() - wide).square().mean().sqrt() / wide.square().mean().sqrt().clamp(min=1e-9)
+        assert float(error) <= allowed
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_router(dtype: torch.dtype) -> None:
+    logits, bias = torch.randn(200, 256, device=CUDA).to(dtype), torch.randn(256, device=CUDA) * 0.1
+    assert routing_error(logits.float().contiguous(), moeyard.route(logits.float(), top_k=8), renormalize=False) is None
+    options = {"scoring": "sigmoid", "selection_bias": bias, "num_groups": 8, "top_k_groups": 4, "renormalize": True}
+    got = moeyard.route(logits, top_k=8, **options)  # type: ignore[arg-type]
+    assert routing_error(logits, got, **options) is None  # type: ignore[arg-type]
+
+
+def test_a_layer_in_a_graph_follows_its_inputs() -> None:
+    rows, _, weights = draw(48, 8, 2, 128, 64, torch.bfloat16, bias=False)
+    router = torch.randn(8, 128, device=CUDA)
+
+    def layer() -> torch.Tensor:
+        return moeyard.moe_layer(rows, router, weights, top_k=2, renormalize=True)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        layer()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer()
+    for _ in range(2):
+        rows.copy_(torch.randn_like(rows))
+        graph.replay()
+        assert torch.equal(out, layer())

@@ -1,0 +1,39 @@
+"""The examples run, and show what they say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moeyard import impls
+from support import python
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.skipif(not impls.installed("transformers"), reason="transformers is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("qwen3_moe", EXAMPLES / "qwen3_moe.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+
+    def within(dtype: str) -> bool:
+        """Errors of the logits against float64 as those of transformers' own; a largest one varies more."""
+        rows = {(kind, experts): errors for kind, experts, *errors, _ in example.compare(96, 2)}
+        assert len(rows) == 4
+        (their_largest, their_rms), (largest, rms) = rows[dtype, "eager"], rows[dtype, "moeyard"]
+        return 0 < rms <= 1.1 * their_rms and largest <= 1.5 * their_largest
+
+    assert within("float32") and within("bfloat16")
+    right = example.moeyard_experts
+    monkeypatch.setattr(example, "moeyard_experts", lambda *arguments: right(*arguments) * 1.001)
+    assert not within("float32")
+
+
+def test_examples_say_how_they_are_used() -> None:
+    if not impls.installed("transformers"):
+        pytest.skip("transformers is not installed")
+    done = python(str(EXAMPLES / "qwen3_moe.py"), "--help")
+    assert done.returncode == 0 and "--tokens" in done.stdout, done.stderr
