@@ -85,10 +85,18 @@ def _cuda(call: Call) -> str | None:
     return None
 
 
-def _cpu_sums(call: Call) -> str | None:
+def _sums(call: Call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"sums rows of float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    return _cpu(call)
+    return None
+
+
+def _cpu_sums(call: Call) -> str | None:
+    return _sums(call) or _cpu(call)
+
+
+def _cuda_sums(call: Call) -> str | None:
+    return _sums(call) or _cuda(call)
 
 
 def _shared(target: str) -> tuple[Impl, ...]:
@@ -118,10 +126,26 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         *_shared("layout:batched_align_launch"),
     ),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
-    "permute": (Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu), *_shared("rows:permute_launch")),
-    "shuffle_rows": (Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu), *_shared("rows:shuffle_rows_launch")),
-    "combine": (Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums), *_shared("rows:combine_launch")),
-    "moe_sum": (Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums), *_shared("rows:moe_sum_launch")),
+    "permute": (
+        Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.rows:permute_launch", _cuda),
+        *_shared("rows:permute_launch"),
+    ),
+    "shuffle_rows": (
+        Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.rows:shuffle_rows_launch", _cuda),
+        *_shared("rows:shuffle_rows_launch"),
+    ),
+    "combine": (
+        Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums),
+        Impl("cuda", "moeyard.cuda.rows:combine_launch", _cuda_sums),
+        *_shared("rows:combine_launch"),
+    ),
+    "moe_sum": (
+        Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums),
+        Impl("cuda", "moeyard.cuda.rows:moe_sum_launch", _cuda_sums),
+        *_shared("rows:moe_sum_launch"),
+    ),
 }
 
 

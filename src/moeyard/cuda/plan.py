@@ -171,3 +171,34 @@ def batched_plan(num_experts: int, max_num_tokens: int, block_size: int, card: C
     pieces = max(1, -(-rows // (4 * threads)))
     grid = min(num_experts * pieces, 2 * card.processors)
     return BatchedPlan(grid, threads, 4 * (WARP + 2 * num_experts + 1), pieces, num_experts * rows)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How rows are cut for one launch of send.cu, sum.cu or quantize.cu."""
+
+    loads: int
+    """Words of a row that a lane has in flight."""
+    threads: int
+    """Of a block."""
+    store: str = "__stcs"
+    """How results are written."""
+
+
+def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
+    """A warp a piece: pieces as long as leaves enough warps, `rows_at_once` words of each lane's being in flight."""
+    loads = 4
+    while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
+        loads //= 2
+    return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
+
+
+def block_row_plan(words: int) -> RowPlan:
+    """A block a row, all of it in registers as far as they go."""
+    threads = min(max(WARP, -(-words // (2 * WARP)) * WARP), 512)
+    loads = min(max(1, -(-words // threads)), 8)
+    return RowPlan(loads, threads)
+
+
+_ENOUGH_WORDS = 1 << 16
+"""Words of a row each lane of which keeps 2048 warps busy."""
