@@ -22,8 +22,10 @@ ARROWS = {  # module -> what of moeyard it may import
     "checks": {"values"},
     "outputs": {"values", "tiles", "checks"},
     "library": {"values", "ids", "impls", "outputs"},
+    "library_layer": {"values", "ids", "library"},
+    "router": {"values", "checks", "impls", "library", "library_layer"},
     "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
-    "permute": {"values", "ids", "checks", "impls", "library"},
+    "permute": {"values", "ids", "checks", "impls", "outputs", "library"},
     "combine": {"values", "ids", "checks", "impls", "library"},
     "warmup": {"impls", "layout", "permute", "combine"},
     "vectorised": {"values", "tiles", "ids", "vectorised"},
@@ -31,10 +33,12 @@ ARROWS = {  # module -> what of moeyard it may import
     "cuda": {"values", "tiles", "ids", "cuda"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
-OPS = ("layout", "permute", "combine")
+OPS = ("router", "layout", "permute", "combine")
+ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "integrations")
 PUBLIC = (
-    "Layout Permuted batched_moe_align_block_size combine empty_layout explain moe_align_block_size "
-    "moe_lora_align_block_size moe_sum permute shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing batched_moe_align_block_size combine "
+    "empty_layout explain moe_align_block_size moe_lora_align_block_size moe_sum permute permute_to_fp8 route "
+    "shuffle_rows warmup"
 ).split()
 
 
@@ -68,7 +72,7 @@ def test_every_room_has_its_arrows() -> None:
 
 def test_no_host_reads_of_device_values() -> None:
     """`.item()`, `.tolist()`, `.nonzero()` and `.cpu()` wait for the device: only the reference may."""
-    for room in ("layout", "permute", "combine", "library", "outputs", "ids", "vectorised", "cuda", "integrations"):
+    for room in ON_DEVICE:
         for path in list((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):
@@ -164,8 +168,9 @@ def test_nothing_inherits_beyond_what_is_allowed() -> None:
 
 def test_explain_names_every_implementation() -> None:
     seen = moeyard.explain("combine", "cuda")
-    assert seen.chosen == "torch"
+    chosen = "cuda" if all(moeyard.impls.installed(name) for name in ("cuda.core", "cuda.bindings")) else "torch"
+    assert seen.chosen == chosen
     assert seen.reasons["cpu"] == "takes CPU tensors, got cuda"
-    assert str(seen).splitlines()[0] == "combine on cuda (bfloat16): torch"
+    assert str(seen).splitlines()[0] == f"combine on cuda (bfloat16): {chosen}"
     with pytest.raises(ValueError, match="op: expected one of"):
         moeyard.explain("softmax")

@@ -7,15 +7,20 @@ from moeyard.combine import combine, moe_sum
 from moeyard.impls import explain
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.outputs import empty_layout
-from moeyard.permute import permute, shuffle_rows
-from moeyard.values import Layout, Permuted
+from moeyard.permute import permute, permute_to_fp8, shuffle_rows
+from moeyard.router import route
+from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPT_OSS_ACTIVATION",
+    "Activation",
+    "ExpertWeights",
     "Layout",
     "Permuted",
+    "Routing",
     "batched_moe_align_block_size",
     "combine",
     "empty_layout",
@@ -24,6 +29,8 @@ __all__ = [
     "moe_lora_align_block_size",
     "moe_sum",
     "permute",
+    "permute_to_fp8",
+    "route",
     "shuffle_rows",
     "warmup",
 ]

@@ -125,11 +125,16 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
+    "route": _shared("router:route_launch"),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (
         Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
         Impl("cuda", "moeyard.cuda.rows:permute_launch", _cuda),
         *_shared("rows:permute_launch"),
+    ),
+    "permute_to_fp8": (
+        Impl("cuda", "moeyard.cuda.rows:permute_to_fp8_launch", _cuda),
+        *_shared("rows:permute_to_fp8_launch"),
     ),
     "shuffle_rows": (
         Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu),

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from moeyard.ids import local_expert_ids, narrow_ids
 from moeyard.impls import launcher
-from moeyard.outputs import allocate_layout, batched_lengths, layout_lengths
+from moeyard.outputs import allocate_fp8, allocate_layout, batched_lengths, layout_lengths
 from moeyard.values import Layout
 
 _LIBRARY = torch.library.Library("moeyard", "DEF")
@@ -42,7 +42,7 @@ def goes_straight(*tensors: Tensor | None) -> bool:
     return True
 
 
-def _define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None]) -> None:
+def define(schema: str, allocate: Callable[..., Any], launch: Callable[..., None]) -> None:
     """Registers an op whose kernel is `allocate` then `launch`, and whose fake kernel is `allocate` alone.
 
     `allocate(*arguments)` returns the outputs; `launch(outputs, *arguments)` fills them.
@@ -65,7 +65,8 @@ def _define(schema: str, allocate: Callable[..., Any], launch: Callable[..., Non
     torch.library.register_fake(f"moeyard::{name}", fake, lib=_LIBRARY)
 
 
-def _find(op: str, impl: str, tensor: Tensor) -> Callable[..., None]:
+def find(op: str, impl: str, tensor: Tensor) -> Callable[..., None]:
+    """The launcher of a call whose device and dtype are those of `tensor`."""
     return launcher(op, impl, tensor.device, tensor.dtype)
 
 
@@ -73,18 +74,18 @@ def _find(op: str, impl: str, tensor: Tensor) -> Callable[..., None]:
 
 
 def _align(out: Layout, topk_ids: Tensor, expert_map: Tensor | None, *sizes_and_impl: Any) -> None:
-    launch = _find("moe_align_block_size", sizes_and_impl[-1], topk_ids)
+    launch = find("moe_align_block_size", sizes_and_impl[-1], topk_ids)
     launch(narrow_ids(topk_ids), expert_map, out)
 
 
 def _batched_align(out: Layout, expert_num_tokens: Tensor, max_num_tokens: int, block_size: int, impl: str) -> None:
-    _find("batched_moe_align_block_size", impl, expert_num_tokens)(expert_num_tokens, max_num_tokens, out)
+    find("batched_moe_align_block_size", impl, expert_num_tokens)(expert_num_tokens, max_num_tokens, out)
 
 
 def _lora_align(
     out: Layout, topk_ids: Tensor, token_lora_mapping: Tensor, expert_map: Tensor | None, *sizes_and_impl: Any
 ) -> None:
-    launch = _find("moe_lora_align_block_size", sizes_and_impl[-1], topk_ids)
+    launch = find("moe_lora_align_block_size", sizes_and_impl[-1], topk_ids)
     launch(narrow_ids(topk_ids), token_lora_mapping, expert_map, out)
 
 
@@ -110,18 +111,18 @@ def _allocate_lora_align(
     return allocate_layout(topk_ids.new_empty, lengths, tuple(sizes), stack=(max_loras,))
 
 
-_define(
+define(
     f"moe_align_block_size(Tensor topk_ids, Tensor? expert_map, {_SIZES}, str impl) -> {_LAYOUT}",
     _allocate_align,
     _align,
 )
-_define(
+define(
     "batched_moe_align_block_size(Tensor expert_num_tokens, SymInt max_num_tokens, SymInt block_size, str impl) -> "
     + _LAYOUT,
     _allocate_batched_align,
     _batched_align,
 )
-_define(
+define(
     "moe_lora_align_block_size(Tensor topk_ids, Tensor token_lora_mapping, Tensor? expert_map, SymInt max_loras, "
     f"{_SIZES}, str impl) -> {_LAYOUT}",
     _allocate_lora_align,
@@ -151,7 +152,7 @@ def _permute(
     top_k: int,
     impl: str,
 ) -> None:
-    _find("permute", impl, hidden_states)(
+    find("permute", impl, hidden_states)(
         hidden_states,
         scales,
         sorted_token_ids=sorted_token_ids,
@@ -162,35 +163,61 @@ def _permute(
     )
 
 
+def _permute_to_fp8(
+    out: tuple[Tensor, Tensor],
+    hidden_states: Tensor,
+    sorted_token_ids: Tensor,
+    route_rows: Tensor,
+    top_k: int,
+    group_size: int | None,
+    impl: str,
+) -> None:
+    find("permute_to_fp8", impl, hidden_states)(
+        hidden_states,
+        sorted_token_ids=sorted_token_ids,
+        route_rows=route_rows,
+        top_k=top_k,
+        group_size=group_size,
+        rows=out[0],
+        row_scales=out[1],
+    )
+
+
 def _shuffle_rows(out: Tensor, input: Tensor, dst2src_map: Tensor, impl: str) -> None:
-    _find("shuffle_rows", impl, input)(input, dst2src_map, out=out)
+    find("shuffle_rows", impl, input)(input, dst2src_map, out=out)
 
 
 def _combine(out: Tensor, rows: Tensor, route_rows: Tensor, topk_weights: Tensor | None, top_k: int, impl: str) -> None:
-    _find("combine", impl, rows)(rows, topk_weights, route_rows=route_rows, top_k=top_k, out=out)
+    find("combine", impl, rows)(rows, topk_weights, route_rows=route_rows, top_k=top_k, out=out)
 
 
 def _moe_sum(out: Tensor, rows: Tensor, topk_ids: Tensor | None, expert_map: Tensor | None, impl: str) -> None:
-    _find("moe_sum", impl, rows)(rows, None if topk_ids is None else narrow_ids(topk_ids), expert_map, out=out)
+    find("moe_sum", impl, rows)(rows, None if topk_ids is None else narrow_ids(topk_ids), expert_map, out=out)
 
 
-_define(
+define(
     "permute(Tensor hidden_states, Tensor? scales, Tensor sorted_token_ids, Tensor route_rows, SymInt top_k, "
     "str impl) -> (Tensor rows, Tensor row_scales)",
     _allocate_permuted,
     _permute,
 )
-_define(
+define(
+    "permute_to_fp8(Tensor hidden_states, Tensor sorted_token_ids, Tensor route_rows, SymInt top_k, int? group_size, "
+    "str impl) -> (Tensor rows, Tensor row_scales)",
+    lambda rows, slots, _routes, _top_k, group_size, _impl: allocate_fp8(rows, slots.shape[0], group_size),
+    _permute_to_fp8,
+)
+define(
     "shuffle_rows(Tensor input, Tensor dst2src_map, str impl) -> Tensor",
     lambda input, dst2src_map, impl: input.new_empty((dst2src_map.shape[0], input.shape[1])),
     _shuffle_rows,
 )
-_define(
+define(
     "combine(Tensor rows, Tensor route_rows, Tensor? topk_weights, SymInt top_k, str impl) -> Tensor",
     lambda rows, route_rows, weights, top_k, impl: rows.new_empty((route_rows.shape[0] // top_k, rows.shape[1])),
     _combine,
 )
-_define(
+define(
     "moe_sum(Tensor rows, Tensor? topk_ids, Tensor? expert_map, str impl) -> Tensor",
     lambda rows, topk_ids, expert_map, impl: rows.new_empty((rows.shape[0], rows.shape[2])),
     _moe_sum,
@@ -200,7 +227,8 @@ _define(
 # Gradients of the row ops. Each is the other's transpose, so each is written with the other's registered op.
 
 
-def _register_gradient(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+def register_gradient(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Gives a registered op its backward."""
     torch.library.register_autograd(f"moeyard::{name}", backward, setup_context=setup, lib=_LIBRARY)
 
 
@@ -265,7 +293,7 @@ def _moe_sum_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return spread, None, None, None
 
 
-_register_gradient("permute", _permute_setup, _permute_backward)
-_register_gradient("combine", _combine_setup, _combine_backward)
-_register_gradient("shuffle_rows", _shuffle_setup, _shuffle_backward)
-_register_gradient("moe_sum", _moe_sum_setup, _moe_sum_backward)
+register_gradient("permute", _permute_setup, _permute_backward)
+register_gradient("combine", _combine_setup, _combine_backward)
+register_gradient("shuffle_rows", _shuffle_setup, _shuffle_backward)
+register_gradient("moe_sum", _moe_sum_setup, _moe_sum_backward)

@@ -5,10 +5,13 @@ rows that the operator leaves unwritten are zero here. Tests compare every imple
 is never chosen except by name. The launchers at the end let it stand in the table of implementations.
 """
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moeyard.values import INT32_MAX, Layout, Permuted
+from moeyard.values import INT32_MAX, Layout, Permuted, Routing
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -139,6 +142,24 @@ def permute(hidden_states: Tensor, layout: Layout, *, scales: Tensor | None = No
     return Permuted(_gather(hidden_states, *where), None if scales is None else _gather(scales, *where))
 
 
+FP8_MAX = 448.0
+
+
+def permute_to_fp8(hidden_states: Tensor, layout: Layout, *, group_size: int | None = None) -> Permuted:
+    """Quantises each row to float8_e4m3fn in float32, then permutes the rows and their scales.
+
+    The scale of a row, or of `group_size` neighbours, is max(largest magnitude, 1e-10) / 448.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    size = group_size or hidden_size
+    groups = hidden_states.float().reshape(num_tokens, hidden_size // size, size)
+    scales = groups.abs().amax(2).clamp(min=1e-10) / FP8_MAX
+    values = (groups / scales.unsqueeze(2)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return permute(
+        values.reshape(num_tokens, hidden_size), layout, scales=scales[:, 0] if group_size is None else scales
+    )
+
+
 def shuffle_rows(input: Tensor, dst2src_map: Tensor) -> Tensor:
     """Row i of the result is row `dst2src_map[i]` of the input, or zero where that is out of range."""
     result = input.new_zeros(len(dst2src_map), input.shape[1])
@@ -172,6 +193,70 @@ def moe_sum(rows: Tensor, *, topk_ids: Tensor | None = None, expert_map: Tensor 
         experts = local_experts(topk_ids, num_experts, expert_map, INT32_MAX)
         row_of_route = [row if expert >= 0 else -1 for row, expert in enumerate(experts)]
     return _sum_routes(rows.reshape(-1, hidden_size), row_of_route, top_k, None)
+
+
+def _scores(logits: Tensor, scoring: str) -> Tensor:
+    """Float32 scores of float64 logits; what is NaN or infinite counts as 0."""
+    if scoring == "softmax":
+        exponentials = (logits - logits.amax(1, keepdim=True)).exp()
+        scores = exponentials / exponentials.sum(1, keepdim=True)
+    else:
+        scores = 1 / (1 + (-logits).exp())
+    return torch.where(scores.isfinite(), scores, 0).float()
+
+
+def _best(keys: list[float], count: int, among: list[int]) -> list[int]:
+    """The `count` positions of `among` with the largest keys: the lower position on ties, NaN as low as -inf."""
+    ranked = {i: -math.inf if math.isnan(keys[i]) else keys[i] for i in among}
+    return sorted(among, key=lambda i: (-ranked[i], i))[:count]
+
+
+def route(
+    router_logits: Tensor,
+    *,
+    top_k: int,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    selection_bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    routed_scaling_factor: float = 1.0,
+    is_padding: Tensor | None = None,
+) -> Routing:
+    """Chooses experts token by token.
+
+    Experts are ranked by their logits; with a bias by score + bias in float32. A softmax row without a value (a NaN or
+    +inf in it, or nothing but -inf) ranks all experts alike. Of several groups, those with the largest keys are kept
+    first: the largest member, with a bias the float32 sum of the two largest.
+    """
+    num_tokens, num_experts = router_logits.shape
+    logits = router_logits.double()
+    scores = _scores(logits, scoring)
+    keys = logits if selection_bias is None else (scores + selection_bias.float()).double()
+    if scoring == "softmax" and selection_bias is None:
+        keys = torch.where((scores.sum(1, keepdim=True) > 0), keys, 0)
+    size = num_experts // num_groups
+    weights, ids = torch.zeros(num_tokens, top_k), torch.full((num_tokens, top_k), -1, dtype=torch.int32)
+    for token in range(num_tokens):
+        if is_padding is not None and bool(is_padding[token]):
+            continue
+        key: list[float] = keys[token].tolist()
+        among = list(range(num_experts))
+        if num_groups > 1:
+            best_of = [_best(key, 2, among[g * size : (g + 1) * size]) for g in range(num_groups)]
+            if selection_bias is None:
+                group_keys = [key[best[0]] for best in best_of]
+            else:
+                group_keys = [float(torch.tensor([key[i] for i in best]).sum()) for best in best_of]
+            kept = _best(group_keys, top_k_groups, list(range(num_groups)))
+            among = [i for i in among if i // size in kept]
+        chosen = torch.tensor(_best(key, top_k, among), dtype=torch.int64)
+        weight = scores[token, chosen].double()
+        if renormalize and float(weight.sum()) > 0:
+            weight = weight / weight.sum()
+        weights[token] = (weight * routed_scaling_factor).float()
+        ids[token] = chosen.int()
+    return Routing(weights, ids)
 
 
 # The same functions as launchers: outputs are given, results are copied into them.
@@ -232,6 +317,24 @@ def permute_launch(
             _bytes(out)[held] = _bytes(moved)[held]
 
 
+def permute_to_fp8_launch(
+    hidden_states: Tensor,
+    *,
+    sorted_token_ids: Tensor,
+    route_rows: Tensor,
+    top_k: int,
+    group_size: int | None,
+    rows: Tensor,
+    row_scales: Tensor,
+) -> None:
+    where = Layout.of([sorted_token_ids.cpu(), *[route_rows.cpu()] * 5], (0, 0, 1, top_k))
+    moved = permute_to_fp8(hidden_states.detach().cpu(), where, group_size=group_size)
+    held = sorted_token_ids < route_rows.numel()
+    for out, source in ((rows, moved.rows), (row_scales, moved.scales)):
+        if out.numel() and source is not None:
+            _bytes(out)[held] = _bytes(source.to(out.device))[held]
+
+
 def _bytes(tensor: Tensor) -> Tensor:
     """[R, ...] as [R, bytes], for dtypes that indexing lacks."""
     return tensor.view(tensor.shape[0], -1).view(torch.uint8)
@@ -247,3 +350,11 @@ def combine_launch(rows: Tensor, topk_weights: Tensor | None, *, route_rows: Ten
 
 def moe_sum_launch(rows: Tensor, topk_ids: Tensor | None, expert_map: Tensor | None, *, out: Tensor) -> None:
     out.copy_(moe_sum(rows.detach().cpu(), topk_ids=_host(topk_ids), expert_map=_host(expert_map)))
+
+
+def route_launch(
+    router_logits: Tensor, selection_bias: Tensor | None, is_padding: Tensor | None, *, out: Routing, **options: Any
+) -> None:
+    top_k = out.topk_ids.shape[1]
+    bias, padding = _host(selection_bias), _host(is_padding)
+    out.copy_(route(router_logits.detach().cpu(), top_k=top_k, selection_bias=bias, is_padding=padding, **options))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Required, TypedDict
 
 from torch import Tensor
 
@@ -113,3 +113,100 @@ class Permuted:
         if self.scales is not None and other.scales is not None:
             self.scales.copy_(other.scales)
         return self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Routing:
+    """The router's choice: which experts each token goes to, and with what weight."""
+
+    topk_weights: Tensor
+    """[num_tokens, top_k] float32; 0 where the route is dropped."""
+    topk_ids: Tensor
+    """[num_tokens, top_k] int32, best first; -1 drops the route (rows of padding tokens)."""
+
+    def copy_(self, other: "Routing") -> "Routing":
+        """Overwrites these tensors with those of `other`, which has the same shapes."""
+        self.topk_weights.copy_(other.topk_weights)
+        self.topk_ids.copy_(other.topk_ids)
+        return self
+
+
+RouterOptions = TypedDict(  # noqa: UP013 - nothing inherits here
+    "RouterOptions",
+    {
+        "top_k": Required[int],
+        "scoring": str,
+        "renormalize": bool,
+        "selection_bias": Tensor | None,
+        "num_groups": int,
+        "top_k_groups": int,
+        "routed_scaling_factor": float,
+        "is_padding": Tensor | None,
+    },
+    total=False,
+)
+"""The keyword arguments of `route`, for functions that pass them on."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertWeights:
+    """The weights of the experts of one layer on one rank, as model files that fuse gate and up have them."""
+
+    w13: Tensor
+    """[num_local_experts, 2 * intermediate_size, hidden_size]: gate half first, then up; with `gated=False`
+    [num_local_experts, intermediate_size, hidden_size]."""
+    w2: Tensor
+    """[num_local_experts, hidden_size, intermediate_size], dtype of w13."""
+    w13_bias: Tensor | None = None
+    """[num_local_experts, rows of w13], dtype of w13."""
+    w2_bias: Tensor | None = None
+    """[num_local_experts, hidden_size], dtype of w13."""
+    gated: bool = True
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of this rank."""
+        return self.w13.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of a token."""
+        return self.w13.shape[2]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width between the two products, after the activation."""
+        return self.w2.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """What stands between the two products of an expert.
+
+    With g the gate and u the up half of a row, each clamped first if there is a `limit` (g from above, u on both
+    sides): act(g) * (u + beta). Without a gate: act(x), x clamped from above. The activations are silu,
+    x * sigmoid(alpha * x); gelu by the error function; gelu_tanh by its tanh approximation; relu2, max(x, 0) squared.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ("silu", "gelu", "gelu_tanh", "relu2")
+
+    name: str = "silu"
+    alpha: float = 1.0
+    """Of silu alone."""
+    beta: float = 0.0
+    """Added to the up half; gated alone."""
+    limit: float | None = None
+    """Positive; None clamps nothing."""
+
+    def __post_init__(self) -> None:
+        """Refuses what is no activation."""
+        if self.name not in self.NAMES:
+            raise ValueError(f"name: expected one of {self.NAMES}, got {self.name!r}")
+        if self.name != "silu" and self.alpha != 1.0:
+            raise ValueError(f"alpha: expected 1.0 for {self.name} (silu alone has it), got {self.alpha}")
+        if self.limit is not None and not self.limit > 0:
+            raise ValueError(f"limit: expected a positive number or None, got {self.limit}")
+
+
+GPT_OSS_ACTIVATION = Activation("silu", alpha=1.702, beta=1.0, limit=7.0)
+"""gpt-oss's clamped SwiGLU: g * sigmoid(1.702 g) * (u + 1), g at most 7, u in [-7, 7]."""

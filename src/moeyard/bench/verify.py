@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeyard.values import Layout
+from moeyard.values import Layout, Routing
 
 
 def layout_error(
@@ -80,3 +80,55 @@ def sum_error(wide: Tensor, got: Tensor, terms: int) -> str | None:
     if not bool((error <= bound).all()):  # NaN fails too
         return f"largest error {float(error.max()):.2e} where {float(bound.max()):.2e} is allowed"
     return None
+
+
+def routing_error(
+    router_logits: Tensor,
+    got: Routing,
+    *,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    selection_bias: Tensor | None = None,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    routed_scaling_factor: float = 1.0,
+) -> str | None:
+    """What is wrong with a router's choice for finite logits without padding.
+
+    Ids are judged by keys in float64, with a tolerance where float32 scores make the keys; weights by the float64
+    scores of the ids.
+    """
+    logits = router_logits.detach().cpu().double()
+    ids, weights = got.topk_ids.detach().cpu().long(), got.topk_weights.detach().cpu().double()
+    num_experts, top_k = logits.shape[1], ids.shape[1]
+    if not bool(((ids >= 0) & (ids < num_experts)).all()):
+        return "topk_ids outside the experts"
+    if bool((ids.sort(1).values.diff(dim=1) == 0).any()):
+        return "topk_ids name an expert twice"
+    scores = torch.softmax(logits, 1) if scoring == "softmax" else torch.sigmoid(logits)
+    keys, slack = logits, 0.0
+    if selection_bias is not None:
+        keys, slack = scores + selection_bias.detach().cpu().double(), 4e-7
+    if num_groups > 1:
+        grouped = keys.view(len(keys), num_groups, -1)
+        two = min(2, grouped.shape[2])
+        best = grouped.amax(2) if selection_bias is None else grouped.topk(two, 2).values.sum(2)
+        least = best.topk(top_k_groups, 1).values[:, -1:]
+        group = ids // grouped.shape[2]
+        if bool((best.gather(1, group) < least - 3 * slack).any()):
+            return "topk_ids in groups that are not among the best"
+        sure = (best < least - 3 * slack).repeat_interleave(grouped.shape[2], 1)
+        keys = keys.masked_fill(sure, -torch.inf)
+        if slack and bool(((best - least).abs() < 3 * slack).sum(1).gt(1).any()):
+            return None  # groups too close for a verdict on what else is chosen
+    chosen = keys.gather(1, ids)
+    if bool((chosen.diff(dim=1) > slack).any()):
+        return "topk_ids are not in the order of their keys"
+    if bool((keys.topk(top_k, 1).values[:, -1] > chosen[:, -1] + slack).any()):
+        return "topk_ids are not the best experts"
+    wide = scores.gather(1, ids)
+    if renormalize:
+        wide = wide / wide.sum(1, keepdim=True)
+    wide = wide * routed_scaling_factor
+    error = ((weights - wide).abs() / wide.clamp(min=1e-30)).amax()
+    return None if bool(error <= 1e-5) else f"topk_weights are off by {float(error):.1e} of their value"

@@ -52,6 +52,12 @@ __device__ __forceinline__ void load_word(uint4& word, u64 from) {
                : "l"(from));
 }
 
+// How results are written: as any store, or (__stcs) as what is not read again while it is in the L2 cache.
+template <typename Word>
+__device__ __forceinline__ void store_word(Word* to, Word word) {
+  *to = word;
+}
+
 // The float32 values of a word, and the word of float32 values.
 constexpr int FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
 
