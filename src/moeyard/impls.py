@@ -125,7 +125,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
-    "route": _shared("router:route_launch"),
+    "route": (Impl("cuda", "moeyard.cuda.router:route_launch", _cuda), *_shared("router:route_launch")),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (
         Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),

@@ -202,3 +202,31 @@ def block_row_plan(words: int) -> RowPlan:
 
 _ENOUGH_WORDS = 1 << 16
 """Words of a row each lane of which keeps 2048 warps busy."""
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    """How the lanes of a warp share the experts of a token (route.cu)."""
+
+    lanes_a_group: int
+    """A power of two."""
+    experts_a_lane: int
+    full: bool
+    """Whether every lane has as many."""
+
+
+def router_plan(num_experts: int, num_groups: int) -> RouterPlan | None:
+    """The lanes of a warp for so many experts and groups; None if a warp does not hold them."""
+    if num_groups > WARP:
+        return None
+    lanes = WARP
+    while lanes * num_groups > WARP:
+        lanes //= 2
+    group = num_experts // num_groups
+    experts = -(-group // lanes)
+    if experts > _MOST_EXPERTS_A_LANE:
+        return None
+    return RouterPlan(lanes, experts, lanes * num_groups == WARP and experts * lanes == group)
+
+
+_MOST_EXPERTS_A_LANE = 32

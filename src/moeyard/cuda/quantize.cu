@@ -60,7 +60,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 1024 / BLOCK :
     const u8* rows, const int* route_rows, u8* out, float* scales, i64 num_tokens, i64 pieces, i64 magic, i64 shift,
     i64 top_k_, i64 words_, i64 stride) {
   const u32 top_k = top_k_, words = words_;
-  __shared__ u32 largest_of_warp[32];
+  extern __shared__ u32 largest_of_warp[];  // [32]
   u32 token = blockIdx.x, piece = 0;
   if (GROUPED && !find_piece({num_tokens, pieces, magic, shift}, WARPS, token, piece)) return;
   const u32 lane = threadIdx.x & 31, member = GROUPED ? lane : threadIdx.x, groups = words / GROUP_LANES;

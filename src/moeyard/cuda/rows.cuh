@@ -67,18 +67,6 @@ __device__ __forceinline__ float half_to_float(u32 bits) {
   return value;
 }
 
-__device__ __forceinline__ u32 float_to_half(float value) {
-  u32 bits;
-  asm("{\n\t.reg .b16 half;\n\tcvt.rn.f16.f32 half, %1;\n\tcvt.u32.u16 %0, half;\n\t}" : "=r"(bits) : "f"(value));
-  return bits;
-}
-
-// Rounds to the nearest, ties to even, as torch does; NaN stays NaN.
-__device__ __forceinline__ u32 float_to_bfloat(float value) {
-  const u32 bits = __float_as_uint(value);
-  return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
-
 template <int KIND>
 __device__ __forceinline__ float widen(u32 bits) {
   if constexpr (KIND == FLOAT32) return __uint_as_float(bits);
@@ -88,15 +76,10 @@ __device__ __forceinline__ float widen(u32 bits) {
 
 template <int KIND>
 __device__ __forceinline__ u32 narrow_pair(float low, float high) {
-#if __CUDA_ARCH__ >= 800
   u32 pair;
   if constexpr (KIND == BFLOAT16) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   else asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
-#else
-  if constexpr (KIND == BFLOAT16) return float_to_bfloat(low) | float_to_bfloat(high) << 16;
-  else return float_to_half(low) | float_to_half(high) << 16;
-#endif
 }
 
 // BYTES of a row of KIND in registers.

@@ -258,6 +258,7 @@ def _prepare(
         sizes=(rows, pieces, *division(pieces), *sizes),
         grid=blocks or -(-rows * pieces // (plan.threads // WARP)),
         threads=plan.threads,
+        shared_bytes=4 * WARP if source == "quantize.cu" else 0,
     )
     make_room(_READY)
     return _READY.setdefault(key, launch)

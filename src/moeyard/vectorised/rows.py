@@ -41,7 +41,8 @@ def permute_to_fp8_launch(
     num_tokens, hidden_size = hidden_states.shape
     size = group_size or hidden_size
     groups = hidden_states.float().reshape(num_tokens, hidden_size // size, size)
-    scales = groups.abs().amax(2).clamp(min=1e-10) / _FP8_MAX
+    largest = groups.abs().amax(2).clamp(min=1e-10)
+    scales = largest / largest.new_full((), _FP8_MAX)  # by a number, CUDA would multiply by its rounded reciprocal
     values = (groups / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(rows.dtype).view(num_tokens, hidden_size)
     permute_launch(
         values,
