@@ -10,64 +10,109 @@ constexpr int VALUES = values_of<KIND, BYTES>;  // and as many bytes of the resu
 constexpr bool GROUPED = GROUPS, HELD = WHOLE_ROW;  // held: the row of a block is in its registers
 constexpr u32 TEAM = GROUPED ? 32 : BLOCK;  // threads that share a piece
 constexpr u32 REACH = TEAM * COUNT;
-constexpr u32 GROUP_LANES = 128 / VALUES;  // grouped: lanes that hold the values of one scale
+constexpr u32 GROUP_LANES = 128 / VALUES;   // grouped: lanes that hold the values of one scale,
+constexpr u32 IN_WORD = 32 / GROUP_LANES > 0 ? 32 / GROUP_LANES : 1;  // and scales of 32 words
 
 typedef typename WordOf<BYTES>::Type Word;
 typedef typename WordOf<VALUES>::Type Result;
 
-// The bits of the largest magnitude: as integers, so that NaN is the largest.
-__device__ __forceinline__ u32 largest_of(const Piece<BYTES>& piece) {
-  float value[VALUES];
-  widen_piece<KIND, BYTES>(piece, value);
-  u32 largest = 0;
-#pragma unroll
-  for (int v = 0; v < VALUES; ++v) largest = max(largest, __float_as_uint(value[v]) & 0x7fffffff);
-  return largest;
-}
-
-__device__ __forceinline__ float scale_of(u32 largest) {
-  return __fdiv_rn(__uint_as_float(max(largest, __float_as_uint(1e-10f))), 448.0f);
-}
-
-__device__ __forceinline__ u32 to_e4m3(float value) {
-#if __CUDA_ARCH__ >= 890
-  u32 code;
-  asm("{\n\t.reg .b16 pair;\n\tcvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n\tcvt.u32.u16 %0, pair;\n\t}"
-      : "=r"(code)
-      : "f"(value), "f"(0.0f));
-  return code;
+// Magnitudes are compared as integers, so that NaN is the largest: of float32, or of two 16-bit floats at a time.
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {
+  if constexpr (KIND == FLOAT32) return max(a, b);
+#if __CUDA_ARCH__ >= 900
+  u32 both;
+  asm("max.u16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
+  return both;
 #else
-  const u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return 0x7f;
-  if (size < 0x3c800000) return sign | __float2int_rn(__uint_as_float(size) * 512.0f);  // below 2^-6: multiples of 2^-9
-  return sign | min(((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3), 0x7eu);
+  return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
 #endif
 }
 
-__device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float scale) {
+__device__ __forceinline__ u32 largest_of(const Piece<BYTES>& piece, u32 largest) {
+  constexpr u32 MAGNITUDE = KIND == FLOAT32 ? 0x7fffffff : 0x7fff7fff;
+  if constexpr (BYTES == 2) return larger(largest, piece.half & MAGNITUDE);
+#pragma unroll
+  for (int i = 0; i < BYTES / 4; ++i) largest = larger(largest, piece.words[i] & MAGNITUDE);
+  return largest;
+}
+
+__device__ __forceinline__ u32 of_pair(u32 largest) {
+  return KIND == FLOAT32 ? largest : max(largest & 0xffff, largest >> 16);
+}
+
+__device__ __forceinline__ float scale_of(u32 largest) {
+  const float magnitude = widen<KIND>(largest);
+  return __fdiv_rn(magnitude < 1e-10f ? 1e-10f : magnitude, 448.0f);
+}
+
+// value / scale, rounded to nearest as the division is, from inverse = 1 / scale: two steps of Markstein's. A scale
+// that is infinite or NaN makes 0 or NaN of what it divides. No scale is so small or large that steps lose bits that an
+// 8-bit float has.
+__device__ __forceinline__ float quotient(float value, float scale, float inverse) {
+  float result = value * inverse;
+  if (scale < __int_as_float(0x7f800000)) {
+    result = fmaf(-inverse, fmaf(result, scale, -value), result);
+    result = fmaf(-inverse, fmaf(result, scale, -value), result);
+  }
+  return result;
+}
+
+// Two floats as two bytes of float8_e4m3fn, the low one first.
+__device__ __forceinline__ u32 to_e4m3(float low, float high) {
+#if __CUDA_ARCH__ >= 890
+  u32 codes;
+  asm("{\n\t.reg .b16 pair;\n\tcvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n\tcvt.u32.u16 %0, pair;\n\t}"
+      : "=r"(codes)
+      : "f"(low), "f"(high));
+  return codes;
+#else
+  auto code = [](float value) -> u32 {
+    const u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return 0x7f;
+    if (size < 0x3c800000) return sign | __float2int_rn(__uint_as_float(size) * 512.0f);  // below 2^-6: steps of 2^-9
+    return sign | min(((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3), 0x7eu);
+  };
+  return code(low) | code(high) << 8;
+#endif
+}
+
+__device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float scale, float inverse) {
   float value[VALUES];
   widen_piece<KIND, BYTES>(piece, value);
+#pragma unroll
+  for (int v = 0; v < VALUES; ++v) value[v] = quotient(value[v], scale, inverse);
   union {
     Result whole;
-    u8 bytes[VALUES];
+    u32 words[(VALUES + 3) / 4];
+    u16 half;
+    u8 byte;
   } result;
+  if constexpr (VALUES == 1) {
+    result.byte = to_e4m3(value[0], 0.0f);
+  } else if constexpr (VALUES == 2) {
+    result.half = to_e4m3(value[0], value[1]);
+  } else {
 #pragma unroll
-  for (int v = 0; v < VALUES; ++v) result.bytes[v] = to_e4m3(__fdiv_rn(value[v], scale));
+    for (int i = 0; i < VALUES / 4; ++i) {
+      result.words[i] = to_e4m3(value[4 * i], value[4 * i + 1]) | to_e4m3(value[4 * i + 2], value[4 * i + 3]) << 16;
+    }
+  }
   return result.whole;
 }
 
-extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 1024 / BLOCK : 1) quantize_kernel(
+extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 1) quantize_kernel(
     const u8* rows, const int* route_rows, u8* out, float* scales, i64 num_tokens, i64 pieces, i64 magic, i64 shift,
     i64 top_k_, i64 words_, i64 stride) {
-  const u32 top_k = top_k_, words = words_;
   extern __shared__ u32 largest_of_warp[];  // [32]
+  const u32 top_k = top_k_, words = words_;
   u32 token = blockIdx.x, piece = 0;
   if (GROUPED && !find_piece({num_tokens, pieces, magic, shift}, WARPS, token, piece)) return;
-  const u32 lane = threadIdx.x & 31, member = GROUPED ? lane : threadIdx.x, groups = words / GROUP_LANES;
+  const u32 lane = threadIdx.x & 31, member = GROUPED ? lane : threadIdx.x;
   wait_for_previous_launch();
   const u64 from = reinterpret_cast<u64>(rows) + token * stride;
   const int* own = route_rows + static_cast<i64>(token) * top_k;
-  const u32 first = piece * REACH + member, stop = GROUPED ? min(first + REACH, words) : words;
+  int place = lane < top_k ? __ldg(own + lane) : -1;
+  const u32 first = piece * REACH + member;
   Piece<BYTES> held[COUNT];
   auto load = [&](u32 start) {
 #pragma unroll
@@ -77,21 +122,26 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 1024 / BLOCK :
     }
   };
 
-  float scale = 0.0f;
+  float scale = 0.0f, inverse = 0.0f;
   if constexpr (!GROUPED) {
     u32 largest = 0;
+    load(first);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) largest = largest_of(held[i], largest);
 #pragma unroll 1
-    for (u32 start = first; HELD ? start == first : start < words; start += REACH) {
+    for (u32 start = first + REACH; !HELD && start < words; start += REACH) {
       load(start);
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) largest = max(largest, largest_of(held[i]));
+      for (int i = 0; i < COUNT; ++i) largest = largest_of(held[i], largest);
     }
-    if (threadIdx.x < 32) largest_of_warp[threadIdx.x] = 0;
-    __syncthreads();
-    largest = __reduce_max_sync(ALL, largest);
-    if (lane == 0) largest_of_warp[threadIdx.x >> 5] = largest;
-    __syncthreads();
-    scale = scale_of(__reduce_max_sync(ALL, largest_of_warp[lane]));
+    largest = __reduce_max_sync(ALL, of_pair(largest));
+    if constexpr (WARPS > 1) {
+      if (lane == 0) largest_of_warp[threadIdx.x >> 5] = largest;
+      __syncthreads();
+      largest = __reduce_max_sync(ALL, lane < WARPS ? largest_of_warp[lane] : 0);
+    }
+    scale = scale_of(largest);
+    inverse = __frcp_rn(scale);
     for (u32 k = threadIdx.x; k < top_k; k += BLOCK) {
       const int there = __ldg(own + k);
       if (there >= 0) scales[there] = scale;
@@ -99,33 +149,42 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 1024 / BLOCK :
   }
 
 #pragma unroll 1
-  for (u32 start = first; start < stop; start += REACH) {
+  for (u32 turn = 0; turn < (GROUPED ? 1 : words); turn += REACH) {
+    const u32 start = first + turn;
     if (GROUPED || !HELD) load(start);
     Result result[COUNT];
-    float group_scale[COUNT];
+    float stored_scale = 0.0f;  // grouped: lane i has the scale of group i of this piece
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      group_scale[i] = scale;
       if constexpr (GROUPED) {
-        u32 largest = largest_of(held[i]);
+        u32 largest = of_pair(largest_of(held[i], 0));
 #pragma unroll
         for (u32 step = 1; step < GROUP_LANES; step *= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, step));
-        group_scale[i] = scale_of(largest);
+        scale = scale_of(largest);
+        inverse = __frcp_rn(scale);
+        const float moved = __shfl_sync(ALL, scale, lane % IN_WORD * GROUP_LANES);
+        if (lane / IN_WORD == i) stored_scale = moved;
       }
-      result[i] = quantised(held[i], group_scale[i]);
+      result[i] = quantised(held[i], scale, inverse);
     }
+    const u32 groups = words / GROUP_LANES, group = piece * (COUNT * IN_WORD) + lane;
+    const bool stores_scale = GROUPED && lane < COUNT * IN_WORD && group < groups;
 #pragma unroll 1
-    for (u32 k = 0; k < top_k; ++k) {
-      const int there = __ldg(own + k);
-      if (there < 0) continue;
-      Result* to = reinterpret_cast<Result*>(out) + static_cast<i64>(there) * words + start;
+    for (u32 base = 0; base < top_k; base += 32) {  // a lane a route
+      if (base) place = base + lane < top_k ? __ldg(own + base + lane) : -1;
+      const u32 stop = min(top_k - base, 32u);
+#pragma unroll 2
+      for (u32 k = 0; k < stop; ++k) {
+        const int there = __shfl_sync(ALL, place, k);
+        if (there < 0) continue;
+        Result* to = reinterpret_cast<Result*>(out) + static_cast<u64>(there) * words + start;
 #pragma unroll
-      for (int i = 0; i < COUNT; ++i) {
-        const u32 at = start + i * TEAM;
-        if (at >= words) continue;
-        STORE(to + i * TEAM, result[i]);
-        if (GROUPED && lane % GROUP_LANES == 0) scales[static_cast<i64>(there) * groups + at / GROUP_LANES] = group_scale[i];
+        for (int i = 0; i < COUNT; ++i) {
+          if (start + i * TEAM < words) STORE(to + i * TEAM, result[i]);
+        }
+        if (stores_scale) scales[static_cast<u64>(there) * groups + group] = stored_scale;
       }
+      if (base + 32 >= top_k && !GROUPED && !HELD) place = lane < top_k ? __ldg(own + lane) : -1;
     }
   }
 }
