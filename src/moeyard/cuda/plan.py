@@ -195,8 +195,8 @@ def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
 
 def block_row_plan(words: int) -> RowPlan:
     """A block a row, all of it in registers as far as they go."""
-    threads = min(max(WARP, -(-words // (2 * WARP)) * WARP), 512)
-    loads = min(max(1, -(-words // threads)), 8)
+    threads = min(max(WARP, -(-words // (4 * WARP)) * WARP), 512)
+    loads = min(max(1, -(-words // threads)), 4)
     return RowPlan(loads, threads)
 
 

@@ -3,8 +3,8 @@
 // A warp has a token: every lane a few consecutive experts, all of one group, so that lower lanes have lower experts.
 // Every round takes the largest key left, by one reduction of the warp, from the lane that has it. Keys of 16-bit
 // logits are words that no two experts share: the logit and, below it, the expert from the end; lanes sort theirs and
-// give away the first. Keys of float32 (logits, or scores with their bias) fill a word: of several lanes with the
-// largest one the lowest gives it away.
+// give away the first. Keys of float32 (logits, or scores with their bias) fill a word, and the place of each is sorted
+// with it: of several lanes with the largest key the lowest gives it away.
 
 #include "route.cuh"
 
@@ -15,46 +15,61 @@ constexpr bool FULL = ALL_LANES_FULL;
 constexpr bool PACKED = !BIASED && KIND != FLOAT32;
 constexpr u32 BELOW = 0x1fff;         // packed: bits that no widened 16-bit float has
 
-// Sorts words, the largest first (Batcher's merge exchange, Knuth 5.2.2 M): pairs (i, i + K) within runs of 2 * P.
+// PER values in words of BYTES.
+template <int ROW_KIND, int BYTES>
+__device__ __forceinline__ void load_values(const void* from, float (&value)[PER]) {
+  constexpr int VALUES = values_of<ROW_KIND, BYTES>;
+  Piece<BYTES> piece[PER / VALUES];
+#pragma unroll
+  for (int i = 0; i < PER / VALUES; ++i) load_word(piece[i].word, reinterpret_cast<u64>(from) + i * BYTES);
+#pragma unroll
+  for (int i = 0; i < PER / VALUES; ++i) {
+    float wide[VALUES];
+    widen_piece<ROW_KIND, BYTES>(piece[i], wide);
+#pragma unroll
+    for (int v = 0; v < VALUES; ++v) value[i * VALUES + v] = wide[v];
+  }
+}
+
+// Orders two keys, and their places if a key says nothing of its expert: of equal keys the lower place comes first.
+__device__ __forceinline__ void exchange(u32& key, u32& other, u32& place, u32& other_place) {
+  if constexpr (PACKED) {
+    const u32 larger = max(key, other);
+    other = min(key, other);
+    key = larger;
+  } else {
+    const bool swapped = other > key || (other == key && other_place < place);
+    const u32 first = swapped ? other : key, first_place = swapped ? other_place : place;
+    other = swapped ? key : other;
+    other_place = swapped ? place : other_place;
+    key = first;
+    place = first_place;
+  }
+}
+
+// Sorts keys, the largest first (Batcher's merge exchange, Knuth 5.2.2 M): pairs (i, i + K) within runs of 2 * P.
 template <int P, int K>
-__device__ __forceinline__ void exchange_words(u32 (&word)[PER]) {
+__device__ __forceinline__ void sort_keys(u32 (&key)[PER], u32 (&place)[PER]) {
 #pragma unroll
   for (int i = 0; i + K < PER; ++i) {
     if (i >= K % P && (i - K % P) % (2 * K) < K && i / (2 * P) == (i + K) / (2 * P)) {
-      const u32 larger = max(word[i], word[i + K]);
-      word[i + K] = min(word[i], word[i + K]);
-      word[i] = larger;
+      exchange(key[i], key[i + K], place[i], place[i + K]);
     }
   }
-  if constexpr (K > 1) exchange_words<P, K / 2>(word);
-  else if constexpr (2 * P < PER) exchange_words<2 * P, 2 * P>(word);
+  if constexpr (K > 1) sort_keys<P, K / 2>(key, place);
+  else if constexpr (2 * P < PER) sort_keys<2 * P, 2 * P>(key, place);
 }
 
-// The largest of keys [first, first + N) and, of equal ones, the first place.
-template <int N>
-__device__ __forceinline__ void find_best(const u32 (&key)[PER], int first, u32& best, u32& at) {
-  if constexpr (N == 1) {
-    best = key[first];
-    at = first;
-  } else {
-    u32 later, later_at;
-    find_best<(N + 1) / 2>(key, first, best, at);
-    find_best<N / 2>(key, first + (N + 1) / 2, later, later_at);
-    at = later > best ? later_at : at;
-    best = max(best, later);
-  }
-}
-
-// Whether the group of this lane is among the best. `one` and `two` are the largest keys of the lane, as floats.
-__device__ __forceinline__ bool in_best_group(float one, float two, u32 top_k_groups) {
+// Whether the group of this lane is among the best. `one` and `two` are the largest keys of the lane; 0 is none.
+__device__ __forceinline__ bool in_best_group(u32 one, u32 two, u32 top_k_groups) {
   const u32 group = (threadIdx.x & 31) / LANES;
 #pragma unroll
   for (u32 step = 1; step < LANES; step *= 2) {
-    const float other_one = __shfl_xor_sync(ALL, one, step), other_two = __shfl_xor_sync(ALL, two, step);
-    two = fmaxf(fminf(one, other_one), fmaxf(two, other_two));
-    one = fmaxf(one, other_one);
+    const u32 other_one = __shfl_xor_sync(ALL, one, step);
+    if constexpr (BIASED) two = max(min(one, other_one), max(two, __shfl_xor_sync(ALL, two, step)));
+    one = max(one, other_one);
   }
-  const u32 key = key_of(BIASED && GROUP > 1 ? one + two : one);
+  const u32 key = BIASED && GROUP > 1 ? key_of(float_of(one) + float_of(two)) : PACKED ? one & ~BELOW : one;
   u32 better = 0;
 #pragma unroll
   for (u32 g = 0; g < NUM_GROUPS; ++g) {
@@ -77,24 +92,16 @@ extern "C" __global__ void __launch_bounds__(128) route_kernel(
   wait_for_previous_launch();
 
   const u8* row = logits + token * stride;
-  float value[PER];
+  float value[PER], added[PER];
   if constexpr (FULL) {
-    constexpr int VALUES = LOADED / SIZE;
-    Piece<LOADED> piece[PER / VALUES];
-#pragma unroll
-    for (int i = 0; i < PER / VALUES; ++i) {
-      load_word(piece[i].word, reinterpret_cast<u64>(row) + first * SIZE + i * LOADED);
-    }
-#pragma unroll
-    for (int i = 0; i < PER / VALUES; ++i) {
-      float wide[VALUES];
-      widen_piece<KIND, LOADED>(piece[i], wide);
-#pragma unroll
-      for (int v = 0; v < VALUES; ++v) value[i * VALUES + v] = wide[v];
-    }
+    load_values<KIND, LOADED>(row + first * SIZE, value);
+    if constexpr (BIASED) load_values<FLOAT32, BIAS_WORD>(bias + first, added);
   } else {
 #pragma unroll
-    for (int i = 0; i < PER; ++i) value[i] = first + i < stop ? logit_at(row, first + i) : lowest;
+    for (int i = 0; i < PER; ++i) {
+      value[i] = first + i < stop ? logit_at(row, first + i) : lowest;
+      if constexpr (BIASED) added[i] = first + i < stop ? __ldg(bias + first + i) : 0.0f;
+    }
   }
 
   float largest = 0.0f, sum = 0.0f;
@@ -107,27 +114,20 @@ extern "C" __global__ void __launch_bounds__(128) route_kernel(
     for (int i = 0; i < PER; ++i) sum += power_of_two((value[i] - largest) * LOG2_E);
     sum = sum_warp(sum);
   }
-  u32 key[PER];
+  const float inverse_sum = reciprocal(sum);
+  u32 key[PER], place[PER];
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
-    if constexpr (BIASED) {
-      value[i] = score_of(value[i], largest, sum) + (first + i < min(stop, EXPERTS) ? __ldg(bias + first + i) : 0.0f);
-    }
+    if constexpr (BIASED) value[i] = rough_score(value[i], largest, inverse_sum) + added[i];
     key[i] = key_of(value[i]);
     if constexpr (PACKED) key[i] = (key[i] & ~BELOW) | (BELOW - first - i);
     if (first + i >= stop) key[i] = 0;
+    place[i] = i;
   }
-  if constexpr (PACKED && PER > 1) exchange_words<1, 1>(key);
+  if constexpr (PER > 1) sort_keys<1, 1>(key, place);
 
   if constexpr (NUM_GROUPS > 1) {
-    float one = lowest, two = lowest;
-#pragma unroll
-    for (int i = 0; i < PER; ++i) {
-      const float mine = first + i < stop && value[i] == value[i] ? value[i] : lowest;
-      two = fmaxf(two, fminf(one, mine));
-      one = fmaxf(one, mine);
-    }
-    if (!in_best_group(one, two, top_k_groups)) {
+    if (!in_best_group(key[0], PER > 1 ? key[PER > 1] : 0, top_k_groups)) {
 #pragma unroll
       for (int i = 0; i < PER; ++i) key[i] = 0;
     }
@@ -136,23 +136,22 @@ extern "C" __global__ void __launch_bounds__(128) route_kernel(
   u32 mine = 0;
 #pragma unroll 1
   for (u32 k = 0; k < top_k; ++k) {
+    const u32 best = __reduce_max_sync(ALL, key[0]);
     u32 chosen;
+    bool gives = key[0] == best;
     if constexpr (PACKED) {
-      const u32 best = __reduce_max_sync(ALL, key[0]);
       chosen = BELOW - (best & BELOW);
-      const bool gone = key[0] == best;
-#pragma unroll
-      for (int i = 0; i + 1 < PER; ++i) key[i] = gone ? key[i + 1] : key[i];
-      if (gone) key[PER - 1] = 0;
     } else {
-      u32 best, at;
-      find_best<PER>(key, 0, best, at);
-      const u32 winner = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
-      chosen = __shfl_sync(ALL, first + at, winner);
-      if (lane != winner) at = PER;
-#pragma unroll
-      for (int i = 0; i < PER; ++i) key[i] = at == i ? 0 : key[i];
+      const u32 winner = __ffs(__ballot_sync(ALL, gives)) - 1;
+      chosen = __shfl_sync(ALL, first + place[0], winner);
+      gives = lane == winner;
     }
+#pragma unroll
+    for (int i = 0; i + 1 < PER; ++i) {
+      key[i] = gives ? key[i + 1] : key[i];
+      if constexpr (!PACKED) place[i] = gives ? place[i + 1] : place[i];
+    }
+    if (gives) key[PER - 1] = 0;
     if (k < 32) mine = lane == k ? chosen : mine;
     else if (lane == k % 32) topk_ids[static_cast<i64>(token) * top_k + k] = chosen;
   }

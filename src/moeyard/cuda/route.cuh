@@ -56,6 +56,13 @@ __device__ __forceinline__ float sum_warp(float value) {
   return value;
 }
 
+// The score that ranks, for a bias: plain exponentials, within 3e-7 of the score. What is NaN counts as 0.
+__device__ __forceinline__ float rough_score(float logit, float largest, float inverse_sum) {
+  const float score = SIGMOID ? reciprocal(1.0f + power_of_two(-LOG2_E * logit))
+                              : power_of_two((logit - largest) * LOG2_E) * inverse_sum;
+  return score == score ? score : 0.0f;
+}
+
 __device__ __forceinline__ float logit_at(const u8* row, u32 expert) {
   u32 bits;
   if constexpr (SIZE == 4) bits = __ldg(reinterpret_cast<const u32*>(row) + expert);
@@ -88,7 +95,7 @@ __device__ __forceinline__ void finish(const Router& p, u32 token, const u8* row
   }
   const float factor = __uint_as_float(p.factor);
   if (p.renormalize) {
-    total = sum_warp(total);
+    for (u32 step = 1; step < min(top_k, 32u); step *= 2) total += __shfl_xor_sync(ALL, total, step);
     if (!(total > 0.0f)) total = 1.0f;
   } else {
     total = 1.0f;

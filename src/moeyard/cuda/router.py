@@ -51,8 +51,8 @@ def route_launch(
     stride = router_logits.stride(0) * router_logits.element_size()
     key = (
         num_tokens, num_experts, out.topk_ids.shape[1], router_logits.dtype, stride, (logits | stride) & 15, scoring,
-        selection_bias is None, renormalize, num_groups, top_k_groups, routed_scaling_factor, device,
-        SETTINGS["programmatic"],
+        None if selection_bias is None else bias & 15, renormalize, num_groups, top_k_groups, routed_scaling_factor,
+        device, SETTINGS["programmatic"],
     )  # fmt: skip
     launch = _READY.get(key)
     if launch is None:
@@ -72,7 +72,7 @@ def _prepare(
     stride: int,
     misaligned: int,
     scoring: str,
-    unbiased: bool,
+    bias: int | None,
     renormalize: bool,
     num_groups: int,
     top_k_groups: int,
@@ -81,7 +81,7 @@ def _prepare(
 ) -> Launch:
     plan = router_plan(num_experts, num_groups)
     sizes = (num_tokens, top_k, top_k_groups, int(renormalize), float_bits(factor), stride)
-    defines = router_defines(num_experts, num_groups, dtype, scoring, unbiased, misaligned, plan)
+    defines = router_defines(num_experts, num_groups, dtype, scoring, bias, misaligned, plan)
     make_room(_READY)
     if plan is None:
         shared = 8 * 8 + 4 * 8 + 4 * num_experts + 4 * num_groups
@@ -102,23 +102,27 @@ def router_defines(
     num_groups: int,
     dtype: torch.dtype,
     scoring: str,
-    unbiased: bool,
+    bias: int | None,
     misaligned: int,
     plan: RouterPlan | None,
 ) -> tuple[tuple[str, str], ...]:
-    """What a router is compiled for; `misaligned`: address and stride of its logits, or-ed, modulo 16."""
+    """What a router is compiled for; `misaligned`: address and stride of its logits, or-ed, modulo 16; `bias`
+    is its address modulo 16, None without one.
+    """
     defines = {
         "NUM_EXPERTS": num_experts,
         "GROUPS": num_groups,
         "LOGIT_KIND": _KINDS[dtype],
         "SIGMOID_SCORES": "true" if scoring == "sigmoid" else "false",
-        "SELECTION_BIAS": "false" if unbiased else "true",
+        "SELECTION_BIAS": "false" if bias is None else "true",
     }
     if plan is not None:
         bits = misaligned | plan.experts_a_lane * dtype.itemsize | 16
         defines["LANES_A_GROUP"], defines["EXPERTS_A_LANE"] = plan.lanes_a_group, plan.experts_a_lane
         defines["ALL_LANES_FULL"] = "true" if plan.full else "false"
         defines["WORD"] = bits & -bits
+        bits = (bias or 0) | plan.experts_a_lane * 4 | 16
+        defines["BIAS_WORD"] = bits & -bits
     return tuple((name, str(value)) for name, value in defines.items())
 
 
