@@ -23,7 +23,11 @@ ARROWS = {  # module -> what of moeyard it may import
     "outputs": {"values", "tiles", "checks"},
     "library": {"values", "ids", "impls", "outputs"},
     "library_layer": {"values", "ids", "library"},
-    "router": {"values", "checks", "impls", "library", "library_layer"},
+    "reference_layer": {"values", "reference"},
+    "router": {"values", "checks", "impls", "library", "library_layer", "layout"},
+    "activation": {"values", "checks", "impls", "library", "library_layer"},
+    "grouped_gemm": {"values", "checks", "impls", "library", "library_layer"},
+    "experts": {"values", "ids", "checks", "impls", "library", "library_layer", "router", "activation"},
     "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
     "permute": {"values", "ids", "checks", "impls", "outputs", "library"},
     "combine": {"values", "ids", "checks", "impls", "library"},
@@ -33,12 +37,12 @@ ARROWS = {  # module -> what of moeyard it may import
     "cuda": {"values", "tiles", "ids", "cuda"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
-OPS = ("router", "layout", "permute", "combine")
+OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
 ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "integrations")
 PUBLIC = (
-    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing batched_moe_align_block_size combine "
-    "empty_layout explain moe_align_block_size moe_lora_align_block_size moe_sum permute permute_to_fp8 route "
-    "shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size combine "
+    "empty_layout explain fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum "
+    "permute permute_to_fp8 route route_and_align shuffle_rows warmup"
 ).split()
 
 

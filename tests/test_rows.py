@@ -264,7 +264,7 @@ def test_bad_rows_name_the_argument() -> None:
         (
             lambda: moeyard.combine(rows.double(), layout, impl="cpu"),
             ValueError,
-            "impl: 'cpu' refuses combine: sums rows",
+            "impl: 'cpu' refuses combine: computes in float32",
         ),
         (lambda: moeyard.moe_sum(rows), ValueError, "rows: expected a 3-D tensor"),
         (

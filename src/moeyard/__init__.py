@@ -3,12 +3,15 @@
 Importing it imports torch and nothing else; implementations are loaded at their first call.
 """
 
+from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
+from moeyard.experts import fused_experts, moe_layer
+from moeyard.grouped_gemm import grouped_gemm
 from moeyard.impls import explain
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.outputs import empty_layout
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
-from moeyard.router import route
+from moeyard.router import route, route_and_align
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
 
@@ -21,16 +24,21 @@ __all__ = [
     "Layout",
     "Permuted",
     "Routing",
+    "activate",
     "batched_moe_align_block_size",
     "combine",
     "empty_layout",
     "explain",
+    "fused_experts",
+    "grouped_gemm",
     "moe_align_block_size",
+    "moe_layer",
     "moe_lora_align_block_size",
     "moe_sum",
     "permute",
     "permute_to_fp8",
     "route",
+    "route_and_align",
     "shuffle_rows",
     "warmup",
 ]

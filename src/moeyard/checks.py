@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeyard.values import INT32_MAX
+from moeyard.values import INT32_MAX, ExpertWeights
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Dtypes of rows that are computed with."""
 _ID_SET = frozenset(ID_DTYPES)
 
 
@@ -76,3 +78,34 @@ def check_routes(topk_ids: Tensor, top_k: int | None, expert_map: Tensor | None,
         check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=topk_ids.device)
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     return top_k
+
+
+def check_experts(weights: object, rows: Tensor) -> None:
+    """`weights` are those of experts that take `rows` [num_tokens, hidden_size]."""
+    if not isinstance(weights, ExpertWeights):
+        raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
+    w13, w2 = weights.w13, weights.w2
+    check_tensor("weights.w13", w13, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
+    check_tensor("weights.w2", w2, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
+    experts, wide, hidden_size = w13.shape
+    if experts < 1 or (weights.gated and wide % 2):
+        raise ValueError(
+            f"weights.w13: expected shape (experts, 2 * intermediate_size, hidden_size), got {tuple(w13.shape)}"
+        )
+    check_shape("weights.w2", w2, (experts, hidden_size, wide // 2 if weights.gated else wide), "that of weights.w13")
+    if rows.shape[1] != hidden_size:
+        raise ValueError(f"hidden_states: expected {hidden_size} columns (hidden_size of weights), got {rows.shape[1]}")
+    for name, bias, size in (("w13_bias", weights.w13_bias, wide), ("w2_bias", weights.w2_bias, hidden_size)):
+        if bias is not None:
+            check_tensor(f"weights.{name}", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
+            check_shape(f"weights.{name}", bias, (experts, size), "one row an expert")
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """None of the tensors needs a gradient that an op without one would lose."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor that needs no gradient (this op has none yet: torch.no_grad()), "
+                "got one with requires_grad=True"
+            )

@@ -87,7 +87,7 @@ def _cuda(call: Call) -> str | None:
 
 def _sums(call: Call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"sums rows of float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+        return f"computes in float32: takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
     return None
 
 
@@ -99,11 +99,19 @@ def _cuda_sums(call: Call) -> str | None:
     return _sums(call) or _cuda(call)
 
 
-def _shared(target: str) -> tuple[Impl, ...]:
+def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
     """The rows that every op has: `torch`, and `reference` only by name."""
     return (
         Impl("torch", f"moeyard.vectorised.{target}", _anywhere),
-        Impl("reference", f"moeyard.reference:{target.partition(':')[2]}", _anywhere, by_name_only=True),
+        Impl("reference", f"moeyard.{reference}:{target.partition(':')[2]}", _anywhere, by_name_only=True),
+    )
+
+
+def _layer(launcher: str) -> tuple[Impl, ...]:
+    """The rows of products, activations and experts."""
+    return (
+        Impl("cpu", f"moeyard.cpu.{launcher}", _cpu_sums),
+        *_shared(f"experts:{launcher.partition(':')[2]}", "reference_layer"),
     )
 
 
@@ -125,7 +133,14 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
-    "route": (Impl("cuda", "moeyard.cuda.router:route_launch", _cuda), *_shared("router:route_launch")),
+    "route": (
+        Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
+        Impl("cuda", "moeyard.cuda.router:route_launch", _cuda_sums),
+        *_shared("router:route_launch"),
+    ),
+    "grouped_gemm": _layer("products:grouped_gemm_launch"),
+    "activate": _layer("experts:activate_launch"),
+    "fused_experts": _layer("experts:fused_experts_launch"),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (
         Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
@@ -133,7 +148,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         *_shared("rows:permute_launch"),
     ),
     "permute_to_fp8": (
-        Impl("cuda", "moeyard.cuda.rows:permute_to_fp8_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.rows:permute_to_fp8_launch", _cuda_sums),
         *_shared("rows:permute_to_fp8_launch"),
     ),
     "shuffle_rows": (

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeyard.ids import narrow_ids
 from moeyard.library import define, find, register_gradient
-from moeyard.values import Routing
+from moeyard.values import Activation, ExpertWeights, Routing
 
 ops = torch.ops.moeyard
 """Where the registered ops are called; importing it from here registers them."""
@@ -84,3 +85,91 @@ def _route_backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any
 
 
 register_gradient("route", _route_setup, _route_backward)
+
+
+# Products, activations, experts. Gradients are not there yet: the public functions refuse what needs one.
+
+
+def _grouped_gemm(
+    out: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    sorted_token_ids: Tensor | None,
+    row_divisor: int,
+    first_rows: Tensor,
+    row_counts: Tensor,
+    num_results: int,
+    impl: str,
+) -> None:
+    find("grouped_gemm", impl, rows)(
+        rows,
+        weight,
+        bias,
+        topk_weights,
+        sorted_token_ids=sorted_token_ids,
+        row_divisor=row_divisor,
+        first_rows=first_rows,
+        row_counts=row_counts,
+        out=out,
+    )
+
+
+def _activate(
+    out: Tensor, rows: Tensor, gated: bool, name: str, alpha: float, beta: float, limit: float | None, impl: str
+) -> None:
+    find("activate", impl, rows)(rows, Activation(name, alpha, beta, limit), gated=gated, out=out)
+
+
+def _fused_experts(
+    out: Tensor,
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    w13: Tensor,
+    w2: Tensor,
+    w13_bias: Tensor | None,
+    w2_bias: Tensor | None,
+    gated: bool,
+    name: str,
+    alpha: float,
+    beta: float,
+    limit: float | None,
+    num_experts: int,
+    weight_on_input: bool,
+    impl: str,
+) -> None:
+    find("fused_experts", impl, hidden_states)(
+        hidden_states,
+        topk_weights,
+        narrow_ids(topk_ids),
+        expert_map,
+        ExpertWeights(w13, w2, w13_bias, w2_bias, gated),
+        activation=Activation(name, alpha, beta, limit),
+        num_experts=num_experts,
+        weight_on_input=weight_on_input,
+        out=out,
+    )
+
+
+_ACTIVATION = "bool gated, str name, float alpha, float beta, float? limit"
+define(
+    "grouped_gemm(Tensor rows, Tensor weight, Tensor? bias, Tensor? topk_weights, Tensor? sorted_token_ids, "
+    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_results, str impl) -> Tensor",
+    lambda rows, weight, *rest: rows.new_empty((rest[-2], weight.shape[1])),
+    _grouped_gemm,
+)
+define(
+    f"activate(Tensor rows, {_ACTIVATION}, str impl) -> Tensor",
+    lambda rows, gated, *_: rows.new_empty((rows.shape[0], rows.shape[1] // 2 if gated else rows.shape[1])),
+    _activate,
+)
+define(
+    "fused_experts(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor w13, "
+    f"Tensor w2, Tensor? w13_bias, Tensor? w2_bias, {_ACTIVATION}, SymInt num_experts, bool weight_on_input, str impl) "
+    "-> Tensor",
+    lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
+    _fused_experts,
+)

@@ -1,13 +1,16 @@
 """router_logits -> Routing: which experts each token goes to, and with what weight."""
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from moeyard.checks import check_int, check_out, check_shape, check_tensor
 from moeyard.impls import launcher
+from moeyard.layout import moe_align_block_size
 from moeyard.library import goes_straight
 from moeyard.library_layer import ops
-from moeyard.values import MAX_EXPERTS, Routing
+from moeyard.values import MAX_EXPERTS, Layout, RouterOptions, Routing
 
 SCORINGS = ("softmax", "sigmoid")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,6 +79,36 @@ def route(
         out=out,
     )
     return out
+
+
+def route_and_align(
+    router_logits: Tensor,
+    *,
+    block_size: int,
+    expert_map: Tensor | None = None,
+    num_local_experts: int | None = None,
+    impl: str = "auto",
+    **options: Unpack[RouterOptions],
+) -> tuple[Routing, Layout]:
+    """`route`, then `moe_align_block_size` of what it chose: where every token goes, from its logits.
+
+    Args:
+        router_logits: [num_tokens, num_experts], as in `route`; `options` are those of `route`.
+        block_size, expert_map, num_local_experts: as in `moe_align_block_size`.
+        impl: an implementation of both by name, or "auto".
+
+    Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do.
+    """
+    routing = route(router_logits, impl=impl, **options)
+    layout = moe_align_block_size(
+        routing.topk_ids,
+        num_experts=router_logits.shape[1],
+        block_size=block_size,
+        expert_map=expert_map,
+        num_local_experts=num_local_experts,
+        impl=impl,
+    )
+    return routing, layout
 
 
 def _check_options(

@@ -175,8 +175,8 @@ def _sum_kernel(part: int, start: int, stop: int, kind: int, rows: int, stride: 
                 ahead = row
                 if route + 1 < stop * top_k:
                     ahead = max(_row_of(route + 1, row_of_route, table), 0)
-                _add_row(kind, total, factor, rows + row * stride, rows + ahead * stride, hidden_size)
-        _store_row(kind, out + token * row_bytes, total, hidden_size, streamed)
+                add_row(kind, total, factor, rows + row * stride, rows + ahead * stride, hidden_size)
+        store_row(kind, out + token * row_bytes, total, hidden_size, streamed)
     stream_fence()
 
 
@@ -186,7 +186,7 @@ def _row_of(route: int, row_of_route: int, table: Any) -> Any:
 
 
 @kernel
-def _add_row(kind: int, total: int, factor: Any, row: int, ahead: int, hidden_size: int) -> None:
+def add_row(kind: int, total: int, factor: Any, row: int, ahead: int, hidden_size: int) -> None:
     """total += factor * row, in float32, while the row `ahead` is on its way: rows lie anywhere in memory."""
     whole = hidden_size // LANES * LANES
     if kind == _FLOAT32:
@@ -211,7 +211,7 @@ def _add_row(kind: int, total: int, factor: Any, row: int, ahead: int, hidden_si
 
 
 @kernel
-def _store_row(kind: int, out: int, total: int, hidden_size: int, streamed: int) -> None:
+def store_row(kind: int, out: int, total: int, hidden_size: int, streamed: int) -> None:
     """out = total, rounded to its dtype; `streamed` rows are whole aligned lines."""
     whole = hidden_size // LANES * LANES
     if kind == _FLOAT32:

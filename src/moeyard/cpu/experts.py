@@ -1,0 +1,247 @@
+"""The experts of a layer in two passes over their weights, for one token as for many.
+
+The first pass gathers rows, multiplies by gate and up, and keeps only what the activation leaves, a row a route, in the
+dtype of the weights. The second multiplies by the down weights and adds each row, weighted, to its token's float32 sum:
+experts in ascending order. Each thread has its columns of every expert, so nobody waits in between.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeyard.cpu import dots
+from moeyard.cpu.dots import LANES
+from moeyard.cpu.layout import align_launch
+from moeyard.cpu.pointers import float32_at, int32_at, int64_at, kernel
+from moeyard.cpu.products import (
+    COLUMNS,
+    FLOAT32,
+    KINDS,
+    ROWS,
+    UNIT,
+    add_bias,
+    dense_rows,
+    product,
+    share_parts,
+    widen,
+)
+from moeyard.cpu.rows import add_row, store_row
+from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.values import Activation, ExpertWeights, Layout
+
+_SILU, _GELU, _GELU_TANH, _RELU2 = range(4)
+_CODES = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu2": _RELU2}
+
+
+def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
+    """Fills out [R, I] from rows [R, 2I], or [R, I] without a gate."""
+    rows = dense_rows(rows)
+    num_rows, size = out.shape
+    parts = count_parts(rows.nbytes, 1 << 18)
+    run_parts(
+        _activate_kernel, parts, num_rows, KINDS[rows.dtype], rows.data_ptr(), rows.stride(0) * rows.element_size(),
+        size, gated, *_code(activation), out.data_ptr(),
+    )  # fmt: skip
+
+
+def fused_experts_launch(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    weights: ExpertWeights,
+    *,
+    activation: Activation,
+    num_experts: int,
+    weight_on_input: bool,
+    out: Tensor,
+) -> None:
+    """Fills out [T, H]."""
+    num_tokens, hidden_size = out.shape
+    num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
+    if not num_routes:
+        out.zero_()
+        return
+    num_local, size = weights.num_local_experts, weights.intermediate_size
+    lengths = (2 * (num_local + 1), num_routes, num_routes, num_routes, num_local, 1)
+    parts = torch.empty(sum(lengths), dtype=torch.int32).unsafe_split_with_sizes(lengths)
+    offsets, slots, routes, blocks, counts, used = parts[0].view(torch.int64), *parts[1:]
+    layout = Layout(slots, blocks, used, offsets, counts, routes, num_experts, num_local, 1, top_k)
+    align_launch(topk_ids, expert_map, layout)
+    kind, width = KINDS[hidden_states.dtype], hidden_states.element_size()
+    hidden_states = dense_rows(hidden_states)
+    factors = topk_weights.contiguous()
+    middle = hidden_states.new_empty((num_routes, size))
+    sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+    w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
+    b13, b2 = (None if bias is None else bias.contiguous() for bias in (weights.w13_bias, weights.w2_bias))
+    used_bytes = min(num_routes, num_local) * size * hidden_size * width
+    common = (kind, slots.data_ptr(), top_k, factors.data_ptr(), weight_on_input, offsets.data_ptr(), num_local)
+    run_parts(
+        _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT), *common,
+        hidden_states.data_ptr(), hidden_states.stride(0) * width, hidden_size, w13.data_ptr(),
+        _address(b13), size, weights.gated, *_code(activation), middle.data_ptr(),
+    )  # fmt: skip
+    run_parts(
+        _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT), *common, middle.data_ptr(),
+        size, w2.data_ptr(), _address(b2), hidden_size, num_tokens, sums.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
+
+
+def _code(activation: Activation) -> tuple[int, float, float, float]:
+    limit = math.inf if activation.limit is None else activation.limit
+    return _CODES[activation.name], activation.alpha, activation.beta, limit
+
+
+def _address(bias: Tensor | None) -> int:
+    return 0 if bias is None else bias.data_ptr()
+
+
+@kernel
+def _apply(code: int, alpha: float, beta: float, limit: float, gate: Any, up: Any, size: int, scratch: Any) -> None:
+    """gate[:size] = act(gate) * (up + beta), clamped first; `up` has no elements where nothing is gated.
+
+    All are float32 arrays with room for whole vectors.
+    """
+    bound = np.float32(limit)
+    if limit != np.inf:
+        for j in range(size):
+            gate[j] = bound if gate[j] > bound else gate[j]
+    if code in (_SILU, _GELU_TANH):
+        if code == _SILU:
+            factor = np.float32(alpha)
+            for j in range(size):
+                scratch[j] = factor * gate[j]
+        else:  # 0.5 (1 + tanh y) is the sigmoid of 2 y
+            first, third = np.float32(1.5957691216057308), np.float32(0.07135481627159669)
+            for j in range(size):
+                scratch[j] = gate[j] * (first + third * gate[j] * gate[j])
+        for j in range(0, size, LANES):
+            dots.sigmoids(scratch.ctypes.data + 4 * j, scratch.ctypes.data + 4 * j)
+        for j in range(size):
+            gate[j] *= scratch[j]
+    elif code == _GELU:
+        for j in range(size):
+            gate[j] *= np.float32(0.5 * math.erfc(-gate[j] * 0.7071067811865476))
+    else:
+        for j in range(size):
+            gate[j] = gate[j] * gate[j] if gate[j] > 0 or gate[j] != gate[j] else np.float32(0)
+    if up.size:
+        shift = np.float32(beta)
+        for j in range(size):
+            other = up[j]
+            if limit != np.inf:
+                other = bound if other > bound else (-bound if other < -bound else other)
+            gate[j] *= other + shift
+
+
+@kernel
+def _activate_kernel(part: int, start: int, stop: int, kind: int, rows: int, row_stride: int, size: int, gated: bool,
+                     code: int, alpha: float, beta: float, limit: float, out: int) -> None:  # fmt: skip
+    width = 4 if kind == FLOAT32 else 2
+    whole = np.zeros((3, (size + LANES) // LANES * LANES), np.float32)
+    for row in range(start, stop):
+        gate = rows + row * row_stride
+        _plainly(kind, whole[0], gate, size)
+        if gated:
+            _plainly(kind, whole[1], gate + width * size, size)
+        _apply(code, alpha, beta, limit, whole[0], whole[1] if gated else whole[1][:0], size, whole[2])
+        store_row(kind, out + width * row * size, whole[0].ctypes.data, size, 0)
+
+
+@kernel
+def _plainly(kind: int, target: Any, source: int, size: int) -> None:
+    """A row as float32, in its own order."""
+    target[:size] = 0
+    add_row(kind, target.ctypes.data, np.float32(1), source, source, size)
+
+
+@kernel
+def _largest(offsets: Any, num_local: int) -> int:
+    """Rows of the largest chunk."""
+    most = 0
+    for expert in range(num_local):
+        most = max(most, min(offsets[expert + 1] - offsets[expert], ROWS))
+    return most
+
+
+@kernel
+def _first_kernel(
+    part: int, start: int, stop: int, kind: int, slots: int, top_k: int, factors: int, weight_on_input: bool,
+    offsets: int, num_local: int, rows: int, row_stride: int, hidden_size: int, w13: int, bias: int, size: int,
+    gated: bool, code: int, alpha: float, beta: float, limit: float, middle: int,
+) -> None:  # fmt: skip
+    """middle[slot, columns] = act(row @ w13) for this part's columns of every expert."""
+    width = 4 if kind == FLOAT32 else 2
+    firsts = int64_at(offsets, num_local + 1)
+    routes, weights = int32_at(slots, firsts[num_local]), factors
+    low, high = start * UNIT, min(stop * UNIT, size)
+    most = _largest(firsts, num_local)
+    packed, kept = np.empty(most * hidden_size, np.float32), np.zeros((2 * most + 1) * COLUMNS, np.float32)
+    x, gates, ups = packed.ctypes.data, kept.ctypes.data, kept.ctypes.data + 4 * most * COLUMNS
+    scratch, wide = kept[2 * most * COLUMNS :], (2 if gated else 1) * size
+    for expert in range(num_local):
+        for chunk in range(firsts[expert], firsts[expert + 1], ROWS):
+            taken = min(ROWS, firsts[expert + 1] - chunk)
+            for i in range(taken):
+                route = np.int64(routes[chunk + i])
+                widen(kind, x + 4 * i * hidden_size, rows + route // top_k * row_stride, hidden_size)
+                if weight_on_input:
+                    float32_at(x + 4 * i * hidden_size, hidden_size)[:] *= float32_at(weights, route + 1)[route]
+            for column in range(low, high, COLUMNS):
+                some, here = min(COLUMNS, high - column), expert * wide + column
+                product(kind, gates, taken, x, w13 + width * here * hidden_size, some, hidden_size)
+                add_bias(kind, gates, taken, bias + width * here if bias != 0 else 0, some)
+                if gated:
+                    here += size
+                    product(kind, ups, taken, x, w13 + width * here * hidden_size, some, hidden_size)
+                    add_bias(kind, ups, taken, bias + width * here if bias != 0 else 0, some)
+                for i in range(taken):
+                    gate = float32_at(gates + 4 * i * COLUMNS, COLUMNS)
+                    up = float32_at(ups + 4 * i * COLUMNS, COLUMNS if gated else 0)
+                    _apply(code, alpha, beta, limit, gate, up, some, scratch)
+                    store_row(kind, middle + width * ((chunk + i) * size + column), gate.ctypes.data, some, 0)
+    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+
+
+@kernel
+def _second_kernel(
+    part: int, start: int, stop: int, kind: int, slots: int, top_k: int, factors: int, weight_on_input: bool,
+    offsets: int, num_local: int, middle: int, size: int, w2: int, bias: int, hidden_size: int, num_tokens: int,
+    sums: int, out: int,
+) -> None:  # fmt: skip
+    """out[token, columns] = sum of weight * (middle[slot] @ w2) for this part's columns, experts in ascending order."""
+    width = 4 if kind == FLOAT32 else 2
+    firsts = int64_at(offsets, num_local + 1)
+    routes = int32_at(slots, firsts[num_local])
+    low, high = start * UNIT, min(stop * UNIT, hidden_size)
+    most = _largest(firsts, num_local)
+    packed, kept = np.empty(most * size, np.float32), np.empty(most * COLUMNS, np.float32)
+    x, partial = packed.ctypes.data, kept.ctypes.data
+    for token in range(num_tokens):
+        float32_at(sums + 4 * (token * hidden_size + low), high - low)[:] = 0
+    for expert in range(num_local):
+        for chunk in range(firsts[expert], firsts[expert + 1], ROWS):
+            taken = min(ROWS, firsts[expert + 1] - chunk)
+            for i in range(taken):
+                widen(kind, x + 4 * i * size, middle + width * (chunk + i) * size, size)
+            for column in range(low, high, COLUMNS):
+                some, here = min(COLUMNS, high - column), expert * hidden_size + column
+                product(kind, partial, taken, x, w2 + width * here * size, some, size)
+                add_bias(kind, partial, taken, bias + width * here if bias != 0 else 0, some)
+                for i in range(taken):
+                    route = np.int64(routes[chunk + i])
+                    factor = np.float32(1) if weight_on_input else float32_at(factors, route + 1)[route]
+                    total = float32_at(sums + 4 * (route // top_k * hidden_size + column), some)
+                    row = float32_at(partial + 4 * i * COLUMNS, some)
+                    for j in range(some):
+                        total[j] += factor * row[j]
+    if kind != FLOAT32:
+        for token in range(num_tokens):
+            at = token * hidden_size + low
+            store_row(kind, out + width * at, sums + 4 * at, high - low, 0)
+    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    kept[:1] = 0

@@ -1,0 +1,109 @@
+"""rows x expert weights -> rows: every row times the weights of its expert."""
+
+import torch
+from torch import Tensor
+
+from moeyard.checks import FLOATS, check_out, check_shape, check_tensor, refuse_gradients
+from moeyard.impls import launcher
+from moeyard.library import goes_straight
+from moeyard.library_layer import ops
+from moeyard.values import Layout
+
+
+def grouped_gemm(
+    rows: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    topk_weights: Tensor | None = None,
+    layout: Layout | None = None,
+    expert_offsets: Tensor | None = None,
+    expert_num_tokens: Tensor | None = None,
+    out: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Multiplies each row by the weights of its expert; exactly one of the three last tensors says whose it is.
+
+    Args:
+        rows: float32, bfloat16, float16 or float64. With `layout` [num_tokens, hidden_size] (a token's row serves all
+            its routes) or [num_tokens * top_k, hidden_size] (a row a route); with `expert_offsets` [num_rows,
+            hidden_size]; with `expert_num_tokens` [num_local_experts, max_num_tokens, hidden_size].
+        weight: [num_local_experts, columns, hidden_size] of the dtype of `rows`.
+        bias: [num_local_experts, columns] of that dtype, added to the product.
+        topk_weights: [num_tokens, top_k] float32, multiplies product plus bias; with `layout` alone.
+        layout: results are by route, [num_tokens * top_k, columns], whatever its block_size.
+        expert_offsets: [num_local_experts + 1] int64: rows from offset e to offset e + 1 are those of expert e, as
+            `permute` leaves them with block_size 1.
+        expert_num_tokens: [num_local_experts] int32: the valid rows of each expert's batch.
+        out: the result's shape, dtype of `rows`, to overwrite.
+
+    Returns rows of `columns`, summed in float32 (float64 rows: in float64) and rounded once. Rows of dropped routes,
+    past the last offset or past an expert's count hold nothing. Raises TypeError or ValueError naming the argument.
+    """
+    ways = {"layout": layout, "expert_offsets": expert_offsets, "expert_num_tokens": expert_num_tokens}
+    given = [name for name, way in ways.items() if way is not None]
+    if len(given) != 1:
+        raise ValueError(f"layout: expected exactly one of {tuple(ways)}, got {given or None}")
+    check_tensor("rows", rows, dtypes=FLOATS, ndim=(3,) if expert_num_tokens is not None else (2,))
+    check_tensor("weight", weight, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
+    experts, columns, size = weight.shape
+    if rows.shape[-1] != size:
+        raise ValueError(f"rows: expected {size} columns (those of weight), got {rows.shape[-1]}")
+    if bias is not None:
+        check_tensor("bias", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
+        check_shape("bias", bias, (experts, columns), "one row an expert")
+    if topk_weights is not None:
+        if layout is None:
+            raise ValueError("topk_weights: expected a layout beside them, got none")
+        check_tensor("topk_weights", topk_weights, dtypes=(torch.float32,), ndim=(2,), device=rows.device)
+        check_shape(
+            "topk_weights", topk_weights, (layout.num_routes // layout.top_k, layout.top_k), "the routes of layout"
+        )
+    refuse_gradients(rows=rows, weight=weight, bias=bias, topk_weights=topk_weights)
+    shape = (*rows.shape[:-1], columns) if layout is None else (layout.num_routes, columns)
+    if out is not None:
+        check_out("out", out, shape, rows.dtype, rows.device)
+    slots, divisor, firsts, counts = _address(rows, experts, layout, expert_offsets, expert_num_tokens)
+    flat = rows.reshape(-1, size)
+    arguments = (flat, weight, bias, topk_weights)
+    if not goes_straight(rows, weight, firsts):
+        num_results = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+        result: Tensor = ops.grouped_gemm(*arguments, slots, divisor, firsts, counts, num_results, impl)
+        return result.view(shape) if out is None else out.copy_(result.view(shape))
+    if out is None:
+        out = rows.new_empty(shape)
+    launcher("grouped_gemm", impl, rows.device, rows.dtype)(
+        *arguments,
+        sorted_token_ids=slots,
+        row_divisor=divisor,
+        first_rows=firsts,
+        row_counts=counts,
+        out=out.view(-1, columns),
+    )
+    return out
+
+
+def _address(
+    rows: Tensor, experts: int, layout: Layout | None, offsets: Tensor | None, counts: Tensor | None
+) -> tuple[Tensor | None, int, Tensor, Tensor]:
+    """(sorted_token_ids, rows of the result a row, first row and number of rows of each expert)."""
+    if layout is not None:
+        if layout.num_local_experts != experts:
+            raise ValueError(f"weight: expected {layout.num_local_experts} experts (those of layout), got {experts}")
+        routes, top_k = layout.num_routes, layout.top_k
+        if rows.shape[0] not in (routes, routes // top_k):
+            raise ValueError(f"rows: expected {routes // top_k} or {routes} rows (of layout), got {rows.shape[0]}")
+        divisor = 1 if rows.shape[0] == routes else top_k
+        return layout.sorted_token_ids, divisor, layout.expert_offsets[:-1], layout.expert_counts
+    if offsets is not None:
+        check_tensor("expert_offsets", offsets, dtypes=(torch.int64,), ndim=(1,), device=rows.device)
+        check_shape("expert_offsets", offsets, (experts + 1,), "one more than experts")
+        bounds = offsets.clamp(0, rows.shape[0])
+        return None, 1, bounds[:-1].contiguous(), bounds.diff().clamp(min=0).int()
+    assert counts is not None
+    check_tensor("expert_num_tokens", counts, dtypes=(torch.int32,), ndim=(1,), device=rows.device)
+    check_shape("expert_num_tokens", counts, (experts,), "one an expert")
+    batches, most = rows.shape[:2]
+    if batches != experts:
+        raise ValueError(f"rows: expected {experts} batches (the experts of weight), got {batches}")
+    return None, 1, torch.arange(experts, device=rows.device) * most, counts.clamp(0, most)

@@ -1,0 +1,122 @@
+"""Products and experts with torch's own products: rows sorted by expert, then one grouped product, no host sync."""
+
+import torch
+from torch import Tensor
+
+from moeyard.values import Activation, ExpertWeights, Layout
+from moeyard.vectorised.layout import align_launch
+
+_CHUNK_BYTES = 1 << 26  # weights copied at once where there is no grouped product
+
+
+def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
+    """In float32 (float64 rows: in float64), rounded once."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    gate, up = wide.chunk(2, dim=1) if gated else (wide, None)
+    if activation.limit is not None:
+        gate = gate.clamp(max=activation.limit)
+        up = None if up is None else up.clamp(-activation.limit, activation.limit)
+    if activation.name == "silu":
+        result = gate * torch.sigmoid(activation.alpha * gate)
+    elif activation.name == "relu2":
+        result = torch.relu(gate).square()
+    else:
+        result = torch.nn.functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
+    out.copy_(result if up is None else result * (up + activation.beta))
+
+
+def grouped_gemm_launch(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    *,
+    sorted_token_ids: Tensor | None,
+    row_divisor: int,
+    first_rows: Tensor,
+    row_counts: Tensor,
+    out: Tensor,
+) -> None:
+    """Packs the rows of all experts, multiplies, and lets every row of the result find its packed one."""
+    num_rows, device = out.shape[0], out.device
+    if not num_rows or not out.shape[1]:
+        return
+    ends = torch.cumsum(row_counts.long(), 0)
+    packed = torch.arange(num_rows, device=device)
+    expert = torch.searchsorted(ends, packed, right=True).clamp(max=weight.shape[0] - 1)
+    held = packed < ends[-1]
+    slot = torch.where(held, first_rows[expert] + packed - (ends - row_counts)[expert], 0)
+    target = slot if sorted_token_ids is None else sorted_token_ids[slot].long()
+    source = torch.where(held, target // row_divisor, 0)
+    result = _product(rows[source], weight, ends, expert)
+    if bias is not None:
+        result = result + bias[expert]
+    if topk_weights is not None:
+        result = result * topk_weights.reshape(-1, 1)[torch.where(held, target, 0)]
+    where = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
+    where.scatter_(0, torch.where(held, target, num_rows), packed)
+    out.copy_(result[where[:-1]])
+
+
+def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
+    """Rows in the order of their experts, times their experts' weights; float32 for what is summed in it."""
+    weight = weight.contiguous()
+    aligned = all(size * rows.element_size() % 16 == 0 for size in (*weight.shape[1:], weight.storage_offset()))
+    narrow = rows.dtype in (torch.bfloat16, torch.float16)
+    if aligned and rows.shape[1] and (rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and narrow)):
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int()).float()
+    if aligned and rows.shape[1] and rows.dtype == torch.float32 and rows.device.type == "cpu":
+        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int())
+    step = max(1, _CHUNK_BYTES // max(1, weight[0].nbytes))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    parts = [
+        torch.bmm(weight[expert[i : i + step]].to(wide), rows[i : i + step].to(wide).unsqueeze(2)).squeeze(2)
+        for i in range(0, rows.shape[0], step)
+    ]
+    return torch.cat(parts)
+
+
+def fused_experts_launch(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    weights: ExpertWeights,
+    *,
+    activation: Activation,
+    num_experts: int,
+    weight_on_input: bool,
+    out: Tensor,
+) -> None:
+    """Sorts routes, multiplies, activates, multiplies, and sums each token's rows in k order."""
+    num_tokens, top_k = topk_ids.shape
+    n, local = topk_ids.numel(), weights.num_local_experts
+    if not n:
+        out.zero_()
+        return
+    ints = [topk_ids.new_empty(size, dtype=torch.int32) for size in (n, n, 1, local, n)]
+    offsets = topk_ids.new_empty(local + 1, dtype=torch.int64)
+    layout = Layout.of((*ints[:3], offsets, *ints[3:]), (num_experts, local, 1, top_k))
+    align_launch(topk_ids, expert_map, layout)
+
+    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        result = rows.new_empty(n, weight.shape[1])
+        grouped_gemm_launch(
+            rows, weight, bias, None, sorted_token_ids=None, row_divisor=1, first_rows=offsets[:-1],
+            row_counts=layout.expert_counts, out=result,
+        )  # fmt: skip
+        return result
+
+    route = torch.where(layout.sorted_token_ids < n, layout.sorted_token_ids, 0).long()
+    rows = hidden_states[route // top_k]
+    if weight_on_input:
+        rows = (rows * topk_weights.reshape(-1, 1)[route]).to(hidden_states.dtype)
+    middle = rows.new_empty(n, weights.intermediate_size)
+    activate_launch(product(rows, weights.w13, weights.w13_bias), activation, gated=weights.gated, out=middle)
+    second = product(middle, weights.w2, weights.w2_bias)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    taken = second[layout.route_rows.clamp(min=0).long()].to(wide).view(num_tokens, top_k, -1)
+    if not weight_on_input:
+        taken = taken * topk_weights.unsqueeze(2)
+    dropped = (layout.route_rows < 0).view(num_tokens, top_k, 1)
+    out.copy_(taken.masked_fill(dropped, 0).sum(1))
