@@ -22,7 +22,10 @@ SUITES = {
         "align": ["--workload", "align", "--workload", "routing", "--workload", "ids"],
         "first-calls": ["--workload", "seed", "--cold"],
         "vllm-grid": ["--workload", "vllm-grid"],
-        "rows": ["--workload", "rows"],
+        "rows": [
+            *("--workload", "models", "--workload", "fp8", "--workload", "router", "--workload", "grouped"),
+            *("--workload", "decode", "--provider", "moeyard:cuda", "--provider", "vllm"),
+        ],
     },
 }
 """Device -> result file -> arguments of `moeyard bench`."""

@@ -15,8 +15,17 @@ SIZES_OF = {
     "permute": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "combine": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "moe_sum": ("num_tokens", "top_k", "hidden_size", "dtype"),
+    "ids_to_rows": (*ALIGN_SIZES, "hidden_size", "dtype"),
+    "permute_to_fp8": (*ALIGN_SIZES, "hidden_size", "group_size", "dtype"),
+    "route": ("num_tokens", "num_experts", "top_k", "num_groups", "dtype"),
+    "route_and_align": (*ALIGN_SIZES, "dtype"),
 }
-"""The ops that can be benchmarked and the sizes that each needs."""
+"""The ops that can be benchmarked and the sizes that each needs.
+
+ids_to_rows is alignment and permute together, as vLLM's moe_permute does both. A route of one group is a softmax,
+renormalised; one of several is DeepSeek-V3's: sigmoid scores, a bias, half of the groups. A group_size of 0 quantises
+by token.
+"""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -54,9 +63,10 @@ def load(name: str) -> list[Case]:
         if routing not in ROUTINGS:
             raise ValueError(f"{path}: routing: expected one of {sorted(ROUTINGS)}, got {routing!r}")
         sizes = table.get("sizes", {})
-        unknown = set(sizes) - set(SIZES_OF["permute"])
+        known = sorted(set().union(*SIZES_OF.values()))
+        unknown = set(sizes) - set(known)
         if unknown:
-            raise ValueError(f"{path}: sizes: expected keys of {SIZES_OF['permute']}, got {sorted(unknown)}")
+            raise ValueError(f"{path}: sizes: expected keys of {known}, got {sorted(unknown)}")
         if "points" in table:
             points = [
                 tuple((key, _present(one, key, path)) for key in SIZES_OF[op])
@@ -96,6 +106,9 @@ def _check_point(sizes: dict[str, Any], path: Path) -> None:
         if key == "dtype":
             if value not in DTYPES:
                 raise ValueError(f"{path}: dtype: expected one of {DTYPES}, got {value!r}")
+        elif key == "group_size":
+            if value not in (0, 128):
+                raise ValueError(f"{path}: group_size: expected 0 or 128, got {value!r}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key}: expected integers of 1 and above, got {value!r}")
     if sizes.get("num_experts", sizes["top_k"]) < sizes["top_k"]:
