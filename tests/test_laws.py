@@ -24,7 +24,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "library": {"values", "ids", "impls", "outputs"},
     "library_layer": {"values", "ids", "library"},
     "reference_layer": {"values", "reference"},
-    "router": {"values", "checks", "impls", "library", "library_layer", "layout"},
+    "router": {"values", "tiles", "checks", "impls", "outputs", "library", "library_layer", "layout"},
     "activation": {"values", "checks", "impls", "library", "library_layer"},
     "grouped_gemm": {"values", "checks", "impls", "library", "library_layer"},
     "experts": {"values", "ids", "checks", "impls", "library", "library_layer", "router", "activation"},

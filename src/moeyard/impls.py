@@ -38,6 +38,8 @@ class Impl:
     """"module:function" of a launcher of the op's first outputs alone, where that is quicker."""
     repeater: str = ""
     """"module:function" that prepares the same call again, for other ids and the same outputs."""
+    with_layout: str = ""
+    """"module:function" of a launcher that fills a layout as well; it says False where it would not be quicker."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     ),
     "route": (
         Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
-        Impl("cuda", "moeyard.cuda.router:route_launch", _cuda_sums),
+        Impl(
+            "cuda",
+            "moeyard.cuda.router:route_launch",
+            _cuda_sums,
+            with_layout="moeyard.cuda.decode:route_and_align_launch",
+        ),
         *_shared("router:route_launch"),
     ),
     "grouped_gemm": _layer("products:grouped_gemm_launch"),
@@ -211,6 +218,13 @@ def first_outputs_launcher(op: str, device: torch.device, dtype: torch.dtype) ->
 def repeater(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """What prepares the same call again for the implementation that `launcher` finds; None if it has nothing."""
     target = _choose(op, impl, device, dtype).repeater
+    return _load(target) if target else None
+
+
+@cache
+def with_layout_launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., bool] | None:
+    """The launcher of a routing and its layout together for the implementation that `launcher` finds, or None."""
+    target = _choose(op, impl, device, dtype).with_layout
     return _load(target) if target else None
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeyard.checks import check_int, check_out
 from moeyard.tiles import batched_layout_capacity, layout_capacity
-from moeyard.values import INT32_MAX, MAX_EXPERTS, Layout, Permuted
+from moeyard.values import INT32_MAX, MAX_EXPERTS, Layout, Permuted, Routing
 
 _DTYPES = (torch.int32, torch.int32, torch.int32, torch.int64, torch.int32, torch.int32)
 
@@ -73,6 +73,12 @@ def allocate_layout_at_once(
         (2 * num_offsets, capacity, num_routes, num_blocks, num_local_experts, one)
     )
     return Layout(slots, blocks, used, offsets.view(torch.int64), counts, routes, *sizes)
+
+
+def allocate_routing(router_logits: Tensor, top_k: int) -> Routing:
+    """An uninitialised routing of the tokens of logits [T, E]."""
+    weights, ids = router_logits.new_empty((2, router_logits.shape[0], top_k), dtype=torch.int32).unbind()
+    return Routing(weights.view(torch.float32), ids)
 
 
 def allocate_fp8(hidden_states: Tensor, capacity: int, group_size: int | None) -> tuple[Tensor, Tensor]:

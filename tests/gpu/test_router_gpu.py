@@ -8,8 +8,10 @@ import torch
 import moeyard
 from moeyard import Routing, impls, reference
 from moeyard.bench.verify import routing_error
+from moeyard.cuda.decode import route_and_align_launch
 from moeyard.cuda.launch import programmatic_launch
-from support import guard_broken, poisoned, same_bits
+from moeyard.values import ROUTER_DEFAULTS
+from support import guard_broken, layout_difference, poisoned, poisoned_layout, same_bits
 
 REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
@@ -137,3 +139,83 @@ def test_graphs_and_programmatic_launches() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert all(same_bits(one.topk_ids, wanted.topk_ids) for one in got)
+
+
+DECODE = [(1, 256, 8), (2, 64, 6), (3, 128, 10), (4, 8, 2), (5, 256, 8), (8, 60, 4), (16, 512, 10), (17, 128, 8)]
+DECODE += [(64, 256, 8), (65, 64, 6), (100, 384, 8), (128, 128, 8), (256, 512, 10), (256, 8, 2), (256, 256, 1)]
+
+
+@pytest.mark.parametrize("block", [1, 16, 48])
+@pytest.mark.parametrize("name", ["softmax", "biased sigmoid"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_one_launch_gives_what_two_give(block: int, name: str, mapped: bool) -> None:
+    for tokens, experts, top_k in DECODE:
+        logits = torch.randn(tokens, experts, device="cuda").bfloat16()
+        options: dict[str, Any] = {
+            "top_k": top_k,
+            "renormalize": True,
+            "is_padding": torch.rand(tokens, device="cuda") < 0.2,
+        }
+        if name != "softmax":
+            options |= {"scoring": "sigmoid", "selection_bias": torch.randn(experts, device="cuda")}
+        call: dict[str, Any] = {"block_size": block}
+        if mapped:
+            mapping = torch.where(torch.arange(experts) % 2 == 0, torch.arange(experts) // 2, -1).int().cuda()
+            call |= {"expert_map": mapping, "num_local_experts": (experts + 1) // 2}
+        routing = moeyard.route(logits, impl="cuda", **options)
+        layout = moeyard.moe_align_block_size(routing.topk_ids, num_experts=experts, impl="cuda", **call)
+        empty = Routing(*(poisoned(tuple(t.shape), t.dtype, CUDA) for t in (routing.topk_weights, routing.topk_ids)))
+        filled = poisoned_layout(layout)
+        given = {**ROUTER_DEFAULTS, **options}
+        assert route_and_align_launch(logits, call.get("expert_map"), given, routing=empty, layout=filled)
+        assert same_bits(empty.topk_ids, routing.topk_ids) and same_bits(empty.topk_weights, routing.topk_weights)
+        assert layout_difference(filled, layout) is None, (tokens, experts, top_k)
+        guarded = (empty.topk_ids, empty.topk_weights, *filled.tensors)
+        assert not any(guard_broken(tensor) for tensor in guarded)
+        public = moeyard.route_and_align(logits, **options, **call)
+        assert same_bits(public[0].topk_weights, routing.topk_weights)
+        assert layout_difference(public[1], layout) is None
+
+
+def test_what_one_launch_does_not_do_takes_two() -> None:
+    for tokens, experts, top_k, groups in (
+        (0, 8, 2, 1),
+        (257, 64, 8, 1),
+        (3, 4096, 8, 1),
+        (5, 80, 33, 1),
+        (9, 128, 4, 64),
+    ):
+        logits = torch.randn(tokens, experts, device="cuda")
+        options: dict[str, Any] = {"top_k": top_k, "num_groups": groups, "top_k_groups": max(groups // 2, 1)}
+        routing, layout = moeyard.route_and_align(logits, block_size=4, **options)
+        wanted = moeyard.route(logits, impl="torch", **options)
+        assert same_bits(routing.topk_ids, wanted.topk_ids)
+        alone = moeyard.moe_align_block_size(wanted.topk_ids, num_experts=experts, block_size=4, impl="torch")
+        assert layout_difference(layout, alone) is None
+    with pytest.raises(ValueError, match="top_k"):
+        moeyard.route_and_align(torch.randn(3, 8, device="cuda"), block_size=4, top_k=9)
+    with pytest.raises(TypeError, match="unknown"):
+        moeyard.route_and_align(torch.randn(3, 8, device="cuda"), block_size=4, top_k=2, unknown=1)  # type: ignore[call-arg]
+
+
+def test_one_launch_in_graphs_and_on_many_streams() -> None:
+    for tokens in (1, 12, 64, 256):
+        logits = torch.randn(tokens, 128, device="cuda").bfloat16()
+        routing, layout = moeyard.route_and_align(logits, top_k=8, block_size=16)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            programmatic_launch(True)
+            with torch.cuda.graph(graph):
+                got = [moeyard.route_and_align(logits, top_k=8, block_size=16) for _ in range(3)]
+        finally:
+            programmatic_launch(False)
+        for _ in range(2):
+            graph.replay()
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                got.append(moeyard.route_and_align(logits, top_k=8, block_size=16))
+        torch.cuda.synchronize()
+        for one in got:
+            assert same_bits(one[0].topk_weights, routing.topk_weights) and layout_difference(one[1], layout) is None

@@ -174,18 +174,7 @@ def _make_ready(
     """The launch and the words of its exchange."""
     if chosen is None:
         chosen = plan(num_routes, experts, capacity, card_of(device))
-    defines = (
-        ("EXCHANGE", chosen.exchange),
-        ("BLOCK", str(chosen.threads)),
-        ("BLOCKS_A_CLUSTER", str(chosen.cluster)),
-        ("PLACING_WARPS", str(chosen.warps)),
-        ("ROUTES_A_LANE", str(chosen.rounds)),
-        ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))),
-        ("ID", "i64" if dtype == torch.int64 else "int"),
-        ("MAP", "false" if unmapped else "true"),
-        ("ALIGN", "true" if aligned else "false"),
-        ("WHOLE_LAYOUT", "false" if triple else "true"),
-    )
+    defines = align_defines(chosen, experts, "i64" if dtype == torch.int64 else "int", unmapped, aligned, not triple)
     launch = Launch(
         "align.cu",
         "align_kernel",
@@ -202,6 +191,24 @@ def _make_ready(
     make_room(_READY)
     words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0
     return launch, words
+
+
+def align_defines(
+    plan: Plan, experts: int, id_type: str, unmapped: bool, aligned: bool, whole: bool
+) -> tuple[tuple[str, str], ...]:
+    """What an alignment is compiled for."""
+    return (
+        ("EXCHANGE", plan.exchange),
+        ("BLOCK", str(plan.threads)),
+        ("BLOCKS_A_CLUSTER", str(plan.cluster)),
+        ("PLACING_WARPS", str(plan.warps)),
+        ("ROUTES_A_LANE", str(plan.rounds)),
+        ("EXPERTS_A_THREAD", str(-(-experts // plan.threads))),
+        ("ID", id_type),
+        ("MAP", "false" if unmapped else "true"),
+        ("ALIGN", "true" if aligned else "false"),
+        ("WHOLE_LAYOUT", "true" if whole else "false"),
+    )
 
 
 def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from moeyard.tiles import MOST_DECODE_TOKENS
+
 WARP = 32
 MAX_THREADS = 1024
 MAX_ROUNDS = 8
@@ -230,3 +232,35 @@ def router_plan(num_experts: int, num_groups: int) -> RouterPlan | None:
 
 
 _MOST_EXPERTS_A_LANE = 32
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How router and alignment share a launch (route_align.cu)."""
+
+    align: Plan
+    """How its blocks align; `grid` and `threads` are those of the launch."""
+    peers: int
+    """Blocks that route a part each and post it to the others (a cluster); 1 if every block routes all tokens."""
+
+
+def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: int, card: Card) -> DecodePlan | None:
+    """One launch for router and alignment; None where two are to be made."""
+    num_routes = num_tokens * top_k
+    if not num_routes or top_k > WARP:
+        return None
+    if num_routes <= WARP and num_tokens <= 4:
+        tiny = plan(num_routes, num_local_experts, capacity, card)
+        return DecodePlan(tiny, 1)
+    peers, threads = 1, 256 if num_tokens <= 8 else 512
+    if num_tokens > 16:
+        peers, threads = CLUSTER, 256 if num_tokens <= 64 else 512 if num_tokens <= 128 else MAX_THREADS
+    if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
+        return None
+    aligning = _sized("ALONE", num_routes, CLUSTER, 1, threads, num_local_experts)
+    if (
+        aligning.places < num_routes
+        or aligning.shared_bytes(num_local_experts) + 4 * num_routes > card.shared_limit // 2
+    ):
+        return None
+    return DecodePlan(aligning, peers)

@@ -4,6 +4,8 @@
 
 #include "rows.cuh"
 
+namespace router {
+
 constexpr int KIND = LOGIT_KIND;
 constexpr bool SIGMOID = SIGMOID_SCORES, BIASED = SELECTION_BIAS;
 constexpr u32 EXPERTS = NUM_EXPERTS, NUM_GROUPS = GROUPS, GROUP = EXPERTS / NUM_GROUPS;
@@ -76,32 +78,36 @@ __device__ __forceinline__ float score_of(float logit, float largest, float sum)
   return (__float_as_uint(score) & 0x7fffffff) < 0x7f800000 ? score : 0.0f;
 }
 
-// A warp writes the weights and ids of a token. `mine` is this lane's choice of the first 32; later ones are in
-// topk_ids already, written by this lane.
-__device__ __forceinline__ void finish(const Router& p, u32 token, const u8* row, u32 mine, float largest, float sum) {
+// The expert of this lane's route k, or -1: `id` unless the row has no value, or the token is padding.
+__device__ __forceinline__ int settle(const Router& p, u32 token, u32 k, u32 id, float sum) {
+  if (p.is_padding && p.is_padding[token]) return -1;
+  return SIGMOID || BIASED || sum > 0.0f ? id : k;  // a row without a value ranks all experts alike
+}
+
+// A warp writes the weights and ids of a token. `mine` is what this lane settled on of the first 32; later choices are
+// in topk_ids already, written by this lane.
+__device__ __forceinline__ void finish(const Router& p, u32 token, const u8* row, int mine, float largest, float sum) {
   const u32 lane = threadIdx.x & 31, top_k = p.top_k;
-  const bool nothing = !SIGMOID && !BIASED && !(sum > 0.0f);  // a row without a value ranks all experts alike
-  const bool padding = p.is_padding && p.is_padding[token];
   int* ids = p.topk_ids + static_cast<i64>(token) * top_k;
   float* weights = p.topk_weights + static_cast<i64>(token) * top_k;
   float total = 0.0f, weight = 0.0f;
 #pragma unroll 1
   for (u32 k = lane; k < top_k; k += 32) {
-    const u32 id = nothing ? k : k < 32 ? mine : ids[k];
-    weight = nothing ? 0.0f : score_of(logit_at(row, id), largest, sum);
+    const int id = k < 32 ? mine : settle(p, token, k, ids[k], sum);
+    weight = id < 0 ? 0.0f : score_of(logit_at(row, id), largest, sum);
     total += weight;
-    ids[k] = padding ? -1 : static_cast<int>(id);
+    ids[k] = id;
     if (top_k > 32) weights[k] = weight;
   }
-  const float factor = __uint_as_float(p.factor);
   if (p.renormalize) {
     for (u32 step = 1; step < min(top_k, 32u); step *= 2) total += __shfl_xor_sync(ALL, total, step);
     if (!(total > 0.0f)) total = 1.0f;
   } else {
     total = 1.0f;
   }
+  const float factor = __uint_as_float(p.factor);
 #pragma unroll 1
-  for (u32 k = lane; k < top_k; k += 32) {
-    weights[k] = padding ? 0.0f : (top_k > 32 ? weights[k] : weight) / total * factor;
-  }
+  for (u32 k = lane; k < top_k; k += 32) weights[k] = (top_k > 32 ? weights[k] : weight) / total * factor;
 }
+
+}  // namespace router

@@ -3,6 +3,8 @@
 
 #include "route.cuh"
 
+using namespace router;
+
 constexpr u32 THREADS = 256;
 
 // The largest of a value of every thread. `shared` holds 8 words, which nothing else uses until the next barrier.
@@ -81,5 +83,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_block_kernel(
     if (k < 32) mine = thread == k ? chosen : mine;
     else if (thread == k % 32) topk_ids[static_cast<i64>(token) * top_k + k] = chosen;
   }
-  if (thread < 32) finish(p, token, row, mine, largest, sum);
+  if (thread < 32) finish(p, token, row, settle(p, token, thread, mine, sum), largest, sum);
 }
