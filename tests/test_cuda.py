@@ -10,12 +10,12 @@ from moeyard.cuda.plan import (
     MAX_ROUNDS,
     WARP,
     Card,
-    block_row_plan,
     decode_plan,
     division,
     plan,
     router_plan,
     row_plan,
+    whole_row_plan,
 )
 from moeyard.tiles import layout_capacity
 from support import python
@@ -85,7 +85,7 @@ def test_sources_of_rows_and_routers_compile_everywhere(arch: str) -> None:
         options = {"ROW_KIND": kind, "WORD": word, "STATIC_TOP_K": top_k, "ROUTES": routes, "ID": "int"}
         assert b"sum_kernel" in code("sum.cu", BLOCK=128, LOADS=1, STORE="__stcs", WEIGHTS="true", **options)
         for grouped in ("false",) if word == 2 else ("false", "true"):
-            options = {"ROW_KIND": kind, "WORD": word, "GROUPS": grouped, "WHOLE_ROW": "true"}
+            options = {"ROW_KIND": kind, "WORD": word, "GROUPS": grouped, "WHOLE_ROW": "true", "THREADS_A_ROW": 64}
             assert b"quantize_kernel" in code("quantize.cu", BLOCK=128, LOADS=2, STORE="__stcs", **options)
     for values in ROUTERS:
         defines = dict(zip(ROUTER_NAMES, values.split(), strict=True))
@@ -115,14 +115,15 @@ def test_lanes_hold_every_expert_of_their_group(experts: int, groups: int) -> No
 @pytest.mark.parametrize("card", [H200, Card(108, 166912, False)], ids=str)
 @pytest.mark.parametrize("experts", [8, 64, 256, 512])
 def test_one_launch_for_small_batches(card: Card, experts: int) -> None:
-    for tokens, top_k in ((0, 8), (1, 8), (4, 8), (5, 2), (16, 8), (17, 8), (64, 8), (256, 10), (257, 8), (3, 33)):
+    for tokens, top_k in ((0, 8), (1, 8), (4, 8), (5, 2), (8, 8), (9, 8), (16, 10), (64, 8), (65, 10), (3, 33)):
         chosen = decode_plan(tokens, top_k, experts, layout_capacity(tokens * top_k, experts, 16), card)
-        if not tokens or tokens > 256 or top_k > WARP or (tokens > 16 and not card.clusters):
+        if not tokens or tokens > 64 or top_k > WARP or (tokens > 8 and not card.clusters):
             assert chosen is None
         else:
             assert chosen is not None and chosen.align.places >= tokens * top_k
             assert chosen.align.exchange in ("TINY", "ALONE") and chosen.align.cluster == 1
             assert chosen.peers in (1, chosen.align.grid)
+            assert chosen.peers * chosen.align.threads // WARP >= tokens, "a warp a token"
             assert chosen.align.shared_bytes(experts) + 4 * tokens * top_k + 16 <= card.shared_limit
 
 
@@ -133,9 +134,9 @@ def test_rows_are_cut_so_that_enough_warps_work(rows: int, words: int) -> None:
         chosen = row_plan(rows, words, at_once)
         assert chosen.loads in (1, 2, 4, 8) and chosen.threads % WARP == 0 and chosen.threads <= 1024
         assert chosen.loads == 1 or (chosen.loads * at_once <= 8 and chosen.loads * WARP < 2 * words)
-    whole = block_row_plan(words)
-    assert whole.threads % WARP == 0 and whole.threads <= 1024
-    assert whole.threads * whole.loads >= min(words, 2048)
+    whole = whole_row_plan(rows, words)
+    assert whole.threads % whole.team == 0 and whole.team % WARP == 0 and whole.threads <= 1024
+    assert whole.team * whole.loads >= min(words, 2048)
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:

@@ -25,5 +25,5 @@ def batched_layout_capacity(num_local_experts: int, max_num_tokens: int, block_s
     return num_local_experts * round_up(max_num_tokens, block_size)
 
 
-MOST_DECODE_TOKENS = 256
+MOST_DECODE_TOKENS = 64
 """Tokens that one launch may route and align together."""

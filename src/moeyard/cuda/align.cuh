@@ -37,6 +37,15 @@ struct Parameters {
   i64 tiles;                 // times that a block places routes: 1 unless long
 };
 
+// Blocks that align: one more routes, and has the weights to write, where every block routes all tokens.
+__device__ __forceinline__ u32 aligning_blocks() {
+#ifdef SHARED_IDS
+  return gridDim.x - (BLOCKS_THAT_SHARE == 1 ? 1 : 0);
+#else
+  return gridDim.x;
+#endif
+}
+
 // The local expert of a route, or num_local if the route is dropped. Negative ids are large when unsigned.
 __device__ __forceinline__ u32 bucket_of(int id, const Parameters& p) {
   const u32 experts = p.num_local;

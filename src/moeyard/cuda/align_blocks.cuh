@@ -29,7 +29,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
   auto owner = [](u32 e) { return (e >> 5) % CLUSTER_SIZE; };  // grid: the block of a cluster that adds up an expert
 
   // which part of the routes this block counts, and which span of it this block places
-  const u32 part = HOW == CLUSTER ? rank_in_cluster : 0, spans = HOW == CLUSTER ? number_of_clusters() : gridDim.x;
+  const u32 part = HOW == CLUSTER ? rank_in_cluster : 0, spans = HOW == CLUSTER ? number_of_clusters() : aligning_blocks();
   const u32 own_span = HOW == CLUSTER ? cluster_number() : blockIdx.x, span = HOW == LONG ? TILE * p.tiles : TILE;
   const u32 part_start = min(part * spans * span, num_routes), part_stop = min(part_start + spans * span, num_routes);
   const u32 start = min(part_start + own_span * span, num_routes), stop = min(start + span, num_routes);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
     }
   };
   if constexpr (!REPEATS) {
-    const u32 row = CLUSTER_SIZE > 1 ? cluster_number() : blockIdx.x, rows = gridDim.x / CLUSTER_SIZE;
+    const u32 row = CLUSTER_SIZE > 1 ? cluster_number() : blockIdx.x, rows = aligning_blocks() / CLUSTER_SIZE;
 #pragma unroll
     for (int k = 0; k < PER; ++k) {
       const u32 e = thread * PER + k;
@@ -265,7 +265,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
 
   // what belongs to one expert: a warp an expert
 #pragma unroll 1
-  for (u32 e = warp * gridDim.x + blockIdx.x; e < experts; e += gridDim.x * (THREADS / 32)) {
+  for (u32 e = warp * aligning_blocks() + blockIdx.x; e < experts; e += aligning_blocks() * (THREADS / 32)) {
     const u32 first = blocks[e], end = blocks[e + 1], held = counts[e], first_slot = first * block_size;
     if (WHOLE && lane == 0) {
       p.expert_offsets[e] = first_slot;
@@ -282,7 +282,7 @@ __device__ __forceinline__ void align(const Parameters& p) {
   }
 
   // the unused end
-  const u32 grid_thread = blockIdx.x * THREADS + thread, grid_threads = gridDim.x * THREADS;
+  const u32 grid_thread = blockIdx.x * THREADS + thread, grid_threads = aligning_blocks() * THREADS;
 #pragma unroll 1
   for (u32 s = used_blocks * block_size + grid_thread; s < capacity; s += grid_threads) {
     p.sorted_token_ids[s] = num_routes;

@@ -105,6 +105,6 @@ def _prepare(
         num_local, block_size, capacity, *division(block_size), aligning_bytes,
     )  # fmt: skip
     return Launch(
-        "route_align.cu", "route_align_kernel", defines, device, pointers=12, sizes=sizes, grid=aligning.grid,
+        "route_align.cu", "route_align_kernel", defines, device, pointers=12, sizes=sizes, grid=plan.grid,
         threads=aligning.threads, shared_bytes=aligning_bytes + 16 + 4 * num_routes, cluster=plan.peers,
     )  # fmt: skip

@@ -185,21 +185,27 @@ class RowPlan:
     """Of a block."""
     store: str = "__stcs"
     """How results are written."""
+    team: int = WARP
+    """Threads that share a row of quantize.cu, where a row has one scale."""
 
 
 def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
     """A warp a piece: pieces as long as leaves enough warps, `rows_at_once` words of each lane's being in flight."""
-    loads = 4
+    loads = 8
     while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
         loads //= 2
-    return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
+    if rows_at_once > 1 or loads < 8:
+        return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
+    return RowPlan(loads, 1024)
 
 
-def block_row_plan(words: int) -> RowPlan:
-    """A block a row, all of it in registers as far as they go."""
-    threads = min(max(WARP, -(-words // (4 * WARP)) * WARP), 512)
-    loads = min(max(1, -(-words // threads)), 4)
-    return RowPlan(loads, threads)
+def whole_row_plan(rows: int, words: int) -> RowPlan:
+    """A team of threads a row, all of it in registers as far as they go; blocks of several teams where rows are many."""
+    team = WARP
+    while team < 512 and 4 * team < words:
+        team *= 2
+    loads = min(-(-words // team), 4)
+    return RowPlan(loads, max(team, 256 if rows * words >= 4 * _ENOUGH_WORDS else 0), team=team)
 
 
 _ENOUGH_WORDS = 1 << 16
@@ -239,9 +245,14 @@ class DecodePlan:
     """How router and alignment share a launch (route_align.cu)."""
 
     align: Plan
-    """How its blocks align; `grid` and `threads` are those of the launch."""
+    """How its blocks align."""
     peers: int
     """Blocks that route a part each and post it to the others (a cluster); 1 if every block routes all tokens."""
+
+    @property
+    def grid(self) -> int:
+        """Blocks of the launch: where each routes all tokens, one more than align, for the weights."""
+        return self.align.grid + (self.peers == 1)
 
 
 def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: int, card: Card) -> DecodePlan | None:
@@ -252,12 +263,12 @@ def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: i
     if num_routes <= WARP and num_tokens <= 4:
         tiny = plan(num_routes, num_local_experts, capacity, card)
         return DecodePlan(tiny, 1)
-    peers, threads = 1, 256 if num_tokens <= 8 else 512
-    if num_tokens > 16:
-        peers, threads = CLUSTER, 256 if num_tokens <= 64 else 512 if num_tokens <= 128 else MAX_THREADS
+    peers, grid, threads = 1, 16, 256
+    if num_tokens > 8:
+        peers, grid, threads = CLUSTER, CLUSTER, 512
     if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
         return None
-    aligning = _sized("ALONE", num_routes, CLUSTER, 1, threads, num_local_experts)
+    aligning = _sized("ALONE", num_routes, grid, 1, threads, num_local_experts)
     if (
         aligning.places < num_routes
         or aligning.shared_bytes(num_local_experts) + 4 * num_routes > card.shared_limit // 2

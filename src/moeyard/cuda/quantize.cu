@@ -1,14 +1,15 @@
 // permute that quantises to float8_e4m3fn on its way: every row is read and quantised once and written to the slots of
 // its routes, its scales beside it. scale = max(largest magnitude, 1e-10) / 448, value / scale rounded to nearest even
-// and saturated; all in float32. One scale a row: a block has a row. One scale a group of 128: a warp has a piece.
+// and saturated; all in float32. One scale a row: a team of threads has a row. One scale a group of 128: a warp has a
+// piece.
 
 #include "rows.cuh"
 
 constexpr u32 WARPS = BLOCK / 32;
 constexpr int KIND = ROW_KIND, BYTES = WORD, COUNT = LOADS;
 constexpr int VALUES = values_of<KIND, BYTES>;  // and as many bytes of the result
-constexpr bool GROUPED = GROUPS, HELD = WHOLE_ROW;  // held: the row of a block is in its registers
-constexpr u32 TEAM = GROUPED ? 32 : BLOCK;  // threads that share a piece
+constexpr bool GROUPED = GROUPS, HELD = WHOLE_ROW;  // held: the row of a team is in its registers
+constexpr u32 TEAM = GROUPED ? 32 : THREADS_A_ROW;  // threads that share a piece: whole warps
 constexpr u32 REACH = TEAM * COUNT;
 constexpr u32 GROUP_LANES = 128 / VALUES;   // grouped: lanes that hold the values of one scale,
 constexpr u32 IN_WORD = 32 / GROUP_LANES > 0 ? 32 / GROUP_LANES : 1;  // and scales of 32 words
@@ -104,10 +105,12 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
     const u8* rows, const int* route_rows, u8* out, float* scales, i64 num_tokens, i64 pieces, i64 magic, i64 shift,
     i64 top_k_, i64 words_, i64 stride) {
   extern __shared__ u32 largest_of_warp[];  // [32]
-  const u32 top_k = top_k_, words = words_;
-  u32 token = blockIdx.x, piece = 0;
+  const u32 words = words_, team = threadIdx.x / TEAM, lane = threadIdx.x & 31, member = threadIdx.x % TEAM;
+  u32 token = blockIdx.x * (BLOCK / TEAM) + team, piece = 0;
   if (GROUPED && !find_piece({num_tokens, pieces, magic, shift}, WARPS, token, piece)) return;
-  const u32 lane = threadIdx.x & 31, member = GROUPED ? lane : threadIdx.x;
+  const bool spare = token >= num_tokens;  // a team past the last row goes along for the barriers
+  const u32 top_k = spare ? 0 : top_k_;
+  if (spare) token = 0;
   wait_for_previous_launch();
   const u64 from = reinterpret_cast<u64>(rows) + token * stride;
   const int* own = route_rows + static_cast<i64>(token) * top_k;
@@ -135,14 +138,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
       for (int i = 0; i < COUNT; ++i) largest = largest_of(held[i], largest);
     }
     largest = __reduce_max_sync(ALL, of_pair(largest));
-    if constexpr (WARPS > 1) {
+    if constexpr (TEAM > 32) {
       if (lane == 0) largest_of_warp[threadIdx.x >> 5] = largest;
       __syncthreads();
-      largest = __reduce_max_sync(ALL, lane < WARPS ? largest_of_warp[lane] : 0);
+      largest = __reduce_max_sync(ALL, lane < TEAM / 32 ? largest_of_warp[team * (TEAM / 32) + lane] : 0);
     }
     scale = scale_of(largest);
     inverse = __frcp_rn(scale);
-    for (u32 k = threadIdx.x; k < top_k; k += BLOCK) {
+    for (u32 k = member; k < top_k; k += TEAM) {
       const int there = __ldg(own + k);
       if (there >= 0) scales[there] = scale;
     }

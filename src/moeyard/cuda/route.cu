@@ -1,10 +1,12 @@
 // Routers: logits -> the top_k experts of every token and their weights, in one launch.
 //
 // A warp has a token: every lane a few consecutive experts, all of one group, so that lower lanes have lower experts.
-// Every round takes the largest key left, by one reduction of the warp, from the lane that has it. Keys of 16-bit
-// logits are words that no two experts share: the logit and, below it, the expert from the end; lanes sort theirs and
-// give away the first. Keys of float32 (logits, or scores with their bias) fill a word, and the place of each is sorted
-// with it: of several lanes with the largest key the lowest gives it away.
+// A word holds what is above of an expert's key (its logit, or its score and bias) and, below, the expert from the end,
+// so no two words are the same. Lanes sort theirs; every round takes the largest, by one reduction of the warp, from
+// the lane that has it first. Words hold all of a 16-bit logit. Where they do not hold all of float32 keys, and two of
+// the best have the same bits above, the warp chooses again by whole keys, which takes longer.
+//
+// More experts than a warp holds, or more groups: route_block.cu.
 
 #include "route_warp.cuh"
 

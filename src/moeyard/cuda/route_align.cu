@@ -1,8 +1,8 @@
 // Router and alignment of small batches in one launch: logits -> a Routing and a whole Layout.
 //
 // Every block needs the ids of all tokens, in its shared memory. Of few tokens each block routes all (redundantly: that
-// takes no longer than one); of more, each block of the one cluster routes a part and posts its ids to the others. Then
-// the blocks align as those of align.cu do.
+// takes no longer than one), and one more block has only the weights to write; of more, each block of the one cluster
+// routes a part and posts its ids to the others. Then the blocks align as those of align.cu do.
 
 #pragma nv_diag_suppress 177, 186  // names and comparisons that only some kernels need
 
@@ -32,30 +32,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_align_kernel(
     greet_peers();
   }
   wait_for_previous_launch();
-  bool greeted = false;
-#pragma unroll 1
-  for (u32 token = rank + warp * PEERS; token < num_tokens; token += PEERS * (THREADS / 32)) {
-    const router::Chosen chosen = router::choose(p, token);
-    if constexpr (PEERS > 1) {
-      if (!greeted) await_peers();
-      greeted = true;
-      if (lane < top_k) {
-#pragma unroll
-        for (u32 r = 0; r < PEERS; ++r) {
-          post(mailbox, reinterpret_cast<u32*>(ids) + token * top_k + lane, r, static_cast<u32>(chosen.mine));
-        }
-      }
-    } else if (lane < top_k) {
-      ids[token * top_k + lane] = chosen.mine;
-    }
-    if (PEERS > 1 || blockIdx.x == 0) router::finish(p, token, chosen);
-  }
+  const u32 token = rank + warp * PEERS;  // blocks have a warp a token at least
+  const bool routes = token < num_tokens;
+  router::Chosen chosen = {};
+  if (routes) chosen = router::choose(p, token);
   if constexpr (PEERS > 1) {
-    if (!greeted) await_peers();
+    await_peers();
+    if (routes && lane < top_k) {
+#pragma unroll
+      for (u32 r = 0; r < PEERS; ++r) {
+        post(mailbox, reinterpret_cast<u32*>(ids) + token * top_k + lane, r, static_cast<u32>(chosen.mine));
+      }
+    }
     await_mail(mailbox);
   } else {
+    if (blockIdx.x == gridDim.x - 1) {
+      if (routes) router::finish(p, token, chosen);
+      return;
+    }
+    if (routes && lane < top_k) ids[token * top_k + lane] = chosen.mine;
     __syncthreads();
   }
   if constexpr (HOW == TINY) align_tiny(layout);
   else align(layout);
+  if (PEERS > 1 && routes) router::finish(p, token, chosen);
 }

@@ -10,8 +10,8 @@ constexpr u32 LANES = LANES_A_GROUP;  // of a warp's lanes, for a group: a power
 constexpr int PER = EXPERTS_A_LANE;
 constexpr int LOADED = WORD;          // bytes of a load where all lanes have PER experts
 constexpr bool FULL = ALL_LANES_FULL;
-constexpr bool PACKED = !BIASED && KIND != FLOAT32;
-constexpr u32 BELOW = 0x1fff;         // packed: bits that no widened 16-bit float has
+constexpr bool EXACT = !BIASED && KIND != FLOAT32;  // no widened 16-bit float has bits below
+constexpr u32 BELOW = EXACT ? 0x1fff : EXPERTS <= 256 ? 0xff : EXPERTS <= 512 ? 0x1ff : 0x3ff;
 
 // PER values in words of BYTES.
 template <int ROW_KIND, int BYTES>
@@ -29,33 +29,34 @@ __device__ __forceinline__ void load_values(const void* from, float (&value)[PER
   }
 }
 
-// Orders two keys, and their places if a key says nothing of its expert: of equal keys the lower place comes first.
-__device__ __forceinline__ void exchange(u32& key, u32& other, u32& place, u32& other_place) {
-  if constexpr (PACKED) {
-    const u32 larger = max(key, other);
-    other = min(key, other);
-    key = larger;
-  } else {
-    const bool swapped = other > key || (other == key && other_place < place);
-    const u32 first = swapped ? other : key, first_place = swapped ? other_place : place;
-    other = swapped ? key : other;
-    other_place = swapped ? place : other_place;
-    key = first;
-    place = first_place;
-  }
-}
-
-// Sorts keys, the largest first (Batcher's merge exchange, Knuth 5.2.2 M): pairs (i, i + K) within runs of 2 * P.
+// Sorts words, the largest first (Batcher's merge exchange, Knuth 5.2.2 M): pairs (i, i + K) within runs of 2 * P.
 template <int P, int K>
-__device__ __forceinline__ void sort_keys(u32 (&key)[PER], u32 (&place)[PER]) {
+__device__ __forceinline__ void sort_words(u32 (&word)[PER]) {
 #pragma unroll
   for (int i = 0; i + K < PER; ++i) {
     if (i >= K % P && (i - K % P) % (2 * K) < K && i / (2 * P) == (i + K) / (2 * P)) {
-      exchange(key[i], key[i + K], place[i], place[i + K]);
+      const u32 larger = max(word[i], word[i + K]);
+      word[i + K] = min(word[i], word[i + K]);
+      word[i] = larger;
     }
   }
-  if constexpr (K > 1) sort_keys<P, K / 2>(key, place);
-  else if constexpr (2 * P < PER) sort_keys<2 * P, 2 * P>(key, place);
+  if constexpr (K > 1) sort_words<P, K / 2>(word);
+  else if constexpr (2 * P < PER) sort_words<2 * P, 2 * P>(word);
+}
+
+// The largest of keys [first, first + N) and, of equal ones, the first place.
+template <int N>
+__device__ __forceinline__ void find_best(const u32 (&key)[PER], int first, u32& best, u32& at) {
+  if constexpr (N == 1) {
+    best = key[first];
+    at = first;
+  } else {
+    u32 later, later_at;
+    find_best<(N + 1) / 2>(key, first, best, at);
+    find_best<N / 2>(key, first + (N + 1) / 2, later, later_at);
+    at = later > best ? later_at : at;
+    best = max(best, later);
+  }
 }
 
 // Whether the group of this lane is among the best. `one` and `two` are the largest keys of the lane; 0 is none.
@@ -67,7 +68,7 @@ __device__ __forceinline__ bool in_best_group(u32 one, u32 two, u32 top_k_groups
     if constexpr (BIASED) two = max(min(one, other_one), max(two, __shfl_xor_sync(ALL, two, step)));
     one = max(one, other_one);
   }
-  const u32 key = BIASED && GROUP > 1 ? key_of(float_of(one) + float_of(two)) : PACKED ? one & ~BELOW : one;
+  const u32 key = BIASED && GROUP > 1 ? key_of(float_of(one) + float_of(two)) : one;
   u32 better = 0;
 #pragma unroll
   for (u32 g = 0; g < NUM_GROUPS; ++g) {
@@ -115,45 +116,61 @@ __device__ __forceinline__ Chosen choose(const Router& p, u32 token) {
     sum = sum_warp(sum);
   }
   const float inverse_sum = reciprocal(sum);
-  u32 key[PER], place[PER];
+  u32 key[PER], word[PER];
+  bool whole = true;  // whether words leave out nothing of any key
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
     if constexpr (BIASED) value[i] = rough_score(value[i], largest, inverse_sum) + added[i];
-    key[i] = key_of(value[i]);
-    if constexpr (PACKED) key[i] = (key[i] & ~BELOW) | (BELOW - first - i);
-    if (first + i >= stop) key[i] = 0;
-    place[i] = i;
+    key[i] = first + i < stop ? key_of(value[i]) : 0;
+    word[i] = key[i] ? (key[i] & ~BELOW) | (BELOW - first - i) : 0;
+    whole = whole && (key[i] & BELOW) == (static_cast<int>(key[i]) < 0 ? 0 : key[i] ? BELOW : 0);
   }
-  if constexpr (PER > 1) sort_keys<1, 1>(key, place);
-
   if constexpr (NUM_GROUPS > 1) {
-    if (!in_best_group(key[0], PER > 1 ? key[PER > 1] : 0, p.top_k_groups)) {
+    u32 one = 0, two = 0;
 #pragma unroll
-      for (int i = 0; i < PER; ++i) key[i] = 0;
+    for (int i = 0; i < PER; ++i) {
+      if constexpr (BIASED) two = max(two, min(one, key[i]));
+      one = max(one, key[i]);
+    }
+    if (!in_best_group(one, two, p.top_k_groups)) {
+#pragma unroll
+      for (int i = 0; i < PER; ++i) key[i] = word[i] = 0;
     }
   }
+  if constexpr (PER > 1) sort_words<1, 1>(word);
 
   u32 mine = 0;
-#pragma unroll 1
-  for (u32 k = 0; k < top_k; ++k) {
-    const u32 best = __reduce_max_sync(ALL, key[0]);
-    u32 chosen;
-    bool gives = key[0] == best;
-    if constexpr (PACKED) {
-      chosen = BELOW - (best & BELOW);
-    } else {
-      const u32 winner = __ffs(__ballot_sync(ALL, gives)) - 1;
-      chosen = __shfl_sync(ALL, first + place[0], winner);
-      gives = lane == winner;
-    }
-#pragma unroll
-    for (int i = 0; i + 1 < PER; ++i) {
-      key[i] = gives ? key[i + 1] : key[i];
-      if constexpr (!PACKED) place[i] = gives ? place[i + 1] : place[i];
-    }
-    if (gives) key[PER - 1] = 0;
+  auto take = [&](u32 k, u32 chosen) {
     if (k < 32) mine = lane == k ? chosen : mine;
     else if (lane == k % 32) p.topk_ids[static_cast<i64>(token) * top_k + k] = chosen;
+  };
+  u32 before = ALL;
+  bool close = false;  // whether two of the best, or the last of them and the next, have the same bits above
+#pragma unroll 1
+  for (u32 k = 0; k < top_k + (EXACT ? 0 : 1); ++k) {
+    const u32 best = __reduce_max_sync(ALL, word[0]);
+    if constexpr (!EXACT) {
+      close = close || ((best ^ before) & ~BELOW) == 0;
+      before = best;
+      if (k == top_k) break;
+    }
+    take(k, BELOW - (best & BELOW));
+    const bool gives = word[0] == best;
+#pragma unroll
+    for (int i = 0; i + 1 < PER; ++i) word[i] = gives ? word[i + 1] : word[i];
+    if (gives) word[PER - 1] = 0;
+  }
+  if (!EXACT && close && !__all_sync(ALL, whole)) {  // again, by keys: of several lanes with the largest the lowest gives
+#pragma unroll 1
+    for (u32 k = 0; k < top_k; ++k) {
+      u32 best, at;
+      find_best<PER>(key, 0, best, at);
+      const u32 winner = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
+      take(k, __shfl_sync(ALL, first + at, winner));
+      if (lane != winner) at = PER;
+#pragma unroll
+      for (int i = 0; i < PER; ++i) key[i] = at == i ? 0 : key[i];
+    }
   }
   return {row, settle(p, token, lane, mine, sum), largest, sum};
 }

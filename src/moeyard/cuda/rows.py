@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.launch import SETTINGS, Launch, current_device, current_stream, make_room
-from moeyard.cuda.plan import WARP, RowPlan, block_row_plan, division, row_plan
+from moeyard.cuda.plan import WARP, RowPlan, division, row_plan, whole_row_plan
 
 _Launcher = Callable[..., None]
 _KINDS = {torch.float32: "FLOAT32", torch.bfloat16: "BFLOAT16", torch.float16: "FLOAT16"}
@@ -215,14 +215,15 @@ def permute_to_fp8_launch(
     launch = _READY.get(key)
     if launch is None:
         words = row_bytes // word
-        plan = chosen or (row_plan(num_tokens, words, 1) if grouped else block_row_plan(words))
+        plan = chosen or (row_plan(num_tokens, words, 1) if grouped else whole_row_plan(num_tokens, words))
         defines = (
             ("ROW_KIND", _KINDS[hidden_states.dtype]),
             ("WORD", word),
             ("GROUPS", "true" if grouped else "false"),
-            ("WHOLE_ROW", "true" if words <= plan.threads * plan.loads else "false"),
+            ("WHOLE_ROW", "true" if words <= plan.team * plan.loads else "false"),
+            ("THREADS_A_ROW", plan.team),
         )
-        blocks = None if grouped else num_tokens
+        blocks = None if grouped else -(-num_tokens // (plan.threads // plan.team))
         sizes = (top_k, words, stride)
         launch = _prepare(key, "quantize.cu", plan, defines, 4, num_tokens, words, sizes, blocks)
     stream = current_stream(current_device())
