@@ -117,7 +117,7 @@ def test_lanes_hold_every_expert_of_their_group(experts: int, groups: int) -> No
 def test_one_launch_for_small_batches(card: Card, experts: int) -> None:
     for tokens, top_k in ((0, 8), (1, 8), (4, 8), (5, 2), (8, 8), (9, 8), (16, 10), (64, 8), (65, 10), (3, 33)):
         chosen = decode_plan(tokens, top_k, experts, layout_capacity(tokens * top_k, experts, 16), card)
-        if not tokens or tokens > 64 or top_k > WARP or (tokens > 8 and not card.clusters):
+        if not tokens or tokens > 64 or top_k > WARP or (tokens > 16 and not card.clusters):
             assert chosen is None
         else:
             assert chosen is not None and chosen.align.places >= tokens * top_k

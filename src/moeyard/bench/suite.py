@@ -24,7 +24,7 @@ SUITES = {
         "vllm-grid": ["--workload", "vllm-grid"],
         "rows": [
             *("--workload", "models", "--workload", "fp8", "--workload", "router", "--workload", "grouped"),
-            *("--workload", "decode", "--provider", "moeyard:cuda", "--provider", "vllm"),
+            *("--workload", "decode", "--provider", "moeyard:cuda", "--provider", "vllm", "--rounds", "15"),
         ],
     },
 }

@@ -29,7 +29,8 @@ __device__ __forceinline__ void align(const Parameters& p) {
   auto owner = [](u32 e) { return (e >> 5) % CLUSTER_SIZE; };  // grid: the block of a cluster that adds up an expert
 
   // which part of the routes this block counts, and which span of it this block places
-  const u32 part = HOW == CLUSTER ? rank_in_cluster : 0, spans = HOW == CLUSTER ? number_of_clusters() : aligning_blocks();
+  const u32 spans = HOW == CLUSTER ? number_of_clusters() : aligning_blocks();
+  const u32 part = HOW == CLUSTER ? rank_in_cluster : 0;
   const u32 own_span = HOW == CLUSTER ? cluster_number() : blockIdx.x, span = HOW == LONG ? TILE * p.tiles : TILE;
   const u32 part_start = min(part * spans * span, num_routes), part_stop = min(part_start + spans * span, num_routes);
   const u32 start = min(part_start + own_span * span, num_routes), stop = min(start + span, num_routes);

@@ -194,18 +194,18 @@ def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
     loads = 8
     while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
         loads //= 2
-    if rows_at_once > 1 or loads < 8:
-        return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
-    return RowPlan(loads, 1024)
+    if loads == 8:
+        return RowPlan(loads, 1024)
+    return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
 
 
 def whole_row_plan(rows: int, words: int) -> RowPlan:
-    """A team of threads a row, all of it in registers as far as they go; blocks of several teams where rows are many."""
+    """A team of threads a row, all of it in registers as far as they go; blocks of several small teams."""
     team = WARP
     while team < 512 and 4 * team < words:
         team *= 2
     loads = min(-(-words // team), 4)
-    return RowPlan(loads, max(team, 256 if rows * words >= 4 * _ENOUGH_WORDS else 0), team=team)
+    return RowPlan(loads, max(team, 128 if rows * words >= 4 * _ENOUGH_WORDS else 0), team=team)
 
 
 _ENOUGH_WORDS = 1 << 16
@@ -260,12 +260,11 @@ def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: i
     num_routes = num_tokens * top_k
     if not num_routes or top_k > WARP:
         return None
-    if num_routes <= WARP and num_tokens <= 4:
-        tiny = plan(num_routes, num_local_experts, capacity, card)
-        return DecodePlan(tiny, 1)
-    peers, grid, threads = 1, 16, 256
-    if num_tokens > 8:
-        peers, grid, threads = CLUSTER, CLUSTER, 512
+    if num_routes <= WARP and num_tokens <= 2:
+        return DecodePlan(plan(num_routes, num_local_experts, capacity, card), 1)
+    peers, grid, threads = 1, 32, 256 if num_tokens <= 8 else 512
+    if num_tokens > 16:
+        peers, grid = CLUSTER, CLUSTER
     if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
         return None
     aligning = _sized("ALONE", num_routes, grid, 1, threads, num_local_experts)

@@ -3,8 +3,8 @@
 // A warp has a token: every lane a few consecutive experts, all of one group, so that lower lanes have lower experts.
 // A word holds what is above of an expert's key (its logit, or its score and bias) and, below, the expert from the end,
 // so no two words are the same. Lanes sort theirs; every round takes the largest, by one reduction of the warp, from
-// the lane that has it first. Words hold all of a 16-bit logit. Where they do not hold all of float32 keys, and two of
-// the best have the same bits above, the warp chooses again by whole keys, which takes longer.
+// the lane that has it first. Words hold all of a 16-bit logit. Where they do not hold all of float32 keys, and some of
+// the best have the same bits above, the warp takes all that have, and ranks what it took by whole keys.
 //
 // More experts than a warp holds, or more groups: route_block.cu.
 

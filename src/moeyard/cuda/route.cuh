@@ -58,11 +58,13 @@ __device__ __forceinline__ float sum_warp(float value) {
   return value;
 }
 
-// The score that ranks, for a bias: plain exponentials, within 3e-7 of the score. What is NaN counts as 0.
-__device__ __forceinline__ float rough_score(float logit, float largest, float inverse_sum) {
-  const float score = SIGMOID ? reciprocal(1.0f + power_of_two(-LOG2_E * logit))
-                              : power_of_two((logit - largest) * LOG2_E) * inverse_sum;
-  return score == score ? score : 0.0f;
+// What ranks an expert: its logit or, if there is a bias, score + bias, from plain exponentials: within 3e-7. A score
+// that is NaN counts as 0. Rounded step by step, so that the same arguments always give the same bits.
+__device__ __forceinline__ float ranked_by(float logit, float bias, float largest, float inverse_sum) {
+  if constexpr (!BIASED) return logit;
+  const float score = SIGMOID ? reciprocal(__fadd_rn(1.0f, power_of_two(__fmul_rn(-LOG2_E, logit))))
+                              : __fmul_rn(power_of_two(__fmul_rn(__fsub_rn(logit, largest), LOG2_E)), inverse_sum);
+  return __fadd_rn(score == score ? score : 0.0f, bias);
 }
 
 __device__ __forceinline__ float logit_at(const u8* row, u32 expert) {

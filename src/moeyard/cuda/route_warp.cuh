@@ -120,8 +120,7 @@ __device__ __forceinline__ Chosen choose(const Router& p, u32 token) {
   bool whole = true;  // whether words leave out nothing of any key
 #pragma unroll
   for (int i = 0; i < PER; ++i) {
-    if constexpr (BIASED) value[i] = rough_score(value[i], largest, inverse_sum) + added[i];
-    key[i] = first + i < stop ? key_of(value[i]) : 0;
+    key[i] = first + i < stop ? key_of(ranked_by(value[i], BIASED ? added[i] : 0.0f, largest, inverse_sum)) : 0;
     word[i] = key[i] ? (key[i] & ~BELOW) | (BELOW - first - i) : 0;
     whole = whole && (key[i] & BELOW) == (static_cast<int>(key[i]) < 0 ? 0 : key[i] ? BELOW : 0);
   }
@@ -139,37 +138,57 @@ __device__ __forceinline__ Chosen choose(const Router& p, u32 token) {
   }
   if constexpr (PER > 1) sort_words<1, 1>(word);
 
-  u32 mine = 0;
+  u32 mine = 0, taken = 0, before = ALL;
   auto take = [&](u32 k, u32 chosen) {
     if (k < 32) mine = lane == k ? chosen : mine;
     else if (lane == k % 32) p.topk_ids[static_cast<i64>(token) * top_k + k] = chosen;
   };
-  u32 before = ALL;
   bool close = false;  // whether two of the best, or the last of them and the next, have the same bits above
 #pragma unroll 1
-  for (u32 k = 0; k < top_k + (EXACT ? 0 : 1); ++k) {
+  while (true) {
     const u32 best = __reduce_max_sync(ALL, word[0]);
-    if constexpr (!EXACT) {
-      close = close || ((best ^ before) & ~BELOW) == 0;
-      before = best;
-      if (k == top_k) break;
+    const bool alike = !EXACT && ((best ^ before) & ~BELOW) == 0;
+    if (taken >= top_k && (!alike || taken >= 32)) {
+      close = close || alike;
+      break;
     }
-    take(k, BELOW - (best & BELOW));
+    close = close || alike;
+    before = best;
+    take(taken++, BELOW - (best & BELOW));
+    if (EXACT && taken == top_k) break;
     const bool gives = word[0] == best;
 #pragma unroll
     for (int i = 0; i + 1 < PER; ++i) word[i] = gives ? word[i + 1] : word[i];
     if (gives) word[PER - 1] = 0;
   }
-  if (!EXACT && close && !__all_sync(ALL, whole)) {  // again, by keys: of several lanes with the largest the lowest gives
+  if (!EXACT && close && !__all_sync(ALL, whole)) {
+    if (taken < 32) {  // those that are alike are all here: ranked by whole keys
+      u32 own = 0, rank = 0;
+      const float bias = BIASED && lane < taken ? __ldg(p.bias + mine) : 0.0f;
+      if (lane < taken) own = key_of(ranked_by(logit_at(row, mine), bias, largest, inverse_sum));
 #pragma unroll 1
-    for (u32 k = 0; k < top_k; ++k) {
-      u32 best, at;
-      find_best<PER>(key, 0, best, at);
-      const u32 winner = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
-      take(k, __shfl_sync(ALL, first + at, winner));
-      if (lane != winner) at = PER;
+      for (u32 k = 0; k < taken; ++k) {
+        const u32 other = __shfl_sync(ALL, own, k), its = __shfl_sync(ALL, mine, k);
+        if (other > own || (other == own && its < mine)) ++rank;
+      }
+      u32 settled = 0;
+#pragma unroll 1
+      for (u32 k = 0; k < taken; ++k) {
+        const u32 its_rank = __shfl_sync(ALL, rank, k), its = __shfl_sync(ALL, mine, k);
+        if (its_rank == lane) settled = its;
+      }
+      mine = settled;
+    } else {  // again, by whole keys: of several lanes with the largest the lowest gives
+#pragma unroll 1
+      for (u32 k = 0; k < top_k; ++k) {
+        u32 best, at;
+        find_best<PER>(key, 0, best, at);
+        const u32 winner = __ffs(__ballot_sync(ALL, best == __reduce_max_sync(ALL, best))) - 1;
+        take(k, __shfl_sync(ALL, first + at, winner));
+        if (lane != winner) at = PER;
 #pragma unroll
-      for (int i = 0; i < PER; ++i) key[i] = at == i ? 0 : key[i];
+        for (int i = 0; i < PER; ++i) key[i] = at == i ? 0 : key[i];
+      }
     }
   }
   return {row, settle(p, token, lane, mine, sum), largest, sum};

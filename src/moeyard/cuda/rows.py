@@ -60,7 +60,7 @@ def permute_launch(
     )  # fmt: skip
     launch = _READY.get(key)
     if launch is None:
-        plan = chosen or row_plan(num_tokens, row_bytes // word, 1)
+        plan = chosen or row_plan(num_tokens, row_bytes // word, 1 if top_k > 4 else 2)
         sizes = (top_k, row_bytes // word, stride, scale_bytes // (scale_word or 1), scale_stride)
         launch = _prepare(key, "send.cu", plan, (("WORD", word), ("SCALE_WORD", scale_word)), 5, num_tokens,
                           row_bytes // word, sizes)  # fmt: skip
@@ -215,7 +215,7 @@ def permute_to_fp8_launch(
     launch = _READY.get(key)
     if launch is None:
         words = row_bytes // word
-        plan = chosen or (row_plan(num_tokens, words, 1) if grouped else whole_row_plan(num_tokens, words))
+        plan = chosen or (row_plan(num_tokens, words, 2) if grouped else whole_row_plan(num_tokens, words))
         defines = (
             ("ROW_KIND", _KINDS[hidden_states.dtype]),
             ("WORD", word),

@@ -29,8 +29,8 @@ __device__ __forceinline__ int row_of(const void* routes, const int* expert_map,
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 1024 / BLOCK) sum_kernel(
-    const u8* rows, const void* routes, const float* weights, const int* expert_map, u8* out, i64 num_tokens, i64 pieces,
-    i64 magic, i64 shift, i64 top_k_, i64 words_, i64 token_stride, i64 row_stride, i64 num_experts) {
+    const u8* rows, const void* routes, const float* weights, const int* expert_map, u8* out, i64 num_tokens,
+    i64 pieces, i64 magic, i64 shift, i64 top_k_, i64 words_, i64 token_stride, i64 row_stride, i64 num_experts) {
   typedef typename WordOf<BYTES>::Type Word;
   u32 token, piece;
   if (!find_piece({num_tokens, pieces, magic, shift}, WARPS, token, piece)) return;
