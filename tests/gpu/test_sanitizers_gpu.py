@@ -18,7 +18,7 @@ import torch, moeyard
 gen = torch.Generator().manual_seed(1)
 for tokens, hidden, experts, top_k, block in ((3, 136, 8, 2, 4), (70, 2048, 16, 8, 1), (9, 260, 64, 12, 8)):
     for kind in (torch.float32, torch.bfloat16):
-        logits = torch.randn(tokens, experts, generator=gen).to(kind).cuda()  # made on the host: no kernel but ours runs
+        logits = torch.randn(tokens, experts, generator=gen).to(kind).cuda()  # from the host: no kernel but ours runs
         for groups, scoring, bias in ((1, "softmax", None), (4, "sigmoid", torch.rand(experts, generator=gen).cuda())):
             options = dict(num_groups=groups, top_k_groups=groups, scoring=scoring, selection_bias=bias)
             routing = moeyard.route(logits, top_k=top_k, impl="cuda", renormalize=True, **options)
