@@ -94,6 +94,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
         reason = impls.explain(op, device, dtype).reasons[impl]
         if impl != "reference" and (reason == "chosen" or reason.startswith("comes after")):
             found.append(Provider("moeyard", impl, _moeyard(case, impl)))
+    if case.op == "route_and_align" and device.type == "cuda" and "cuda" in (p.impl for p in found):
+        found.append(Provider("moeyard", "cuda-one-by-one", _one_by_one(case)))
     if case.op in plain.OPS:
         found.append(Provider("torch", "plain", plain.plain(case), waits=True))
     if case.op == "moe_align_block_size" and device.type == "cpu" and impls.installed("numba"):
@@ -205,6 +207,19 @@ def _moeyard(case: Case, impl: str) -> Callable[[Any], Any]:
         if not out:
             out.append(result)
         return result.rows if case.op == "permute" else result
+
+    return run
+
+
+def _one_by_one(case: Case) -> Callable[[Any], Any]:
+    """Router, then alignment: what `route_and_align` does for large batches, in two launches."""
+
+    def run(inputs: Any) -> Any:
+        routing = moeyard.route(inputs.router_logits, impl="cuda", **inputs.options)
+        layout = moeyard.moe_align_block_size(
+            routing.topk_ids, num_experts=case["num_experts"], block_size=case["block_size"], impl="cuda"
+        )
+        return routing, layout
 
     return run
 

@@ -24,7 +24,8 @@ SUITES = {
         "vllm-grid": ["--workload", "vllm-grid"],
         "rows": [
             *("--workload", "models", "--workload", "fp8", "--workload", "router", "--workload", "grouped"),
-            *("--workload", "decode", "--provider", "moeyard:cuda", "--provider", "vllm", "--rounds", "15"),
+            *("--workload", "decode", "--rounds", "15", "--provider", "moeyard:cuda"),
+            *("--provider", "moeyard:cuda-one-by-one", "--provider", "vllm"),
         ],
     },
 }
