@@ -15,7 +15,7 @@ from moeyard import Layout
 from moeyard.bench import docs, plots, providers, results, run, suite, workloads
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_in_turn
-from moeyard.bench.verify import layout_error, rows_error, sum_error
+from moeyard.bench.verify import fp8_error, layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
 
@@ -86,6 +86,26 @@ def test_the_gate_rejects_every_mutant(mutant: str, stable: bool) -> None:
         assert layout_error(ids, 16, 16, wrong, stable=False) is None
         return
     assert layout_error(ids, 16, 16, wrong, stable=stable)
+
+
+@pytest.mark.parametrize("group_size", [None, 128])
+def test_the_gate_of_quantised_rows_rejects_mutants(group_size: int | None) -> None:
+    hidden = torch.randn(30, 256).bfloat16()
+    layout = moeyard.moe_align_block_size(draw("dropped", 30, 6, 2), num_experts=6, block_size=4)
+    right = moeyard.permute_to_fp8(hidden, layout, group_size=group_size)
+    assert fp8_error(hidden, layout, right, group_size) is None
+    slot = int(layout.route_rows[layout.route_rows >= 0][0])
+    rows = moeyard.Permuted(right.rows.clone(), right.scales)
+    rows.rows.view(torch.uint8)[slot, 7] ^= 1
+    assert (
+        fp8_error(hidden, layout, rows, group_size) == f"1 of {int(layout.expert_counts.sum())} quantised rows "
+        "differ from their token's"
+    )
+    assert right.scales is not None
+    scales = moeyard.Permuted(right.rows, right.scales.clone())
+    assert scales.scales is not None
+    scales.scales.view(torch.int32).view(layout.capacity, -1)[slot, 0] += 1
+    assert fp8_error(hidden, layout, scales, group_size) == "scales differ from those of the tokens"
 
 
 def test_the_gates_of_rows_reject_mutants() -> None:

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 from moeyard.cuda import compile as building
-from moeyard.cuda.plan import MAX_ROUNDS, WARP, Card, division, plan
+from moeyard.cuda.plan import (
+    MAX_ROUNDS,
+    WARP,
+    Card,
+    decode_plan,
+    division,
+    plan,
+    router_plan,
+    row_plan,
+    whole_row_plan,
+)
 from moeyard.tiles import layout_capacity
 from support import python
 
@@ -42,6 +52,91 @@ def test_sources_compile_everywhere(arch: str) -> None:
         assert b"batched_align_kernel" in building.compile_source(
             text, (("BLOCK", "256"), ("EXPERTS_A_THREAD", per)), arch
         )
+
+
+ROUTERS = [
+    "8 1 BFLOAT16 false false 32 1 false 2 4",
+    "256 1 BFLOAT16 false false 32 8 true 16 16",
+    "256 8 FLOAT32 true true 4 8 true 16 16",
+    "60 3 FLOAT16 false true 8 3 false 2 4",
+]
+ROUTER_NAMES = (
+    "NUM_EXPERTS GROUPS LOGIT_KIND SIGMOID_SCORES SELECTION_BIAS LANES_A_GROUP EXPERTS_A_LANE ALL_LANES_FULL WORD "
+    "BIAS_WORD"
+).split()
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sources_of_rows_and_routers_compile_everywhere(arch: str) -> None:
+    pytest.importorskip("cuda.core")
+
+    def code(source: str, **defines: object) -> bytes:
+        text = (Path(building.__file__).parent / source).read_text()
+        return building.compile_source(text, tuple((name, str(value)) for name, value in defines.items()), arch)
+
+    for word, scale_word in ((16, 0), (8, 4), (1, 1)):
+        made = code("send.cu", BLOCK=256, LOADS=2, STORE="__stcs", MAP_TYPE="i64", WORD=word, SCALE_WORD=scale_word)
+        assert b"permute_kernel" in made and b"shuffle_kernel" in made
+    for kind, word, top_k, routes in (
+        ("FLOAT32", 16, 2, "MAPPED"),
+        ("BFLOAT16", 2, 0, "BY_MAP"),
+        ("FLOAT16", 8, 8, "BY_ID"),
+    ):
+        options = {"ROW_KIND": kind, "WORD": word, "STATIC_TOP_K": top_k, "ROUTES": routes, "ID": "int"}
+        assert b"sum_kernel" in code("sum.cu", BLOCK=128, LOADS=1, STORE="__stcs", WEIGHTS="true", **options)
+        for grouped in ("false",) if word == 2 else ("false", "true"):
+            options = {"ROW_KIND": kind, "WORD": word, "GROUPS": grouped, "WHOLE_ROW": "true", "THREADS_A_ROW": 64}
+            assert b"quantize_kernel" in code("quantize.cu", BLOCK=128, LOADS=2, STORE="__stcs", **options)
+    for values in ROUTERS:
+        defines = dict(zip(ROUTER_NAMES, values.split(), strict=True))
+        assert b"route_kernel" in code("route.cu", **defines)
+        for way in VARIANTS[0], VARIANTS[2]:
+            made = code("route_align.cu", **defines, **dict(way), SHARED_IDS=1, BLOCKS_THAT_SHARE=8)
+            assert b"route_align_kernel" in made
+    some = {"NUM_EXPERTS": 2048, "GROUPS": 64, "LOGIT_KIND": "FLOAT16", "SIGMOID_SCORES": "true"}
+    assert b"route_block_kernel" in code("route_block.cu", **some, SELECTION_BIAS="true")
+
+
+@pytest.mark.parametrize("experts", [1, 4, 60, 64, 256, 512, 1024, 1025, 8192])
+@pytest.mark.parametrize("groups", [1, 2, 3, 8, 32, 33])
+def test_lanes_hold_every_expert_of_their_group(experts: int, groups: int) -> None:
+    if experts % groups:
+        pytest.skip("groups are equal")
+    chosen = router_plan(experts, groups)
+    if groups > WARP or experts // groups > WARP // min(groups, WARP) * 32:
+        assert chosen is None or experts // groups <= chosen.lanes_a_group * chosen.experts_a_lane
+    if chosen is not None:
+        assert chosen.lanes_a_group * groups <= WARP
+        held = chosen.lanes_a_group * chosen.experts_a_lane
+        assert held >= experts // groups
+        assert chosen.full == (held == experts // groups and chosen.lanes_a_group * groups == WARP)
+
+
+@pytest.mark.parametrize("card", [H200, Card(108, 166912, False)], ids=str)
+@pytest.mark.parametrize("experts", [8, 64, 256, 512])
+def test_one_launch_for_small_batches(card: Card, experts: int) -> None:
+    for tokens, top_k in ((0, 8), (1, 8), (4, 8), (5, 2), (8, 8), (9, 8), (16, 10), (64, 8), (65, 10), (3, 33)):
+        chosen = decode_plan(tokens, top_k, experts, layout_capacity(tokens * top_k, experts, 16), card)
+        if not tokens or tokens > 64 or top_k > WARP or (tokens > 16 and not card.clusters):
+            assert chosen is None
+        else:
+            assert chosen is not None and chosen.align.places >= tokens * top_k
+            assert chosen.align.exchange in ("TINY", "ALONE") and chosen.align.cluster == 1
+            assert chosen.peers in (1, chosen.align.grid)
+            assert chosen.peers * chosen.align.threads // WARP >= tokens, "a warp a token"
+            assert chosen.align.shared_bytes(experts) + 4 * tokens * top_k + 16 <= card.shared_limit
+
+
+@pytest.mark.parametrize("words", [1, 31, 128, 360, 896, 5000])
+@pytest.mark.parametrize("rows", [1, 64, 8192, 10**6])
+def test_rows_are_cut_so_that_enough_warps_work(rows: int, words: int) -> None:
+    for at_once in (1, 2, 8):
+        chosen = row_plan(rows, words, at_once)
+        assert chosen.loads in (1, 2, 4, 8) and chosen.threads % WARP == 0 and chosen.threads <= 1024
+        assert chosen.loads == 1 or (chosen.loads * at_once <= 8 and chosen.loads * WARP < 2 * words)
+    whole = whole_row_plan(rows, words)
+    assert whole.threads % whole.team == 0 and whole.team % WARP == 0 and whole.threads <= 1024
+    assert whole.team * whole.loads >= min(words, 2048)
 
 
 def test_a_source_that_does_not_compile_says_why() -> None:

@@ -24,12 +24,12 @@ ARROWS = {  # module -> what of moeyard it may import
     "library": {"values", "ids", "impls", "outputs"},
     "library_layer": {"values", "ids", "library"},
     "reference_layer": {"values", "reference"},
-    "router": {"values", "checks", "impls", "library", "library_layer", "layout"},
+    "router": {"values", "tiles", "checks", "impls", "outputs", "library", "library_layer", "layout"},
     "activation": {"values", "checks", "impls", "library", "library_layer"},
     "grouped_gemm": {"values", "checks", "impls", "library", "library_layer"},
     "experts": {"values", "ids", "checks", "impls", "library", "library_layer", "router", "activation"},
     "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
-    "permute": {"values", "ids", "checks", "impls", "library"},
+    "permute": {"values", "ids", "checks", "impls", "outputs", "library"},
     "combine": {"values", "ids", "checks", "impls", "library"},
     "warmup": {"impls", "layout", "permute", "combine", "values", "router", "activation", "grouped_gemm", "experts"},
     "vectorised": {"values", "tiles", "ids", "vectorised"},
@@ -42,7 +42,7 @@ ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size combine "
     "empty_layout explain fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum "
-    "permute route route_and_align shuffle_rows warmup"
+    "permute permute_to_fp8 route route_and_align shuffle_rows warmup"
 ).split()
 
 
@@ -172,8 +172,9 @@ def test_nothing_inherits_beyond_what_is_allowed() -> None:
 
 def test_explain_names_every_implementation() -> None:
     seen = moeyard.explain("combine", "cuda")
-    assert seen.chosen == "torch"
+    chosen = "cuda" if all(moeyard.impls.installed(name) for name in ("cuda.core", "cuda.bindings")) else "torch"
+    assert seen.chosen == chosen
     assert seen.reasons["cpu"] == "takes CPU tensors, got cuda"
-    assert str(seen).splitlines()[0] == "combine on cuda (bfloat16): torch"
+    assert str(seen).splitlines()[0] == f"combine on cuda (bfloat16): {chosen}"
     with pytest.raises(ValueError, match="op: expected one of"):
         moeyard.explain("softmax")

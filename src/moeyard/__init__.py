@@ -10,7 +10,7 @@ from moeyard.grouped_gemm import grouped_gemm
 from moeyard.impls import explain
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.outputs import empty_layout
-from moeyard.permute import permute, shuffle_rows
+from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.router import route, route_and_align
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
@@ -36,6 +36,7 @@ __all__ = [
     "moe_lora_align_block_size",
     "moe_sum",
     "permute",
+    "permute_to_fp8",
     "route",
     "route_and_align",
     "shuffle_rows",

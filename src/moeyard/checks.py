@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeyard.values import INT32_MAX, ExpertWeights
+from moeyard.values import INT32_MAX, MAX_EXPERTS, ExpertWeights, Routing
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of rows that are computed with."""
+SCORINGS = ("softmax", "sigmoid")
 _ID_SET = frozenset(ID_DTYPES)
 
 
@@ -109,3 +110,43 @@ def refuse_gradients(**tensors: Tensor | None) -> None:
                 f"{name}: expected a tensor that needs no gradient (this op has none yet: torch.no_grad()), "
                 "got one with requires_grad=True"
             )
+
+
+def check_router_options(
+    router_logits: Tensor,
+    top_k: int,
+    scoring: str,
+    selection_bias: Tensor | None,
+    num_groups: int,
+    top_k_groups: int,
+    is_padding: Tensor | None,
+) -> None:
+    """The options of a router are in range and fit logits [T, E]."""
+    num_tokens, num_experts = router_logits.shape
+    check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
+    if num_groups != 1 or top_k_groups != 1:
+        check_int("num_groups", num_groups, low=1, high=num_experts)
+        if num_experts % num_groups:
+            raise ValueError(f"num_groups: expected a divisor of num_experts={num_experts}, got {num_groups}")
+        check_int("top_k_groups", top_k_groups, low=1, high=num_groups)
+    check_int("top_k", top_k, low=1, high=top_k_groups * (num_experts // num_groups))
+    if selection_bias is not None:
+        check_tensor("selection_bias", selection_bias, dtypes=(torch.float32,), ndim=(1,), device=router_logits.device)
+        check_shape("selection_bias", selection_bias, (num_experts,), "one an expert")
+        if selection_bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "selection_bias: expected a tensor that needs no gradient, got one with requires_grad=True"
+            )
+    if is_padding is not None:
+        check_tensor("is_padding", is_padding, dtypes=(torch.bool,), ndim=(1,), device=router_logits.device)
+        check_shape("is_padding", is_padding, (num_tokens,), "one a token")
+
+
+def check_routing_out(out: object, shape: tuple[int, int], device: torch.device) -> None:
+    """`out` is a routing of this shape on `device`."""
+    if not isinstance(out, Routing):
+        raise TypeError(f"out: expected a Routing, got {type(out).__name__}")
+    check_out("out.topk_weights", out.topk_weights, shape, torch.float32, device)
+    check_out("out.topk_ids", out.topk_ids, shape, torch.int32, device)

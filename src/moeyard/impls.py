@@ -38,6 +38,8 @@ class Impl:
     """"module:function" of a launcher of the op's first outputs alone, where that is quicker."""
     repeater: str = ""
     """"module:function" that prepares the same call again, for other ids and the same outputs."""
+    with_layout: str = ""
+    """"module:function" of a launcher that fills a layout as well; it says False where it would not be quicker."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,18 @@ def _cuda(call: Call) -> str | None:
     return None
 
 
-def _cpu_sums(call: Call) -> str | None:
+def _sums(call: Call) -> str | None:
     if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32: takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    return _cpu(call)
+    return None
+
+
+def _cpu_sums(call: Call) -> str | None:
+    return _sums(call) or _cpu(call)
+
+
+def _cuda_sums(call: Call) -> str | None:
+    return _sums(call) or _cuda(call)
 
 
 def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
@@ -125,15 +135,44 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
-    "route": (Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums), *_shared("router:route_launch")),
+    "route": (
+        Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
+        Impl(
+            "cuda",
+            "moeyard.cuda.router:route_launch",
+            _cuda_sums,
+            with_layout="moeyard.cuda.decode:route_and_align_launch",
+        ),
+        *_shared("router:route_launch"),
+    ),
     "grouped_gemm": _layer("products:grouped_gemm_launch"),
     "activate": _layer("experts:activate_launch"),
     "fused_experts": _layer("experts:fused_experts_launch"),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
-    "permute": (Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu), *_shared("rows:permute_launch")),
-    "shuffle_rows": (Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu), *_shared("rows:shuffle_rows_launch")),
-    "combine": (Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums), *_shared("rows:combine_launch")),
-    "moe_sum": (Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums), *_shared("rows:moe_sum_launch")),
+    "permute": (
+        Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.rows:permute_launch", _cuda),
+        *_shared("rows:permute_launch"),
+    ),
+    "permute_to_fp8": (
+        Impl("cuda", "moeyard.cuda.rows:permute_to_fp8_launch", _cuda_sums),
+        *_shared("rows:permute_to_fp8_launch"),
+    ),
+    "shuffle_rows": (
+        Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.rows:shuffle_rows_launch", _cuda),
+        *_shared("rows:shuffle_rows_launch"),
+    ),
+    "combine": (
+        Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums),
+        Impl("cuda", "moeyard.cuda.rows:combine_launch", _cuda_sums),
+        *_shared("rows:combine_launch"),
+    ),
+    "moe_sum": (
+        Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums),
+        Impl("cuda", "moeyard.cuda.rows:moe_sum_launch", _cuda_sums),
+        *_shared("rows:moe_sum_launch"),
+    ),
 }
 
 
@@ -179,6 +218,13 @@ def first_outputs_launcher(op: str, device: torch.device, dtype: torch.dtype) ->
 def repeater(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """What prepares the same call again for the implementation that `launcher` finds; None if it has nothing."""
     target = _choose(op, impl, device, dtype).repeater
+    return _load(target) if target else None
+
+
+@cache
+def with_layout_launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., bool] | None:
+    """The launcher of a routing and its layout together for the implementation that `launcher` finds, or None."""
+    target = _choose(op, impl, device, dtype).with_layout
     return _load(target) if target else None
 
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from moeyard.ids import local_expert_ids, narrow_ids
 from moeyard.impls import launcher
-from moeyard.outputs import allocate_layout, batched_lengths, layout_lengths
+from moeyard.outputs import allocate_fp8, allocate_layout, batched_lengths, layout_lengths
 from moeyard.values import Layout
 
 _LIBRARY = torch.library.Library("moeyard", "DEF")
@@ -163,6 +163,26 @@ def _permute(
     )
 
 
+def _permute_to_fp8(
+    out: tuple[Tensor, Tensor],
+    hidden_states: Tensor,
+    sorted_token_ids: Tensor,
+    route_rows: Tensor,
+    top_k: int,
+    group_size: int | None,
+    impl: str,
+) -> None:
+    find("permute_to_fp8", impl, hidden_states)(
+        hidden_states,
+        sorted_token_ids=sorted_token_ids,
+        route_rows=route_rows,
+        top_k=top_k,
+        group_size=group_size,
+        rows=out[0],
+        row_scales=out[1],
+    )
+
+
 def _shuffle_rows(out: Tensor, input: Tensor, dst2src_map: Tensor, impl: str) -> None:
     find("shuffle_rows", impl, input)(input, dst2src_map, out=out)
 
@@ -180,6 +200,12 @@ define(
     "str impl) -> (Tensor rows, Tensor row_scales)",
     _allocate_permuted,
     _permute,
+)
+define(
+    "permute_to_fp8(Tensor hidden_states, Tensor sorted_token_ids, Tensor route_rows, SymInt top_k, int? group_size, "
+    "str impl) -> (Tensor rows, Tensor row_scales)",
+    lambda rows, slots, _routes, _top_k, group_size, _impl: allocate_fp8(rows, slots.shape[0], group_size),
+    _permute_to_fp8,
 )
 define(
     "shuffle_rows(Tensor input, Tensor dst2src_map, str impl) -> Tensor",

@@ -1,4 +1,4 @@
-"""Outputs of the layout ops: how they are allocated, and whether a given one fits."""
+"""Outputs of the layout ops and of fp8 rows: how they are allocated, and whether a given one fits."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeyard.checks import check_int, check_out
 from moeyard.tiles import batched_layout_capacity, layout_capacity
-from moeyard.values import INT32_MAX, MAX_EXPERTS, Layout
+from moeyard.values import INT32_MAX, MAX_EXPERTS, Layout, Permuted, Routing
 
 _DTYPES = (torch.int32, torch.int32, torch.int32, torch.int64, torch.int32, torch.int32)
 
@@ -75,6 +75,20 @@ def allocate_layout_at_once(
     return Layout(slots, blocks, used, offsets.view(torch.int64), counts, routes, *sizes)
 
 
+def allocate_routing(router_logits: Tensor, top_k: int) -> Routing:
+    """An uninitialised routing of the tokens of logits [T, E]."""
+    weights, ids = router_logits.new_empty((2, router_logits.shape[0], top_k), dtype=torch.int32).unbind()
+    return Routing(weights.view(torch.float32), ids)
+
+
+def allocate_fp8(hidden_states: Tensor, capacity: int, group_size: int | None) -> tuple[Tensor, Tensor]:
+    """Uninitialised float8_e4m3fn rows [capacity, hidden_size] and their float32 scales: one a row, or one a group."""
+    hidden_size = hidden_states.shape[1]
+    groups = () if group_size is None else (hidden_size // group_size,)
+    rows = hidden_states.new_empty((capacity, hidden_size), dtype=torch.float8_e4m3fn)
+    return rows, hidden_states.new_empty((capacity, *groups), dtype=torch.float32)
+
+
 def empty_layout(
     num_routes: int,
     *,
@@ -122,3 +136,21 @@ def deliver(layout: Layout, out: Layout | None) -> Layout:
     sizes = (layout.num_experts, layout.num_local_experts, layout.block_size, layout.top_k)
     check_layout_out(out, lengths, sizes, layout.route_rows.device)
     return out.copy_(layout)
+
+
+def check_permuted_out(
+    out: object,
+    layout: Layout,
+    device: torch.device,
+    row: tuple[int, ...],
+    dtype: torch.dtype,
+    scales: tuple[tuple[int, ...], torch.dtype] | None,
+) -> None:
+    """`out` fits: `row` is the shape of a row; `scales` the shape of a row's scales and their dtype."""
+    if not isinstance(out, Permuted):
+        raise TypeError(f"out: expected a Permuted, got {type(out).__name__}")
+    check_out("out.rows", out.rows, (layout.capacity, *row), dtype, device)
+    if scales is not None:
+        check_out("out.scales", out.scales, (layout.capacity, *scales[0]), scales[1], device)
+    elif out.scales is not None:
+        raise ValueError("out.scales: expected None (no scales were given), got a tensor")

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from moeyard.checks import check_out, check_shape, check_tensor
+from moeyard.checks import check_int, check_out, check_shape, check_tensor
 from moeyard.impls import launcher
 from moeyard.library import goes_straight
+from moeyard.outputs import allocate_fp8, check_permuted_out
 from moeyard.values import Layout, Permuted
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def permute(
@@ -38,7 +41,10 @@ def permute(
         if scales.requires_grad and torch.is_grad_enabled():
             raise ValueError("scales: expected a tensor that needs no gradient, got one with requires_grad=True")
     if out is not None:
-        _check_permuted_out(out, hidden_states, scales, layout)
+        of_scales = None if scales is None else (tuple(scales.shape[1:]), scales.dtype)
+        check_permuted_out(
+            out, layout, hidden_states.device, tuple(hidden_states.shape[1:]), hidden_states.dtype, of_scales
+        )
     if not goes_straight(hidden_states, scales):
         rows, moved = torch.ops.moeyard.permute(
             hidden_states, scales, layout.sorted_token_ids, layout.route_rows, layout.top_k, impl
@@ -55,6 +61,63 @@ def permute(
         sorted_token_ids=layout.sorted_token_ids,
         route_rows=layout.route_rows,
         top_k=layout.top_k,
+        rows=out.rows,
+        row_scales=out.scales,
+    )
+    return out
+
+
+def permute_to_fp8(
+    hidden_states: Tensor,
+    layout: Layout,
+    *,
+    group_size: int | None = None,
+    out: Permuted | None = None,
+    impl: str = "auto",
+) -> Permuted:
+    """`permute` that quantises on its way: each row is read and quantised once, then written to its slots.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size] float32, bfloat16 or float16 of finite values; rows may be strided.
+        layout: as in `permute`.
+        group_size: None for one scale a token, 128 for one scale of 128 neighbours (hidden_size is a multiple then).
+        out: tensors to overwrite, of the shapes and dtypes of the result.
+
+    Returns `Permuted(rows [capacity, hidden_size] float8_e4m3fn, scales [capacity] or [capacity, hidden_size / 128]
+    float32)`: scale = max(largest magnitude, 1e-10) / 448, rows = value / scale rounded to nearest even, in float32.
+    A NaN or an infinity makes its scale NaN or infinite. Raises TypeError or ValueError naming the argument. Follows
+    vLLM's `per_token_group_quant_fp8` before its `moe_permute`.
+    """
+    check_tensor("hidden_states", hidden_states, dtypes=_FLOATS, ndim=(2,), device=layout.route_rows.device)
+    num_tokens, hidden_size = layout.num_routes // layout.top_k, hidden_states.shape[1]
+    check_shape("hidden_states", hidden_states, (num_tokens, hidden_size), "the tokens of layout")
+    if hidden_states.requires_grad and torch.is_grad_enabled():
+        raise ValueError("hidden_states: expected a tensor that needs no gradient, got one with requires_grad=True")
+    if group_size not in (None, 128):
+        raise ValueError(f"group_size: expected None or 128, got {group_size!r}")
+    if group_size is not None and hidden_size % group_size:
+        raise ValueError(f"hidden_states: expected a hidden size that is a multiple of {group_size}, got {hidden_size}")
+    check_int("hidden_states.shape[1]", hidden_size, low=1)
+    if out is not None:
+        groups = () if group_size is None else (hidden_size // group_size,)
+        check_permuted_out(
+            out, layout, hidden_states.device, (hidden_size,), torch.float8_e4m3fn, (groups, torch.float32)
+        )
+    if not goes_straight(hidden_states):
+        result = Permuted(
+            *torch.ops.moeyard.permute_to_fp8(
+                hidden_states, layout.sorted_token_ids, layout.route_rows, layout.top_k, group_size, impl
+            )
+        )
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = Permuted(*allocate_fp8(hidden_states, layout.capacity, group_size))
+    launcher("permute_to_fp8", impl, hidden_states.device, hidden_states.dtype)(
+        hidden_states,
+        sorted_token_ids=layout.sorted_token_ids,
+        route_rows=layout.route_rows,
+        top_k=layout.top_k,
+        group_size=group_size,
         rows=out.rows,
         row_scales=out.scales,
     )
@@ -83,15 +146,3 @@ def shuffle_rows(input: Tensor, dst2src_map: Tensor, *, out: Tensor | None = Non
         out = input.new_empty(shape)
     launcher("shuffle_rows", impl, input.device, input.dtype)(input, dst2src_map, out=out)
     return out
-
-
-def _check_permuted_out(out: object, hidden_states: Tensor, scales: Tensor | None, layout: Layout) -> None:
-    if not isinstance(out, Permuted):
-        raise TypeError(f"out: expected a Permuted, got {type(out).__name__}")
-    rows_shape = (layout.capacity, hidden_states.shape[1])
-    check_out("out.rows", out.rows, rows_shape, hidden_states.dtype, hidden_states.device)
-    if scales is None:
-        if out.scales is not None:
-            raise ValueError("out.scales: expected None (no scales were given), got a tensor")
-    else:
-        check_out("out.scales", out.scales, (layout.capacity, *scales.shape[1:]), scales.dtype, scales.device)

@@ -142,6 +142,24 @@ def permute(hidden_states: Tensor, layout: Layout, *, scales: Tensor | None = No
     return Permuted(_gather(hidden_states, *where), None if scales is None else _gather(scales, *where))
 
 
+FP8_MAX = 448.0
+
+
+def permute_to_fp8(hidden_states: Tensor, layout: Layout, *, group_size: int | None = None) -> Permuted:
+    """Quantises each row to float8_e4m3fn in float32, then permutes the rows and their scales.
+
+    The scale of a row, or of `group_size` neighbours, is max(largest magnitude, 1e-10) / 448.
+    """
+    num_tokens, hidden_size = hidden_states.shape
+    size = group_size or hidden_size
+    groups = hidden_states.float().reshape(num_tokens, hidden_size // size, size)
+    scales = groups.abs().amax(2).clamp(min=1e-10) / FP8_MAX
+    values = (groups / scales.unsqueeze(2)).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return permute(
+        values.reshape(num_tokens, hidden_size), layout, scales=scales[:, 0] if group_size is None else scales
+    )
+
+
 def shuffle_rows(input: Tensor, dst2src_map: Tensor) -> Tensor:
     """Row i of the result is row `dst2src_map[i]` of the input, or zero where that is out of range."""
     result = input.new_zeros(len(dst2src_map), input.shape[1])
@@ -297,6 +315,24 @@ def permute_launch(
         if source is not None and out is not None and out.numel():
             moved = _gather(source.detach().cpu().contiguous(), *where).to(out.device)
             _bytes(out)[held] = _bytes(moved)[held]
+
+
+def permute_to_fp8_launch(
+    hidden_states: Tensor,
+    *,
+    sorted_token_ids: Tensor,
+    route_rows: Tensor,
+    top_k: int,
+    group_size: int | None,
+    rows: Tensor,
+    row_scales: Tensor,
+) -> None:
+    where = Layout.of([sorted_token_ids.cpu(), *[route_rows.cpu()] * 5], (0, 0, 1, top_k))
+    moved = permute_to_fp8(hidden_states.detach().cpu(), where, group_size=group_size)
+    held = sorted_token_ids < route_rows.numel()
+    for out, source in ((rows, moved.rows), (row_scales, moved.scales)):
+        if out.numel() and source is not None:
+            _bytes(out)[held] = _bytes(source.to(out.device))[held]
 
 
 def _bytes(tensor: Tensor) -> Tensor:

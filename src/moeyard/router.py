@@ -5,14 +5,15 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
-from moeyard.checks import check_int, check_out, check_shape, check_tensor
-from moeyard.impls import launcher
+from moeyard.checks import check_router_options, check_routes, check_routing_out, check_tensor
+from moeyard.impls import launcher, with_layout_launcher
 from moeyard.layout import moe_align_block_size
 from moeyard.library import goes_straight
 from moeyard.library_layer import ops
-from moeyard.values import MAX_EXPERTS, Layout, RouterOptions, Routing
+from moeyard.outputs import allocate_layout_at_once, allocate_routing, cached_layout_lengths, check_sizes
+from moeyard.tiles import MOST_DECODE_TOKENS
+from moeyard.values import ROUTER_DEFAULTS, Layout, RouterOptions, Routing
 
-SCORINGS = ("softmax", "sigmoid")
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,10 +55,10 @@ def route(
     logits, not by rounded scores, keeps experts apart whose scores round to the same float32.
     """
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
-    _check_options(router_logits, top_k, scoring, selection_bias, num_groups, top_k_groups, is_padding)
+    check_router_options(router_logits, top_k, scoring, selection_bias, num_groups, top_k_groups, is_padding)
     shape, device = (router_logits.shape[0], top_k), router_logits.device
     if out is not None:
-        _check_routing_out(out, shape, device)
+        check_routing_out(out, shape, device)
     if not goes_straight(router_logits, selection_bias, is_padding):
         fields = ops.route(
             router_logits, selection_bias, is_padding, top_k, scoring, renormalize, num_groups, top_k_groups,
@@ -97,8 +98,12 @@ def route_and_align(
         block_size, expert_map, num_local_experts: as in `moe_align_block_size`.
         impl: an implementation of both by name, or "auto".
 
-    Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do.
+    Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do. Small batches of CUDA tensors
+    take one launch.
     """
+    at_once = _at_once(router_logits, block_size, expert_map, num_local_experts, impl, options)
+    if at_once is not None:
+        return at_once
     routing = route(router_logits, impl=impl, **options)
     layout = moe_align_block_size(
         routing.topk_ids,
@@ -111,39 +116,33 @@ def route_and_align(
     return routing, layout
 
 
-def _check_options(
+def _at_once(
     router_logits: Tensor,
-    top_k: int,
-    scoring: str,
-    selection_bias: Tensor | None,
-    num_groups: int,
-    top_k_groups: int,
-    is_padding: Tensor | None,
-) -> None:
-    num_tokens, num_experts = router_logits.shape
-    check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
-    if num_groups != 1 or top_k_groups != 1:
-        check_int("num_groups", num_groups, low=1, high=num_experts)
-        if num_experts % num_groups:
-            raise ValueError(f"num_groups: expected a divisor of num_experts={num_experts}, got {num_groups}")
-        check_int("top_k_groups", top_k_groups, low=1, high=num_groups)
-    check_int("top_k", top_k, low=1, high=top_k_groups * (num_experts // num_groups))
-    if selection_bias is not None:
-        check_tensor("selection_bias", selection_bias, dtypes=(torch.float32,), ndim=(1,), device=router_logits.device)
-        check_shape("selection_bias", selection_bias, (num_experts,), "one an expert")
-        if selection_bias.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "selection_bias: expected a tensor that needs no gradient, got one with requires_grad=True"
-            )
-    if is_padding is not None:
-        check_tensor("is_padding", is_padding, dtypes=(torch.bool,), ndim=(1,), device=router_logits.device)
-        check_shape("is_padding", is_padding, (num_tokens,), "one a token")
-
-
-def _check_routing_out(out: object, shape: tuple[int, int], device: torch.device) -> None:
-    if not isinstance(out, Routing):
-        raise TypeError(f"out: expected a Routing, got {type(out).__name__}")
-    check_out("out.topk_weights", out.topk_weights, shape, torch.float32, device)
-    check_out("out.topk_ids", out.topk_ids, shape, torch.int32, device)
+    block_size: int,
+    expert_map: Tensor | None,
+    num_local_experts: int | None,
+    impl: str,
+    options: RouterOptions,
+) -> tuple[Routing, Layout] | None:
+    """What `route_and_align` returns, from an implementation that does both together; None if that is not quicker."""
+    check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
+    chosen: RouterOptions = {**ROUTER_DEFAULTS, **options}
+    if set(chosen) != {"top_k", *ROUTER_DEFAULTS} or not goes_straight(
+        router_logits, expert_map, chosen["selection_bias"], chosen["is_padding"]
+    ):
+        return None
+    launch = with_layout_launcher("route", impl, router_logits.device, router_logits.dtype)
+    if launch is None or router_logits.shape[0] > MOST_DECODE_TOKENS:
+        return None
+    check_router_options(
+        router_logits, chosen["top_k"], chosen["scoring"], chosen["selection_bias"], chosen["num_groups"],
+        chosen["top_k_groups"], chosen["is_padding"],
+    )  # fmt: skip
+    num_experts, top_k = router_logits.shape[1], chosen["top_k"]
+    sizes = (num_experts, num_experts if num_local_experts is None else num_local_experts, block_size, top_k)
+    check_sizes(*sizes[:3])
+    routing = allocate_routing(router_logits, top_k)
+    check_routes(routing.topk_ids, top_k, expert_map, num_experts)
+    lengths = cached_layout_lengths(routing.topk_ids.numel(), *sizes[1:3])
+    layout = allocate_layout_at_once(routing.topk_ids.new_empty, lengths, sizes)
+    return (routing, layout) if launch(router_logits, expert_map, chosen, routing=routing, layout=layout) else None

@@ -23,3 +23,7 @@ def layout_capacity(
 def batched_layout_capacity(num_local_experts: int, max_num_tokens: int, block_size: int) -> int:
     """Slots for `num_local_experts` batches of at most `max_num_tokens` rows, each padded by itself."""
     return num_local_experts * round_up(max_num_tokens, block_size)
+
+
+MOST_DECODE_TOKENS = 64
+"""Tokens that one launch may route and align together."""

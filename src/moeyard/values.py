@@ -146,6 +146,16 @@ RouterOptions = TypedDict(  # noqa: UP013 - nothing inherits here
     total=False,
 )
 """The keyword arguments of `route`, for functions that pass them on."""
+ROUTER_DEFAULTS: Any = {
+    "scoring": "softmax",
+    "renormalize": False,
+    "selection_bias": None,
+    "num_groups": 1,
+    "top_k_groups": 1,
+    "routed_scaling_factor": 1.0,
+    "is_padding": None,
+}
+"""What `route` takes where nothing is given."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

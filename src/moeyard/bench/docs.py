@@ -1,7 +1,8 @@
 """README's tables and pictures from the result files: `python -m moeyard.bench.docs README.md`.
 
-A block of README between `<!-- results: FILE [picture] -->` and `<!-- /results -->` is replaced by a table of
-benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and shown above the table.
+A block of README between `<!-- results: FILE [picture] [ops=OP,OP] -->` and `<!-- /results -->` is replaced by a table
+of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and shown above the table;
+with `ops`, it is a table of those operators, and of the time that their bytes take at the copy bandwidth.
 """
 
 import re
@@ -11,14 +12,14 @@ from typing import Any
 
 from moeyard.bench import plots, results
 
-_BLOCK = re.compile(r"(<!-- results: (\S+)( picture)? -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- results: (\S+)( picture)?(?: ops=(\S+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
 def regenerate(readme: str, root: Path, *, draw: bool) -> str:
     """README's text with every block of results made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        start, name, picture, end = match.groups()
+        start, name, picture, ops, end = match.groups()
         content = results.read(root / "benchmarks" / "results" / f"{name}.json")
         shown = ""
         if picture:
@@ -26,23 +27,28 @@ def regenerate(readme: str, root: Path, *, draw: bool) -> str:
             if draw:
                 plots.plot(content, root / image)
             shown = f"![{name}]({image})\n\n"
-        return start + shown + table(content) + end
+        return start + shown + table(content, ops.split(",") if ops else None) + end
 
     return _BLOCK.sub(fill, readme)
 
 
-def table(content: dict[str, Any]) -> str:
-    """Median microseconds as Markdown: one line a case, one column a provider."""
-    columns = list(dict.fromkeys((row["provider"], row["impl"], row["mode"]) for row in content["rows"]))
+def table(content: dict[str, Any], ops: list[str] | None = None) -> str:
+    """Median microseconds as Markdown: one line a case, one column a provider; with `ops`, theirs and the floor."""
+    rows = [row for row in content["rows"] if ops is None or row["op"] in ops]
+    columns = list(dict.fromkeys((row["provider"], row["impl"], row["mode"]) for row in rows))
     cases: dict[str, dict[tuple[str, str, str], str]] = {}
-    for row in content["rows"]:
+    for row in rows:
         sizes = ", ".join(f"{value} {_UNITS.get(key, key)}" for key, value in row["sizes"].items())
         label = f"{row['op']}: {sizes}; {row['routing']}"
         time = "wrong" if row["time_us"] is None else _three_digits(row["time_us"])
         cases.setdefault(label, {})[row["provider"], row["impl"], row["mode"]] = time
+        if ops is not None:
+            cases[label]["", "floor", ""] = _three_digits(row["floor_us"])
     machine = content["machine"]
     modes = {mode for *_, mode in columns}
-    heads = [f"{who} {impl}" + (f", {mode}" if len(modes) > 1 else "") for who, impl, mode in columns]
+    if ops is not None:
+        columns.append(("", "floor", ""))
+    heads = [f"{who} {impl}".strip() + (f", {mode}" if mode and len(modes) > 1 else "") for who, impl, mode in columns]
     lines = [f"| µs a call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     lines += [f"| {label} | {' | '.join(times.get(c, '') for c in columns)} |" for label, times in cases.items()]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"

@@ -28,6 +28,11 @@ _ERRORS = {torch.float32: 16, torch.bfloat16: 2, torch.float16: 2}
 """Root-mean-square errors that are let through, in units of eps times that of the answer."""
 
 
+def takes(case: Case) -> bool:
+    """Whether a case belongs here: routes do if they are a named model's."""
+    return case.op in OPS and (case.op != "route" or bool(case.model))
+
+
 @dataclass(frozen=True)
 class LayerInputs:
     """What a case hands to every provider."""

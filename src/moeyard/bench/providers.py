@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import moeyard
-from moeyard import impls, tiles
-from moeyard.bench import layer
+from moeyard import impls
+from moeyard.bench import layer, plain, vllm_peer
 from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import layout_error, rows_error, sum_error
+from moeyard.bench.verify import fp8_error, layout_error, routing_error, rows_error, sum_error
 from moeyard.bench.workloads import Case
-from moeyard.values import Layout
+from moeyard.values import Layout, RouterOptions
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Inputs:
     hidden_states: Tensor | None = None
     rows: Tensor | None = None
     topk_weights: Tensor | None = None
+    router_logits: Tensor | None = None
+    options: RouterOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Provider:
 
 def make_inputs(case: Case, device: torch.device, generator: torch.Generator) -> Any:
     """Fresh inputs of a case on a device."""
-    if case.op in layer.OPS:
+    if layer.takes(case):
         return layer.make_inputs(case, device, generator)
     sizes: dict[str, Any] = dict(case.sizes)
     experts, top_k = sizes.get("num_experts", sizes["top_k"]), sizes["top_k"]
@@ -52,31 +54,59 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     if case.op == "moe_align_block_size":
         return Inputs(ids)
     dtype = getattr(torch, sizes["dtype"])
-    hidden = torch.randn(sizes["num_tokens"], sizes["hidden_size"], generator=generator).to(dtype).to(device)
+    if case.op in ("route", "route_and_align"):
+        # of 8 bits, so that no two scores round to the same float32 where logits differ: peers rank by scores
+        logits = torch.randn(sizes["num_tokens"], experts, generator=generator).bfloat16().to(dtype).to(device)
+        return Inputs(ids, router_logits=logits, options=router_options(case, device, generator))
+    if device.type == "cuda":  # hundreds of millions of values: drawn where they are needed
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
     if case.op == "moe_sum":
         shape = (sizes["num_tokens"], top_k, sizes["hidden_size"])
-        return Inputs(ids, rows=torch.randn(shape, generator=generator).to(dtype).to(device))
+        return Inputs(ids, rows=torch.randn(shape, generator=generator, device=generator.device).to(dtype))
+    hidden = torch.randn(sizes["num_tokens"], sizes["hidden_size"], generator=generator, device=generator.device)
+    hidden = hidden.to(dtype)
     layout = moeyard.moe_align_block_size(ids, num_experts=experts, block_size=sizes["block_size"])
-    weights = torch.rand(ids.shape, generator=generator).to(device)
+    weights = torch.rand(ids.shape, generator=generator, device=generator.device)
     rows = moeyard.permute(hidden, layout).rows if case.op == "combine" else None
     return Inputs(ids, layout, hidden, rows, weights)
 
 
+def router_options(case: Case, device: torch.device, generator: torch.Generator) -> RouterOptions:
+    """What a router is asked for: see `workloads.SIZES_OF`."""
+    options: RouterOptions = {"top_k": case["top_k"], "renormalize": True}
+    groups = dict(case.sizes).get("num_groups", 1)
+    if groups == 1:
+        return options
+    bias = (0.1 * torch.randn(case["num_experts"], generator=generator)).to(device)
+    return {
+        **options, "scoring": "sigmoid", "selection_bias": bias, "num_groups": int(groups),
+        "top_k_groups": int(groups) // 2, "routed_scaling_factor": 2.5,
+    }  # fmt: skip
+
+
+_OF_TABLE = {"ids_to_rows": "permute", "route_and_align": "route"}
+"""Benchmarked ops that are two of the table together, by the one whose implementations are asked for."""
+
+
 def providers(case: Case, device: torch.device) -> list[Provider]:
     """Everyone who can answer a case on a device."""
-    if case.op in layer.OPS:
+    if layer.takes(case):
         return [Provider(*answer, waits=True) for answer in layer.providers(case, device)]
-    found = []
-    for impl in impls.impl_names(case.op):
+    found, op = [], _OF_TABLE.get(case.op, case.op)
+    for impl in impls.impl_names(op):
         dtype = torch.int32 if "dtype" not in dict(case.sizes) else getattr(torch, case["dtype"])
-        reason = impls.explain(case.op, device, dtype).reasons[impl]
+        reason = impls.explain(op, device, dtype).reasons[impl]
         if impl != "reference" and (reason == "chosen" or reason.startswith("comes after")):
             found.append(Provider("moeyard", impl, _moeyard(case, impl)))
-    found.append(Provider("torch", "plain", _plain(case), waits=True))
+    if case.op == "route_and_align" and device.type == "cuda" and "cuda" in (p.impl for p in found):
+        found.append(Provider("moeyard", "cuda-one-by-one", _one_by_one(case)))
+    if case.op in plain.OPS:
+        found.append(Provider("torch", "plain", plain.plain(case), waits=True))
     if case.op == "moe_align_block_size" and device.type == "cpu" and impls.installed("numba"):
         found.append(Provider("numba", "bare", _bare(case)))
-    if case.op == "moe_align_block_size" and device.type == "cuda" and peer_version("vllm") != "":
-        found.append(Provider("vllm", peer_version("vllm"), _vllm_align(case), stable=False))
+    if case.op in vllm_peer.OPS and device.type == "cuda" and peer_version("vllm") != "":
+        stable = case.op != "moe_align_block_size"
+        found.append(Provider("vllm", peer_version("vllm"), vllm_peer.answer(case), stable=stable))
     return found
 
 
@@ -98,14 +128,26 @@ def error(case: Case, provider: Provider, inputs: Any, device: torch.device) -> 
             torch.cuda.synchronize(device)
     except Exception as problem:  # whatever a peer raises is a finding, not the end of the run
         return f"{type(problem).__name__}: {problem}"
-    if case.op in layer.OPS:
+    if layer.takes(case):
         return layer.error(case, provider.impl, inputs, got)
     if case.op == "moe_align_block_size":
         return layout_error(
             inputs.topk_ids, case["num_experts"], case["block_size"], _named(got), stable=provider.stable
         )
-    if case.op == "permute":
+    if case.op in ("route", "route_and_align"):
+        assert inputs.router_logits is not None and inputs.options is not None
+        options: dict[str, Any] = {key: value for key, value in inputs.options.items() if key != "top_k"}
+        routing = got if case.op == "route" else got[0]
+        wrong = routing_error(inputs.router_logits, routing, **options)
+        if wrong is None and case.op == "route_and_align":
+            wrong = layout_error(
+                routing.topk_ids, case["num_experts"], case["block_size"], _named(got[1]), stable=provider.stable
+            )
+        return wrong
+    if case.op in ("permute", "ids_to_rows", "permute_to_fp8"):
         assert inputs.hidden_states is not None and inputs.layout is not None
+        if case.op == "permute_to_fp8":
+            return fp8_error(inputs.hidden_states, inputs.layout, got, case["group_size"] or None)
         return rows_error(inputs.hidden_states, inputs.layout, got)
     assert inputs.rows is not None
     if case.op == "moe_sum":
@@ -121,13 +163,20 @@ def error(case: Case, provider: Provider, inputs: Any, device: torch.device) -> 
 
 def bytes_moved(case: Case) -> int:
     """The bytes that any answer must read and write."""
-    if case.op in layer.OPS:
+    if layer.takes(case):
         return layer.bytes_moved(case)
     sizes: dict[str, Any] = dict(case.sizes)
     routes = sizes["num_tokens"] * sizes["top_k"]
     if case.op == "moe_align_block_size":
         return int(12 * routes)  # ids read, sorted_token_ids and route_rows written; the rest is small or padding
-    row = sizes["hidden_size"] * getattr(torch, sizes["dtype"]).itemsize
+    size = getattr(torch, sizes["dtype"]).itemsize
+    if case.op in ("route", "route_and_align"):
+        read_and_written = sizes["num_tokens"] * sizes["num_experts"] * size + 8 * routes
+        return int(read_and_written + (8 * routes if case.op == "route_and_align" else 0))
+    row = sizes["hidden_size"] * size
+    if case.op == "permute_to_fp8":
+        scales = sizes["hidden_size"] // sizes["group_size"] if sizes["group_size"] else 1
+        return int(sizes["num_tokens"] * row + routes * (sizes["hidden_size"] + 4 * scales))
     return int((sizes["num_tokens"] + routes) * row)
 
 
@@ -144,11 +193,21 @@ def _moeyard(case: Case, impl: str) -> Callable[[Any], Any]:
         experts, block = case["num_experts"], case["block_size"]
         return lambda x: moeyard.moe_align_block_size(x.topk_ids, num_experts=experts, block_size=block, impl=impl)
     out: list[Any] = []
+    if case.op == "ids_to_rows":
+        return _ids_to_rows(case, impl)
+    if case.op == "route_and_align":
+        block = case["block_size"]
+        return lambda x: moeyard.route_and_align(x.router_logits, block_size=block, impl=impl, **x.options)
 
     def run(inputs: Any) -> Any:
         target = out[0] if out else None
         if case.op == "permute":
             result: Any = moeyard.permute(inputs.hidden_states, inputs.layout, out=target, impl=impl)
+        elif case.op == "permute_to_fp8":
+            size = case["group_size"] or None
+            result = moeyard.permute_to_fp8(inputs.hidden_states, inputs.layout, group_size=size, out=target, impl=impl)
+        elif case.op == "route":
+            result = moeyard.route(inputs.router_logits, out=target, impl=impl, **inputs.options)
         elif case.op == "combine":
             result = moeyard.combine(inputs.rows, inputs.layout, inputs.topk_weights, out=target, impl=impl)
         else:
@@ -156,6 +215,35 @@ def _moeyard(case: Case, impl: str) -> Callable[[Any], Any]:
         if not out:
             out.append(result)
         return result.rows if case.op == "permute" else result
+
+    return run
+
+
+def _one_by_one(case: Case) -> Callable[[Any], Any]:
+    """Router, then alignment: what `route_and_align` does for large batches, in two launches."""
+
+    def run(inputs: Any) -> Any:
+        routing = moeyard.route(inputs.router_logits, impl="cuda", **inputs.options)
+        layout = moeyard.moe_align_block_size(
+            routing.topk_ids, num_experts=case["num_experts"], block_size=case["block_size"], impl="cuda"
+        )
+        return routing, layout
+
+    return run
+
+
+def _ids_to_rows(case: Case, impl: str) -> Callable[[Any], Any]:
+    """Alignment and permute, into a layout and rows that are there already."""
+    out: list[Any] = []
+
+    def run(inputs: Any) -> Any:
+        layout, target = out or (None, None)
+        layout = moeyard.moe_align_block_size(
+            inputs.topk_ids, num_experts=case["num_experts"], block_size=case["block_size"], out=layout, impl=impl
+        )
+        target = moeyard.permute(inputs.hidden_states, layout, out=target, impl=impl)
+        out[:] = layout, target
+        return target.rows
 
     return run
 
@@ -182,53 +270,6 @@ def align_triple(case: Case) -> Callable[[Any], Any]:
     return lambda x: moe_align_block_size(x.topk_ids, case["block_size"], case["num_experts"])
 
 
-def _plain(case: Case) -> Callable[[Any], Any]:
-    """What one writes in eager torch without a library."""
-    if case.op == "moe_align_block_size":
-        return lambda x: _plain_align(x.topk_ids, case["num_experts"], case["block_size"])
-    if case.op == "permute":
-        out: dict[str, Tensor] = {}
-
-        def permute(x: Any) -> Tensor:
-            tokens = torch.div(x.layout.sorted_token_ids, x.layout.top_k, rounding_mode="floor")
-            tokens = tokens.clamp(max=x.hidden_states.shape[0] - 1)
-            if not out:
-                out["rows"] = torch.index_select(x.hidden_states, 0, tokens)
-            return torch.index_select(x.hidden_states, 0, tokens, out=out["rows"])
-
-        return permute
-    if case.op == "combine":
-
-        def combine(x: Any) -> Tensor:
-            taken = x.rows[x.layout.route_rows.clamp(min=0)].view(*x.topk_weights.shape, -1)
-            dropped = (x.layout.route_rows < 0).view(*x.topk_weights.shape, 1)
-            weighted = (taken * x.topk_weights.unsqueeze(2)).masked_fill(dropped, 0)
-            total: Tensor = weighted.sum(1).to(x.rows.dtype)
-            return total
-
-        return combine
-    return lambda x: x.rows.sum(1)
-
-
-def _plain_align(topk_ids: Tensor, num_experts: int, block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    ids = topk_ids.reshape(-1).long()
-    n, device = ids.shape[0], ids.device
-    keys = torch.where((ids < 0) | (ids >= num_experts), num_experts, ids)
-    counts = torch.bincount(keys, minlength=num_experts + 1)[:num_experts]
-    blocks = (counts + block_size - 1) // block_size
-    ends = torch.cumsum(blocks * block_size, 0)
-    order = torch.argsort(keys, stable=True)[: int(counts.sum())]
-    shift = (ends - blocks * block_size) - (torch.cumsum(counts, 0) - counts)
-    slots = torch.arange(order.shape[0], device=device) + shift.repeat_interleave(counts)
-    capacity = tiles.layout_capacity(n, num_experts, block_size)
-    sorted_token_ids = torch.full((capacity,), n, dtype=torch.int32, device=device)
-    sorted_token_ids[slots] = order.int()
-    expert_ids = torch.full((capacity // block_size,), -1, dtype=torch.int32, device=device)
-    experts = torch.arange(num_experts, dtype=torch.int32, device=device).repeat_interleave(blocks)
-    expert_ids[: experts.shape[0]] = experts
-    return sorted_token_ids, expert_ids, ends[-1:].int()
-
-
 def _bare(case: Case) -> Callable[[Any], Any]:
     """The floor of a call from Python: a counting sort into arrays that exist, nothing checked or allocated."""
     sort = importlib.import_module("moeyard.bench.bare").counting_sort
@@ -245,9 +286,3 @@ def _bare(case: Case) -> Callable[[Any], Any]:
         return out
 
     return run
-
-
-def _vllm_align(case: Case) -> Callable[[Any], Any]:
-    path = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
-    align = importlib.import_module(path).moe_align_block_size
-    return lambda x: align(x.topk_ids, case["block_size"], case["num_experts"])

@@ -57,7 +57,7 @@ def run_case(
         timed = list(_timed(case, right, mode, device))
         runs = [run for _, _, run in timed]
         if mode == "graph":
-            calls = 20 if case["num_tokens"] >= 32768 else 50
+            calls = 20 if case["num_tokens"] >= 32768 or who.bytes_moved(case) >= _CHECKED_BYTES else 50
             times = time_graphs_in_turn(runs, inputs, rounds=rounds, calls=calls, after_round=advance, seed=seed)
         else:
             finish = torch.cuda.synchronize if mode == "eager" else _nothing
@@ -71,7 +71,7 @@ def run_case(
                 row["ratio_to"] = {
                     name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
                 }
-            if case.op in layer.OPS and case.op != "route":
+            if layer.takes(case) and case.op != "route":
                 row |= _beside_time(case, provider, inputs[0])
             rows.append(row)
     return rows
@@ -105,10 +105,10 @@ def _timed(
         if mode == "graph" and provider.waits:
             continue
         yield provider, mode, provider.run
-        if provider.name == "moeyard" and provider.impl == "cuda" and case.op == "moe_align_block_size":
+        if provider.name == "moeyard" and provider.impl == "cuda":
             if mode == "graph" and torch.cuda.get_device_capability(device) >= (9, 0):
                 yield provider, "graph_pdl", _programmatically(provider.run)
-            if mode == "eager":
+            if mode == "eager" and case.op == "moe_align_block_size":
                 yield provider, "eager_out", who.align_into_given(case)
                 yield provider, "eager_triple", who.align_triple(case)
 

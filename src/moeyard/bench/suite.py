@@ -28,7 +28,11 @@ SUITES = {
         "align": ["--workload", "align", "--workload", "routing", "--workload", "ids"],
         "first-calls": ["--workload", "seed", "--cold"],
         "vllm-grid": ["--workload", "vllm-grid"],
-        "rows": ["--workload", "rows"],
+        "rows": [
+            *("--workload", "models", "--workload", "fp8", "--workload", "router", "--workload", "grouped"),
+            *("--workload", "decode", "--rounds", "15", "--provider", "moeyard:cuda"),
+            *("--provider", "moeyard:cuda-one-by-one", "--provider", "vllm"),
+        ],
     },
 }
 """Device -> result file -> arguments of `moeyard bench`."""

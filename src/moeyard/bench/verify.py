@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeyard.values import Activation, ExpertWeights, Layout, Routing
+from moeyard.values import Activation, ExpertWeights, Layout, Permuted, Routing
 
 
 def layout_error(
@@ -64,6 +64,25 @@ def rows_error(hidden_states: Tensor, layout: Layout, rows: Tensor) -> str | Non
     wrong = (rows[held].view(torch.uint8) != hidden_states[tokens].view(torch.uint8)).any(dim=1)
     if bool(wrong.any()):
         return f"{int(wrong.sum())} of {len(tokens)} rows differ from their token's"
+    return None
+
+
+def fp8_error(hidden_states: Tensor, layout: Layout, got: Permuted, group_size: int | None) -> str | None:
+    """What is wrong with quantised rows and scales, bit by bit: max(magnitude, 1e-10) / 448 and value / scale."""
+    num_tokens, hidden_size = hidden_states.shape
+    size = group_size or hidden_size
+    groups = hidden_states.float().view(num_tokens, hidden_size // size, size)
+    largest = groups.abs().amax(2).clamp(min=1e-10)
+    scales = largest / torch.full_like(largest, 448.0)
+    values = (groups / scales.unsqueeze(2)).clamp(-448, 448).to(torch.float8_e4m3fn).view(num_tokens, hidden_size)
+    held = layout.sorted_token_ids < layout.num_routes
+    tokens = layout.sorted_token_ids[held].long() // layout.top_k
+    wrong = (got.rows.view(torch.uint8)[held] != values.view(torch.uint8)[tokens]).any(dim=1)
+    if bool(wrong.any()):
+        return f"{int(wrong.sum())} of {len(tokens)} quantised rows differ from their token's"
+    assert got.scales is not None
+    if not torch.equal(got.scales[held].view(len(tokens), -1), scales[tokens]):
+        return "scales differ from those of the tokens"
     return None
 
 

@@ -15,11 +15,19 @@ SIZES_OF = {
     "permute": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "combine": (*ALIGN_SIZES, "hidden_size", "dtype"),
     "moe_sum": ("num_tokens", "top_k", "hidden_size", "dtype"),
-    "route": ("num_tokens", "num_experts", "top_k", "dtype"),
+    "ids_to_rows": (*ALIGN_SIZES, "hidden_size", "dtype"),
+    "permute_to_fp8": (*ALIGN_SIZES, "hidden_size", "group_size", "dtype"),
+    "route": ("num_tokens", "num_experts", "top_k", "num_groups", "dtype"),
+    "route_and_align": (*ALIGN_SIZES, "dtype"),
     "fused_experts": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
     "moe_layer": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
 }
-"""The ops that can be benchmarked and the sizes that each needs."""
+"""The ops that can be benchmarked and the sizes that each needs.
+
+ids_to_rows is alignment and permute together, as vLLM's moe_permute does both. A route of one group is a softmax,
+renormalised; one of several is DeepSeek-V3's: sigmoid scores, a bias, half of the groups; with a [model] table it has
+no num_groups, since the model says what its router is. A group_size of 0 quantises by token.
+"""
 _KEYS = tuple(dict.fromkeys(key for keys in SIZES_OF.values() for key in keys))
 _SCALED = ("hidden_size", "intermediate_size", "shared_size")
 _MODEL = {
@@ -73,13 +81,11 @@ def load(name: str, scale: int = 1) -> list[Case]:
         unknown = set(sizes) - set(_KEYS)
         if unknown:
             raise ValueError(f"{path}: sizes: expected keys of {_KEYS}, got {sorted(unknown)}")
+        keys = [key for key in SIZES_OF[op] if not (key == "num_groups" and "model" in table)]
         if "points" in table:
-            points = [
-                tuple((key, _present(one, key, path)) for key in SIZES_OF[op])
-                for one in _several(table, "points", path)
-            ]
+            points = [tuple((key, _present(one, key, path)) for key in keys) for one in _several(table, "points", path)]
         else:
-            axes = [[(key, value) for value in _several(sizes, key, path)] for key in SIZES_OF[op]]
+            axes = [[(key, value) for value in _several(sizes, key, path)] for key in keys]
             points = list(itertools.product(*axes))
         for point in points:
             _check_point(dict(point), path)
@@ -126,6 +132,9 @@ def _check_point(sizes: dict[str, Any], path: Path) -> None:
         if key == "dtype":
             if value not in DTYPES:
                 raise ValueError(f"{path}: dtype: expected one of {DTYPES}, got {value!r}")
+        elif key == "group_size":
+            if value not in (0, 128):
+                raise ValueError(f"{path}: group_size: expected 0 or 128, got {value!r}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key}: expected integers of 1 and above, got {value!r}")
     if sizes.get("num_experts", sizes["top_k"]) < sizes["top_k"]:

@@ -8,6 +8,11 @@
 typedef ID Id;                       // int or i64
 constexpr bool MAPPED = MAP;         // whether there is an expert_map
 constexpr bool ALIGNED = ALIGN;      // whether ids start at a multiple of 16 bytes
+#ifdef SHARED_IDS
+constexpr bool IN_SHARED = true;      // ids are in shared memory, where their router put them
+#else
+constexpr bool IN_SHARED = false;
+#endif
 constexpr bool WHOLE = WHOLE_LAYOUT;  // false: the last three outputs are not written
 constexpr u32 THREADS = BLOCK;
 constexpr u32 CLUSTER_SIZE = BLOCKS_A_CLUSTER;
@@ -32,6 +37,15 @@ struct Parameters {
   i64 tiles;                 // times that a block places routes: 1 unless long
 };
 
+// Blocks that align: one more routes, and has the weights to write, where every block routes all tokens.
+__device__ __forceinline__ u32 aligning_blocks() {
+#ifdef SHARED_IDS
+  return gridDim.x - (BLOCKS_THAT_SHARE == 1 ? 1 : 0);
+#else
+  return gridDim.x;
+#endif
+}
+
 // The local expert of a route, or num_local if the route is dropped. Negative ids are large when unsigned.
 __device__ __forceinline__ u32 bucket_of(int id, const Parameters& p) {
   const u32 experts = p.num_local;
@@ -48,10 +62,14 @@ __device__ __forceinline__ int narrow(int id) { return id; }
 __device__ __forceinline__ int narrow(i64 id) { return id == static_cast<int>(id) ? static_cast<int>(id) : -1; }
 
 __device__ __forceinline__ int load_id(const void* ids, u32 route, u32 stop) {
-  return route < stop ? narrow(__ldg(static_cast<const Id*>(ids) + route)) : -1;
+  const Id* id = static_cast<const Id*>(ids) + route;
+  return route < stop ? narrow(IN_SHARED ? *id : __ldg(id)) : -1;
 }
 
-__device__ __forceinline__ int4 load_whole(const int* ids) { return __ldg(reinterpret_cast<const int4*>(ids)); }
+__device__ __forceinline__ int4 load_whole(const int* ids) {
+  const int4* four = reinterpret_cast<const int4*>(ids);
+  return IN_SHARED ? *four : __ldg(four);
+}
 
 __device__ __forceinline__ int4 load_whole(const i64* ids) {
   const longlong2* pairs = reinterpret_cast<const longlong2*>(ids);

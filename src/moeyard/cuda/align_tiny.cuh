@@ -16,7 +16,7 @@ __device__ __forceinline__ void for_every_route(u32 num_routes, Body body) {
 }
 
 __device__ __forceinline__ void align_tiny(const Parameters& p) {
-  const u32 lane = threadIdx.x & 31, num_warps = gridDim.x * (THREADS / 32);
+  const u32 lane = threadIdx.x & 31, num_warps = aligning_blocks() * (THREADS / 32);
   const u32 experts = p.num_local, num_routes = p.num_routes, capacity = p.capacity, block_size = p.block_size;
   wait_for_previous_launch();
   const int id = load_id(p.ids, lane, num_routes);

@@ -11,6 +11,8 @@ import torch
 
 from moeyard.cuda.compile import kernel
 
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 SETTINGS = {"programmatic": os.environ.get("MOEYARD_PDL", "") == "1"}
 
 
@@ -24,6 +26,15 @@ def programmatic_launch(enabled: bool | None = None) -> bool:
     if enabled is not None:
         SETTINGS["programmatic"] = enabled
     return SETTINGS["programmatic"]
+
+
+def make_room(ready: dict[tuple[Any, ...], Any]) -> None:
+    """Forgets prepared launches when there are very many; a launch in use keeps itself."""
+    if len(ready) >= _MOST_READY:
+        ready.clear()
+
+
+_MOST_READY = 4096
 
 
 class Launch:

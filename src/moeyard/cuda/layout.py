@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.barriers import barrier_for
-from moeyard.cuda.launch import SETTINGS, Launch
+from moeyard.cuda.launch import SETTINGS, Launch, current_device, current_stream, make_room
 from moeyard.cuda.plan import Card, Plan, batched_plan, division, plan
 from moeyard.values import Layout
-
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 
 
 def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chosen: Plan | None = None) -> None:
@@ -55,12 +52,12 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
             address % 16
             or _addresses(given) != pointers
             or ids.get_device() != device
-            or _current_device() != device
+            or current_device() != device
             or not ids.is_contiguous()
             or SETTINGS["programmatic"] is not programmatic
         ):
             return False
-        launch(_current_stream(device), address, 0, *pointers, 0, 0)
+        launch(current_stream(device), address, 0, *pointers, 0, 0)
         return True
 
     return again
@@ -115,7 +112,7 @@ def _align(
     chosen: Plan | None,
 ) -> None:
     device = topk_ids.get_device()
-    if device != _current_device():
+    if device != current_device():
         with torch.cuda.device(device):
             _align(topk_ids, expert_map, num_experts, experts, block_size, slots, expert_ids, total, whole, chosen)
         return
@@ -139,7 +136,7 @@ def _align(
         SETTINGS["programmatic"],
     )
     launch, words = _READY.get(key) or _ready(key)
-    stream = _current_stream(device)
+    stream = current_stream(device)
     exchange = barrier = offsets = counts = routes = 0
     if words:
         buffer = topk_ids.new_empty(words, dtype=torch.int32)
@@ -177,18 +174,7 @@ def _make_ready(
     """The launch and the words of its exchange."""
     if chosen is None:
         chosen = plan(num_routes, experts, capacity, card_of(device))
-    defines = (
-        ("EXCHANGE", chosen.exchange),
-        ("BLOCK", str(chosen.threads)),
-        ("BLOCKS_A_CLUSTER", str(chosen.cluster)),
-        ("PLACING_WARPS", str(chosen.warps)),
-        ("ROUTES_A_LANE", str(chosen.rounds)),
-        ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))),
-        ("ID", "i64" if dtype == torch.int64 else "int"),
-        ("MAP", "false" if unmapped else "true"),
-        ("ALIGN", "true" if aligned else "false"),
-        ("WHOLE_LAYOUT", "false" if triple else "true"),
-    )
+    defines = align_defines(chosen, experts, "i64" if dtype == torch.int64 else "int", unmapped, aligned, not triple)
     launch = Launch(
         "align.cu",
         "align_kernel",
@@ -202,15 +188,33 @@ def _make_ready(
         cluster=chosen.cluster,
         cooperative=chosen.cooperative,
     )
-    _make_room(_READY)
+    make_room(_READY)
     words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0
     return launch, words
+
+
+def align_defines(
+    plan: Plan, experts: int, id_type: str, unmapped: bool, aligned: bool, whole: bool
+) -> tuple[tuple[str, str], ...]:
+    """What an alignment is compiled for."""
+    return (
+        ("EXCHANGE", plan.exchange),
+        ("BLOCK", str(plan.threads)),
+        ("BLOCKS_A_CLUSTER", str(plan.cluster)),
+        ("PLACING_WARPS", str(plan.warps)),
+        ("ROUTES_A_LANE", str(plan.rounds)),
+        ("EXPERTS_A_THREAD", str(-(-experts // plan.threads))),
+        ("ID", id_type),
+        ("MAP", "false" if unmapped else "true"),
+        ("ALIGN", "true" if aligned else "false"),
+        ("WHOLE_LAYOUT", "true" if whole else "false"),
+    )
 
 
 def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:
     """Fills the layout of batches of `max_num_tokens` rows."""
     device = expert_num_tokens.get_device()
-    if device != _current_device():
+    if device != current_device():
         with torch.cuda.device(device):
             batched_align_launch(expert_num_tokens, max_num_tokens, out)
         return
@@ -220,7 +224,7 @@ def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: La
     if ready is None:
         ready = _BATCHED.setdefault(key, _make_batched_ready(*key[:-1]))
     outputs = (tensor.data_ptr() for tensor in out.tensors)
-    ready(_current_stream(device), expert_num_tokens.data_ptr(), *outputs)
+    ready(current_stream(device), expert_num_tokens.data_ptr(), *outputs)
 
 
 _BATCHED: dict[tuple[Any, ...], Any] = {}
@@ -239,13 +243,8 @@ def _make_batched_ready(experts: int, rows: int, block_size: int, device: int) -
         threads=chosen.threads,
         shared_bytes=chosen.shared_bytes,
     )
-    _make_room(_BATCHED)
+    make_room(_BATCHED)
     return launch
-
-
-def _make_room(ready: dict[tuple[Any, ...], Any]) -> None:
-    if len(ready) >= _MOST_READY:
-        ready.clear()
 
 
 @cache
@@ -253,6 +252,3 @@ def card_of(device: int) -> Card:
     """What plans need to know of a device."""
     facts: Any = torch.cuda.get_device_properties(device)
     return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
-
-
-_MOST_READY = 4096

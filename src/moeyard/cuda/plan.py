@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from moeyard.tiles import MOST_DECODE_TOKENS
+
 WARP = 32
 MAX_THREADS = 1024
 MAX_ROUNDS = 8
@@ -171,3 +173,104 @@ def batched_plan(num_experts: int, max_num_tokens: int, block_size: int, card: C
     pieces = max(1, -(-rows // (4 * threads)))
     grid = min(num_experts * pieces, 2 * card.processors)
     return BatchedPlan(grid, threads, 4 * (WARP + 2 * num_experts + 1), pieces, num_experts * rows)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How rows are cut for one launch of send.cu, sum.cu or quantize.cu."""
+
+    loads: int
+    """Words of a row that a lane has in flight."""
+    threads: int
+    """Of a block."""
+    store: str = "__stcs"
+    """How results are written."""
+    team: int = WARP
+    """Threads that share a row of quantize.cu, where a row has one scale."""
+
+
+def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
+    """A warp a piece: pieces as long as leaves enough warps, `rows_at_once` words of each lane's being in flight."""
+    loads = 8
+    while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
+        loads //= 2
+    if loads == 8:
+        return RowPlan(loads, 1024)
+    return RowPlan(loads, 256 if rows * words >= 4 * _ENOUGH_WORDS else 128)
+
+
+def whole_row_plan(rows: int, words: int) -> RowPlan:
+    """A team of threads a row, all of it in registers as far as they go; blocks of several small teams."""
+    team = WARP
+    while team < 512 and 4 * team < words:
+        team *= 2
+    loads = min(-(-words // team), 4)
+    return RowPlan(loads, max(team, 128 if rows * words >= 4 * _ENOUGH_WORDS else 0), team=team)
+
+
+_ENOUGH_WORDS = 1 << 16
+"""Words of a row each lane of which keeps 2048 warps busy."""
+
+
+@dataclass(frozen=True)
+class RouterPlan:
+    """How the lanes of a warp share the experts of a token (route.cu)."""
+
+    lanes_a_group: int
+    """A power of two."""
+    experts_a_lane: int
+    full: bool
+    """Whether every lane has as many."""
+
+
+def router_plan(num_experts: int, num_groups: int) -> RouterPlan | None:
+    """The lanes of a warp for so many experts and groups; None if a warp does not hold them."""
+    if num_groups > WARP:
+        return None
+    lanes = WARP
+    while lanes * num_groups > WARP:
+        lanes //= 2
+    group = num_experts // num_groups
+    experts = -(-group // lanes)
+    if experts > _MOST_EXPERTS_A_LANE:
+        return None
+    return RouterPlan(lanes, experts, lanes * num_groups == WARP and experts * lanes == group)
+
+
+_MOST_EXPERTS_A_LANE = 32
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """How router and alignment share a launch (route_align.cu)."""
+
+    align: Plan
+    """How its blocks align."""
+    peers: int
+    """Blocks that route a part each and post it to the others (a cluster); 1 if every block routes all tokens."""
+
+    @property
+    def grid(self) -> int:
+        """Blocks of the launch: where each routes all tokens, one more than align, for the weights."""
+        return self.align.grid + (self.peers == 1)
+
+
+def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: int, card: Card) -> DecodePlan | None:
+    """One launch for router and alignment; None where two are to be made."""
+    num_routes = num_tokens * top_k
+    if not num_routes or top_k > WARP:
+        return None
+    if num_routes <= WARP and num_tokens <= 2:
+        return DecodePlan(plan(num_routes, num_local_experts, capacity, card), 1)
+    peers, grid, threads = 1, 32, 256 if num_tokens <= 8 else 512
+    if num_tokens > 16:
+        peers, grid = CLUSTER, CLUSTER
+    if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
+        return None
+    aligning = _sized("ALONE", num_routes, grid, 1, threads, num_local_experts)
+    if (
+        aligning.places < num_routes
+        or aligning.shared_bytes(num_local_experts) + 4 * num_routes > card.shared_limit // 2
+    ):
+        return None
+    return DecodePlan(aligning, peers)

@@ -25,6 +25,39 @@ def permute_launch(
         _select(scales, tokens, row_scales)
 
 
+def permute_to_fp8_launch(
+    hidden_states: Tensor,
+    *,
+    sorted_token_ids: Tensor,
+    route_rows: Tensor,
+    top_k: int,
+    group_size: int | None,
+    rows: Tensor,
+    row_scales: Tensor,
+) -> None:
+    """Quantises rows [T, H] in float32, then gathers them and their scales."""
+    if not route_rows.shape[0] or not rows.numel():
+        return
+    num_tokens, hidden_size = hidden_states.shape
+    size = group_size or hidden_size
+    groups = hidden_states.float().reshape(num_tokens, hidden_size // size, size)
+    largest = groups.abs().amax(2).clamp(min=1e-10)
+    scales = largest / largest.new_full((), _FP8_MAX)  # by a number, CUDA would multiply by its rounded reciprocal
+    values = (groups / scales.unsqueeze(2)).clamp(-_FP8_MAX, _FP8_MAX).to(rows.dtype).view(num_tokens, hidden_size)
+    permute_launch(
+        values,
+        scales.view(num_tokens, *row_scales.shape[1:]),
+        sorted_token_ids=sorted_token_ids,
+        route_rows=route_rows,
+        top_k=top_k,
+        rows=rows,
+        row_scales=row_scales,
+    )
+
+
+_FP8_MAX = 448.0
+
+
 def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> None:
     """Gathers rows by a map; sources out of range give zeros."""
     if not out.numel():
