@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from assay import sense
-from assay.experiment import ARMS, Blocks
+from assay.experiment import ARMS, PATIENCE_S, Blocks
 from assay.measure import Sample, Trees, worker_samples
 from assay.plan import Plan, Workload
 from assay.stats import LOOKS, MOST_CONTAMINATED, Judgement, exact_interval
@@ -34,11 +34,13 @@ CONDITIONS = {
     "spinners": "a process that is always busy for every processor that the arms may use",
 }
 _WORK = """def work(units={units}):
-    total = 0
-    for i in range(units * 400):
-        total += i * i
-    return total
+    for _ in range(units):
+        total = 0
+        for i in range(400):
+            total += i * i
+    return units
 """
+"""Every unit is the same work: integers that grew from unit to unit would make later ones dearer."""
 _BURST = """import time
 while True:
     stop = time.monotonic() + 0.2
@@ -47,14 +49,17 @@ while True:
 """
 _STEP = 1e-7
 """Seconds of the unit in which samples are kept."""
-_PATIENCE_S = 600.0
-_CALLS = 12
+_CALM_S = 600.0
+"""How long a quiet experiment waits for others to be gone."""
+_TURNS = 8
+_EMPTY = 12
+"""Workers that measure what a call without units takes."""
 _DELTA = 0.02
 
 
 def plan(seed: int) -> Plan:
-    """What every experiment does: fresh workers that take twelve turns of one call, after one that is not timed."""
-    workload = Workload("call", target="work:work", constant=True, compare=False, rounds=_CALLS, calls=_CALLS)
+    """What every experiment does: fresh workers that take eight turns of one call, after one that is not timed."""
+    workload = Workload("call", target="work:work", constant=True, compare=False, rounds=_TURNS, calls=_TURNS)
     return Plan(workload, delta=_DELTA, seed=seed).checked()
 
 
@@ -89,11 +94,15 @@ def experiment(number: int, condition: str, told: Callable[[str], None] = lambda
     """One experiment: blocks of all six arms until 40 are clean or too many are not."""
     seed = 1000 * list(CONDITIONS).index(condition) + number
     order, the_plan = random.Random(seed), plan(seed)
-    given = [b"".join(bytes(part) for part in encode(()))] * (_CALLS + the_plan.workload.warmups)
+    given = [b"".join(bytes(part) for part in encode(()))] * (_TURNS + the_plan.workload.warmups)
+    patience_s = {"quiet": _CALM_S, "bursts": PATIENCE_S, "spinners": 0.0}[condition]
     with tempfile.TemporaryDirectory(prefix="assay-") as folder, trees(Path(folder), {**UNITS, "nothing": 0}) as here:
-        nothing = worker_samples(the_plan, here, random.Random(0), given, 0)["nothing"].figures["steady"]
-        six = Trees({arm: here.trees[arm] for arm in UNITS}, here.folder, here.namespaces)
-        waited = sense.wait_for_calm(_PATIENCE_S) if condition == "quiet" else 0.0
+        six, empty = (
+            Trees({arm: here.trees[arm] for arm in arms}, here.folder, here.namespaces)
+            for arms in (UNITS, ("nothing",))
+        )
+        nothing = [worker_samples(the_plan, empty, order, given, 0)["nothing"].figures["steady"] for _ in range(_EMPTY)]
+        waited = sense.wait_for_calm(_CALM_S) if condition == "quiet" else 0.0
         blocks: list[list[int]] = []
         dirty: list[int] = []
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -104,7 +113,7 @@ def experiment(number: int, condition: str, told: Callable[[str], None] = lambda
             _, reasons = now.disturbances(time.perf_counter() - start, the_plan.most_foreign)
             if reasons:
                 dirty.append(len(blocks))
-                waited += sense.wait_for_calm(_PATIENCE_S) if condition == "quiet" else 0.0
+                waited += sense.wait_for_calm(patience_s)
             blocks.append([_kept(samples[arm]) for arm in UNITS])
             told(f"{condition} {number}: {len(blocks) - len(dirty)} clean, {len(dirty)} left out")
     return {
@@ -112,7 +121,7 @@ def experiment(number: int, condition: str, told: Callable[[str], None] = lambda
         "number": number,
         "started": started,
         "waited_s": round(waited, 1),
-        "nothing": round(nothing / _STEP),
+        "nothing": round(float(np.median(nothing)) / _STEP),
         "dirty": dirty,
         "blocks": blocks,
     }

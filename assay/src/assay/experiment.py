@@ -35,7 +35,7 @@ from assay.stats import LOOKS, MOST_CONTAMINATED, Interval, Judgement, judge
 
 __all__ = ["SCHEMA", "ArmError", "Blocks", "NotRepeatableError", "replay", "run"]
 SCHEMA = 2
-_PATIENCE_S = 5.0
+PATIENCE_S = 5.0
 """How long a block waits for others to be gone, after one that was left out."""
 ARMS = ("base", "candidate", "control")
 _TOO_MANY = MOST_CONTAMINATED * LOOKS[-1].blocks / (1 - MOST_CONTAMINATED)
@@ -123,7 +123,7 @@ def _until_decided(
     blocks, loaded = Blocks(), False
     while True:
         if loaded:
-            sense.wait_for_calm(_PATIENCE_S)
+            sense.wait_for_calm(PATIENCE_S)
         block = series.block()
         blocks.add(block)
         loaded = any(words.startswith(sense.FOREIGN) for words in block["reasons"])
