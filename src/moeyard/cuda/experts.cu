@@ -1,0 +1,316 @@
+// Rows of every expert times the expert's weights, with bias and activation: sm_90a alone. The weights' rows are the M
+// side of the tensor cores' products and the rows are their N side, which may be as small as 8: so one kernel serves
+// batches of any size.
+//
+// A block is a warpgroup that loads and one or two that multiply, 64 weight rows each. It works through tiles (BM
+// weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
+// round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
+// has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of STEP.
+//
+// Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
+// up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
+// no exchange. Rows come by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
+//
+// Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
+// rows waits for that launch, and the first stages' weights are on their way before.
+
+#include "experts_results.cuh"
+#include "experts_tiles.cuh"
+#include "wgmma.cuh"
+
+constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
+constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
+constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY;
+constexpr int BM = 64 * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
+constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;
+constexpr int GROUP = BN == 256 ? 8 : 16;
+constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
+constexpr bool MOVES_REGISTERS = BN == 256;  // 128 sums a lane: more registers than an even share
+constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_GROUP = 4 * COLUMNS_A_WARP;
+constexpr int CHUNK = BN < 32 ? BN : 32;  // rows of results that are written at a time
+constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of a chunk: no two of 8 rows in one bank
+constexpr int CHUNK_BYTES = CHUNK * PITCH;
+constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
+
+struct Stage {
+  u32 number, parity;
+
+  __device__ __forceinline__ void advance() {
+    if (++number == DEPTH) {
+      number = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// Addresses in shared memory, in the order in which it is divided (`shared_bytes` in experts_plan.py).
+struct Room {
+  u32 stages, chunks, full, empty;
+  u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route
+  float* factors;  // [CONSUMERS][BN]
+  u32* sums;
+  Segment* table;
+};
+
+struct Arguments {
+  const u8* rows;
+  const u16* bias;
+  const float* factors;
+  const int* sorted_token_ids;
+  u16* out;
+  u32 columns, steps, weight_tiles, size, divisor;
+  i64 row_pitch;  // in bytes
+  Curve curve;
+};
+
+__device__ __forceinline__ Room divide(u8* memory) {
+  Room room;
+  memory += -shared_address(memory) & 1023;
+  room.stages = shared_address(memory);
+  memory += DEPTH * STAGE_BYTES;
+  room.chunks = shared_address(memory);
+  memory += CONSUMERS * 2 * CHUNK_BYTES;
+  room.full = shared_address(memory);
+  room.empty = room.full + 8 * DEPTH;
+  memory += 16 * DEPTH;
+  room.sums = reinterpret_cast<u32*>(memory);
+  memory += 256;
+  room.routes = reinterpret_cast<u32*>(memory);
+  room.factors = reinterpret_cast<float*>(memory) + CONSUMERS * BN;
+  if constexpr (BY_ROUTE) memory += CONSUMERS * BN * 8;
+  room.table = reinterpret_cast<Segment*>(memory);
+  return room;
+}
+
+__device__ __forceinline__ u32 used_rows(u32 rows) { return (rows + STEP - 1) / STEP * STEP; }
+
+// The weights of one stage, and how many bytes the stage's barrier has to see: boxes count whole, zeros included.
+__device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
+                                             u32 stage) {
+  const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
+  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : used_rows(tile.rows) * BK * 2));
+  if constexpr (GATED_RESULT) copy_box(to, map, barrier, step * BK, 0, 0, tile.weight_tile * (BM / 16), tile.expert);
+  else copy_box(to, map, barrier, step * BK, tile.weight_tile * BM, tile.expert);
+}
+
+__device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
+                                          u32 stage) {
+  const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES;
+  for (u32 row = 0; row < tile.rows; row += STEP) {
+    copy_box(to + row * BK * 2, map, room.full + 8 * stage, step * BK, tile.first_row + row);
+  }
+}
+
+// One thread loads everything by the copy engine.
+__device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
+                                              const Arguments& a, Tiles<BN, GROUP> tiles, u32 total) {
+  Stage stage = {0, 0};
+  u32 ahead = 0;  // stages whose weights are on their way already
+  if (READY_BEFORE) {
+    if (blockIdx.x < total) {
+      const Tile tile = tiles.find(blockIdx.x);
+      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead);
+    }
+    wait_for_previous_launch();
+  }
+  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
+    const Tile tile = tiles.find(number);
+    for (u32 step = 0; step < a.steps; ++step) {
+      if (ahead > 0) {
+        --ahead;
+      } else {
+        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+        load_weights(weight_map, room, tile, step, stage.number);
+      }
+      load_rows(row_map, room, tile, step, stage.number);
+      stage.advance();
+    }
+  }
+}
+
+// Thread t of the warpgroup brings piece t % 8 of rows t / 8, t / 8 + 16, ..., to where the swizzle wants it.
+__device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, const Room& room, const Arguments& a,
+                                                  Tiles<BN, GROUP> tiles, u32 total) {
+  const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
+  const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
+  Stage stage = {0, 0};
+  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
+    const Tile tile = tiles.find(number);
+    const u32 used = used_rows(tile.rows);
+    u32 token[COPIES];
+#pragma unroll
+    for (int i = 0; i < COPIES; ++i) {
+      const u32 row = first + 16 * i;
+      token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) : 0;
+    }
+    for (u32 step = 0; step < a.steps; ++step) {
+      await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number);
+      if (step == 0) {
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;
+      }
+      const u32 column = step * BK + piece * 8, there = room.stages + stage.number * STAGE_BYTES + WEIGHT_BYTES + to;
+      const u8* from = a.rows + (column < a.size ? column * 2 : 0);
+#pragma unroll
+      for (int i = 0; i < COPIES; ++i) {
+        const u32 row = first + 16 * i;
+        if (row < used) {
+          const bool there_is = row < tile.rows && column < a.size;
+          copy_16_bytes(there + i * 16 * BK * 2, from + token[i] * a.row_pitch, there_is ? 16 : 0);
+        }
+      }
+      arrive_after_copies(room.full + 8 * stage.number);
+      stage.advance();
+    }
+  }
+}
+
+// All products of a tile for N of its rows.
+template <int N>
+__device__ __forceinline__ void multiply_tile(float (&sums)[BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, bool releases) {
+  u32 before = 0;
+  for (u32 step = 0; step < steps; ++step) {
+    await_phase(room.full + 8 * stage.number, stage.parity);
+    if constexpr (GATHERS) show_writes_to_tensor_cores();
+    const u32 here = room.stages + stage.number * STAGE_BYTES;
+    const u64 weights = tile_descriptor(here + group * 64 * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < BK / 16; ++i) multiply<N>(sums, weights + 2 * i, rows + 2 * i, step | i);
+    commit_products();
+    await_products<1>();  // those of the step before have ended
+    if (step > 0 && releases) arrive(room.empty + 8 * before);
+    before = stage.number;
+    stage.advance();
+  }
+  await_products<0>();
+  if (releases) arrive(room.empty + 8 * before);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // nothing reads sums before this
+}
+
+template <int N = BN>
+__device__ __forceinline__ void multiply_used(float (&sums)[BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, bool releases, u32 used) {
+  if constexpr (N > STEP) {
+    if (used < N) return multiply_used<N - STEP>(sums, room, stage, steps, group, releases, used);
+  }
+  multiply_tile<N>(sums, room, stage, steps, group, releases);
+}
+
+// Results of 8 rows: bias, activation and factor, then 16 bits, transposed to `to`: rows with columns side by side.
+__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const float2 factor, const Curve& curve,
+                                            u32 to) {
+  if constexpr (GATED_RESULT) {
+    const float even = bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, curve);
+    const float odd = bend<CURVE, CLAMPS>(sums[1] + bias.x, sums[3] + bias.y, curve);
+    store_transposed(to, narrow_pair<KIND>(even * factor.x, odd * factor.y));
+  } else {
+    float value[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      value[i] = bend<CURVE, CLAMPS>(sums[i] + (i < 2 ? bias.x : bias.y), curve) * (i & 1 ? factor.y : factor.x);
+    }
+    store_transposed(to, narrow_pair<KIND>(value[0], value[1]), narrow_pair<KIND>(value[2], value[3]));
+  }
+}
+
+// The biases of the two weight rows that a lane has: gate and up, or rows 8 apart.
+__device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
+  float2 bias = {0.0f, 0.0f};
+  if constexpr (BIASES) {
+    const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
+    if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
+    const u32 second = column + (GATED_RESULT ? a.columns : 8);
+    if (GATED_RESULT ? column < a.columns : second < a.columns) bias.y = widen<KIND>(__ldg(of_expert + second));
+  }
+  return bias;
+}
+
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Tiles<BN, GROUP> tiles,
+                                                   u32 total) {
+  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
+  const u32 chunks = room.chunks + group * 2 * CHUNK_BYTES;
+  const u32 in_chunk = (lane & 7) * PITCH + (warp * COLUMNS_A_WARP + (GATED_RESULT ? 0 : lane & 8)) * 2;
+  u32* routes = room.routes + group * BN;
+  float* factors = room.factors + group * BN;
+  constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
+  const u32 piece = thread % PIECES;
+  Stage stage = {0, 0};
+  u32 turn = 0;
+  float sums[BN / 2] = {};
+  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
+    const Tile tile = tiles.find(number);
+    const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
+    const float2 bias = load_bias(a, tile, first_column + warp * COLUMNS_A_WARP + lane / 4);
+    if constexpr (BY_ROUTE) {
+      sync_warpgroup(1 + group);  // the routes of the tile before have been read
+      for (u32 row = thread; row < tile.rows; row += 128) {
+        const u32 route = __ldcg(a.sorted_token_ids + tile.first_row + row);
+        routes[row] = route;
+        if constexpr (WEIGHS) factors[row] = __ldcg(a.factors + route);
+      }
+      sync_warpgroup(1 + group);
+    }
+    multiply_used(sums, room, stage, a.steps, group, lane == 0, used_rows(tile.rows));
+    const u32 column = first_column + piece * 8;
+#pragma unroll
+    for (int start = 0; start < BN; start += CHUNK) {
+      if (start < tile.rows) {
+        const u32 chunk = chunks + (turn & 1) * CHUNK_BYTES;  // the other may still be read
+        ++turn;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i += 8) {
+          float2 factor = {1.0f, 1.0f};
+          if constexpr (WEIGHS) factor = reinterpret_cast<const float2*>(factors + start + i)[lane & 3];
+          put_results(sums + (start + i) / 2, bias, factor, a.curve, chunk + in_chunk + i * PITCH);
+        }
+        sync_warpgroup(1 + group);
+        for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
+          if (column < a.columns) {
+            const u32 target = BY_ROUTE ? routes[start + row] : tile.first_row + start + row;
+            const uint4 word = load_shared(chunk + row * PITCH + piece * 16);
+            *reinterpret_cast<uint4*>(a.out + static_cast<i64>(target) * a.columns + column) = word;
+          }
+        }
+      }
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
+    const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
+    u16* out, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta, i64 limit) {
+  extern __shared__ u8 memory[];
+  const Room room = divide(memory);
+  constexpr u32 OF_GROUP = GATED_RESULT ? BM / 2 : BM;
+  const u32 weight_tiles = (columns + OF_GROUP - 1) / OF_GROUP;
+  const Arguments a = {rows, bias, factors, sorted_token_ids, out, static_cast<u32>(columns),
+                       static_cast<u32>((size + BK - 1) / BK), weight_tiles, static_cast<u32>(size),
+                       static_cast<u32>(divisor), row_pitch,
+                       {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
+  if (threadIdx.x == 0) {
+    prefetch_map(weight_map);
+    if (!GATHERS) prefetch_map(row_map);
+    for (u32 i = 0; i < DEPTH; ++i) {
+      open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
+      open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
+    }
+    publish_barriers();
+  }
+  if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
+  if (!READY_BEFORE) wait_for_previous_launch();
+  const u32 total = make_table<BN>(room.table, room.sums, first_rows, row_counts, experts) * weight_tiles;
+  const Tiles<BN, GROUP> tiles = {room.table, weight_tiles};
+  if (threadIdx.x < 128) {
+    if constexpr (MOVES_REGISTERS) keep_registers<72>();
+    if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
+    else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
+  } else {
+    if constexpr (MOVES_REGISTERS) take_registers<216>();
+    multiply_and_write(room, a, tiles, total);
+  }
+}

@@ -1,0 +1,195 @@
+// Hopper's own instructions (sm_90a): mbarriers, the bulk copy engine, products of a warpgroup. Addresses of shared
+// memory are 32 bits wide.
+
+#pragma once
+
+#include "rows.cuh"
+
+// What cuTensorMapEncodeTiled makes, as a kernel parameter.
+struct alignas(64) TensorMap {
+  u8 bytes[128];
+};
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// mbarriers: a phase ends when as many have arrived as `count` says and all expected bytes have come.
+
+__device__ __forceinline__ void open_barrier(u32 barrier, u32 count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// Barriers that were opened before this are seen by the copy engine, and after a barrier of the block by all threads.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_and_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// This thread arrives when all its cp.async up to here have written; `count` has this arrival in it.
+__device__ __forceinline__ void arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Returns when the phase of this parity has ended. The phase before the first counts as ended, with parity 1.
+__device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
+  u32 done = 0;
+  while (!done) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// A barrier of the 128 threads of a warpgroup; number 0 is __syncthreads.
+__device__ __forceinline__ void sync_warpgroup(u32 number) {
+  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+}
+
+// Copies: boxes of a tensor by the copy engine, and 16 bytes by a thread (zeros for `bytes` of 0).
+
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
+          "r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w)
+      : "memory");
+}
+
+__device__ __forceinline__ void copy_16_bytes(u32 to, const u8* from, u32 bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Orders what ordinary writes (cp.async too) left in shared memory before what the tensor cores read next.
+__device__ __forceinline__ void show_writes_to_tensor_cores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// 8 x 8 values of 16 bits, held as products are (row lane / 4, columns 2 * (lane % 4) and the next), written
+// transposed: lane l gives the address of column l of the first matrix, lane 8 + l of the second.
+__device__ __forceinline__ void store_transposed(u32 address, u32 values) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(values) : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(u32 address, u32 first, u32 second) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(u32 address) {
+  uint4 word;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(word.x), "=r"(word.y), "=r"(word.z), "=r"(word.w)
+               : "r"(address)
+               : "memory");
+  return word;
+}
+
+// Products of a warpgroup: d[64, N] += a[64, 16] b[N, 16]^T with a and b in shared memory, rows of 128 bytes (64
+// values) in groups of 8, in the 128-byte swizzle: the 16-byte piece p of row r lies at p ^ r % 8. Of d, lane l of warp
+// w holds rows 16 w + l / 4 (values 4 j, 4 j + 1) and 8 more (4 j + 2, 4 j + 3), columns 8 j + 2 (l % 4) and the next.
+
+// Where a tile begins (a multiple of 1024 bytes; 32 bytes more are 16 values along), 1024 bytes from group to group,
+// swizzle of 128 bytes.
+__device__ __forceinline__ u64 tile_descriptor(u32 address) {
+  return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
+}
+
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Returns when all but the last PENDING groups of products have ended.
+template <int PENDING>
+__device__ __forceinline__ void await_products() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+#define TEXT_OF(x) #x
+#define TEXT(x) TEXT_OF(x)
+#define VALUES_OF(i) "+f"(d[4 * (i)]), "+f"(d[4 * (i) + 1]), "+f"(d[4 * (i) + 2]), "+f"(d[4 * (i) + 3])
+#define VALUES_2(i) VALUES_OF(i), VALUES_OF(i + 1)
+#define VALUES_4(i) VALUES_2(i), VALUES_2(i + 2)
+#define VALUES_8(i) VALUES_4(i), VALUES_4(i + 4)
+#define VALUES_16(i) VALUES_8(i), VALUES_8(i + 8)
+#define NUMBERS_1 "%0, %1, %2, %3"
+#define NUMBERS_2 NUMBERS_1 ", %4, %5, %6, %7"
+#define NUMBERS_4 NUMBERS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define NUMBERS_6 NUMBERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NUMBERS_8 NUMBERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define NUMBERS_12 \
+  NUMBERS_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NUMBERS_16 \
+  NUMBERS_12 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NUMBERS_20 \
+  NUMBERS_16 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NUMBERS_24 \
+  NUMBERS_20 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NUMBERS_28 \
+  NUMBERS_24 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define NUMBERS_32 \
+  NUMBERS_28 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+// N, the numbers of its N / 2 values, of the operands that follow, and the values.
+#define PRODUCT(N, NUMBERS, A, B, ADDS, ...)                                                                      \
+  asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " ADDS ", 0;\n\t"                                       \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TEXT(ELEMENT) "." TEXT(ELEMENT) " {" NUMBERS "}, " \
+               A ", " B ", adds, 1, 1, 0, 0;\n\t}"                                                                 \
+               : __VA_ARGS__                                                                                       \
+               : "l"(a), "l"(b), "r"(adds))
+
+// d = a b^T, or d += a b^T where `adds` is not 0.
+template <int N, int COUNT>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, u32 adds) {
+  static_assert(N <= 2 * COUNT && N % 8 == 0, "a lane holds N / 2 values");
+  if constexpr (N == 8) PRODUCT(8, NUMBERS_1, "%4", "%5", "%6", VALUES_OF(0));
+  if constexpr (N == 16) PRODUCT(16, NUMBERS_2, "%8", "%9", "%10", VALUES_2(0));
+  if constexpr (N == 32) PRODUCT(32, NUMBERS_4, "%16", "%17", "%18", VALUES_4(0));
+  if constexpr (N == 48) PRODUCT(48, NUMBERS_6, "%24", "%25", "%26", VALUES_4(0), VALUES_2(4));
+  if constexpr (N == 64) PRODUCT(64, NUMBERS_8, "%32", "%33", "%34", VALUES_8(0));
+  if constexpr (N == 96) PRODUCT(96, NUMBERS_12, "%48", "%49", "%50", VALUES_8(0), VALUES_4(8));
+  if constexpr (N == 128) PRODUCT(128, NUMBERS_16, "%64", "%65", "%66", VALUES_16(0));
+  if constexpr (N == 160) PRODUCT(160, NUMBERS_20, "%80", "%81", "%82", VALUES_16(0), VALUES_4(16));
+  if constexpr (N == 192) PRODUCT(192, NUMBERS_24, "%96", "%97", "%98", VALUES_16(0), VALUES_8(16));
+  if constexpr (N == 224) PRODUCT(224, NUMBERS_28, "%112", "%113", "%114", VALUES_16(0), VALUES_8(16), VALUES_4(24));
+  if constexpr (N == 256) PRODUCT(256, NUMBERS_32, "%128", "%129", "%130", VALUES_16(0), VALUES_16(16));
+}
+
+// Registers of this warpgroup's threads, taken from or given to the block's other warpgroups.
+template <int COUNT>
+__device__ __forceinline__ void keep_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
+template <int COUNT>
+__device__ __forceinline__ void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
+}
