@@ -40,6 +40,8 @@ class Impl:
     """"module:function" that prepares the same call again, for other ids and the same outputs."""
     with_layout: str = ""
     """"module:function" of a launcher that fills a layout as well; it says False where it would not be quicker."""
+    unfit: str = ""
+    """"module:function" that says from a launcher's arguments, in words, why they do not fit; None if they do."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,12 @@ def _cuda_sums(call: Call) -> str | None:
     return _sums(call) or _cuda(call)
 
 
+def _cuda_products(call: Call) -> str | None:
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    return _cuda(call)
+
+
 def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
     """The rows that every op has: `torch`, and `reference` only by name."""
     return (
@@ -109,12 +117,19 @@ def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
     )
 
 
-def _layer(launcher: str) -> tuple[Impl, ...]:
+def _layer(launcher: str, *others: Impl) -> tuple[Impl, ...]:
     """The rows of products, activations and experts."""
     return (
         Impl("cpu", f"moeyard.cpu.{launcher}", _cpu_sums),
+        *others,
         *_shared(f"experts:{launcher.partition(':')[2]}", "reference_layer"),
     )
+
+
+def _hopper(launcher: str) -> Impl:
+    """The row of products and experts on Hopper."""
+    target, function = "moeyard.cuda.experts:", launcher.removesuffix("_launch")
+    return Impl("cuda", target + launcher, _cuda_products, unfit=f"{target}unfit_for_{function}")
 
 
 TABLE: dict[str, tuple[Impl, ...]] = {
@@ -145,9 +160,9 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         ),
         *_shared("router:route_launch"),
     ),
-    "grouped_gemm": _layer("products:grouped_gemm_launch"),
+    "grouped_gemm": _layer("products:grouped_gemm_launch", _hopper("grouped_gemm_launch")),
     "activate": _layer("experts:activate_launch"),
-    "fused_experts": _layer("experts:fused_experts_launch"),
+    "fused_experts": _layer("experts:fused_experts_launch", _hopper("fused_experts_launch")),
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (
         Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
@@ -202,9 +217,31 @@ def impl_names(op: str) -> tuple[str, ...]:
 def launcher(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
     """The launcher that meets a call: `impl` by name, or the first row that does not refuse for "auto".
 
-    An implementation asked for by name is met or refused with its reason, never replaced (ValueError).
+    An implementation asked for by name is met or refused with its reason, never replaced (ValueError). Where one
+    refuses arguments as well, its launcher comes with the next one's behind it.
     """
-    return _load(_choose(op, impl, device, dtype).target)
+    return _whole(op, impl, _choose(op, impl, device, dtype), device, dtype)
+
+
+def _whole(op: str, impl: str, row: Impl, device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
+    launch = _load(row.target)
+    if not row.unfit:
+        return launch
+    unfit = _load(row.unfit)
+    named = row.name in (impl, _OVERRIDE.get(op) if impl == "auto" else None)
+    following = None if named else _choose(op, impl, device, dtype, after=row)
+    otherwise = None if following is None else _whole(op, impl, following, device, dtype)
+
+    def choose(*arguments: Any, **named_arguments: Any) -> None:
+        reason = unfit(*arguments, **named_arguments)
+        if reason is None:
+            launch(*arguments, **named_arguments)
+        elif otherwise is None:
+            raise ValueError(f"impl: {row.name!r} refuses {op}: {reason}")
+        else:
+            otherwise(*arguments, **named_arguments)
+
+    return choose
 
 
 @cache
@@ -234,11 +271,11 @@ def _load(target: str) -> Callable[..., Any]:
     return loaded
 
 
-def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> Impl:
+def _choose(op: str, impl: str, device: torch.device, dtype: torch.dtype, after: Impl | None = None) -> Impl:
     call = Call(device.type, dtype)
     if impl == "auto":
         impl = _OVERRIDE.get(op, impl)
-    for row in TABLE[op]:
+    for row in TABLE[op] if after is None else TABLE[op][TABLE[op].index(after) + 1 :]:
         if impl == row.name or (impl == "auto" and not row.by_name_only):
             reason = row.refusal(call)
             if reason is None:

@@ -79,15 +79,18 @@ def _write(path: Path, code: bytes) -> None:
 
 
 @cache
-def kernel(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int) -> Any:
-    """A loaded `cuda.core.Kernel` that may use all the shared memory a block of the device can have."""
+def kernel(source: str, name: str, defines: tuple[tuple[str, str], ...], device: int, suffix: str = "") -> Any:
+    """A loaded `cuda.core.Kernel` that may use all the shared memory a block of the device can have.
+
+    `suffix` is that of the architecture: "a" for one whose own instructions no later one has.
+    """
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
     here = Device(device)
     here.set_current()
     major, minor = here.compute_capability
-    code = cubin(source, defines, f"sm_{major}{minor}")
+    code = cubin(source, defines, f"sm_{major}{minor}{suffix}")
     with outside_capture():
         loaded = ObjectCode.from_cubin(code).get_kernel(name)
         limit = here.properties.max_shared_memory_per_block_optin

@@ -112,9 +112,10 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
       for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead);
     }
     wait_for_previous_launch();
+    show_memory_to_copies();
   }
-  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
-    const Tile tile = tiles.find(number);
+  for (Walk walk; walk.number() < total; walk.advance()) {
+    const Tile tile = tiles.find(walk.number());
     for (u32 step = 0; step < a.steps; ++step) {
       if (ahead > 0) {
         --ahead;
@@ -134,8 +135,8 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
   const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
   Stage stage = {0, 0};
-  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
-    const Tile tile = tiles.find(number);
+  for (Walk walk; walk.number() < total; walk.advance()) {
+    const Tile tile = tiles.find(walk.number());
     const u32 used = used_rows(tile.rows);
     u32 token[COPIES];
 #pragma unroll
@@ -164,6 +165,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
       stage.advance();
     }
   }
+  await_copies();  // a thread outlives its copies
 }
 
 // All products of a tile for N of its rows.
@@ -241,18 +243,18 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Stage stage = {0, 0};
   u32 turn = 0;
   float sums[BN / 2] = {};
-  for (u32 number = blockIdx.x; number < total; number += gridDim.x) {
-    const Tile tile = tiles.find(number);
+  for (Walk walk; walk.number() < total; walk.advance()) {
+    const Tile tile = tiles.find(walk.number());
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     const float2 bias = load_bias(a, tile, first_column + warp * COLUMNS_A_WARP + lane / 4);
     if constexpr (BY_ROUTE) {
-      sync_warpgroup(1 + group);  // the routes of the tile before have been read
+      sync_warpgroup(group);  // the routes of the tile before have been read
       for (u32 row = thread; row < tile.rows; row += 128) {
         const u32 route = __ldcg(a.sorted_token_ids + tile.first_row + row);
         routes[row] = route;
         if constexpr (WEIGHS) factors[row] = __ldcg(a.factors + route);
       }
-      sync_warpgroup(1 + group);
+      sync_warpgroup(group);
     }
     multiply_used(sums, room, stage, a.steps, group, lane == 0, used_rows(tile.rows));
     const u32 column = first_column + piece * 8;
@@ -267,7 +269,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
           if constexpr (WEIGHS) factor = reinterpret_cast<const float2*>(factors + start + i)[lane & 3];
           put_results(sums + (start + i) / 2, bias, factor, a.curve, chunk + in_chunk + i * PITCH);
         }
-        sync_warpgroup(1 + group);
+        sync_warpgroup(group);
         for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
           if (column < a.columns) {
             const u32 target = BY_ROUTE ? routes[start + row] : tile.first_row + start + row;

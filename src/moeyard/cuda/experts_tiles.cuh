@@ -63,3 +63,16 @@ struct Tiles {
     return {segment.expert, weight_tile, segment.first_row + row, min(u32(BN), segment.rows - row)};
   }
 };
+
+// The tiles of a block: one of every round of gridDim.x. Its place in the round moves on by SHIFT, for tiles of an expert
+// differ in rows (the last has few) and repeat: a block that always had the last ones would have little to do.
+struct Walk {
+  static constexpr u32 SHIFT = 37;
+  u32 round = 0, place = blockIdx.x;
+
+  __device__ __forceinline__ u32 number() const { return round + place; }
+  __device__ __forceinline__ void advance() {
+    round += gridDim.x;
+    place = (place + SHIFT) % gridDim.x;
+  }
+};

@@ -35,6 +35,8 @@ def make_room(ready: dict[tuple[Any, ...], Any]) -> None:
 
 
 _MOST_READY = 4096
+MAP_BYTES = 128
+"""Of a tensor map."""
 
 
 class Launch:
@@ -54,21 +56,29 @@ class Launch:
         shared_bytes: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
+        maps: int = 0,
+        programmatic: bool | None = None,
+        suffix: str = "",
     ) -> None:
-        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks."""
+        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks.
+
+        Before them come so many tensor `maps`. `programmatic` is the setting's answer unless given; `suffix` that of
+        the architecture.
+        """
         from cuda.bindings import driver
 
-        self._kernel = kernel(source, name, defines, device)  # keeps the module loaded
+        self._kernel = kernel(source, name, defines, device, suffix)  # keeps the module loaded
         self._function = driver.CUfunction(int(self._kernel.handle))
         self._start: Callable[..., Any] = driver.cuLaunchKernelEx
         self._success = driver.CUresult.CUDA_SUCCESS
         self._pack = struct.Struct(f"{pointers}Q").pack_into
-        self._pointers, self._sizes = pointers, sizes
+        self._pointers, self._sizes, self._maps = pointers, sizes, maps
         self._local = threading.local()  # one thread's arguments: the driver reads them while others run
         self._name = name
         self._shape = (grid, threads, shared_bytes)
         self._cluster, self._cooperative = cluster, cooperative
-        self._programmatic = programmatic_launch() and torch.cuda.get_device_capability(device) >= (9, 0)
+        wanted = programmatic_launch() if programmatic is None else programmatic
+        self._programmatic = wanted and torch.cuda.get_device_capability(device) >= (9, 0)
         self._configs: dict[int, Any] = {}
 
     def __call__(self, stream: int, *pointers: int) -> None:
@@ -84,13 +94,25 @@ class Launch:
         if status is not self._success and status != self._success:
             raise RuntimeError(f"launch of {self._name}: {status.name}, with {self._shape} (grid, threads, bytes)")
 
+    def with_maps(self, stream: int, maps: tuple[bytes, ...], *pointers: int) -> None:
+        """Starts a kernel that takes tensor maps (tensor_map.py)."""
+        mine = self._local.__dict__
+        if not mine:
+            self._make_arguments(mine)
+        for i, tensor_map in enumerate(maps):
+            ctypes.memmove(mine["first_map"] + MAP_BYTES * i, tensor_map, MAP_BYTES)
+        self(stream, *pointers)
+
     def _make_arguments(self, mine: dict[str, Any]) -> None:
         """Room for the arguments and pointers to them, the form in which the driver takes them."""
         count = self._pointers + len(self._sizes)
         words = (ctypes.c_uint64 * count)(*(0,) * self._pointers, *self._sizes)
-        first, size = ctypes.addressof(words), ctypes.sizeof(ctypes.c_uint64)
-        pointers = (ctypes.c_void_p * count)(*(first + size * i for i in range(count)))
-        mine.update(words=words, pointers=pointers, address=ctypes.addressof(pointers))
+        maps = (ctypes.c_uint8 * (MAP_BYTES * self._maps))()
+        first, size, first_map = ctypes.addressof(words), ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(maps)
+        addresses = [first_map + MAP_BYTES * i for i in range(self._maps)] + [first + size * i for i in range(count)]
+        pointers = (ctypes.c_void_p * len(addresses))(*addresses)
+        mine.update(words=words, maps=maps, first_map=first_map)
+        mine.update(pointers=pointers, address=ctypes.addressof(pointers))
 
     def _configure(self, stream: int) -> Any:
         from cuda.bindings import driver

@@ -13,7 +13,13 @@ from moeyard.cuda.plan import Card, Plan, batched_plan, division, plan
 from moeyard.values import Layout
 
 
-def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chosen: Plan | None = None) -> None:
+def align_launch(
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    out: Layout,
+    chosen: Plan | None = None,
+    programmatic: bool | None = None,
+) -> None:
     """Fills the layout of int32 or int64 ids of any shape and strides, by a plan of its own or a given one."""
     _align(
         topk_ids,
@@ -26,6 +32,7 @@ def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout, chose
         out.num_tokens_post_padded,
         out,
         chosen,
+        programmatic,
     )
 
 
@@ -110,11 +117,13 @@ def _align(
     total: Tensor,
     whole: Layout | None,
     chosen: Plan | None,
+    programmatic: bool | None = None,
 ) -> None:
     device = topk_ids.get_device()
     if device != current_device():
         with torch.cuda.device(device):
-            _align(topk_ids, expert_map, num_experts, experts, block_size, slots, expert_ids, total, whole, chosen)
+            sizes = (num_experts, experts, block_size)
+            _align(topk_ids, expert_map, *sizes, slots, expert_ids, total, whole, chosen, programmatic)
         return
     if not topk_ids.is_contiguous():
         topk_ids = topk_ids.contiguous()
@@ -133,7 +142,7 @@ def _align(
         whole is None,
         device,
         chosen,
-        SETTINGS["programmatic"],
+        SETTINGS["programmatic"] if programmatic is None else programmatic,
     )
     launch, words = _READY.get(key) or _ready(key)
     stream = current_stream(device)
@@ -155,7 +164,7 @@ _READY: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch, int]:
     found: tuple[Launch, int] | None = _READY.get(key)
-    return _READY.setdefault(key, _make_ready(*key[:-1])) if found is None else found
+    return _READY.setdefault(key, _make_ready(*key)) if found is None else found
 
 
 def _make_ready(
@@ -170,6 +179,7 @@ def _make_ready(
     triple: bool,
     device: int,
     chosen: Plan | None,
+    programmatic: bool,
 ) -> tuple[Launch, int]:
     """The launch and the words of its exchange."""
     if chosen is None:
@@ -187,6 +197,7 @@ def _make_ready(
         shared_bytes=chosen.shared_bytes(experts),
         cluster=chosen.cluster,
         cooperative=chosen.cooperative,
+        programmatic=programmatic,
     )
     make_room(_READY)
     words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0

@@ -99,6 +99,7 @@ def combine_launch(
     top_k: int,
     out: Tensor,
     chosen: RowPlan | None = None,
+    programmatic: bool | None = None,
 ) -> None:
     """Sums rows in k order in float32, products and sums each rounded."""
     rows, _, stride = _as_rows(rows)
@@ -106,7 +107,7 @@ def combine_launch(
     if topk_weights is not None:
         topk_weights = topk_weights.contiguous()
         weights = topk_weights.data_ptr()
-    _sum(rows, route_rows.data_ptr(), "MAPPED", "int", weights, 0, 0, top_k, (0, stride), out, chosen)
+    _sum(rows, route_rows.data_ptr(), "MAPPED", "int", weights, 0, 0, top_k, (0, stride), out, chosen, programmatic)
 
 
 @_on_its_device
@@ -147,6 +148,7 @@ def _sum(
     strides: tuple[int, int],
     out: Tensor,
     chosen: RowPlan | None,
+    programmatic: bool | None = None,
 ) -> None:
     num_tokens, hidden_size = out.shape
     row_bytes = hidden_size * out.element_size()
@@ -156,7 +158,7 @@ def _sum(
     word = _word(source | target | row_bytes | strides[0] | strides[1])
     key = (
         "sum", how, id_type, weights == 0, num_experts, top_k, strides, num_tokens, row_bytes, word, out.dtype,
-        current_device(), chosen, SETTINGS["programmatic"],
+        current_device(), chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
     launch = _READY.get(key)
     if launch is None:
@@ -260,6 +262,7 @@ def _prepare(
         grid=blocks or -(-rows * pieces // (plan.threads // WARP)),
         threads=plan.threads,
         shared_bytes=4 * WARP if source == "quantize.cu" else 0,
+        programmatic=key[-1],
     )
     make_room(_READY)
     return _READY.setdefault(key, launch)

@@ -53,9 +53,11 @@ __device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
   }
 }
 
-// A barrier of the 128 threads of a warpgroup; number 0 is __syncthreads.
-__device__ __forceinline__ void sync_warpgroup(u32 number) {
-  asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory");
+// A barrier of the 128 threads of one of two warpgroups. The block's barriers are named by constants: of a number in a
+// register the compiler would take all 16 for a block.
+__device__ __forceinline__ void sync_warpgroup(u32 group) {
+  if (group == 0) asm volatile("bar.sync 1, 128;" ::: "memory");
+  else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
 // Copies: boxes of a tensor by the copy engine, and 16 bytes by a thread (zeros for `bytes` of 0).
@@ -88,9 +90,14 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       : "memory");
 }
 
+// Orders what ordinary writes left in global memory before what the copy engine reads next.
+__device__ __forceinline__ void show_memory_to_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
 __device__ __forceinline__ void copy_16_bytes(u32 to, const u8* from, u32 bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Orders what ordinary writes (cp.async too) left in shared memory before what the tensor cores read next.
 __device__ __forceinline__ void show_writes_to_tensor_cores() {

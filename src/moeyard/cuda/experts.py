@@ -1,0 +1,248 @@
+"""Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
+
+import struct
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.experts_plan import ExpertPlan, expert_plan
+from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
+from moeyard.cuda.layout import align_launch, card_of
+from moeyard.cuda.rows import combine_launch
+from moeyard.cuda.tensor_map import row_map, weight_map
+from moeyard.values import Activation, ExpertWeights, Layout
+
+_KINDS = {torch.bfloat16: ("BFLOAT16", "bf16"), torch.float16: ("FLOAT16", "f16")}
+_CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+_CAPABILITY = (9, 0)
+_UNIT = 16
+"""What sizes are multiples of, so that every row and every half of w13 begins where the copy engine can."""
+
+
+def unfit_for_grouped_gemm(rows: Tensor, weight: Tensor, *_: Any, out: Tensor, **__: Any) -> str | None:
+    """Why `grouped_gemm_launch` does not take these arguments, in words; None if it does."""
+    return _unfit({"rows": rows, "weight": weight, "out": out})
+
+
+def unfit_for_fused_experts(
+    hidden_states: Tensor, *rest: Any, weight_on_input: bool, out: Tensor, **_: Any
+) -> str | None:
+    """Why `fused_experts_launch` does not take these arguments, in words; None if it does."""
+    if weight_on_input:
+        return "takes no router weights on the input"
+    weights: ExpertWeights = rest[3]
+    tensors = {"hidden_states": hidden_states, "weights.w13": weights.w13, "weights.w2": weights.w2, "out": out}
+    return _unfit(tensors)
+
+
+def _unfit(tensors: dict[str, Tensor]) -> str | None:
+    capability = _capability(tensors["out"].get_device())
+    if capability != _CAPABILITY:
+        return f"is written for compute capability 9.0, got {'.'.join(map(str, capability))}"
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] % _UNIT or not tensor.shape[-1]:
+            return f"{name}: expected a positive multiple of {_UNIT} columns, got {tensor.shape[-1]}"
+        if tensor.data_ptr() % 16:
+            return f"{name}: expected an address that is a multiple of 16 bytes"
+        if not tensor.is_contiguous():
+            return f"{name}: expected a contiguous tensor, got strides {tensor.stride()}"
+    return None
+
+
+_capability = cache(torch.cuda.get_device_capability)
+
+
+def grouped_gemm_launch(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    *,
+    sorted_token_ids: Tensor | None,
+    row_divisor: int,
+    first_rows: Tensor,
+    row_counts: Tensor,
+    out: Tensor,
+) -> None:
+    """Results by route gather their rows through `sorted_token_ids`; others are read and written where they lie."""
+    if not out.shape[0]:
+        return
+    device = rows.get_device()
+    if device != current_device():
+        with torch.cuda.device(device):
+            grouped_gemm_launch(
+                rows, weight, bias, topk_weights, sorted_token_ids=sorted_token_ids, row_divisor=row_divisor,
+                first_rows=first_rows, row_counts=row_counts, out=out,
+            )  # fmt: skip
+        return
+    _product(
+        rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
+        slots=sorted_token_ids, divisor=row_divisor, factors=topk_weights, by_route=sorted_token_ids is not None,
+    )  # fmt: skip
+
+
+def fused_experts_launch(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    weights: ExpertWeights,
+    *,
+    activation: Activation,
+    num_experts: int,
+    weight_on_input: bool,
+    out: Tensor,
+) -> None:
+    """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
+
+    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype.
+    """
+    num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
+    if not num_routes:
+        return
+    device = hidden_states.get_device()
+    if device != current_device():
+        with torch.cuda.device(device):
+            fused_experts_launch(
+                hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
+                num_experts=num_experts, weight_on_input=weight_on_input, out=out,
+            )  # fmt: skip
+        return
+    layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts)
+    align_launch(topk_ids, expert_map, layout, programmatic=True)
+    offsets, counts = layout.expert_offsets, layout.expert_counts
+    middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
+    _product(
+        hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
+        slots=layout.sorted_token_ids, divisor=top_k, activation=activation, gated=weights.gated,
+    )  # fmt: skip
+    rows = hidden_states.new_empty((num_routes, weights.hidden_size))
+    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True)
+    combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
+
+
+def _compact_layout(topk_ids: Tensor, num_experts: int, experts: int) -> Layout:
+    """An uninitialised layout of block_size 1 in one allocation."""
+    n = topk_ids.numel()
+    words = topk_ids.new_empty(2 * (experts + 1) + 3 * n + experts + 1, dtype=torch.int32)
+    lengths = [2 * (experts + 1), n, n, n, experts, 1]
+    offsets, slots, blocks, routes, counts, total = words.unsafe_split_with_sizes(lengths)
+    tensors = (slots, blocks, total, offsets.view(torch.int64), counts, routes)
+    return Layout.of(tensors, (num_experts, experts, 1, topk_ids.shape[1]))
+
+
+def _product(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    first_rows: Tensor,
+    row_counts: Tensor,
+    out: Tensor,
+    *,
+    slots: Tensor | None = None,
+    divisor: int = 1,
+    factors: Tensor | None = None,
+    by_route: bool = False,
+    activation: Activation | None = None,
+    gated: bool = False,
+    ready: bool = False,
+) -> None:
+    """One launch: row r of an expert is that of token `slots[r] // divisor`, or row r of `rows` without slots.
+
+    Results go to row r of `out`, or to row `slots[r]`. `ready` says that the launch ahead did not write the layout.
+    """
+    experts, weight_rows, size = weight.shape
+    if bias is not None:
+        bias = bias.contiguous()
+    if factors is not None:
+        factors = factors.contiguous()
+    key = (
+        out.shape, experts, size, rows.dtype, slots is None, divisor, factors is None, by_route, activation, gated,
+        bias is None, ready, current_device(),
+    )  # fmt: skip
+    launch, plan = _READY.get(key) or _ready(key)
+    weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, gated)
+    boxes = weights  # where rows are gathered nobody looks at the second map
+    if slots is None:
+        boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.step)
+    launch.with_maps(
+        current_stream(current_device()),
+        (weights, boxes),
+        rows.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
+        0 if slots is None else slots.data_ptr(),
+        first_rows.data_ptr(),
+        row_counts.data_ptr(),
+        out.data_ptr(),
+    )
+
+
+_READY: dict[tuple[Any, ...], tuple[Launch, ExpertPlan]] = {}
+"""Launches and their plans by all that they depend on besides addresses."""
+
+
+def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
+    shape, experts, size, dtype, boxed, divisor, unweighted, by_route, activation, gated, unbiased, ready, device = key
+    plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device))
+    clamped = activation is not None and activation.limit is not None
+    defines = expert_defines(
+        plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
+        gather=not boxed, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
+    )  # fmt: skip
+    curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
+    launch = Launch(
+        "experts.cu",
+        "experts_kernel",
+        defines,
+        device,
+        maps=2,
+        pointers=7,
+        sizes=(experts, shape[1], size, size * dtype.itemsize, divisor, *(_bits(value) for value in curve)),
+        grid=plan.grid,
+        threads=plan.threads,
+        shared_bytes=plan.shared_bytes,
+        programmatic=True,
+        suffix="a",
+    )
+    make_room(_READY)
+    return _READY.setdefault(key, (launch, plan))
+
+
+def expert_defines(
+    plan: ExpertPlan,
+    dtype: torch.dtype,
+    curve: str,
+    *,
+    gated: bool,
+    clamped: bool,
+    gather: bool,
+    by_route: bool,
+    biased: bool,
+    weighted: bool,
+    ready: bool,
+) -> tuple[tuple[str, str], ...]:
+    """What a product is compiled for."""
+    kind, element = _KINDS[dtype]
+    flags = {
+        "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
+        "WEIGHTED": weighted, "TABLE_READY": ready,
+    }  # fmt: skip
+    return (
+        ("ROWS_A_TILE", str(plan.rows)),
+        ("CONSUMER_GROUPS", str(plan.groups)),
+        ("STAGES", str(plan.stages)),
+        ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
+        ("ROW_KIND", kind),
+        ("ELEMENT", element),
+        ("ACTIVATION", curve),
+        *((name, "true" if flag else "false") for name, flag in flags.items()),
+    )
+
+
+def _bits(value: float) -> int:
+    """Those of the float32, as an integer."""
+    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
+    return bits

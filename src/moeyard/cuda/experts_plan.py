@@ -1,0 +1,108 @@
+"""How a grouped product of experts is launched: a pure function of sizes and of what the card has."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from moeyard.cuda.plan import Card
+
+WARPGROUP = 128
+STEP_VALUES = 64
+"""Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
+_WEIGHT_ROWS = 64
+"""Weight rows of a warpgroup's product."""
+_ROWS = (8, 16, 32, 64, 128, 256)
+_RESERVED = 1024
+"""Bytes of shared memory that the system keeps of every block's, and that alignment may take."""
+_SEGMENT = 16
+"""Bytes of an expert in the table of tiles."""
+_MOST_STAGES = 12
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """Tile, stages and grid of one launch of experts.cu."""
+
+    rows: int
+    """Rows of a tile at most."""
+    groups: int
+    """Warpgroups that multiply, 64 weight rows each."""
+    stages: int
+    blocks: int
+    """Blocks that share a multiprocessor."""
+    grid: int
+    shared_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """One more warpgroup loads."""
+        return WARPGROUP * (1 + self.groups)
+
+    @property
+    def weight_rows(self) -> int:
+        """Weight rows of a tile."""
+        return _WEIGHT_ROWS * self.groups
+
+    @property
+    def step(self) -> int:
+        """What the rows of a tile that are multiplied are a multiple of, and the rows of a box of them."""
+        return self.rows if self.rows <= 16 else 16 if self.rows <= 64 else 32
+
+
+@lru_cache(maxsize=4096)
+def expert_plan(
+    num_rows: int, experts: int, columns: int, gated: bool, by_route: bool, card: Card, rows: int = 0
+) -> ExpertPlan:
+    """The launch for so many rows, spread over so many experts, each with weights of so many columns of results; with
+    tiles of `rows` rows if given.
+
+    How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
+    at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
+    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule.
+
+    Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
+    while the other writes results, and the last round leaves little undone. From 32 rows on two warpgroups share the
+    rows of a tile, which halves what rows take of the L2 cache's bandwidth: a tile of 64 weight rows and 64 rows reads
+    as much of the one as of the other. At 256 rows, where the tensor cores are the limit, a stage is 48 KiB for 1024
+    cycles of products.
+    """
+    mean = num_rows / max(1.0, _touched(num_rows, experts))
+    wanted = mean + 2 * math.sqrt(mean)
+    rows = rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
+    entries = min(experts, num_rows) + 1
+    while True:
+        groups = 1 if rows <= 16 else 2
+        for blocks in (2, 1) if rows <= 64 else (1,):
+            room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
+            stages = min(_MOST_STAGES, (room - shared_bytes(rows, groups, 0, entries, gated, by_route))
+                         // stage_bytes(rows, groups))  # fmt: skip
+            if stages >= 3 or (blocks == 1 and stages == 2):
+                used = shared_bytes(rows, groups, stages, entries, gated, by_route)
+                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (groups * (32 if gated else 64)))
+                grid = max(1, min(card.processors * blocks, tiles))
+                return ExpertPlan(rows, groups, stages, blocks, grid, used)
+        if rows == _ROWS[0]:
+            raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
+        rows //= 2
+
+
+def stage_bytes(rows: int, groups: int) -> int:
+    """64 values of the weight rows and of the rows of a tile."""
+    return (groups * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
+
+
+def shared_bytes(rows: int, groups: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
+    """Shared memory of a block, as experts.cu divides it."""
+    chunk = min(rows, 32) * ((64 if gated else 128) + 16)
+    fixed = _RESERVED + groups * 2 * chunk + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
+    return fixed + stages * (stage_bytes(rows, groups) + 16)
+
+
+def _touched(num_rows: int, experts: int) -> float:
+    """How many experts have rows, if each row's is drawn evenly."""
+    return -experts * math.expm1(-num_rows / experts) if experts else 0.0
+
+
+def _most_tiles(num_rows: int, experts: int, rows: int) -> int:
+    """Tiles of rows that these can be at most, whatever expert they have."""
+    return min(num_rows, num_rows // rows + min(experts, num_rows))

@@ -1,0 +1,224 @@
+"""One group of cases of the Hopper kernels, in a process of its own: `hopper_cases.py GROUP` prints a line of JSON a case.
+
+A kernel that waits for what never comes would hold its process for good: so each case has a limit, and the test that
+started the process goes on with the next.
+"""
+
+import faulthandler
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+import moeyard
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
+from moeyard.bench.routing import ROUTINGS
+from moeyard.cuda import experts
+from moeyard.cuda.experts_plan import expert_plan
+from support import guard_broken, largest_and_rms, poisoned, same_bits
+from test_experts import plain_experts, wide_weights
+
+CUDA = torch.device("cuda")
+LIMIT_S = 20
+FIRST_LIMIT_S = 60
+"""Of the first case, which waits for the device and for compilers beside it."""
+TILES = (8, 16, 32, 64, 128, 256)
+
+
+def draw_weights(
+    count: int, hidden: int, size: int, dtype: torch.dtype, gated: bool = True, bias: bool = False
+) -> ExpertWeights:
+    def draw(*shape: int, scale: float) -> torch.Tensor:
+        return (torch.randn(*shape, device=CUDA) * scale).to(dtype)
+
+    wide = size * (1 + gated)
+    return ExpertWeights(
+        draw(count, wide, hidden, scale=hidden**-0.5),
+        draw(count, hidden, size, scale=size**-0.5),
+        draw(count, wide, scale=1) if bias else None,
+        draw(count, hidden, scale=1) if bias else None,
+        gated,
+    )
+
+
+def draw_routing(tokens: int, count: int, top_k: int, name: str) -> Routing:
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
+    return Routing(torch.rand(tokens, top_k, device=CUDA), ROUTINGS[name](tokens, count, top_k, generator).cuda())
+
+
+def poison_workspace(routes: int, hidden: int, size: int) -> None:
+    """The next allocations of these sizes are full of NaN."""
+    held = [torch.empty(2 * routes * width, dtype=torch.uint8, device=CUDA).fill_(255) for width in (size, hidden)]
+    del held
+
+
+def layer(
+    tokens: int, count: int, top_k: int, hidden: int, size: int, *, dtype: torch.dtype = torch.bfloat16,
+    routing: str = "uniform", activation: Activation | None = None, gated: bool = True, bias: bool = False,
+) -> Callable[[], dict[str, Any]]:  # fmt: skip
+    """A case of fused_experts: errors against float64 and those of plain torch at the dtype."""
+
+    def run() -> dict[str, Any]:
+        weights = draw_weights(count, hidden, size, dtype, gated, bias)
+        rows, routes = torch.randn(tokens, hidden, device=CUDA).to(dtype), draw_routing(tokens, count, top_k, routing)
+        out = poisoned((tokens, hidden), dtype, CUDA)
+        poison_workspace(tokens * top_k, hidden, size)
+        got = moeyard.fused_experts(rows, routes, weights, activation=activation, out=out, impl="cuda")
+        torch.cuda.synchronize()
+        wide = plain_experts(rows.double(), routes, wide_weights(weights), activation)
+        plain = plain_experts(rows, routes, weights, activation)
+        again = moeyard.fused_experts(rows, routes, weights, activation=activation, impl="cuda")
+        return {
+            "errors": largest_and_rms(got, wide),
+            "budget": largest_and_rms(plain, wide),
+            "scale": float(wide.abs().max()),
+            "guard": guard_broken(out),
+            "same": same_bits(got, again),
+        }
+
+    return run
+
+
+def with_tiles(rows: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Layers at one size of tiles, whatever the plan would choose, from one product to many tiles a block."""
+    experts.expert_plan = lambda *sizes: expert_plan(*sizes, rows)  # type: ignore[assignment]
+    yield "one step", layer(3, 4, 2, 64, 64)
+    yield "short rows", layer(5, 3, 1, 80, 16)
+    yield "few", layer(40, 8, 2, 512, 256)
+    yield "biased gpt-oss", layer(130, 5, 3, 720, 176, routing="dropped", activation=GPT_OSS_ACTIVATION, bias=True)
+    yield "one hot expert", layer(700, 6, 2, 1024, 704, routing="one_hot")
+    yield "all rounds", layer(1500, 8, 2, 1024, 1408, routing="zipf")
+    yield "not gated", layer(200, 7, 2, 352, 528, activation=Activation("relu2"), gated=False, dtype=torch.float16)
+    yield "gelu", layer(90, 4, 2, 256, 80, activation=Activation("gelu"), dtype=torch.float16)
+    yield "gelu_tanh", layer(90, 4, 2, 256, 80, activation=Activation("gelu_tanh", limit=1.0))
+
+
+def products() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Grouped products with rows by token, by route, by offsets and in batches."""
+
+    def by_layout(tokens: int, count: int, top_k: int, block: int, per_route: bool) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            routes = draw_routing(tokens, count, top_k, "dropped")
+            layout = moeyard.moe_align_block_size(routes.topk_ids, num_experts=count, block_size=block)
+            rows = torch.randn(tokens * top_k if per_route else tokens, 336, device=CUDA).bfloat16()
+            weight, bias = torch.randn(count, 272, 336, device=CUDA).bfloat16(), torch.randn(count, 272, device=CUDA)
+            out = poisoned((tokens * top_k, 272), torch.bfloat16, CUDA)
+            options: dict[str, Any] = {"layout": layout, "topk_weights": routes.topk_weights}
+            got = moeyard.grouped_gemm(rows, weight, bias=bias.bfloat16(), out=out, impl="cuda", **options)
+            wide = moeyard.grouped_gemm(
+                rows.double(), weight.double(), bias=bias.bfloat16().double(), impl="torch", **options
+            )
+            valid = layout.route_rows >= 0
+            untouched = out[~valid].view(torch.uint8)
+            return judged(got[valid], wide[valid], guard_broken(out) or bool((untouched != 0x7F).any()))
+
+        return run
+
+    def by_offsets(rows_of: list[int]) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            counts, count = torch.tensor(rows_of, device=CUDA), len(rows_of)
+            offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+            total = sum(rows_of)
+            rows = torch.randn(total + 9, 528, device=CUDA).half()
+            rows[total:] = float("nan")
+            weight = torch.randn(count, 400, 528, device=CUDA).half() / 23
+            out = poisoned((total + 9, 400), torch.float16, CUDA)
+            got = moeyard.grouped_gemm(rows, weight, expert_offsets=offsets, out=out, impl="cuda")
+            wide = moeyard.grouped_gemm(rows.double(), weight.double(), expert_offsets=offsets, impl="torch")
+            return judged(got[:total], wide[:total], bool((out[total:].view(torch.uint8) != 0x7F).any()))
+
+        return run
+
+    def batched(counts: list[int]) -> Callable[[], dict[str, Any]]:
+        def run() -> dict[str, Any]:
+            valid = torch.tensor(counts, dtype=torch.int32, device=CUDA)
+            rows = torch.randn(len(counts), max(counts), 256, device=CUDA).bfloat16()
+            weight = torch.randn(len(counts), 192, 256, device=CUDA).bfloat16() / 16
+            got = moeyard.grouped_gemm(rows, weight, expert_num_tokens=valid, impl="cuda")
+            wide = moeyard.grouped_gemm(rows.double(), weight.double(), expert_num_tokens=valid, impl="torch")
+            held = torch.arange(max(counts), device=CUDA) < valid[:, None]
+            return judged(got[held], wide[held], False)
+
+        return run
+
+    yield "by token", by_layout(300, 7, 3, 1, False)
+    yield "by route, padded", by_layout(77, 5, 2, 16, True)
+    yield "by offsets", by_offsets([3, 0, 700, 64, 1, 129])
+    yield "in batches", batched([5, 0, 200, 77])
+
+
+def judged(got: torch.Tensor, wide: torch.Tensor, guard: bool) -> dict[str, Any]:
+    """A product rounded once, against float64."""
+    honest = largest_and_rms(wide.float().to(got.dtype), wide)
+    scale = float(wide.abs().max())
+    return {
+        "errors": largest_and_rms(got, wide), "budget": [value + 4e-6 * scale for value in honest], "scale": scale,
+        "guard": guard, "same": True,
+    }  # fmt: skip
+
+
+def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The same bits over 100 runs, and from a graph whose ids and rows change; nobody's rows give zeros."""
+
+    def draw() -> tuple[torch.Tensor, Routing, ExpertWeights]:
+        return (
+            torch.randn(600, 1024, device=CUDA).bfloat16(),
+            draw_routing(600, 32, 4, "zipf"),
+            draw_weights(32, 1024, 352, torch.bfloat16),
+        )
+
+    def runs() -> dict[str, Any]:
+        rows, routes, weights = draw()
+        first = moeyard.fused_experts(rows, routes, weights, impl="cuda")
+        same = all(same_bits(moeyard.fused_experts(rows, routes, weights, impl="cuda"), first) for _ in range(100))
+        return {"same": same}
+
+    def graph() -> dict[str, Any]:
+        rows, routes, weights = draw()
+        moeyard.fused_experts(rows, routes, weights, impl="cuda")
+        torch.cuda.synchronize()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            for _ in range(3):
+                out = moeyard.fused_experts(rows, routes, weights, impl="cuda")
+        same = True
+        for name in ("uniform", "dropped", "one_hot"):
+            routes.copy_(draw_routing(600, 32, 4, name))
+            rows.copy_(torch.randn_like(rows))
+            captured.replay()
+            same = same and same_bits(out, moeyard.fused_experts(rows, routes, weights, impl="cuda"))
+        return {"same": same}
+
+    def nobody() -> dict[str, Any]:
+        rows, routes, weights = draw()
+        routes.topk_ids.fill_(-1)
+        got = moeyard.fused_experts(rows, routes, weights, impl="cuda")
+        return {"same": not bool(got.any())}
+
+    yield "100 runs", runs
+    yield "graph", graph
+    yield "nobody", nobody
+
+
+GROUPS: dict[str, Callable[[], Iterator[tuple[str, Callable[[], dict[str, Any]]]]]] = {
+    **{f"tiles of {rows}": (lambda rows=rows: with_tiles(rows)) for rows in TILES},  # type: ignore[misc]
+    "products": products,
+    "repeated": repeated,
+}
+
+
+def main() -> None:
+    limit = FIRST_LIMIT_S
+    for name, run in GROUPS[sys.argv[1]]():
+        faulthandler.dump_traceback_later(limit, exit=True)
+        result = run()
+        torch.cuda.synchronize()
+        print(json.dumps({"case": name, **result}), flush=True)
+        limit = LIMIT_S
+    faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main()

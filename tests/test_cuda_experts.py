@@ -1,0 +1,347 @@
+"""What the Hopper kernels of experts can show without a GPU: they compile to wgmma and spill nothing, plans hold, and
+index maps meet, in ports of their formulas beside the hardware's own layouts."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import moeyard
+from moeyard import ExpertWeights, Routing
+from moeyard.cuda import compile as building
+from moeyard.cuda.experts import expert_defines
+from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, shared_bytes, stage_bytes
+from moeyard.cuda.plan import Card
+from moeyard.cuda.tensor_map import weight_boxes
+
+H200 = Card(132, 232448, True)
+MODELS = {  # hidden, intermediate, experts, top_k
+    "Mixtral": (4096, 14336, 8, 2),
+    "Qwen3-30B": (2048, 768, 128, 8),
+    "DeepSeek-V3": (7168, 2048, 256, 8),
+    "gpt-oss-120b": (2880, 2880, 128, 4),
+    "Qwen3-Next": (2048, 512, 512, 10),
+    "odd": (704, 1408, 60, 3),
+}
+TOKENS = [1, 2, 8, 33, 64, 256, 1024, 4096, 16384, 32768]
+
+
+def plans() -> list[ExpertPlan]:
+    """Every plan of both products of the models."""
+    found = set()
+    for hidden, size, experts, top_k in MODELS.values():
+        for tokens in TOKENS:
+            found.add(expert_plan(tokens * top_k, experts, size, True, False, H200))
+            found.add(expert_plan(tokens * top_k, experts, hidden, False, False, H200))
+    return sorted(found, key=str)
+
+
+def test_plans_fit_the_card() -> None:
+    sizes = [(n, e) for n in (1, 7, 64, 1000, 4096, 10**5, 2**24) for e in (1, 8, 60, 128, 512, 8192)]
+    for num_rows, experts in sizes:
+        for gated in (False, True):
+            for by_route in (False, True):
+                chosen = expert_plan(num_rows, experts, 2880, gated, by_route, H200)
+                each = (H200.shared_limit + 1024) // chosen.blocks - 1024
+                entries = min(experts, num_rows) + 1
+                arguments = (chosen.rows, chosen.groups, chosen.stages, entries, gated, by_route)
+                assert chosen.shared_bytes == shared_bytes(*arguments) <= each
+                assert chosen.stages >= 2 and chosen.threads * chosen.blocks <= 2048
+                assert stage_bytes(chosen.rows, chosen.groups) % 1024 == 0, "tiles begin where the swizzle does"
+                assert 1 <= chosen.grid <= chosen.blocks * H200.processors
+                assert chosen.rows % chosen.step == 0 and chosen.step % 8 == 0
+    with pytest.raises(ValueError, match="experts: expected so few that their table fits 49152 bytes, got 8192"):
+        expert_plan(10**6, 8192, 2048, True, False, Card(20, 49152, True))
+
+
+def test_tiles_hold_the_rows_of_most_experts() -> None:
+    assert [expert_plan(tokens * 8, 128, 768, True, False, H200).rows for tokens in (1, 64, 256, 512, 1024, 4096)] == [
+        8, 16, 32, 64, 128, 256,
+    ]  # fmt: skip
+
+
+@cache
+def cuobjdump() -> str | None:
+    """NVIDIA's disassembler: on the path, or in Triton's wheel."""
+    try:
+        from triton.backends import nvidia
+    except ImportError:
+        return shutil.which("cuobjdump")
+    inside = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    return str(inside) if inside.exists() else shutil.which("cuobjdump")
+
+
+def examined(plan: ExpertPlan, folder: Path, **options: bool | str) -> tuple[bytes, str, str]:
+    """(cubin, what it uses of the machine, its instructions)."""
+    flags = dict.fromkeys(("gated", "clamped", "gather", "by_route", "biased", "weighted", "ready"), False)
+    curve, dtype = options.pop("curve", "IDENTITY"), options.pop("dtype", torch.bfloat16)
+    defines = expert_defines(plan, dtype, curve, **{**flags, **options})  # type: ignore[arg-type]
+    text = (Path(building.__file__).parent / "experts.cu").read_text()
+    code = building.compile_source(text, defines, "sm_90a")
+    tool = cuobjdump()
+    if tool is None:
+        return code, "", ""
+    path = folder / "examined.cubin"
+    path.write_bytes(code)
+    used, text = (
+        subprocess.run([tool, option, str(path)], capture_output=True, text=True, check=True).stdout
+        for option in ("-res-usage", "-sass")
+    )
+    return code, used, text
+
+
+def assert_sound(plan: ExpertPlan, code: bytes, used: str, text: str, dtype: str = "BF16") -> None:
+    assert code[:4] == b"\x7fELF" and b"experts_kernel" in code
+    if not used:
+        pytest.skip("compiles; cuobjdump, which would show more, is neither on the path nor in a Triton wheel")
+    registers, stack, shared, local = (int(value) for value in re.findall(r"(?:REG|STACK|SHARED|LOCAL):(\d+)", used))
+    assert (stack, local) == (0, 0), used
+    assert registers * plan.threads * plan.blocks <= 65536
+    assert plan.shared_bytes + shared <= (H200.shared_limit + 2048) // plan.blocks
+    steps = {int(n) for n in re.findall(rf"HGMMA\.64x(\d+)x16\.F32(?:\.{dtype})?", text)}
+    assert steps == set(range(plan.step, plan.rows + 1, plan.step)), "a product for every number of rows"
+    assert "UTMALDG" in text and not re.search(r"\b(LDL|STL)\b", text)
+    assert len(re.findall("WARPGROUP.DEPBAR.LE gsb0, 0x0", text)) == len(steps), "one wait for all products a tile"
+
+
+def test_what_is_not_sound_is_seen(tmp_path: Path) -> None:
+    """The mutants of `assert_sound`."""
+    pytest.importorskip("cuda.core")
+    plan = next(plan for plan in plans() if plan.rows == 8)
+    code, used, text = examined(plan, tmp_path, ready=True)
+    assert_sound(plan, code, used, text)
+    for change in (
+        (code, re.sub(r"STACK:\d+", "STACK:16", used), text),
+        (code, re.sub(r"REG:\d+", "REG:160", used), text),
+        (code, used, text.replace("HGMMA", "HMMA")),
+        (code, used, text.replace("UTMALDG", "LDGSTS")),
+        (code, used, text + "\n STL [R1], R2 ;"),
+        (b"text", used, text),
+    ):
+        with pytest.raises(AssertionError):
+            assert_sound(plan, *change)
+
+
+ROWS = sorted({plan.rows for plan in plans()})
+
+
+def test_every_size_of_tile_is_planned() -> None:
+    assert ROWS == [8, 16, 32, 64, 128, 256]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_both_products_of_a_layer_are_wgmma_and_spill_nothing(rows: int, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    plan = next(plan for plan in plans() if plan.rows == rows)
+    assert_sound(plan, *examined(plan, tmp_path, gated=True, gather=True, curve="SILU"))
+    assert_sound(plan, *examined(plan, tmp_path, ready=True))
+
+
+@pytest.mark.parametrize(
+    ("rows", "options"),
+    [
+        (256, {"gated": True, "gather": True, "curve": "SILU", "clamped": True, "biased": True}),
+        (256, {"gather": True, "by_route": True, "weighted": True, "biased": True}),
+        (64, {"gather": True, "curve": "RELU2", "clamped": True}),
+        (16, {"gated": True, "gather": True, "curve": "GELU"}),
+        (128, {"gated": True, "gather": True, "curve": "GELU_TANH", "dtype": torch.float16}),
+        (8, {"biased": True, "dtype": torch.float16}),
+    ],
+    ids=str,
+)
+def test_options_spill_nothing(rows: int, options: dict[str, bool], tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    plan = next(plan for plan in plans() if plan.rows == rows)
+    half = options.get("dtype") == torch.float16
+    assert_sound(plan, *examined(plan, tmp_path, **options), dtype="F16" if half else "BF16")
+
+
+# Ports of the kernel's index arithmetic. Names are those of experts.cu and its headers.
+
+BK = 64
+
+
+def swizzled(address: np.ndarray) -> np.ndarray:
+    """Where the 128-byte swizzle of copy engine and tensor cores puts a byte of rows of 128 bytes."""
+    return address ^ (address >> 7 & 7) << 4
+
+
+@pytest.mark.parametrize("rows", [8, 16, 32, 64, 128, 256])
+def test_gathered_rows_lie_where_the_tensor_cores_look(rows: int) -> None:
+    seen: dict[int, tuple[int, int]] = {}
+    for thread in range(128):
+        piece, first = thread & 7, thread >> 3 & 15
+        to = first * BK * 2 + ((piece ^ (first & 7)) << 4)
+        for i in range(max(1, rows // 16)):
+            row = first + 16 * i
+            if row < rows:
+                address = to + i * 16 * BK * 2
+                assert address not in seen and address % 16 == 0
+                seen[address] = (row, piece)
+    assert len(seen) == rows * 8
+    for row in range(rows):
+        for step in range(BK // 16):  # a product takes 16 values of each row: 32 bytes from the descriptor's address
+            for half in range(2):
+                linear = row // 8 * 1024 + row % 8 * 128 + step * 32 + half * 16
+                assert seen[int(swizzled(np.array(linear)))] == (row, step * 2 + half)
+
+
+def boxed(weights: np.ndarray, box_rows: int, gated: bool, corner: tuple[int, ...]) -> np.ndarray:
+    """The box at `corner` of contiguous weights [experts, rows, size], zeros outside: [rows of the box, 64]."""
+    experts, rows, size = weights.shape
+    sizes, strides, box = weight_boxes(experts, rows, size, weights.itemsize, box_rows, gated)
+    view = np.lib.stride_tricks.as_strided(weights, sizes[::-1], (weights.itemsize, *strides)[::-1])
+    out = np.zeros(box[::-1], weights.dtype)
+    cut = tuple(slice(c, min(c + b, n)) for c, b, n in zip(corner, box, sizes, strict=True))[::-1]
+    part = view[cut]
+    out[tuple(slice(0, n) for n in part.shape)] = part
+    return out.reshape(-1, BK)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [704, 48, 768])
+def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int) -> None:
+    bm, hidden, experts = 64 * groups, 80, 3
+    weights = np.random.default_rng().integers(1, 2**31, (experts, 2 * size, hidden))
+    for tile in range(-(-2 * size // bm)):
+        for step in range(-(-hidden // BK)):
+            got = boxed(weights, bm, True, (step * BK, 0, 0, tile * (bm // 16), 1))
+            assert got.shape == (bm, BK)
+            for row in range(bm):
+                column = tile * (bm // 2) + row // 16 * 8 + row % 8
+                source = column + (size if row % 16 >= 8 else 0)
+                wanted = np.zeros(BK, weights.dtype)
+                if column < size:
+                    values = weights[1, source, step * BK : (step + 1) * BK]
+                    wanted[: len(values)] = values
+                assert (got[row] == wanted).all(), (tile, row)
+
+
+def test_boxes_of_plain_weights_hold_rows() -> None:
+    weights = np.random.default_rng().integers(1, 2**31, (2, 100, 80))
+    got = boxed(weights, 64, False, (64, 64, 0))
+    assert (got[:36, :16] == weights[0, 64:, 64:]).all() and not got[36:].any() and not got[:, 16:].any()
+
+
+def fragments(product: np.ndarray) -> np.ndarray:
+    """A warpgroup's product [64, N] as its lanes hold it: [warp, lane, N / 2]."""
+    held = np.empty((4, 32, product.shape[1] // 2), product.dtype)
+    for lane in range(32):
+        for j in range(product.shape[1] // 8):
+            for value in range(4):
+                row, column = lane // 4 + 8 * (value // 2), 8 * j + 2 * (lane % 4) + value % 2
+                held[:, lane, 4 * j + value] = product[row::16, column]
+    return held
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("bn", "rows"), [(8, 5), (16, 16), (64, 49), (256, 256), (256, 33)])
+def test_results_come_out_transposed(gated: bool, bn: int, rows: int) -> None:
+    """From a warpgroup's fragments over transposed stores to rows of results, each written once."""
+    product = np.random.default_rng().integers(1, 2**40, (64, bn))
+    held, columns_a_warp = fragments(product), 8 if gated else 16
+    chunk_rows, pitch, pieces = min(bn, 32), 4 * columns_a_warp * 2 + 16, 4 * columns_a_warp // 8
+    out = np.zeros((rows, 4 * columns_a_warp), np.int64)
+    for start in range(0, bn, chunk_rows):
+        if start >= rows:
+            continue
+        chunk = np.zeros(chunk_rows * pitch // 2, np.int64)
+        for i in range(0, chunk_rows, 8):
+            for warp in range(4):
+                for lane in range(32):
+                    sums = held[warp, lane, (start + i) // 2 : (start + i) // 2 + 4]
+                    pairs = [(sums[0] + sums[2], sums[1] + sums[3])] if gated else [sums[:2], sums[2:]]
+                    for matrix, pair in enumerate(pairs):
+                        for odd in range(2):  # transposed: value (row lane / 4, column c) goes to address c, place row
+                            other = 8 * matrix + 2 * (lane % 4) + odd
+                            to = (other & 7) * pitch + (warp * columns_a_warp + (0 if gated else other & 8)) * 2
+                            chunk[(to + i * pitch) // 2 + lane // 4] = pair[odd]
+        for thread in range(128):
+            piece = thread % pieces
+            for row in range(thread // pieces, min(chunk_rows, rows - start), 128 // pieces):
+                assert not out[start + row, piece * 8 : piece * 8 + 8].any()
+                at = row * pitch // 2 + piece * 8
+                out[start + row, piece * 8 : piece * 8 + 8] = chunk[at : at + 8]
+    wanted = product[:, :rows].T
+    if gated:  # stands for the activation: gate and up of a column meet
+        wanted = wanted.reshape(rows, 4, 2, 8).sum(2).reshape(rows, 32)
+    assert (out == wanted).all()
+
+
+def walk(counts: np.ndarray, bn: int, group: int, weight_tiles: int, grid: int) -> list[list[tuple[int, ...]]]:
+    """(expert, weight tile, first row, rows) of all tiles of each block, as experts_tiles.cuh finds them."""
+    tiles = -(-counts // bn)
+    first_rows = np.cumsum(counts) - counts
+    table = [(int(tiles[:e].sum()), e, int(first_rows[e]), int(counts[e])) for e in np.flatnonzero(counts)]
+    table.append((int(tiles.sum()), 0, 0, 0))
+    total = table[-1][0] * weight_tiles
+    found: list[list[tuple[int, ...]]] = []
+    for block in range(grid):
+        mine, place, start, position = [], 0, 0, block
+        while start + position < total:
+            number = start + position
+            while table[place + 1][0] * weight_tiles <= number:
+                place += 1
+            first_tile, expert, first_row, rows = table[place]
+            inside = number - first_tile * weight_tiles
+            which = inside // (group * weight_tiles)
+            in_group = inside - which * group * weight_tiles
+            size = min(group, table[place + 1][0] - first_tile - which * group)
+            weight_tile = in_group // size
+            row = (which * group + in_group - weight_tile * size) * bn
+            mine.append((expert, weight_tile, first_row + row, min(bn, rows - row)))
+            start, position = start + grid, (position + 37) % grid
+        found.append(mine)
+    return found
+
+
+@pytest.mark.parametrize("bn", [8, 32, 256])
+@pytest.mark.parametrize(("grid", "weight_tiles"), [(132, 12), (264, 45), (7, 1), (1, 3)])
+def test_every_tile_is_worked_on_once(bn: int, grid: int, weight_tiles: int) -> None:
+    rng = np.random.default_rng()
+    for experts, most in ((1, 5000), (60, 40), (64, 600), (5, 1)):
+        counts = rng.integers(0, most + 1, experts) * (rng.random(experts) < 0.7)
+        group = 8 if bn == 256 else 16
+        blocks = walk(counts, bn, group, weight_tiles, grid)
+        rows_done = np.zeros((weight_tiles, int(counts.sum())), np.int64)
+        owner = np.repeat(np.arange(experts), counts)
+        for expert, tile, first, rows in (item for mine in blocks for item in mine):
+            assert 0 < rows <= bn and (owner[first : first + rows] == expert).all()
+            rows_done[tile, first : first + rows] += 1
+        assert (rows_done == 1).all()
+
+
+def test_blocks_share_full_and_partly_filled_tiles() -> None:
+    """Every expert with one full tile and one nearly empty one, in turn, over an even number of blocks."""
+    for extra in (10, 266, 522, 778):
+        done = [sum(item[3] for item in mine) for mine in walk(np.full(64, 256 + extra), 256, 8, 12, 132)]
+        assert max(done) <= 1.15 * np.mean(done), extra
+
+
+def test_what_does_not_fit_goes_to_the_next_or_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice by arguments, on a row of the table that refuses them all."""
+    from moeyard import impls
+
+    def refused(*_: object, **__: object) -> str:
+        return "takes nothing"
+
+    monkeypatch.setattr(building, "refused", refused, raising=False)
+    row = impls.Impl("picky", "moeyard.vectorised.experts:fused_experts_launch", lambda call: None,
+                     unfit="moeyard.cuda.compile:refused")  # fmt: skip
+    others = tuple(other for other in impls.TABLE["fused_experts"] if other.name in ("torch", "reference"))
+    monkeypatch.setitem(impls.TABLE, "fused_experts", (row, *others))
+    impls.launcher.cache_clear()
+    weights = ExpertWeights(torch.randn(2, 32, 16), torch.randn(2, 16, 16))
+    rows, routing = torch.randn(3, 16), Routing(torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.int32))
+    try:
+        got = moeyard.fused_experts(rows, routing, weights)
+        assert torch.allclose(got, moeyard.fused_experts(rows, routing, weights, impl="reference"), atol=1e-5)
+        with pytest.raises(ValueError, match="impl: 'picky' refuses fused_experts: takes nothing"):
+            moeyard.fused_experts(rows, routing, weights, impl="picky")
+    finally:
+        impls.launcher.cache_clear()
