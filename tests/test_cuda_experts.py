@@ -1,6 +1,7 @@
 """What the Hopper kernels of experts can show without a GPU: they compile to wgmma and spill nothing, plans hold, and
 index maps meet, in ports of their formulas beside the hardware's own layouts."""
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -49,10 +50,12 @@ def test_plans_fit_the_card() -> None:
                 chosen = expert_plan(num_rows, experts, 2880, gated, by_route, H200)
                 each = (H200.shared_limit + 1024) // chosen.blocks - 1024
                 entries = min(experts, num_rows) + 1
-                arguments = (chosen.rows, chosen.groups, chosen.stages, entries, gated, by_route)
+                arguments = (chosen.rows, chosen.groups, chosen.tall, chosen.stages, entries, gated, by_route)
                 assert chosen.shared_bytes == shared_bytes(*arguments) <= each
                 assert chosen.stages >= 2 and chosen.threads * chosen.blocks <= 2048
-                assert stage_bytes(chosen.rows, chosen.groups) % 1024 == 0, "tiles begin where the swizzle does"
+                assert stage_bytes(chosen.rows, chosen.groups, chosen.tall) % 1024 == 0, (
+                    "tiles begin where the swizzle does"
+                )
                 assert 1 <= chosen.grid <= chosen.blocks * H200.processors
                 assert chosen.rows % chosen.step == 0 and chosen.step % 8 == 0
     with pytest.raises(ValueError, match="experts: expected so few that their table fits 49152 bytes, got 8192"):
@@ -203,7 +206,7 @@ def boxed(weights: np.ndarray, box_rows: int, gated: bool, corner: tuple[int, ..
     return out.reshape(-1, BK)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("size", [704, 48, 768])
 def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int) -> None:
     bm, hidden, experts = 64 * groups, 80, 3
@@ -240,27 +243,26 @@ def fragments(product: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize(("bn", "rows"), [(8, 5), (16, 16), (64, 49), (256, 256), (256, 33)])
-def test_results_come_out_transposed(gated: bool, bn: int, rows: int) -> None:
+@pytest.mark.parametrize(("bn", "rows", "tall"), [(8, 5, 1), (16, 16, 1), (64, 49, 2), (256, 256, 1), (128, 33, 2)])
+def test_results_come_out_transposed(gated: bool, bn: int, rows: int, tall: int) -> None:
     """From a warpgroup's fragments over transposed stores to rows of results, each written once."""
-    product = np.random.default_rng().integers(1, 2**40, (64, bn))
-    held, columns_a_warp = fragments(product), 8 if gated else 16
-    chunk_rows, pitch, pieces = min(bn, 32), 4 * columns_a_warp * 2 + 16, 4 * columns_a_warp // 8
-    out = np.zeros((rows, 4 * columns_a_warp), np.int64)
+    product = np.random.default_rng().integers(1, 2**40, (64 * tall, bn))
+    held, columns_a_warp = [fragments(product[64 * m : 64 * (m + 1)]) for m in range(tall)], 8 if gated else 16
+    columns = tall * 4 * columns_a_warp
+    chunk_rows, pitch, pieces = min(bn, 32 // tall), columns * 2 + 16, columns // 8
+    out = np.zeros((rows, columns), np.int64)
     for start in range(0, bn, chunk_rows):
         if start >= rows:
             continue
         chunk = np.zeros(chunk_rows * pitch // 2, np.int64)
-        for i in range(0, chunk_rows, 8):
-            for warp in range(4):
-                for lane in range(32):
-                    sums = held[warp, lane, (start + i) // 2 : (start + i) // 2 + 4]
-                    pairs = [(sums[0] + sums[2], sums[1] + sums[3])] if gated else [sums[:2], sums[2:]]
-                    for matrix, pair in enumerate(pairs):
-                        for odd in range(2):  # transposed: value (row lane / 4, column c) goes to address c, place row
-                            other = 8 * matrix + 2 * (lane % 4) + odd
-                            to = (other & 7) * pitch + (warp * columns_a_warp + (0 if gated else other & 8)) * 2
-                            chunk[(to + i * pitch) // 2 + lane // 4] = pair[odd]
+        for i, m, warp, lane in itertools.product(range(0, chunk_rows, 8), range(tall), range(4), range(32)):
+            sums = held[m][warp, lane, (start + i) // 2 : (start + i) // 2 + 4]
+            pairs = [(sums[0] + sums[2], sums[1] + sums[3])] if gated else [sums[:2], sums[2:]]
+            for matrix, pair in enumerate(pairs):
+                for odd in range(2):  # transposed: value (row lane / 4, column c) goes to the address of lane c
+                    other = 8 * matrix + 2 * (lane % 4) + odd
+                    to = (other & 7) * pitch + (warp * columns_a_warp + (0 if gated else other & 8)) * 2
+                    chunk[(to + i * pitch + m * 4 * columns_a_warp * 2) // 2 + lane // 4] = pair[odd]
         for thread in range(128):
             piece = thread % pieces
             for row in range(thread // pieces, min(chunk_rows, rows - start), 128 // pieces):
@@ -269,7 +271,7 @@ def test_results_come_out_transposed(gated: bool, bn: int, rows: int) -> None:
                 out[start + row, piece * 8 : piece * 8 + 8] = chunk[at : at + 8]
     wanted = product[:, :rows].T
     if gated:  # stands for the activation: gate and up of a column meet
-        wanted = wanted.reshape(rows, 4, 2, 8).sum(2).reshape(rows, 32)
+        wanted = wanted.reshape(rows, 4 * tall, 2, 8).sum(2).reshape(rows, columns)
     assert (out == wanted).all()
 
 

@@ -1,4 +1,4 @@
-"""One group of cases of the Hopper kernels, in a process of its own: `hopper_cases.py GROUP` prints a line of JSON a case.
+"""A group of cases of the Hopper kernels in a process of its own: `hopper_cases.py GROUP` prints a line of JSON a case.
 
 A kernel that waits for what never comes would hold its process for good: so each case has a limit, and the test that
 started the process goes on with the next.
@@ -74,6 +74,7 @@ def layer(
             "errors": largest_and_rms(got, wide),
             "budget": largest_and_rms(plain, wide),
             "scale": float(wide.abs().max()),
+            "count": wide.numel(),
             "guard": guard_broken(out),
             "same": same_bits(got, again),
         }
@@ -155,7 +156,7 @@ def judged(got: torch.Tensor, wide: torch.Tensor, guard: bool) -> dict[str, Any]
     scale = float(wide.abs().max())
     return {
         "errors": largest_and_rms(got, wide), "budget": [value + 4e-6 * scale for value in honest], "scale": scale,
-        "guard": guard, "same": True,
+        "count": wide.numel(), "guard": guard, "same": True,
     }  # fmt: skip
 
 

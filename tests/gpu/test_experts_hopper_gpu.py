@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-
 from hopper_cases import FIRST_LIMIT_S, GROUPS, LIMIT_S
+
 from support import SOURCE
 
+NAMES = ("largest", "rms")
 CASES = Path(__file__).parent / "hopper_cases.py"
 
 
@@ -62,15 +63,25 @@ def problems(case: dict[str, Any]) -> list[str]:
         found.append(f"{case['case']}: not the same bits")
     if case.get("guard"):
         found.append(f"{case['case']}: wrote where it must not")
-    for name, error, allowed in zip(("largest", "rms"), case.get("errors", ()), case.get("budget", ()), strict=True):
-        if not error <= 1.1 * allowed + 1e-6 * case["scale"]:  # NaN is wrong too
+    factor = 1.1 if case.get("count", 0) > 30000 else 3  # of few values the largest errors are not comparable
+    measured = zip(NAMES, case["errors"], case["budget"], strict=True) if "errors" in case else ()
+    for name, error, allowed in measured:
+        if not error <= factor * allowed + 1e-6 * case["scale"]:  # NaN is wrong too
             found.append(f"{case['case']}: {name} error {error:.3g}, plain torch {allowed:.3g}")
     return found
 
 
 def test_what_is_wrong_is_seen() -> None:
     """The mutants of `problems`."""
-    good = {"case": "c", "errors": [1e-3, 1e-4], "budget": [1e-3, 1e-4], "scale": 1.0, "guard": False, "same": True}
+    good = {
+        "case": "c",
+        "errors": [1e-3, 1e-4],
+        "budget": [1e-3, 1e-4],
+        "scale": 1.0,
+        "count": 10**6,
+        "guard": False,
+        "same": True,
+    }
     assert not problems(good)
     for change in (
         {"same": False}, {"guard": True}, {"errors": [2e-3, 1e-4]}, {"errors": [1e-3, 2e-4]},

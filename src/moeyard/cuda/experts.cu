@@ -2,10 +2,13 @@
 // side of the tensor cores' products and the rows are their N side, which may be as small as 8: so one kernel serves
 // batches of any size.
 //
-// A block is a warpgroup that loads and one or two that multiply, 64 weight rows each. It works through tiles (BM
+// A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles (BM
 // weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
 // round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
 // has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of STEP.
+//
+// The second warpgroup that multiplies begins some steps after the first and stays behind it, as far as stages reach:
+// so one has products under way while the other writes results.
 //
 // Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
@@ -21,15 +24,19 @@
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY;
-constexpr int BM = 64 * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
+constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
+constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;
 constexpr int GROUP = BN == 256 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
-constexpr bool MOVES_REGISTERS = BN == 256;  // 128 sums a lane: more registers than an even share
-constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_GROUP = 4 * COLUMNS_A_WARP;
-constexpr int CHUNK = BN < 32 ? BN : 32;  // rows of results that are written at a time
+constexpr bool MOVES_REGISTERS = BN * TALL == 256;  // 128 sums a lane: more registers than an even share
+constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
+constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
+constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of a chunk: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = CHUNK * PITCH;
+constexpr bool STAGGERS = CONSUMERS == 2;
+constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 
 struct Stage {
@@ -45,7 +52,7 @@ struct Stage {
 
 // Addresses in shared memory, in the order in which it is divided (`shared_bytes` in experts_plan.py).
 struct Room {
-  u32 stages, chunks, full, empty;
+  u32 stages, chunks, full, empty, lead;
   u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route
   float* factors;  // [CONSUMERS][BN]
   u32* sums;
@@ -72,7 +79,8 @@ __device__ __forceinline__ Room divide(u8* memory) {
   memory += CONSUMERS * 2 * CHUNK_BYTES;
   room.full = shared_address(memory);
   room.empty = room.full + 8 * DEPTH;
-  memory += 16 * DEPTH;
+  room.lead = room.empty + 8 * DEPTH;
+  memory += 16 * DEPTH + 16;
   room.sums = reinterpret_cast<u32*>(memory);
   memory += 256;
   room.routes = reinterpret_cast<u32*>(memory);
@@ -168,38 +176,53 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   await_copies();  // a thread outlives its copies
 }
 
+// What one thread of a warp tells others while it multiplies.
+struct Signals {
+  bool releases;  // stages that the warp has read
+  u32 lead;       // the step after which the other warpgroup may begin, or one that never comes
+};
+
 // All products of a tile for N of its rows.
 template <int N>
-__device__ __forceinline__ void multiply_tile(float (&sums)[BN / 2], const Room& room, Stage& stage, u32 steps,
-                                              u32 group, bool releases) {
+__device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, const Signals& signals) {
   u32 before = 0;
   for (u32 step = 0; step < steps; ++step) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_writes_to_tensor_cores();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u64 weights = tile_descriptor(here + group * 64 * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
+    const u64 weights = tile_descriptor(here + group * TALL * 64 * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
     begin_products();
 #pragma unroll
-    for (int i = 0; i < BK / 16; ++i) multiply<N>(sums, weights + 2 * i, rows + 2 * i, step | i);
+    for (int i = 0; i < BK / 16; ++i) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        multiply<N>(sums[m], weights + m * (64 * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
+      }
+    }
     commit_products();
+    if (STAGGERS && step == signals.lead) arrive(room.lead);
     await_products<1>();  // those of the step before have ended
-    if (step > 0 && releases) arrive(room.empty + 8 * before);
+    if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
     before = stage.number;
     stage.advance();
   }
   await_products<0>();
-  if (releases) arrive(room.empty + 8 * before);
+  if (signals.releases) arrive(room.empty + 8 * before);
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[i])::"memory");  // nothing reads sums before this
+  for (int m = 0; m < TALL; ++m) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[m][i])::"memory");  // nothing reads sums before this
+  }
 }
 
 template <int N = BN>
-__device__ __forceinline__ void multiply_used(float (&sums)[BN / 2], const Room& room, Stage& stage, u32 steps,
-                                              u32 group, bool releases, u32 used) {
+__device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, const Signals& signals, u32 used) {
   if constexpr (N > STEP) {
-    if (used < N) return multiply_used<N - STEP>(sums, room, stage, steps, group, releases, used);
+    if (used < N) return multiply_used<N - STEP>(sums, room, stage, steps, group, signals, used);
   }
-  multiply_tile<N>(sums, room, stage, steps, group, releases);
+  multiply_tile<N>(sums, room, stage, steps, group, signals);
 }
 
 // Results of 8 rows: bias, activation and factor, then 16 bits, transposed to `to`: rows with columns side by side.
@@ -242,11 +265,17 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   const u32 piece = thread % PIECES;
   Stage stage = {0, 0};
   u32 turn = 0;
-  float sums[BN / 2] = {};
+  float sums[TALL][BN / 2] = {};
+  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
+  if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
   for (Walk walk; walk.number() < total; walk.advance()) {
     const Tile tile = tiles.find(walk.number());
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
-    const float2 bias = load_bias(a, tile, first_column + warp * COLUMNS_A_WARP + lane / 4);
+    float2 bias[TALL];
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      bias[m] = load_bias(a, tile, first_column + m * COLUMNS_A_PRODUCT + warp * COLUMNS_A_WARP + lane / 4);
+    }
     if constexpr (BY_ROUTE) {
       sync_warpgroup(group);  // the routes of the tile before have been read
       for (u32 row = thread; row < tile.rows; row += 128) {
@@ -256,7 +285,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
       }
       sync_warpgroup(group);
     }
-    multiply_used(sums, room, stage, a.steps, group, lane == 0, used_rows(tile.rows));
+    multiply_used(sums, room, stage, a.steps, group, signals, used_rows(tile.rows));
+    signals.lead = ALL;
     const u32 column = first_column + piece * 8;
 #pragma unroll
     for (int start = 0; start < BN; start += CHUNK) {
@@ -267,7 +297,11 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
         for (int i = 0; i < CHUNK; i += 8) {
           float2 factor = {1.0f, 1.0f};
           if constexpr (WEIGHS) factor = reinterpret_cast<const float2*>(factors + start + i)[lane & 3];
-          put_results(sums + (start + i) / 2, bias, factor, a.curve, chunk + in_chunk + i * PITCH);
+#pragma unroll
+          for (int m = 0; m < TALL; ++m) {
+            const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
+            put_results(sums[m] + (start + i) / 2, bias[m], factor, a.curve, to);
+          }
         }
         sync_warpgroup(group);
         for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
@@ -301,6 +335,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
       open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
       open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
     }
+    open_barrier(room.lead, 4);
     publish_barriers();
   }
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;

@@ -233,6 +233,7 @@ def expert_defines(
     return (
         ("ROWS_A_TILE", str(plan.rows)),
         ("CONSUMER_GROUPS", str(plan.groups)),
+        ("PRODUCTS_A_GROUP", str(plan.tall)),
         ("STAGES", str(plan.stages)),
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
         ("ROW_KIND", kind),

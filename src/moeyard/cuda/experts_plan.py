@@ -11,7 +11,9 @@ STEP_VALUES = 64
 """Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
 _WEIGHT_ROWS = 64
 """Weight rows of a warpgroup's product."""
-_ROWS = (8, 16, 32, 64, 128, 256)
+_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 256: (2, 1, 1)}
+"""Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
+_ROWS = tuple(_SHAPES)
 _RESERVED = 1024
 """Bytes of shared memory that the system keeps of every block's, and that alignment may take."""
 _SEGMENT = 16
@@ -26,7 +28,9 @@ class ExpertPlan:
     rows: int
     """Rows of a tile at most."""
     groups: int
-    """Warpgroups that multiply, 64 weight rows each."""
+    """Warpgroups that multiply."""
+    tall: int
+    """Products of 64 weight rows that each of them has under way."""
     stages: int
     blocks: int
     """Blocks that share a multiprocessor."""
@@ -41,7 +45,7 @@ class ExpertPlan:
     @property
     def weight_rows(self) -> int:
         """Weight rows of a tile."""
-        return _WEIGHT_ROWS * self.groups
+        return _WEIGHT_ROWS * self.groups * self.tall
 
     @property
     def step(self) -> int:
@@ -61,41 +65,42 @@ def expert_plan(
     since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule.
 
     Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
-    while the other writes results, and the last round leaves little undone. From 32 rows on two warpgroups share the
-    rows of a tile, which halves what rows take of the L2 cache's bandwidth: a tile of 64 weight rows and 64 rows reads
-    as much of the one as of the other. At 256 rows, where the tensor cores are the limit, a stage is 48 KiB for 1024
-    cycles of products.
+    while the other writes results, and the last round leaves little undone. With more rows it is also what rows take
+    of the L2 cache's bandwidth, since a tile reads all its rows for every 64 values of its weight rows: so tiles get
+    taller, 128 weight rows for 32 rows and 256 for up to 128. At 256 rows the tensor cores are the limit, and 128
+    weight rows leave them the most of the shared memory's bandwidth: 48 KiB a stage for 1024 cycles of products.
     """
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     wanted = mean + 2 * math.sqrt(mean)
     rows = rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
     entries = min(experts, num_rows) + 1
     while True:
-        groups = 1 if rows <= 16 else 2
-        for blocks in (2, 1) if rows <= 64 else (1,):
+        groups, tall, most_blocks = _SHAPES[rows]
+        for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
-            stages = min(_MOST_STAGES, (room - shared_bytes(rows, groups, 0, entries, gated, by_route))
-                         // stage_bytes(rows, groups))  # fmt: skip
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
+            stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, stages, entries, gated, by_route)
-                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (groups * (32 if gated else 64)))
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
+                columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
+                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // columns_a_tile)
                 grid = max(1, min(card.processors * blocks, tiles))
-                return ExpertPlan(rows, groups, stages, blocks, grid, used)
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows //= 2
 
 
-def stage_bytes(rows: int, groups: int) -> int:
+def stage_bytes(rows: int, groups: int, tall: int) -> int:
     """64 values of the weight rows and of the rows of a tile."""
-    return (groups * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
+    return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(rows: int, groups: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
+def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32) * ((64 if gated else 128) + 16)
-    fixed = _RESERVED + groups * 2 * chunk + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
-    return fixed + stages * (stage_bytes(rows, groups) + 16)
+    chunk = min(rows, 32 // tall) * (tall * (64 if gated else 128) + 16)
+    fixed = _RESERVED + groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
+    return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 
 
 def _touched(num_rows: int, experts: int) -> float:
