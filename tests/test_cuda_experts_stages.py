@@ -31,7 +31,7 @@ class Barrier:
 
 @dataclass
 class Pipeline:
-    """A block that works through `tiles`, of which it has the numbers of steps. Two threads stand for 128 that gather."""
+    """A block that works through `tiles`, of which these are the steps. Two threads stand for the 128 that gather."""
 
     tiles: list[int]
     depth: int

@@ -111,7 +111,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
 
 // One thread loads everything by the copy engine.
 __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
-                                              const Arguments& a, Tiles<BN, GROUP> tiles, u32 total) {
+                                              const Arguments& a, Tiles<BN, STEP, GROUP> tiles, u32 total) {
   Stage stage = {0, 0};
   u32 ahead = 0;  // stages whose weights are on their way already
   if (READY_BEFORE) {
@@ -139,7 +139,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
 
 // Thread t of the warpgroup brings piece t % 8 of rows t / 8, t / 8 + 16, ..., to where the swizzle wants it.
 __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, const Room& room, const Arguments& a,
-                                                  Tiles<BN, GROUP> tiles, u32 total) {
+                                                  Tiles<BN, STEP, GROUP> tiles, u32 total) {
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
   const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
   Stage stage = {0, 0};
@@ -254,7 +254,7 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
   return bias;
 }
 
-__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Tiles<BN, GROUP> tiles,
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Tiles<BN, STEP, GROUP> tiles,
                                                    u32 total) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
   const u32 chunks = room.chunks + group * 2 * CHUNK_BYTES;
@@ -341,7 +341,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
   if (!READY_BEFORE) wait_for_previous_launch();
   const u32 total = make_table<BN>(room.table, room.sums, first_rows, row_counts, experts) * weight_tiles;
-  const Tiles<BN, GROUP> tiles = {room.table, weight_tiles};
+  const Tiles<BN, STEP, GROUP> tiles = {room.table, weight_tiles};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<72>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);

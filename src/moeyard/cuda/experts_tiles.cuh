@@ -45,10 +45,13 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* 
   return tiles;
 }
 
-// Tiles in the order of experts. Those of an expert come in groups of at most GROUP row tiles: inside a group all row
-// tiles take the same tile of weights before the next, so that what runs at a time reads about as many rows as weights
-// and finds most of both in the L2 cache. A block asks for ascending numbers.
-template <int BN, int GROUP>
+// Tiles in the order of experts. An expert's rows are shared out evenly among as few tiles as hold them, in multiples
+// of STEP: two tiles of 144 rows take less than one of 256 and one of 32, which has the same weights to read.
+//
+// Tiles of an expert come in groups of at most GROUP row tiles: inside a group all row tiles take the same tile of
+// weights before the next, so that what runs at a time reads about as many rows as weights and finds most of both in
+// the L2 cache. A block asks for ascending numbers.
+template <int BN, int STEP, int GROUP>
 struct Tiles {
   const Segment* place;
   u32 weight_tiles;
@@ -57,15 +60,16 @@ struct Tiles {
     while (place[1].first_tile * weight_tiles <= number) ++place;
     const Segment segment = place[0];
     const u32 row_tiles = place[1].first_tile - segment.first_tile;
+    const u32 share = ((segment.rows + row_tiles - 1) / row_tiles + STEP - 1) / STEP * STEP;
     const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
-    const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * BN;
-    return {segment.expert, weight_tile, segment.first_row + row, min(u32(BN), segment.rows - row)};
+    const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
+    return {segment.expert, weight_tile, segment.first_row + row, min(share, segment.rows - row)};
   }
 };
 
-// The tiles of a block: one of every round of gridDim.x. Its place in the round moves on by SHIFT, for tiles of an expert
-// differ in rows (the last has few) and repeat: a block that always had the last ones would have little to do.
+// The tiles of a block: one of every round of gridDim.x. Its place in the round moves on by SHIFT, since tiles of an
+// expert may differ in rows, and do so regularly: a block that always had the last ones would have less to do.
 struct Walk {
   static constexpr u32 SHIFT = 37;
   u32 round = 0, place = blockIdx.x;
