@@ -46,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) decode_up_kernel(
   if (warp == 0) {
     if (lane == 0) expect_bytes(shared_address(vectors_here), UP_VECTORS);
     __syncwarp();
+    see_earlier_writes();
     if (lane < TOKENS) {
       copy_in(shared_address(vectors + lane * HIDDEN * 2), hidden_states + lane * token_stride, HIDDEN * 2,
               shared_address(vectors_here));
@@ -211,7 +212,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) decode_down_kernel(
   allow_next_launch();
   if (warp == 0 && first < last) {  // act of this block's tokens, each of which some warp waits for
     const u32 from = routes.starts[first / UNITS_A_TOKEN], stop = routes.starts[(last - 1) / UNITS_A_TOKEN + 1];
-    asm volatile("fence.proxy.async.global;" ::: "memory");
+    see_earlier_writes();
     if (from <= lane && lane < stop) {
       const u32 barrier = shared_address(vectors_here + lane);
       expect_bytes(barrier, SIZE * 2);

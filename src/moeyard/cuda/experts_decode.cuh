@@ -55,6 +55,9 @@ __device__ __forceinline__ void await_bytes(u32 barrier, u32 parity) {
   }
 }
 
+// Bulk copies after this read what this thread may read by ordinary loads.
+__device__ __forceinline__ void see_earlier_writes() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // Addresses and `bytes` are multiples of 16.
 __device__ __forceinline__ void copy_in(u32 to, const u8* from, u32 bytes, u32 barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

@@ -70,11 +70,11 @@ _RESERVED = 1024
 _BARRIER_BYTES = 8 * (16 * 16 + WARP)
 _RING_BYTES = 96 << 10
 """In flight of a multiprocessor: 4.5 TB/s at 1.2 us are 41 KB on 132 of them, and some of a ring is being read."""
-_LEAST_RING_BYTES = 24 << 10
+_ENOUGH_RING_BYTES = 56 << 10
 _MOST_STAGES = 16
 _SEGMENT = 128
 """Words of a copy at most, as far as copies are not whole rows anyway."""
-_LEAST_COPY_BYTES = 1024
+_LEAST_COPY_BYTES, _MOST_ROWS = 1024, 4
 _MOST_VALUES = 1 << 16
 """Of a row: counts of units times blocks stay within 32 bits."""
 
@@ -100,25 +100,31 @@ def expert_plan(
         return None
     if not card.clusters:
         return None
+    made = [_cut(sizes, card, warps, words, ring_bytes) for words in (segment, segment // 2)]
+    for fewest in (3, 2):
+        for cut in made:
+            if min(cut[1], cut[3]) >= fewest:
+                return ExpertPlan(warps, *cut, trigger, evict_first)
+    return None
+
+
+def _cut(sizes: ExpertSizes, card: Card, warps: int, segment: int, ring_bytes: int) -> tuple[int, int, int, int, int]:
+    """Segments of at most so many words and slots of a warp, of both launches; rows of a slot of the second."""
     both = card.shared_limit - _RESERVED - 2 * (_ROUTES_BYTES + _BARRIER_BYTES)
     left = both - _up_vectors(sizes) - _down_vectors(sizes)
     up_segment = segment_of(sizes.hidden_size // WORD, segment)
     up_step = warps * _up_slot(up_segment, sizes)
-    up_stages = _stages(min(ring_bytes, left // 2), up_step)
+    up_stages = _stages(min(ring_bytes, left - min(left // 2, _ENOUGH_RING_BYTES)), up_step)
     whole = sizes.intermediate_size // WORD
     down_segment = segment_of(whole, segment)
     rows = 1
-    while down_segment == whole and 16 * whole * rows < _LEAST_COPY_BYTES and rows < 4:
-        if sizes.hidden_size % (2 * rows):
+    while down_segment == whole and 16 * whole * rows < _LEAST_COPY_BYTES and rows < _MOST_ROWS:
+        units = sizes.num_tokens * sizes.hidden_size // (2 * rows)
+        if units < card.processors * (warps - 1):  # as long as every warp has one
             break
         rows *= 2
     down_step = warps * 16 * rows * down_segment
-    down_stages = _stages(min(ring_bytes, left - up_stages * up_step), down_step)
-    if min(up_stages * up_step, down_stages * down_step) < min(ring_bytes, _LEAST_RING_BYTES):
-        short = min(up_stages, down_stages) < _MOST_STAGES
-        if short or not up_stages or not down_stages:
-            return None
-    return ExpertPlan(warps, up_segment, up_stages, down_segment, down_stages, rows, trigger, evict_first)
+    return up_segment, up_stages, down_segment, _stages(min(ring_bytes, left - up_stages * up_step), down_step), rows
 
 
 def _stages(room: int, step: int) -> int:
