@@ -1,4 +1,4 @@
-"""The experts of a few tokens, as far as it shows without a GPU: plans, who copies what, what the compiler makes of it."""
+"""The experts of a few tokens, without a GPU: plans, who copies what and in which order, what the compiler makes."""
 
 import importlib.util
 import random

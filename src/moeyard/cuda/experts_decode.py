@@ -54,7 +54,7 @@ class ExpertPlan:
     """Whether weights may leave the L2 cache first."""
 
     def up_bytes(self, sizes: ExpertSizes) -> int:
-        """Shared memory of a block of the first launch: rings, tokens, routes, barriers, as experts_decode.cu counts."""
+        """Shared memory of a block of the first launch, as experts_decode.cu counts: rings, tokens, routes."""
         ring = self.warps * self.up_stages * _up_slot(self.up_segment, sizes)
         return ring + _up_vectors(sizes) + _ROUTES_BYTES + 8 * (self.warps * self.up_stages + 1)
 
@@ -293,8 +293,8 @@ def _prepare(
         sizes=(num_experts, num_local, token_stride, up_stride, *map(float_bits, constants)), **both,
     )  # fmt: skip
     down = Launch(
-        "experts_decode.cu", "decode_down_kernel", defines, device, pointers=7, sizes=(num_experts, num_local, down_stride),
-        shared_bytes=down_room(plan, sizes, card), **both,
+        "experts_decode.cu", "decode_down_kernel", defines, device, pointers=7,
+        shared_bytes=down_room(plan, sizes, card), sizes=(num_experts, num_local, down_stride), **both,
     )  # fmt: skip
     return up, down
 
