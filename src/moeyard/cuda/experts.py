@@ -1,15 +1,17 @@
 """Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
 
-import struct
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moeyard.cuda import experts_decode
+from moeyard.cuda.experts_decode import ExpertSizes
 from moeyard.cuda.experts_plan import ExpertPlan, expert_plan
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
+from moeyard.cuda.router import float_bits
 from moeyard.cuda.rows import combine_launch
 from moeyard.cuda.tensor_map import row_map, weight_map
 from moeyard.values import Activation, ExpertWeights, Layout
@@ -30,9 +32,9 @@ def unfit_for_fused_experts(
     hidden_states: Tensor, *rest: Any, weight_on_input: bool, out: Tensor, **_: Any
 ) -> str | None:
     """Why `fused_experts_launch` does not take these arguments, in words; None if it does."""
-    if weight_on_input:
-        return "takes no router weights on the input"
     weights: ExpertWeights = rest[3]
+    if weight_on_input and not _by_route(hidden_states, rest[1], weights, out):
+        return "takes no router weights on the input of more than a few tokens"
     tensors = {"hidden_states": hidden_states, "weights.w13": weights.w13, "weights.w2": weights.w2, "out": out}
     return _unfit(tensors)
 
@@ -97,7 +99,8 @@ def fused_experts_launch(
 ) -> None:
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
-    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype.
+    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. A few tokens go
+    another way (experts_decode.py).
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
@@ -110,6 +113,12 @@ def fused_experts_launch(
                 num_experts=num_experts, weight_on_input=weight_on_input, out=out,
             )  # fmt: skip
         return
+    if _by_route(hidden_states, topk_ids, weights, out):
+        experts_decode.fused_experts_launch(
+            hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
+            num_experts=num_experts, weight_on_input=weight_on_input, out=out,
+        )  # fmt: skip
+        return
     layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts)
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
@@ -121,6 +130,15 @@ def fused_experts_launch(
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
     _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True)
     combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
+
+
+_takes = lru_cache(maxsize=4096)(experts_decode.takes)
+
+
+def _by_route(hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights, out: Tensor) -> bool:
+    """Whether so few tokens come that every route reads its expert's weights by itself."""
+    sizes = ExpertSizes(*topk_ids.shape, hidden_states.shape[1], weights.intermediate_size, weights.gated)
+    return _takes(sizes, weights.num_local_experts, card_of(out.get_device()))
 
 
 def _compact_layout(topk_ids: Tensor, num_experts: int, experts: int) -> Layout:
@@ -200,11 +218,11 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
         device,
         maps=2,
         pointers=7,
-        sizes=(experts, shape[1], size, size * dtype.itemsize, divisor, *(_bits(value) for value in curve)),
+        sizes=(experts, shape[1], size, size * dtype.itemsize, divisor, *map(float_bits, curve)),
         grid=plan.grid,
         threads=plan.threads,
         shared_bytes=plan.shared_bytes,
-        programmatic=True,
+        overlapping=True,
         suffix="a",
     )
     make_room(_READY)
@@ -241,9 +259,3 @@ def expert_defines(
         ("ACTIVATION", curve),
         *((name, "true" if flag else "false") for name, flag in flags.items()),
     )
-
-
-def _bits(value: float) -> int:
-    """Those of the float32, as an integer."""
-    bits: int = struct.unpack("<I", struct.pack("<f", value))[0]
-    return bits

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeyard.cuda.compile import kernel
+from moeyard.cuda.compile import kernel, prefer_shared_memory
 
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
@@ -58,12 +58,17 @@ class Launch:
         cooperative: bool = False,
         maps: int = 0,
         programmatic: bool | None = None,
+        overlapping: bool = False,
         suffix: str = "",
     ) -> None:
         """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks.
 
-        Before them come so many tensor `maps`. `programmatic` is the setting's answer unless given; `suffix` that of
-        the architecture.
+        Before them come so many tensor `maps`. `programmatic` is the answer of `programmatic_launch` unless given;
+        `suffix` that of the architecture.
+
+        An `overlapping` kernel is always placed as `programmatic_launch` says, where the device can, and shares
+        multiprocessors with blocks of another: both must have the same division of shared memory and L1 cache, since
+        it only changes on an empty one. They get all shared memory that there is.
         """
         from cuda.bindings import driver
 
@@ -77,8 +82,10 @@ class Launch:
         self._name = name
         self._shape = (grid, threads, shared_bytes)
         self._cluster, self._cooperative = cluster, cooperative
-        wanted = programmatic_launch() if programmatic is None else programmatic
+        wanted = overlapping or (programmatic_launch() if programmatic is None else programmatic)
         self._programmatic = wanted and torch.cuda.get_device_capability(device) >= (9, 0)
+        if overlapping:
+            prefer_shared_memory(self._kernel, device)
         self._configs: dict[int, Any] = {}
 
     def __call__(self, stream: int, *pointers: int) -> None:
