@@ -137,7 +137,8 @@ _takes = lru_cache(maxsize=4096)(experts_decode.takes)
 
 def _by_route(hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights, out: Tensor) -> bool:
     """Whether so few tokens come that every route reads its expert's weights by itself."""
-    sizes = ExpertSizes(*topk_ids.shape, hidden_states.shape[1], weights.intermediate_size, weights.gated)
+    num_tokens, top_k = topk_ids.shape
+    sizes = ExpertSizes(num_tokens, top_k, hidden_states.shape[1], weights.intermediate_size, weights.gated)
     return _takes(sizes, weights.num_local_experts, card_of(out.get_device()))
 
 
