@@ -212,7 +212,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
 #pragma unroll
-    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[m][i])::"memory");  // nothing reads sums before this
+    for (int i = 0; i < N / 2; ++i) settle(sums[m][i]);
   }
 }
 

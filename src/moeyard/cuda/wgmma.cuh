@@ -142,6 +142,9 @@ __device__ __forceinline__ void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Nothing reads a sum before this: the compiler does not see that products end later than they are written.
+__device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
 #define VALUES_OF(i) "+f"(d[4 * (i)]), "+f"(d[4 * (i) + 1]), "+f"(d[4 * (i) + 2]), "+f"(d[4 * (i) + 3])

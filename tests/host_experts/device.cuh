@@ -1,0 +1,57 @@
+// On a host: what experts.cu needs of device.cuh and of the compiler. Every lane is a fiber of one thread; lanes take
+// turns in random order, and give way where they meet or wait.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 ALL = 0xffffffffu;
+using std::max;
+using std::min;
+
+struct Index {
+  u32 x;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+extern Index threadIdx, blockIdx, gridDim, blockDim;
+
+void __syncthreads();
+void wait_for_previous_launch();
+u32 scan_block(u32 value, u32* sums, u32& total);
+
+inline float __int_as_float(i64 bits) {
+  const u32 low = static_cast<u32>(bits);
+  float value;
+  std::memcpy(&value, &low, 4);
+  return value;
+}
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}

@@ -1,0 +1,168 @@
+"""The kernel of experts.cu, lane by lane on a host: what it computes, and that nobody waits for ever.
+
+A C++ compiler builds the very source with headers of `host_experts` in place of those that hold machine instructions.
+Copies and products are done at once, which shows who overwrites what is still read, or in a random order as late as
+somebody waits for them, which shows who does not wait.
+"""
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeyard import GPT_OSS_ACTIVATION, Activation
+from moeyard.cuda import compile as building
+from moeyard.cuda.experts import expert_defines
+from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, expert_plan
+from moeyard.cuda.plan import Card
+from moeyard.cuda.router import float_bits
+from moeyard.cuda.tensor_map import weight_boxes
+from support import guard_broken, no_worse, poisoned
+from test_experts import plain_activation
+
+HERE, SOURCES = Path(__file__).parent / "host_experts", Path(building.__file__).parent
+COMPILER = shutil.which("g++")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+
+def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
+    """The kernel as a library of the host, `change` of its source made first."""
+    for name in ("experts.cu", "experts_tiles.cuh", "experts_results.cuh"):
+        text = (SOURCES / name).read_text()
+        if change is not None and change[0] in text:
+            text, change = text.replace(*change), None
+        (folder / name).write_text(text)
+    assert change is None, "the source has what is to be changed"
+    for path in HERE.iterdir():
+        shutil.copy(path, folder)
+    options = ["-std=c++20", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines)]
+    command = [str(COMPILER), *options, "-o", "kernel.so", "run.cpp"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    library = ctypes.CDLL(str(folder / "kernel.so"))
+    library.run.restype = ctypes.c_char_p
+    return library
+
+
+def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """A tensor map as host_experts/wgmma.cuh reads it."""
+    rank = len(sizes)
+    padded = (*strides, *(0,) * (4 - len(strides))), (*sizes, *(0,) * (5 - rank)), (*box, *(0,) * (5 - rank))
+    return struct.pack("<Q4QI5I5I", address, *padded[0], rank, *padded[1], *padded[2]).ljust(128, b"\0")
+
+
+PLAIN: dict[str, Any] = {
+    "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
+    "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
+    "plan": {"stages": 3},
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "decode": {"tiles": 8},
+    "several tiles of rows": {"tiles": 16, "counts": [40, 3, 16], "size": 144, "columns": 80},
+    "two warpgroups": {"tiles": 32, "counts": [50, 20], "blocks": 2, "columns": 112},
+    "taller, two stages": {"tiles": 64, "counts": [100, 0, 30], "size": 336, "plan": {"stages": 2}},
+    "taller, plain": {"tiles": 128, "counts": [140, 60], "gated": False, "columns": 272, "activation": None},
+    "prefill": {"tiles": 256, "counts": [290, 33], "size": 176, "blocks": 2, "columns": 144},
+    "second product": {
+        "tiles": 16, "counts": [20, 3, 0, 9], "size": 336, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 160,
+    },
+    "second product, few steps": {
+        "tiles": 256, "counts": [300, 7], "size": 48, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 272, "bias": True,
+    },
+    "gpt-oss": {"tiles": 32, "counts": [7, 30], "activation": GPT_OSS_ACTIVATION, "bias": True},
+    "by route": {
+        "tiles": 16, "counts": [20, 9], "gated": False, "by_route": True, "weighted": True, "bias": True,
+        "activation": None, "columns": 80,
+    },
+    "half": {"tiles": 8, "dtype": torch.float16, "gated": False, "activation": Activation("relu2"), "columns": 144},
+    "gelu": {"tiles": 64, "counts": [9, 40], "activation": Activation("gelu", limit=1.0)},
+}  # fmt: skip
+
+
+def planned(case: dict[str, Any]) -> ExpertPlan:
+    card = Card(132, 232448, True)
+    gated, by_route = case["gated"], case["by_route"]
+    plan = expert_plan(sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, case["tiles"])
+    return replace(plan, grid=case["blocks"], **case["plan"])
+
+
+def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    activation = case["activation"]
+    return expert_defines(
+        planned(case), case["dtype"], "IDENTITY" if activation is None else activation.name.upper(),
+        gated=case["gated"], clamped=activation is not None and activation.limit is not None, gather=case["gather"],
+        by_route=case["by_route"], biased=case["bias"], weighted=case["weighted"], ready=case["ready"],
+    )  # fmt: skip
+
+
+def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
+    """What is wrong with a launch over fresh rows, or None."""
+    plan, dtype, size, columns, gated = planned(case), case["dtype"], case["size"], case["columns"], case["gated"]
+    counts = torch.tensor(case["counts"], dtype=torch.int32)
+    experts, total, wide = len(counts), int(counts.sum()), columns * (2 if gated else 1)
+    divisor = 3 if case["gather"] else 1
+    tokens = total // divisor + 2
+    rows = torch.randn(tokens, size).to(dtype)
+    weight = (torch.randn(experts, wide, size) / size**0.5).to(dtype)
+    bias = torch.randn(experts, wide).to(dtype) if case["bias"] else None
+    routes = torch.randperm(tokens * divisor)[:total].int()
+    factors = torch.rand(tokens * divisor) if case["weighted"] else None
+    first_rows = (counts.cumsum(0) - counts).long()
+    out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
+    boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, gated)
+    maps = map_of(weight.data_ptr(), *boxes)
+    maps += map_of(rows.data_ptr(), (size, tokens), (2 * size,), (STEP_VALUES, plan.step))
+    tensors = (rows, bias, factors, routes if case["gather"] else None, first_rows, counts, out)
+    pointers = (ctypes.c_void_p * 7)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+    activation = case["activation"] or Activation()
+    constants = (activation.alpha, activation.beta, activation.limit or 0.0)
+    sizes = (ctypes.c_int64 * 8)(experts, columns, size, 2 * size, divisor, *map(float_bits, constants))
+    failure = library.run(plan.grid, int(at_once), torch.initial_seed() % 2**31, maps, pointers, sizes)
+    if failure is not None:
+        return str(failure.decode())
+    taken = rows[routes.long() // divisor] if case["gather"] else rows[:total]
+    owner = torch.repeat_interleave(torch.arange(experts), counts)
+    target = routes.long() if case["by_route"] else torch.arange(total)
+    exact, honest = (
+        results(taken.to(kind), weight.to(kind), bias, owner, case, None if factors is None else factors[target])
+        for kind in (torch.float64, dtype)
+    )
+    if guard_broken(out) or bool((out.view(torch.uint8).view(len(out), -1)[untaken(target, len(out))] != 0x7F).any()):
+        return "wrote where it must not"
+    return None if no_worse(out[target], honest, exact) else f"wrong: {out[target][:4]} instead of {exact[:4]}"
+
+
+def untaken(target: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows that no result goes to."""
+    mask = torch.ones(count, dtype=torch.bool)
+    mask[target] = False
+    return mask
+
+
+def results(
+    taken: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, owner: torch.Tensor, case: dict[str, Any],
+    factors: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Rows times their experts' weights, with all that follows, at the dtype of the rows."""
+    rows = torch.bmm(weight[owner], taken.unsqueeze(2)).squeeze(2)
+    if bias is not None:
+        rows = rows + bias[owner].to(rows.dtype)
+    if case["activation"] is not None:
+        rows = plain_activation(rows, case["activation"], case["gated"])
+    return rows if factors is None else (rows * factors[:, None]).to(rows.dtype)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernel(name: str, tmp_path: Path) -> None:
+    case = {**PLAIN, **CASES[name]}
+    library = build(tmp_path, defines_of(case))
+    for at_once in (True, False):
+        assert run(library, case, at_once) is None
