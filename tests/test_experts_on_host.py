@@ -23,7 +23,7 @@ from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, expert_plan
 from moeyard.cuda.plan import Card
 from moeyard.cuda.router import float_bits
 from moeyard.cuda.tensor_map import weight_boxes
-from support import guard_broken, no_worse, poisoned
+from support import guard_broken, largest_and_rms, poisoned
 from test_experts import plain_activation
 
 HERE, SOURCES = Path(__file__).parent / "host_experts", Path(building.__file__).parent
@@ -83,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": None, "columns": 80,
     },
     "half": {"tiles": 8, "dtype": torch.float16, "gated": False, "activation": Activation("relu2"), "columns": 144},
+    "more experts than threads": {"tiles": 8, "counts": [3, 0, 0, 9, 1] * 60, "size": 16, "columns": 16, "blocks": 5},
     "gelu": {"tiles": 64, "counts": [9, 40], "activation": Activation("gelu", limit=1.0)},
 }  # fmt: skip
 
@@ -137,7 +138,9 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     )
     if guard_broken(out) or bool((out.view(torch.uint8).view(len(out), -1)[untaken(target, len(out))] != 0x7F).any()):
         return "wrote where it must not"
-    return None if no_worse(out[target], honest, exact) else f"wrong: {out[target][:4]} instead of {exact[:4]}"
+    errors, budget = largest_and_rms(out[target], exact), largest_and_rms(honest, exact)
+    right = errors[0] <= 2 * budget[0] and errors[1] <= 1.1 * budget[1]  # of few values the largest varies
+    return None if right else f"errors {errors}, those of plain torch {budget}"
 
 
 def untaken(target: torch.Tensor, count: int) -> torch.Tensor:
@@ -166,3 +169,26 @@ def test_the_kernel(name: str, tmp_path: Path) -> None:
     library = build(tmp_path, defines_of(case))
     for at_once in (True, False):
         assert run(library, case, at_once) is None
+
+
+MUTANTS = {
+    "a stage is given away before it is read": ("taller, two stages", "await_products<1>()", "await_products<2>()"),
+    "the second warpgroup waits too long": ("taller, two stages", "DEPTH > 2 ? 2 : 1", "2"),
+    "an arrival too few": ("decode", "GATHERS ? 129 : 1", "GATHERS ? 130 : 1"),
+    "boxes that are not there are waited for": ("second product", "used_rows(tile.rows) * BK * 2", "ROW_BYTES + 2"),
+    "pieces where the swizzle does not look": ("decode", "(piece ^ (first & 7)) << 4", "piece << 4"),
+    "up where gate is": ("decode", "bias.x, sums[2] + bias.y", "bias.y, sums[3] + bias.y"),
+    "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),
+    "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
+    "results before all have come": ("by route", "        sync_warpgroup(group);\n        for", "        for"),
+    "weights of the last step missing": ("gpt-oss", "step < a.steps; ++step) {\n      await_phase(room.empty",
+                                         "step < a.steps - 1; ++step) {\n      await_phase(room.empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_seen(mutant: str, tmp_path: Path) -> None:
+    name, *change = MUTANTS[mutant]
+    case = {**PLAIN, **CASES[name]}
+    library = build(tmp_path, defines_of(case), (change[0], change[1]))
+    assert any(run(library, case, at_once) is not None for at_once in (False, True))

@@ -313,6 +313,7 @@ void await_products(int pending) {
   for (auto& mine = groups[threadIdx.x]; int(mine.size()) > pending; mine.pop_front()) {
     for (const Product& product : mine.front()) compute(product);
   }
+  meet(of_warp[threadIdx.x >> 5], 32);  // the lanes of a warp wait together
 }
 
 // Null, or what went wrong.
