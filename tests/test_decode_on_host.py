@@ -1,8 +1,8 @@
 """The kernels of experts_decode.cu, lane by lane on a host: what they compute, and that nobody waits for ever.
 
 A C++ compiler builds the very source with headers of `host_cuda` in place of those that hold machine instructions.
-Copies into shared memory arrive at once, which shows who overwrites what is still read, or in a random order as late as
-somebody waits for them, which shows who does not wait.
+Copies into shared memory arrive at once, which shows who overwrites what is still read, or as late as somebody waits
+for them, which shows who does not wait.
 """
 
 import ctypes
@@ -67,18 +67,19 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"sizes": (1, 4, 256, 64), "experts": 6},
     "short rings": {
         "sizes": (1, 6, 264, 72), "experts": 8, "activation": GPT_OSS_ACTIVATION, "bias": True, "mapped": True,
+        "plan": {"warps": 2},
         "cut": {"up_segment": 8, "up_stages": 2, "down_segment": 2, "down_stages": 2, "down_rows": 1},
     },
     "several tokens": {
-        "sizes": (3, 5, 184, 40), "experts": 5, "dtype": torch.float16, "wide": True, "on_input": True,
-        "plan": {"warps": 4}, "cut": {"up_segment": 16, "up_stages": 3, "down_stages": 3, "down_rows": 4},
+        "sizes": (3, 5, 88, 40), "experts": 5, "dtype": torch.float16, "wide": True, "on_input": True,
+        "plan": {"warps": 3}, "cut": {"up_segment": 16, "up_stages": 3, "down_stages": 3, "down_rows": 4},
     },
     "not gated": {
         "sizes": (2, 8, 136, 48), "experts": 7, "activation": Activation("relu2", limit=1.5), "gated": False,
         "bias": True, "plan": {"warps": 2, "trigger": 3}, "cut": {"up_stages": 2, "down_stages": 5},
     },
-    "many units a warp": {"sizes": (1, 2, 64, 328), "experts": 3, "plan": {"warps": 2}, "blocks": 3},
-    "a lane a token": {"sizes": (32, 1, 64, 16), "experts": 9, "plan": {"warps": 4}, "blocks": 7},
+    "many units a warp": {"sizes": (1, 2, 64, 168), "experts": 3, "plan": {"warps": 1}, "blocks": 3},
+    "a lane a token": {"sizes": (32, 1, 32, 8), "experts": 9, "plan": {"warps": 2}, "blocks": 5},
 }  # fmt: skip
 
 
@@ -154,8 +155,7 @@ def test_kernels_compute_experts_and_end(name: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared(name)
     library = build(tmp_path, defines)
     for at_once in (True, False):
-        for _ in range(2):
-            assert computed(library, case, at_once) is None
+        assert computed(library, case, at_once) is None
 
 
 MUTANTS = {
@@ -170,7 +170,9 @@ MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("mutant", MUTANTS)
+@pytest.mark.parametrize(
+    "mutant", [name if i < 2 else pytest.param(name, marks=pytest.mark.full) for i, name in enumerate(MUTANTS)]
+)
 def test_wrong_kernels_are_found(mutant: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared("short rings")
     library = build(tmp_path, defines, MUTANTS[mutant])

@@ -1,4 +1,4 @@
-// On a host: bulk copies and their barriers. Copies arrive at once or, in a random order, as late as somebody waits.
+// On a host: bulk copies and their barriers. Copies arrive at once, or as late as somebody waits for them.
 
 #pragma once
 

@@ -96,7 +96,7 @@ void run_block() {
   }
   u32 left = threads;
   for (idle_turns = 0; left && !failure; ++idle_turns) {
-    if (idle_turns > 300) failure = "lanes wait for ever";
+    if (idle_turns > 2000) failure = "lanes wait for ever";
     for (u32 k = 0, first = draw(threads); k < threads && !failure; ++k) {
       threadIdx.x = (first + k) % threads;
       if (ended[threadIdx.x]) continue;
@@ -160,8 +160,8 @@ void copy_in(u32 to, const u8* from, u32 bytes, u32 barrier) {
 void await_bytes(u32 address, u32 parity) {
   if (!barriers.count(address)) fail("a wait for what is no barrier");
   while (barriers[address].phase == parity) {
-    if (!on_their_way.empty() && draw(4) == 0) {
-      const u32 i = draw(on_their_way.size());
+    const u32 i = on_their_way.empty() ? 0 : draw(on_their_way.size());
+    if (i < on_their_way.size() && on_their_way[i].barrier == address) {
       const Copy copy = on_their_way[i];
       on_their_way.erase(on_their_way.begin() + i);
       deliver(copy);
