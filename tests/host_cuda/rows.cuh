@@ -1,5 +1,5 @@
-// On a host: what experts_decode.cu needs of rows.cuh, device.cuh and the compiler. Every lane is a fiber of one thread;
-// lanes take turns in random order, and give way where lanes meet or wait.
+// On a host: what experts_decode.cu needs of rows.cuh, device.cuh and the compiler. Every lane is a fiber of one
+// thread; lanes take turns from a random one on, and give way where lanes meet or wait.
 
 #pragma once
 

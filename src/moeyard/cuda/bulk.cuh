@@ -1,4 +1,4 @@
-// Bulk copies into shared memory and the barriers that count their bytes; launches that overlap. Compute capability 9.0.
+// Bulk copies into shared memory, barriers that count their bytes, launches that overlap: compute capability 9.0.
 
 #pragma once
 
@@ -55,9 +55,8 @@ __device__ __forceinline__ void copy_in(u32 to, const u8* from, u32 bytes, u32 b
 __device__ __forceinline__ void copy_weights_in(u32 to, const u8* from, u32 bytes, u32 barrier, u64 policy) {
 #if EVICT_FIRST
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-          to),
-      "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
 #else
   copy_in(to, from, bytes, barrier);
