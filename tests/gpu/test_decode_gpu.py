@@ -171,10 +171,7 @@ def is_right(
 def test_models(model: str) -> None:
     top_k, hidden, size = MODELS[model]
     weights = draw(top_k + 2, hidden, size, torch.bfloat16)
-    for tokens in (1, 2):
-        if expert_plan(ExpertSizes(tokens, top_k, hidden, size, True), card_of(0)) is None:
-            assert tokens > 1
-            continue
+    for tokens in (1, 2) if model in ("Qwen3-30B", "DeepSeek-V3", "Qwen3-Next / 4", "odd") else (1,):
         rows, factors = torch.randn(tokens, hidden, device=CUDA).bfloat16(), torch.rand(tokens, top_k, device=CUDA)
         ids = torch.stack([torch.randperm(top_k + 2, device=CUDA)[:top_k] for _ in range(tokens)]).int()
         got = launch(rows, factors, ids, weights)
@@ -189,9 +186,8 @@ def test_every_activation(kind: str) -> None:
     if kind not in ("gpt-oss", "limited"):
         activation = Activation("silu" if kind == "on input" else kind)
     for tokens, top_k, hidden, size, gated, dtype in (
-        (1, 4, 264, 72, True, torch.bfloat16),
-        (3, 5, 512, 200, True, torch.float16),
-        (2, 6, 1024, 136, False, torch.bfloat16),
+        (3, 5, 264, 200, True, torch.float16 if kind in ("gelu", "limited") else torch.bfloat16),
+        (1, 6, 1024, 136, False, torch.bfloat16 if kind in ("gelu", "limited") else torch.float16),
     ):
         weights = draw(6, hidden, size, dtype, gated=gated, bias=kind in ("gpt-oss", "on input"))
         rows, factors = torch.randn(tokens, hidden, device=CUDA).to(dtype), torch.rand(tokens, top_k, device=CUDA)
@@ -203,14 +199,14 @@ def test_every_activation(kind: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_variants(variant: dict[str, Any]) -> None:
-    for tokens, top_k, hidden, size in ((1, 8, 2048, 768), (2, 4, 2880, 704)):
-        weights = draw(top_k + 1, hidden, size, torch.bfloat16)
-        plan = expert_plan(ExpertSizes(tokens, top_k, hidden, size, True), card_of(0), **variant)
-        rows, factors = torch.randn(tokens, hidden, device=CUDA).bfloat16(), torch.rand(tokens, top_k, device=CUDA)
-        ids = torch.stack([torch.randperm(top_k + 1, device=CUDA)[:top_k] for _ in range(tokens)]).int()
-        got = launch(rows, factors, ids, weights, chosen=plan)
-        assert is_right(got, rows, factors, ids, weights)
-        assert all(same_bits(launch(rows, factors, ids, weights, chosen=plan), got) for _ in range(10))
+    tokens, top_k, hidden, size = 2, 4, 2880, 704
+    weights = draw(top_k + 1, hidden, size, torch.bfloat16)
+    plan = expert_plan(ExpertSizes(tokens, top_k, hidden, size, True), card_of(0), **variant)
+    rows, factors = torch.randn(tokens, hidden, device=CUDA).bfloat16(), torch.rand(tokens, top_k, device=CUDA)
+    ids = torch.stack([torch.randperm(top_k + 1, device=CUDA)[:top_k] for _ in range(tokens)]).int()
+    got = launch(rows, factors, ids, weights, chosen=plan)
+    assert is_right(got, rows, factors, ids, weights)
+    assert all(same_bits(launch(rows, factors, ids, weights, chosen=plan), got) for _ in range(30))
 
 
 def test_dropped_routes_maps_and_wide_ids() -> None:
@@ -285,6 +281,30 @@ def test_layers_that_overlap_see_each_other(tokens: int, top_k: int, hidden: int
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(result, alone) and bool(alone.isfinite().all())
+
+
+def test_a_graph_where_copies_and_fills_come_first() -> None:
+    """What is no kernel cannot let the next launch in early, and must still be waited for."""
+    weights, factors = draw(6, 512, 128, torch.bfloat16), torch.rand(1, 4, device=CUDA)
+    given, rows = torch.randn(1, 512, device=CUDA).bfloat16(), torch.zeros(1, 512, device=CUDA).bfloat16()
+    ids = torch.tensor([[5, 0, 3, 2]], dtype=torch.int32, device=CUDA)
+    out = torch.empty_like(rows)
+    launch(rows, factors, ids, weights, out=out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows.copy_(given)
+        launch(rows, factors, ids, weights, out=out)
+        kept = out.clone()
+        ids.zero_()
+        launch(rows, factors, ids, weights, out=out)
+    for _ in range(5):
+        given.copy_(torch.randn_like(given))
+        ids.copy_(torch.tensor([[1, 2, 4, 5]]))
+        wanted = launch(given, factors, ids, weights)
+        wanted_after = launch(given, factors, torch.zeros_like(ids), weights)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(kept, wanted) and same_bits(out, wanted_after)
 
 
 def test_it_is_chosen_where_it_should_be() -> None:

@@ -2,22 +2,23 @@
 //
 //   up    every (route, row of w13 or pair of gate and up rows) is a unit: x times the row, bias, activation -> act
 //   down  every (token, few rows of w2) is a unit: act of all the token's routes times the rows, weighted, summed in
-//         float32 in k order, rounded once -> out
+//         float32, rounded once -> out. A lane sums its columns of all routes in k order, then lanes are added up
 //
 // Units are dealt out evenly to the blocks, one block a multiprocessor, and inside a block to its warps in turn: so
 // every multiprocessor reads as many bytes, give or take a unit.
 //
 // A warp has a ring of its own in shared memory. Its first lane starts bulk copies (weight rows are consecutive bytes,
 // so a segment of a row is one instruction), all lanes wait for the segment, multiply, and the slot is filled again.
-// What is in flight is the ring, about 90 KB a multiprocessor, whatever the arithmetic does; by Little's law 4.5 TB/s
-// at 1.2 us need 41 KB. Register loads would do with as little only if no warp ever had less than four of 16 bytes a
-// lane outstanding, and a kernel cannot hold what it loaded for the next one's start. No thread waits for another
-// warp's arithmetic. The arithmetic: a segment word of gate and up takes 3 loads from shared memory, 24 instructions
-// to widen and 16 multiply-adds for 32 bytes, 1.4 instructions a byte of a lane; 34 KB a microsecond are 1500
-// instructions of a warp, of the 7000 that a multiprocessor issues.
+// No warp waits for another. What is in flight is the ring, up to 96 KB a multiprocessor, whatever the arithmetic does;
+// by Little's law 4.5 TB/s at 1.2 us need 41 KB of each of 132. Loads into registers would leave that to how the warps
+// happen to be staggered, and a launch could not have its first weights in place before it may start.
+//
+// The arithmetic stays below: a lane's 16 bytes of gate and of up take 44 instructions as compiled (3 loads from shared
+// memory, 24 to widen, 16 multiply-adds), so 34 KB a microsecond are 1500 instructions of a warp, of the 7000 that a
+// multiprocessor issues. Tensor cores would have nothing to add.
 //
 // `down` is placed while `up` drains (programmatic dependent launch), fills its rings with w2, which `up` does not
-// write, and only then waits for act: so memory is never idle between the two. `up` says so when its last copies are
+// write, and only then waits for act: so that memory need not be idle between the two. `up` says so when its last copies are
 // under way, or TRIGGER copies of a warp before that. It may only say so after it has waited for the launch before it,
 // so that `down` finds ids and factors without waiting.
 
