@@ -1,5 +1,6 @@
 """Launchers of products, activations and experts. Nothing waits for the device, and no sum depends on an order of
-arrival: the same input gives the same bits."""
+arrival: the same input gives the same bits.
+"""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from moeyard.tiles import round_up
 from moeyard.triton import align_kernels, kernels
-from moeyard.triton.launch import Step, card
+from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.values import INT32_MAX, Activation, ExpertWeights
 
@@ -19,6 +20,7 @@ _CHUNK = 512
 _SIDE_BY_SIDE = 8  # row tiles that meet the same weights in L2
 
 
+@on_its_device
 def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
     """In float32, rounded once."""
     if not out.numel():
@@ -27,6 +29,7 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     _activate_step(*out.shape, rows.stride(0), gated, activation)(rows, out)
 
 
+@on_its_device
 def grouped_gemm_launch(
     rows: Tensor,
     weight: Tensor,
@@ -55,6 +58,7 @@ def grouped_gemm_launch(
     product(rows, weight, bias, factors, sorted_token_ids, tiles, out)
 
 
+@on_its_device
 def fused_experts_launch(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -68,7 +72,8 @@ def fused_experts_launch(
     out: Tensor,
 ) -> None:
     """Lays out, multiplies and activates, multiplies, and sums each token's rows in k order: four launches up to
-    4096 routes, seven beyond; one more for weights on the input."""
+    4096 routes, seven beyond; one more for weights on the input.
+    """
     if not out.numel():
         return
     hidden = _dense_rows(hidden_states)
@@ -136,14 +141,17 @@ def _experts_plan(
     sizes, blocks = (n, num_experts, local), _power(min(n, 256), 16)
     common: dict[str, Any] = {"EXPERTS": experts, "PDL": programmatic}
     cut: dict[str, Any] = {"EXPERTS": experts, "ROWS": rows, "PDL": programmatic}
-    ints = [round_up(n, 4), round_up(n, 4), round_up(3 * most_tiles, 4), *((0, 0) if alone else (chunks * experts, experts))]
+    ints = [
+        round_up(n, 4),
+        round_up(n, 4),
+        round_up(3 * most_tiles, 4),
+        *((0, 0) if alone else (chunks * experts, experts)),
+    ]
     weigh = align = count = scan = first = place = None
     if weight_on_input:
         wide = _power(min(hidden, 1024), 16)
         grid = (n, -(-hidden // wide))
-        weigh = Step(
-            kernels.weigh_kernel, grid, (hidden, row_stride, top_k), COLUMNS=wide, PDL=programmatic
-        )
+        weigh = Step(kernels.weigh_kernel, grid, (hidden, row_stride, top_k), COLUMNS=wide, PDL=programmatic)
     if alone:
         align = Step(
             align_kernels.align_kernel, (-(-n // 32) + 1, 1), (*sizes, most_tiles), MINE=32, OTHERS=blocks, **cut
@@ -155,9 +163,7 @@ def _experts_plan(
             PDL=programmatic,
         )  # fmt: skip
         first = Step(align_kernels.first_kernel, (1, 1), (most_tiles,), **cut)
-        place = Step(
-            align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common
-        )
+        place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common)
     source_stride, divisor = (hidden, 1) if weight_on_input else (row_stride, top_k)
     gate_up = _product(
         first_tile, most_tiles, size, hidden, (source_stride, *w13_strides, b13_stride, size, divisor),
@@ -178,9 +184,7 @@ def _gemm_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, experts: int, columns: int, size: int, row_stride: int,
     strides: tuple[int, int], bias_stride: int, divisor: int,
 ) -> tuple[Step, Step, int]:  # fmt: skip
-    tile = product_tile(
-        num_rows, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device)
-    )
+    tile = product_tile(num_rows, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
     programmatic, most_tiles = _programmatic(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
         align_kernels.tiles_kernel, (1, 1), (experts, most_tiles), EXPERTS=_power(experts, 32), ROWS=tile.rows,

@@ -39,8 +39,10 @@ def activated(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.conste
 def multiplied(weight, rows, total, SWAPPED: tl.constexpr):
     """`total` plus the product of [COLUMNS, DEPTH] and [ROWS, DEPTH], which is [COLUMNS, ROWS] if swapped."""
     if SWAPPED:
-        return tl.dot(weight, tl.trans(rows), total, input_precision="ieee")
-    return tl.dot(rows, tl.trans(weight), total, input_precision="ieee")
+        total = tl.dot(weight, tl.trans(rows), total, input_precision="ieee")
+    else:
+        total = tl.dot(rows, tl.trans(weight), total, input_precision="ieee")
+    return total
 
 
 @triton.jit
@@ -171,9 +173,7 @@ def activate_kernel(
 
 
 @triton.jit
-def weigh_kernel(
-    rows_ptr, factors_ptr, out_ptr, columns, row_stride, top_k, COLUMNS: tl.constexpr, PDL: tl.constexpr
-):
+def weigh_kernel(rows_ptr, factors_ptr, out_ptr, columns, row_stride, top_k, COLUMNS: tl.constexpr, PDL: tl.constexpr):
     """A row a route: that of its token times the route's factor, rounded once."""
     start(PDL)
     route = tl.program_id(0).to(tl.int64)

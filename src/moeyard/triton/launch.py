@@ -1,6 +1,7 @@
 """Triton kernels started straight from Python: compiled once for sizes and dtypes, then called with addresses."""
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -14,12 +15,26 @@ current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
 
 
+def on_its_device(launcher: Callable[..., None]) -> Callable[..., None]:
+    """A launcher that makes the device of its first tensor current while it runs."""
+
+    @wraps(launcher)
+    def launch(first: Tensor, *arguments: Any, **options: Any) -> None:
+        if not first.is_cuda or first.get_device() == current_device():
+            launcher(first, *arguments, **options)
+        else:
+            with torch.cuda.device(first.device):
+                launcher(first, *arguments, **options)
+
+    return launch
+
+
 @cache
 def card(device: torch.device) -> Card:
     """The card of a device; an H200 for the CPU, where the interpreter runs the kernels."""
     if device.type == "cpu":
         return Card((9, 0), 132, 232448)
-    of = torch.cuda.get_device_properties(device)
+    of: Any = torch.cuda.get_device_properties(device)  # whose stub lacks the last attribute
     return Card((of.major, of.minor), of.multi_processor_count, of.shared_memory_per_block_optin)
 
 

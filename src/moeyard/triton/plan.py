@@ -35,45 +35,48 @@ def product_tile(
 ) -> Tile:
     """The tile for `num_rows` rows on `experts` experts; `columns` of the result, `size` elements a sum.
 
-    - Rows: the smallest power of two that holds the mean rows of an expert and two standard deviations (of a random
-      routing), so that an expert's weights are mostly read by one row tile; at least 16, which the matrix
-      instructions need, at most 128.
-    - Few rows are bytes over bandwidth. Columns are then as many as leave every multiprocessor two programs, since
-      one program's start and end are hidden by another's loads; a step along the sum loads 16 KB or more, three
-      steps ahead. On compute capability 9 the weights are the 64 rows of wgmma; below 64 of them, and
-      on other cards, mma.sync takes 16 rows of tokens.
-    - 128 rows are arithmetic. 256 columns (128 of gate and of up) halve the traffic from shared memory that 128
-      have; they are taken where that still leaves two rounds of programs.
+    - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
+      routing, so that most weights are read by one row tile; 16 to 128, what the matrix instructions are good for.
+    - Up to 64 rows a product is bytes over bandwidth. Tiles are then as narrow as it takes to leave every
+      multiprocessor two programs, one of which loads while the other starts or ends. On compute capability 9.0 the
+      weights are the long side, 64, of wgmma; for less than 64 of gate or up, and on other cards, mma.sync
+      takes 16 rows at a time.
+    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need half the traffic out of shared memory that
+      128 need; they are taken where that still leaves every multiprocessor two programs, one after the other.
+    - float32 is multiplied without matrix instructions, in tiles whose sums fit into registers.
+
+    Of the result, `rows` depends on `num_rows`, `experts` and `itemsize` alone: one list of tiles serves both products.
     """
     mean = num_rows / experts
     wanted = mean + 2 * mean**0.5
-    rows = next((size for size in (16, 32, 64) if wanted <= size), 128)
-    row_tiles = max(1, min(num_rows, experts) if mean < rows else num_rows // rows)
+    rows = next((some for some in (16, 32, 64) if wanted <= some), 64 if itemsize > 2 else 128)
+    row_tiles = min(num_rows, experts) if mean < rows else num_rows // rows
     halves = 2 if gated else 1
-    if itemsize > 2:  # products of float32 are sums of plain multiplications
-        rows = min(rows, 64)
-        return Tile(rows, 64 // halves, 32, 4, _stages(rows, 64, 32, itemsize, card, 3), False)
-    enough = 2 * card.multiprocessors
+    hopper = card.capability[0] == 9
 
-    def programs(width: int) -> int:
-        return row_tiles * -(-columns // (width // halves))
+    def enough(width: int) -> bool:
+        return row_tiles * -(-columns * halves // width) >= 2 * card.multiprocessors
 
+    def tile(width: int, depth: int, warps: int, swapped: bool) -> Tile:
+        stages = _stages((rows + width) * depth * itemsize, card.shared_bytes)
+        return Tile(rows, width // halves, depth, warps, stages, swapped)
+
+    if itemsize > 2:
+        return tile(64, 32, 4, False)
     if rows == 128:
-        wide = programs(256) >= enough and card.capability[0] >= 9
-        width = 256 if wide else 128
-        return Tile(rows, width // halves, 64, 8, _stages(rows, width, 64, itemsize, card, 4 if wide else 3), False)
-    width = next((width for width in (128, 64) if programs(width) >= enough), 64)
-    depth = 128 if width == 64 and size % 128 == 0 else 64
-    swapped = card.capability[0] == 9 and width // halves >= 64
-    if rows == 64 and not swapped:
-        width, depth = 128, 64
-        swapped = card.capability[0] == 9
-    return Tile(rows, width // halves, depth, 4, _stages(rows, width, depth, itemsize, card, 4), swapped)
+        return tile(256 if hopper and enough(256) else 128, 64, 8, False)
+    if rows == 64 or enough(128):
+        return tile(128, 64, 4, hopper)
+    return tile(64, 128 if size % 128 == 0 else 64, 4, hopper and not gated)
 
 
-def _stages(rows: int, width: int, depth: int, itemsize: int, card: Card, most: int) -> int:
-    """As many steps as fit into shared memory, `most` at most; 2 at least."""
-    return max(2, min(most, (card.shared_bytes - 2048) // ((rows + width) * depth * itemsize)))
+def _stages(step_bytes: int, shared_bytes: int) -> int:
+    """Steps in shared memory: one in use, one just used, and 32 KB or two of those on their way, as far as they fit.
+
+    An H200 keeps its memory busy with some 30 KB on their way to each multiprocessor.
+    """
+    wanted = 2 + max(2, -(-32768 // step_bytes))
+    return max(2, min(wanted, (shared_bytes - 1024) // step_bytes))
 
 
 def most_row_tiles(num_rows: int, experts: int, rows: int) -> int:
