@@ -85,13 +85,23 @@ def fused_experts_launch(
         hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
-    routes, route_rows, tiles, counts, totals = torch.empty(
-        plan.total_ints, dtype=torch.int32, device=out.device
-    ).split(plan.ints)
+    routes, route_rows, tiles = _lay_out(plan, ids, expert_map)
     if plan.weigh is not None:
         weighed = out.new_empty(ids.numel(), out.shape[1])
         plan.weigh(hidden, factors, weighed)
         hidden = weighed
+    middle = out.new_empty(ids.numel(), w2.shape[2])
+    plan.gate_up(hidden, w13, b13, None, routes, tiles, middle)
+    second = out.new_empty(ids.numel(), out.shape[1])
+    plan.down(middle, w2, b2, None, None, tiles, second)
+    plan.combine(second, None if weight_on_input else factors, route_rows, out)
+
+
+def _lay_out(plan: "_ExpertsPlan", ids: Tensor, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """int32: the route of each slot, the slot of each route (-1: dropped), and row tiles as `write_tiles` has them."""
+    routes, route_rows, tiles, counts, totals = torch.empty(
+        plan.total_ints, dtype=torch.int32, device=ids.device
+    ).split(plan.ints)
     if plan.align is not None:
         plan.align(ids, expert_map, routes, route_rows, tiles)
     else:
@@ -99,11 +109,7 @@ def fused_experts_launch(
         plan.scan(counts, totals)
         plan.first(totals, tiles)
         plan.place(ids, expert_map, counts, totals, routes, route_rows)
-    middle = out.new_empty(ids.numel(), w2.shape[2])
-    plan.gate_up(hidden, w13, b13, None, routes, tiles, middle)
-    second = out.new_empty(ids.numel(), out.shape[1])
-    plan.down(middle, w2, b2, None, None, tiles, second)
-    plan.combine(second, None if weight_on_input else factors, route_rows, out)
+    return routes, route_rows, tiles
 
 
 class _ExpertsPlan(NamedTuple):

@@ -50,11 +50,11 @@ class Step:
         **constants: Any,
     ) -> None:  # fmt: skip
         """`grid` counts programs; constants are in the order of the kernel's parameters."""
-        self._kernel, self._grid = kernel, (*grid, 1)
-        self._sizes, self._constants = sizes, constants
-        self._options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+        self.kernel, self.grid = kernel, (*grid, 1)
+        self.sizes, self.constants = sizes, constants
+        self.options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
         if constants.get("PDL"):
-            self._options["launch_pdl"] = True
+            self.options["launch_pdl"] = True
         self._interpreted = isinstance(kernel, InterpretedFunction)
         self._compiled: Any = None
         self._tail: tuple[Any, ...] = (*sizes, *constants.values())
@@ -62,22 +62,22 @@ class Step:
     def __call__(self, *tensors: Tensor | None) -> None:
         """Starts the kernel on the current stream of the current device."""
         if self._interpreted:
-            self._kernel[self._grid](*tensors, *self._sizes, **self._constants)
+            self.kernel[self.grid](*tensors, *self.sizes, **self.constants)
             return
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         if any(address is not None and address % 16 for address in addresses):
-            self._kernel[self._grid](*tensors, *self._sizes, **self._constants, **self._options)
+            self.kernel[self.grid](*tensors, *self.sizes, **self.constants, **self.options)
             return
         if self._compiled is None:
             self._compiled = self.compile(*(None if tensor is None else tensor.dtype for tensor in tensors))
         ready = self._compiled
         run = ready.run  # loads the kernel at its first use, and with it ready.function
         run(
-            *self._grid, current_stream(current_device()), ready.function, ready.packed_metadata, None, None, None,
+            *self.grid, current_stream(current_device()), ready.function, ready.packed_metadata, None, None, None,
             *addresses, *self._tail,
         )  # fmt: skip
 
     def compile(self, *dtypes: torch.dtype | None) -> Any:
         """The compiled kernel for pointers to such elements, None where there is no pointer."""
         pointers = (None if dtype is None else MockTensor(dtype) for dtype in dtypes)
-        return self._kernel.warmup(*pointers, *self._sizes, grid=self._grid, **self._constants, **self._options)
+        return self.kernel.warmup(*pointers, *self.sizes, grid=self.grid, **self.constants, **self.options)
