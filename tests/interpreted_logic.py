@@ -13,7 +13,7 @@ from support import CPU, guard_broken, poisoned, same_bits
 
 
 def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tensor | None) -> tuple[Any, int]:
-    plan = experts._experts_plan(
+    plan = experts._experts_plan.__wrapped__(
         CPU, torch.bfloat16, *ids.shape, (local, 16, 16), num_experts, Activation(), True, False,
         16, (512, 16), (256, 16), 0, 0,
     )  # fmt: skip
@@ -50,16 +50,22 @@ CASES = [  # tokens, top_k, experts, local, mapped
     (1, 8, 128, 128, False),
     (70, 3, 5, 5, False),
     (33, 2, 40, 7, True),
-    (900, 4, 3, 2, False),
-    (2500, 2, 40, 40, False),  # more than one launch from here on
-    (3000, 2, 9, 4, True),
-    (5000, 1, 600, 600, False),
+    (90, 4, 3, 2, False),
+    (200, 1, 600, 600, False),
 ]
 
 
+@pytest.fixture(params=[4096, 64])
+def most_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The most routes that one launch lays out; there are chunks of 128 beyond."""
+    monkeypatch.setattr(experts, "_MOST_ALONE", request.param)
+    monkeypatch.setattr(experts, "_CHUNK", 128)
+    return request.param  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
-def test_layouts(case: tuple[int, int, int, int, bool], kind: torch.dtype) -> None:
+def test_layouts(case: tuple[int, int, int, int, bool], most_alone: int) -> None:
+    kind = torch.int64 if case[0] % 2 else torch.int32
     tokens, top_k, count, local, mapped = case
     mapping = torch.randint(-2, local + 2, (count,), dtype=torch.int32) if mapped else None
     for ids in (
@@ -108,11 +114,12 @@ def test_tensors_with_strides_and_offsets(shape: tuple[int, int]) -> None:
     assert same_bits(again[:28], out[:28])
 
 
-def test_more_than_one_launch_of_layout() -> None:
-    """Tokens enough for the layout of chunks, through small experts."""
-    tokens, hidden, size = 2100, 16, 16
+def test_more_than_one_launch_of_layout(most_alone: int) -> None:
+    tokens, hidden, size = 150, 16, 16
+    experts._experts_plan.cache_clear()
     ids = torch.randint(-1, 5, (tokens, 2), dtype=torch.int32)
     weights = moeyard.ExpertWeights(torch.randn(4, 2 * size, hidden) / 4, torch.randn(4, hidden, size) / 4)
     routing, rows = moeyard.Routing(torch.rand(tokens, 2), ids), torch.randn(tokens, hidden)
     got = moeyard.fused_experts(rows, routing, weights, impl="triton")
+    experts._experts_plan.cache_clear()
     assert torch.allclose(got, moeyard.fused_experts(rows, routing, weights, impl="torch"), atol=1e-5)

@@ -33,7 +33,13 @@ MODELS = {  # hidden, size, experts, top_k
     "Gemma4": (2816, 704, 128, 8),
     "shard": (2048, 96, 512, 10),
 }
-KINDS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+KINDS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 def tiles_of(tokens: int, model: str, card: Card, itemsize: int = 2) -> tuple[Tile, Tile]:
@@ -99,7 +105,14 @@ def built(step: launch.Step, dtypes: tuple[torch.dtype | None, ...], card: Card,
     kernel = triton.compile(step_source(step, dtypes), target=GPUTarget("cuda", arch, 32), options=step.options)
     source = path / "kernel.ptx"
     source.write_text(kernel.asm["ptx"])
-    command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name=sm_{arch}{'a' * (arch == 90)}", str(source), "-o", os.devnull]
+    command = [
+        knobs.nvidia.ptxas.path,
+        "-v",
+        f"--gpu-name=sm_{arch}{'a' * (arch == 90)}",
+        str(source),
+        "-o",
+        os.devnull,
+    ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
     assert spills is not None
@@ -129,9 +142,7 @@ def plan_of(
 @pytest.mark.parametrize(
     ("tokens", "model"), [(1, "Qwen3-30B"), (8, "Mixtral"), (256, "Gemma4"), (1200, "gpt-oss-120b"), (4096, "Mixtral")]
 )
-def test_products_compile(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: Card, tokens: int, model: str
-) -> None:
+def test_products_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: Card, tokens: int, model: str) -> None:
     activation = GPT_OSS_ACTIVATION if "oss" in model else Activation()
     kind = torch.bfloat16
     bias = kind if "oss" in model else None
