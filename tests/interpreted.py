@@ -1,4 +1,4 @@
-"""A pytest plugin (`-p interpreted`, TRITON_INTERPRET=1): tests of every implementation run for `triton` alone, on a CPU.
+"""A pytest plugin (`-p interpreted`, TRITON_INTERPRET=1): tests of all implementations, for `triton` alone on a CPU.
 
 It adds what Triton's interpreter lacks for that: bfloat16, and NumPy 2.4.
 

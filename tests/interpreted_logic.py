@@ -1,4 +1,4 @@
-"""The triton implementation's layouts and products at sizes of their own; run by test_triton.py under the interpreter."""
+"""The triton implementation's layouts, and tensors with strides; test_triton.py runs this under the interpreter."""
 
 from typing import Any
 

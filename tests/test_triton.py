@@ -1,5 +1,6 @@
-"""The triton implementation without a GPU: plans, kernels compiled for two cards, and their logic by the interpreter."""
+"""The triton implementation without a GPU: plans, kernels compiled for three cards, their logic interpreted."""
 
+import contextlib
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from moeyard import GPT_OSS_ACTIVATION, Activation
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,7 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from moeyard.triton import experts, launch
 from moeyard.triton.plan import Card, Tile, most_row_tiles, product_tile
@@ -197,6 +199,64 @@ def test_the_rest_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card
     for activation in (Activation("gelu"), Activation("gelu_tanh"), Activation("relu2", limit=2.0)):
         step = experts._activate_step.__wrapped__(300, 704, 1408, True, activation)
         assert built(step, (kind, kind), card, tmp_path)["spilled"] == 0
+
+
+class _Driver:
+    """What the launcher asks of Triton's driver before a kernel is loaded."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 7
+
+
+def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole call, up to the compiled launchers: addresses, sizes and constants in their order, for their dtypes."""
+    monkeypatch.setattr(driver, "_active", _Driver())
+    monkeypatch.setattr(launch, "current_stream", lambda _: 7)
+    monkeypatch.setattr(launch, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "relaxed_capture", contextlib.nullcontext)
+    monkeypatch.setattr(experts, "_programmatic", lambda _: True)
+    started: list[tuple[str, dict[str, Any]]] = []
+    compile_step = launch.Step.compile
+
+    def compiled(step: launch.Step, *dtypes: torch.dtype | None) -> Any:
+        kernel = compile_step(step, *dtypes)
+        assert kernel.metadata.launch_pdl and kernel.metadata.num_warps == step.options["num_warps"]
+        other = triton.compile(step_source(step, dtypes), target=GPUTarget("cuda", 90, 32), options=step.options)
+        assert kernel.asm["ptx"] == other.asm["ptx"], "the tests of compiled kernels compile what is launched"
+
+        def run(x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
+            assert (x, y, z) == step.grid and stream == 7 and rest[:3] == (None, None, None)
+            started.append((kernel.metadata.name, dict(zip(kernel.src.signature, rest[3:], strict=True))))
+
+        kernel._run = run
+        return kernel
+
+    monkeypatch.setattr(launch.Step, "compile", compiled)
+    hidden, size = 64, 96
+    weights = ExpertWeights(torch.randn(8, 2 * size, hidden).bfloat16(), torch.randn(8, hidden, size).bfloat16())
+    rows, ids, factors = torch.randn(4, hidden).bfloat16(), torch.zeros(4, 2, dtype=torch.int32), torch.rand(4, 2)
+    out = torch.empty_like(rows)
+    experts._experts_plan.cache_clear()
+    for _ in range(2):
+        experts.fused_experts_launch(
+            rows, factors, ids, None, weights, activation=Activation(), num_experts=8, weight_on_input=False, out=out
+        )
+    experts._experts_plan.cache_clear()
+    assert [name for name, _ in started] == 2 * ["align_kernel", "product_kernel", "product_kernel", "combine_kernel"]
+    align, first, second, combine = (arguments for _, arguments in started[:4])
+    assert align["ids_ptr"] == ids.data_ptr() and align["map_ptr"] is None and align["num_routes"] == 8
+    assert first["rows_ptr"] == rows.data_ptr() and first["weight_ptr"] == weights.w13.data_ptr()
+    assert first["tiles_ptr"] == second["tiles_ptr"] == align["tiles_ptr"]
+    assert first["routes_ptr"] == align["sorted_ptr"] and second["routes_ptr"] is None
+    assert second["rows_ptr"] == first["out_ptr"] and second["weight_ptr"] == weights.w2.data_ptr()
+    assert combine["rows_ptr"] == second["out_ptr"] and combine["out_ptr"] == out.data_ptr()
+    assert (first["columns"], first["size"], second["columns"], second["size"]) == (size, hidden, hidden, size)
 
 
 def test_under_the_interpreter() -> None:

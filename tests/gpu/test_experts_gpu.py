@@ -168,6 +168,21 @@ def test_the_same_bits_in_a_hundred_runs_and_in_graphs(impl: str, case: str) -> 
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_the_first_call_may_be_captured(impl: str) -> None:
+    """At sizes that nothing else here has, so that kernels are compiled and loaded during the capture."""
+    weights = ExpertWeights(
+        torch.randn(6, 2 * 144, 336, device=CUDA).half() / 18, torch.randn(6, 336, 144, device=CUDA).half() / 12
+    )
+    rows, routing = torch.randn(11, 336, device=CUDA).half(), draw_routing(11, 6, 3)
+    out, graph = torch.empty_like(rows), torch.cuda.CUDAGraph()
+    options: dict[str, Any] = {"activation": Activation("gelu_tanh"), "impl": impl}
+    with torch.cuda.graph(graph):
+        moeyard.fused_experts(rows, routing, weights, out=out, **options)
+    graph.replay()
+    assert same_bits(out, moeyard.fused_experts(rows, routing, weights, **options))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_routings_at_the_edges(impl: str) -> None:
     rows, _, weights, activation, _ = draw("64 rows", torch.bfloat16)
     experts, factors = weights.num_local_experts, torch.rand(300, 2, device=CUDA)

@@ -1,6 +1,8 @@
 """Triton kernels started straight from Python: compiled once for sizes and dtypes, then called with addresses."""
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any
 
@@ -27,6 +29,18 @@ def on_its_device(launcher: Callable[..., None]) -> Callable[..., None]:
                 launcher(first, *arguments, **options)
 
     return launch
+
+
+@contextmanager
+def relaxed_capture() -> Iterator[None]:
+    """Lets this thread load kernels while one of its streams is captured into a graph."""
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))
 
 
 @cache
@@ -69,10 +83,11 @@ class Step:
             self.kernel[self.grid](*tensors, *self.sizes, **self.constants, **self.options)
             return
         if self._compiled is None:
-            self._compiled = self.compile(*(None if tensor is None else tensor.dtype for tensor in tensors))
+            with relaxed_capture():
+                self._compiled = self.compile(*(None if tensor is None else tensor.dtype for tensor in tensors))
+                assert self._compiled.run  # loads the kernel
         ready = self._compiled
-        run = ready.run  # loads the kernel at its first use, and with it ready.function
-        run(
+        ready.run(
             *self.grid, current_stream(current_device()), ready.function, ready.packed_metadata, None, None, None,
             *addresses, *self._tail,
         )  # fmt: skip

@@ -41,8 +41,9 @@ def product_tile(
       multiprocessor two programs, one of which loads while the other starts or ends. On compute capability 9.0 the
       weights are the long side, 64, of wgmma; for less than 64 of gate or up, and on other cards, mma.sync
       takes 16 rows at a time.
-    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need half the traffic out of shared memory that
-      128 need; they are taken where that still leaves every multiprocessor two programs, one after the other.
+    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need less traffic through shared memory, but
+      leave a multiprocessor one program, whose start and end nothing hides: they are taken for long sums, and where
+      every multiprocessor still has two programs, one after the other.
     - float32 is multiplied without matrix instructions, in tiles whose sums fit into registers.
 
     Of the result, `rows` depends on `num_rows`, `experts` and `itemsize` alone: one list of tiles serves both products.
@@ -64,7 +65,8 @@ def product_tile(
     if itemsize > 2:
         return tile(64, 32, 4, False)
     if rows == 128:
-        return tile(256 if hopper and enough(256) else 128, 64, 8, False)
+        wide = hopper and size >= 1024 and enough(256)
+        return tile(256 if wide else 128, 64, 8, False)
     if rows == 64 or enough(128):
         return tile(128, 64, 4, hopper)
     return tile(64, 128 if size % 128 == 0 else 64, 4, hopper and not gated)
