@@ -35,10 +35,11 @@ ARROWS = {  # module -> what of moeyard it may import
     "vectorised": {"values", "tiles", "ids", "vectorised"},
     "cpu": {"values", "tiles", "ids", "cpu"},
     "cuda": {"values", "tiles", "ids", "cuda"},
+    "triton": {"values", "tiles", "ids", "triton"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
-ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "integrations")
+ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size combine "
     "empty_layout explain fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum "

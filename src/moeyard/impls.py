@@ -109,6 +109,18 @@ def _cuda_products(call: Call) -> str | None:
     return _cuda(call)
 
 
+def _triton(call: Call) -> str | None:
+    if not installed("triton"):
+        return "triton is not installed (pip install 'moeyard[gpu]')"
+    if call.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "takes tensors of NVIDIA GPUs, got cpu (which it takes under TRITON_INTERPRET=1, to be tested)"
+    if call.device not in ("cuda", "cpu") or torch.version.hip is not None:
+        return f"takes tensors of NVIDIA GPUs, got {call.device}"
+    if call.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, torch.cuda.get_device_capability()))}"
+    return _sums(call)
+
+
 def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
     """The rows that every op has: `torch`, and `reference` only by name."""
     return (
@@ -118,10 +130,11 @@ def _shared(target: str, reference: str = "reference") -> tuple[Impl, ...]:
 
 
 def _layer(launcher: str, *others: Impl) -> tuple[Impl, ...]:
-    """The rows of products, activations and experts."""
+    """The rows of products, activations and experts, `others` before those of every device."""
     return (
         Impl("cpu", f"moeyard.cpu.{launcher}", _cpu_sums),
         *others,
+        Impl("triton", f"moeyard.triton.experts:{launcher.partition(':')[2]}", _triton),
         *_shared(f"experts:{launcher.partition(':')[2]}", "reference_layer"),
     )
 

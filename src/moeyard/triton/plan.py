@@ -1,0 +1,87 @@
+"""How a product is cut into tiles: pure functions of sizes and card, with nothing tuned and nothing measured."""
+
+from functools import cache
+from typing import NamedTuple
+
+
+class Card(NamedTuple):
+    """What a plan needs to know of a GPU."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+    """The most shared memory that a block may have."""
+
+
+class Tile(NamedTuple):
+    """What one program of the product computes, and with what."""
+
+    rows: int
+    """Rows of one expert."""
+    columns: int
+    """Columns of the result. A gated product computes as many of the gate and of the up half."""
+    depth: int
+    """Elements along the sum at a time."""
+    warps: int
+    stages: int
+    """Steps along the sum whose loads are on their way or in use."""
+    swapped: bool
+    """Whether columns are the long side of the matrix instruction (wgmma: 64) and rows the short one."""
+
+
+@cache
+def product_tile(
+    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, itemsize: int, card: Card
+) -> Tile:
+    """The tile for `num_rows` rows on `experts` experts; `columns` of the result, `size` elements a sum.
+
+    - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
+      routing, so that most weights are read by one row tile; 16 to 128, what the matrix instructions are good for.
+    - Up to 64 rows a product is bytes over bandwidth. Tiles are then as narrow as it takes to leave every
+      multiprocessor two programs, one of which loads while the other starts or ends. On compute capability 9.0 the
+      weights are the long side, 64, of wgmma; for less than 64 of gate or up, and on other cards, mma.sync
+      takes 16 rows at a time.
+    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need less traffic through shared memory, but
+      leave a multiprocessor one program, whose start and end nothing hides: they are taken for long sums, and where
+      every multiprocessor still has two programs, one after the other.
+    - float32 is multiplied without matrix instructions, in tiles whose sums fit into registers.
+
+    Of the result, `rows` depends on `num_rows`, `experts` and `itemsize` alone: one list of tiles serves both products.
+    """
+    mean = num_rows / experts
+    wanted = mean + 2 * mean**0.5
+    rows = next((some for some in (16, 32, 64) if wanted <= some), 64 if itemsize > 2 else 128)
+    row_tiles = min(num_rows, experts) if mean < rows else num_rows // rows
+    halves = 2 if gated else 1
+    hopper = card.capability[0] == 9
+
+    def enough(width: int) -> bool:
+        return row_tiles * -(-columns * halves // width) >= 2 * card.multiprocessors
+
+    def tile(width: int, depth: int, warps: int, swapped: bool) -> Tile:
+        stages = _stages((rows + width) * depth * itemsize, card.shared_bytes)
+        return Tile(rows, width // halves, depth, warps, stages, swapped)
+
+    if itemsize > 2:
+        return tile(64, 32, 4, False)
+    if rows == 128:
+        wide = hopper and size >= 1024 and enough(256)
+        return tile(256 if wide else 128, 64, 8, False)
+    if rows == 64 or enough(128):
+        return tile(128, 64, 4, hopper)
+    return tile(64, 128 if size % 128 == 0 else 64, 4, hopper and not gated)
+
+
+def _stages(step_bytes: int, shared_bytes: int) -> int:
+    """Steps in shared memory: one in use, one just used, and 32 KB or two of those on their way, as far as they fit.
+
+    An H200 keeps its memory busy with some 30 KB on their way to each multiprocessor.
+    """
+    wanted = 2 + max(2, -(-32768 // step_bytes))
+    return max(2, min(wanted, (shared_bytes - 1024) // step_bytes))
+
+
+def most_row_tiles(num_rows: int, experts: int, rows: int) -> int:
+    """Row tiles that `num_rows` rows on `experts` experts need at most: one an expert touched, more by full tiles."""
+    touched = min(num_rows, experts)
+    return touched + (num_rows - touched) // rows
