@@ -102,7 +102,12 @@ def test_errors_are_those_of_plain_torch(impl: str, case: str) -> None:
     options: dict[str, Any] = {"activation": activation, "apply_router_weight_on_input": on_input, "impl": impl}
     before, out = rows.clone(), poisoned(tuple(rows.shape), dtype, CUDA)
     poison_free_memory()
-    got = moeyard.fused_experts(rows, routing, weights, out=out, **options)
+    try:
+        got = moeyard.fused_experts(rows, routing, weights, out=out, **options)
+    except ValueError as error:
+        if f"{impl!r} refuses" not in str(error):
+            raise
+        pytest.skip(str(error))
     assert got is out and not guard_broken(out) and torch.equal(rows, before)
     assert not got[(routing.topk_ids < 0).all(1)].any()
     errors, budget = largest_and_rms(got, wide), largest_and_rms(plain, wide)
