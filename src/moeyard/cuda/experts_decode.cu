@@ -18,9 +18,9 @@
 // multiprocessor issues. Tensor cores would have nothing to add.
 //
 // `down` is placed while `up` drains (programmatic dependent launch), fills its rings with w2, which `up` does not
-// write, and only then waits for act: so that memory need not be idle between the two. `up` says so when its last copies are
-// under way, or TRIGGER copies of a warp before that. It may only say so after it has waited for the launch before it,
-// so that `down` finds ids and factors without waiting.
+// write, and only then waits for act: so that memory need not be idle between the two. `up` lets it in when its last
+// copies are under way, or TRIGGER copies of a warp before that, but never before it has waited itself for the launch
+// before it: so `down` finds ids and factors without waiting.
 
 #include "experts_decode.cuh"
 
