@@ -216,13 +216,17 @@ def test_routings_at_the_edges(impl: str) -> None:
 
 
 @pytest.mark.parametrize("impl", GEMMS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "size",
-    [(3, 8, 2, 1024, 256, 1), (40, 64, 4, 704, 96, 16), (1000, 8, 2, 512, 1408, 1), (700, 4, 2, 176, 720, 128)],
+    ("size", "dtype"),
+    [
+        ((3, 8, 2, 1024, 256, 1), torch.bfloat16),
+        ((40, 64, 4, 704, 96, 16), torch.float16),
+        ((1000, 8, 2, 512, 1408, 1), torch.bfloat16),
+        ((700, 4, 2, 176, 720, 128), torch.bfloat16),
+    ],
     ids=str,
 )
-def test_grouped_gemm_in_every_way(impl: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+def test_grouped_gemm_in_every_way(impl: str, size: tuple[int, ...], dtype: torch.dtype) -> None:
     tokens, experts, top_k, hidden, columns, block = size
     routing = draw_routing(tokens, experts, top_k)
     layout = moeyard.moe_align_block_size(routing.topk_ids, num_experts=experts, block_size=block)
@@ -271,8 +275,9 @@ def test_grouped_gemm_in_every_way(impl: str, dtype: torch.dtype, size: tuple[in
     ids=str,
 )
 def test_activations(impl: str, activation: Activation) -> None:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for rows, size in ((0, 4), (1, 1), (5, 37), (300, 704)):
+    dtypes = (torch.bfloat16, torch.float16, torch.float32) if activation.name == "silu" else (torch.bfloat16,)
+    for dtype in dtypes:
+        for rows, size in ((0, 4), (5, 37), (300, 704)):
             for gated in (True, False):
                 whole = (torch.randn(rows, (1 + gated) * size + 2, device=CUDA) * 4).to(dtype)
                 given = whole[:, 1 : 1 + (1 + gated) * size]

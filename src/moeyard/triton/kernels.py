@@ -77,7 +77,7 @@ def product_kernel(
     GROUP: tl.constexpr,  # row tiles whose programs run side by side, to meet the same weights in L2
     PDL: tl.constexpr,
 ):
-    """One tile of rows x expert weights. Loads are never masked along rows and columns: the last one is repeated."""
+    """One tile of rows x expert weights. Past the last column loads repeat it; past the last row they are left out."""
     start(PDL)
     program = tl.program_id(0)
     column_tiles = tl.cdiv(columns, COLUMNS)
@@ -96,6 +96,7 @@ def product_kernel(
         if routes_ptr is not None:
             targets = tl.load(routes_ptr + slots)
         sources = targets // divisor
+        held = (place < count)[:, None]
         depth = tl.arange(0, DEPTH)
         row_at = rows_ptr + (sources.to(tl.int64) * row_stride)[:, None] + depth[None, :]
         weight_row = tl.minimum(column, columns - 1).to(tl.int64)
@@ -110,13 +111,13 @@ def product_kernel(
             up = gate
         for begin in range(0, size, DEPTH):
             if EVEN:
-                rows = tl.load(row_at)
+                rows = tl.load(row_at, mask=held, other=0.0)
                 gate = multiplied(tl.load(gate_at), rows, gate, SWAPPED)
                 if GATED:
                     up = multiplied(tl.load(up_at), rows, up, SWAPPED)
             else:
                 inside = (depth < size - begin)[None, :]
-                rows = tl.load(row_at, mask=inside, other=0.0)
+                rows = tl.load(row_at, mask=held & inside, other=0.0)
                 gate = multiplied(tl.load(gate_at, mask=inside, other=0.0), rows, gate, SWAPPED)
                 if GATED:
                     up = multiplied(tl.load(up_at, mask=inside, other=0.0), rows, up, SWAPPED)
@@ -140,7 +141,7 @@ def product_kernel(
             gate = tl.trans(gate)
         results = targets if SCATTER else slots
         out_at = out_ptr + (results.to(tl.int64) * out_stride)[:, None] + column[None, :]
-        tl.store(out_at, gate.to(out_ptr.dtype.element_ty), mask=(place < count)[:, None] & (column < columns)[None, :])
+        tl.store(out_at, gate.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])
 
 
 @triton.jit

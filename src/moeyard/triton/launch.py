@@ -78,8 +78,13 @@ class Step:
         if self._interpreted:
             self.kernel[self.grid](*tensors, *self.sizes, **self.constants)
             return
-        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-        if any(address is not None and address % 16 for address in addresses):
+        addresses: list[int | None] = []
+        bits = 0
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
+        if bits % 16:
             self.kernel[self.grid](*tensors, *self.sizes, **self.constants, **self.options)
             return
         if self._compiled is None:

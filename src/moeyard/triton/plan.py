@@ -38,9 +38,9 @@ def product_tile(
     - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
       routing, so that most weights are read by one row tile; 16 to 128, what the matrix instructions are good for.
     - Up to 64 rows a product is bytes over bandwidth. Tiles are then as narrow as it takes to leave every
-      multiprocessor two programs, one of which loads while the other starts or ends. On compute capability 9.0 the
-      weights are the long side, 64, of wgmma; for less than 64 of gate or up, and on other cards, mma.sync
-      takes 16 rows at a time.
+      multiprocessor two programs, one of which loads while the other starts or ends; the narrowest, as it takes to
+      leave it one. On compute capability 9.0 the weights are the long side, 64, of wgmma; for less than 64 of gate
+      or up, and on other cards, mma.sync takes 16 rows at a time.
     - 128 rows are arithmetic. 256 columns (128 each of gate and up) need less traffic through shared memory, but
       leave a multiprocessor one program, whose start and end nothing hides: they are taken for long sums, and where
       every multiprocessor still has two programs, one after the other.
@@ -55,8 +55,8 @@ def product_tile(
     halves = 2 if gated else 1
     hopper = card.capability[0] == 9
 
-    def enough(width: int) -> bool:
-        return row_tiles * -(-columns * halves // width) >= 2 * card.multiprocessors
+    def enough(width: int, programs: int = 2) -> bool:
+        return row_tiles * -(-columns * halves // width) >= programs * card.multiprocessors
 
     def tile(width: int, depth: int, warps: int, swapped: bool) -> Tile:
         stages = _stages((rows + width) * depth * itemsize, card.shared_bytes)
@@ -69,7 +69,8 @@ def product_tile(
         return tile(256 if wide else 128, 64, 8, False)
     if rows == 64 or enough(128):
         return tile(128, 64, 4, hopper)
-    return tile(64, 128 if size % 128 == 0 else 64, 4, hopper and not gated)
+    width = 64 if enough(64, 1) else 32
+    return tile(width, 128 if size % 128 == 0 else 64, 4, hopper and width // halves == 64)
 
 
 def _stages(step_bytes: int, shared_bytes: int) -> int:
