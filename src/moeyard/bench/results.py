@@ -1,10 +1,12 @@
 """Result files: benchmarks/results/<machine>/<name>.json, every row with what was measured where."""
 
+import importlib
 import json
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,16 @@ def peers(vllm: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = ""
     return {name: version for name, version in versions.items() if version}
+
+
+@cache
+def peer_version(package: str) -> str:
+    """The version of an importable peer; "" if it is not there or does not load."""
+    try:
+        module = importlib.import_module(package)
+    except ImportError:
+        return ""
+    return str(getattr(module, "__version__", "unknown"))
 
 
 def document(rows: list[dict[str, Any]], machine: dict[str, Any], peers: dict[str, str]) -> dict[str, Any]:

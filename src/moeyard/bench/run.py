@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeyard.bench import layer
+from moeyard.bench import layer, results
 from moeyard.bench import providers as who
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_graphs_in_turn, time_in_turn
 from moeyard.bench.workloads import Case
@@ -40,7 +40,10 @@ def run_case(
     """
     generator = torch.Generator().manual_seed(seed)
     sets = max(1, min(_SETS, _SETS_BYTES // max(1, who.bytes_moved(case))))
-    inputs = [who.make_inputs(case, device, generator) for _ in range(sets)]
+    if device.type == "cuda" and case.op == "fused_experts":
+        inputs = layer.make_sets(case, device, generator)
+    else:
+        inputs = [who.make_inputs(case, device, generator) for _ in range(sets)]
     floor = who.bytes_moved(case) / bandwidth / 1e3
     rows, right = [], []
     modes = ["graph", "eager"] if device.type == "cuda" else ["cpu"]
@@ -57,7 +60,7 @@ def run_case(
         timed = list(_timed(case, right, mode, device))
         runs = [run for _, _, run in timed]
         if mode == "graph":
-            calls = 20 if case["num_tokens"] >= 32768 or who.bytes_moved(case) >= _CHECKED_BYTES else 50
+            calls = who.calls_of_graph(case)
             times = time_graphs_in_turn(runs, inputs, rounds=rounds, calls=calls, after_round=advance, seed=seed)
         else:
             finish = torch.cuda.synchronize if mode == "eager" else _nothing
@@ -140,11 +143,11 @@ def run_cold(case: Case, device: torch.device, rounds: int, advance: Callable[[]
         ready = "import moeyard\nmoeyard.warmup('cuda')"
         kinds = [("moeyard", "cuda", "cold", "", ours), ("moeyard", "cuda", "cold_ready", ready, ours)]
         kinds.append(("moeyard", "cuda", "cold_empty", "", ours))
-        if who.peer_version("vllm"):
+        if results.peer_version("vllm"):
             path = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
             theirs = "align(ids, {b}, {e})"
             ready = f"from {path} import moe_align_block_size as align"
-            kinds.append(("vllm", who.peer_version("vllm"), "cold_ready", ready, theirs))
+            kinds.append(("vllm", results.peer_version("vllm"), "cold_ready", ready, theirs))
     rows = []
     for provider, impl, mode, before, call in kinds:
         code = _COLD.format(before=before, call=call.format(**sizes, impl=impl), device=device.type, **sizes)
@@ -174,8 +177,8 @@ def _run_seed_script(case: Case, rounds: int) -> list[dict[str, Any]]:
     ours = f"topk_ids, {case['num_experts']}, {case['block_size']}, {case['top_k']}"
     theirs = f"topk_ids.view(-1, {case['top_k']}), {case['block_size']}, {case['num_experts']}"
     kinds = [("moeyard", "cuda", ["-m", "moeyard.integrations.vllm"], ours)]
-    if who.peer_version("vllm"):
-        kinds.append(("vllm", who.peer_version("vllm"), [], theirs))
+    if results.peer_version("vllm"):
+        kinds.append(("vllm", results.peer_version("vllm"), [], theirs))
     rows = []
     for provider, impl, launcher, call in kinds:
         microseconds = []
