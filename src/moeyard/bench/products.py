@@ -157,9 +157,7 @@ def _even(case: Case) -> bool:
 
 def _moeyard(impl: str, way: str) -> Callable[[ProductInputs], Tensor]:
     if way == "offsets":
-        return lambda x: moeyard.grouped_gemm(
-            x.rows, x.weight, expert_offsets=x.layout.expert_offsets, impl=impl
-        )  # fmt: skip
+        return lambda x: moeyard.grouped_gemm(x.rows, x.weight, expert_offsets=x.layout.expert_offsets, impl=impl)
     if way == "layout":
         return lambda x: moeyard.grouped_gemm(x.hidden_states, x.weight, layout=x.layout, impl=impl)
     return lambda x: moeyard.grouped_gemm(x.batches, x.weight, expert_num_tokens=x.layout.expert_counts, impl=impl)

@@ -55,7 +55,7 @@ def run_case(
         if wrong is None:
             right.append(provider)
         else:
-            rows += [_row(case, provider.name, provider.impl, mode, None, floor) | {"wrong": wrong} for mode in modes]
+            rows += [row_of(case, provider.name, provider.impl, mode, None, floor) | {"wrong": wrong} for mode in modes]
     for mode in modes:
         timed = list(_timed(case, right, mode, device))
         runs = [run for _, _, run in timed]
@@ -69,7 +69,7 @@ def run_case(
             )
         theirs = {_peer(p): time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
         for (provider, label, _), time in zip(timed, times, strict=True):
-            row = _row(case, provider.name, provider.impl, label, time, floor)
+            row = row_of(case, provider.name, provider.impl, label, time, floor)
             if provider.name == "moeyard" and theirs:
                 row["ratio_to"] = {
                     name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
@@ -110,13 +110,13 @@ def _timed(
         yield provider, mode, provider.run
         if provider.name == "moeyard" and provider.impl == "cuda":
             if mode == "graph" and torch.cuda.get_device_capability(device) >= (9, 0):
-                yield provider, "graph_pdl", _programmatically(provider.run)
+                yield provider, "graph_pdl", programmatically(provider.run)
             if mode == "eager" and case.op == "moe_align_block_size":
                 yield provider, "eager_out", who.align_into_given(case)
                 yield provider, "eager_triple", who.align_triple(case)
 
 
-def _programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     from moeyard.cuda.launch import programmatic_launch
 
     def with_programmatic_launch(inputs: Any) -> Any:
@@ -163,7 +163,7 @@ def run_cold(case: Case, device: torch.device, rounds: int, advance: Callable[[]
             if i:
                 seconds.append(float(done.stdout.split()[-1]) * 1e6)
             advance()
-        rows.append(_row(case, provider, impl, mode, summarise(seconds), None))
+        rows.append(row_of(case, provider, impl, mode, summarise(seconds), None))
     if device.type == "cuda":
         rows += _run_seed_script(case, rounds)
     return rows
@@ -193,7 +193,7 @@ def _run_seed_script(case: Case, rounds: int) -> list[dict[str, Any]]:
                 if done.returncode or found is None:
                     raise RuntimeError(f"the seed script failed:\n{done.stderr}")
                 microseconds.append(float(found[1]) * 1e6)
-        rows.append(_row(case, provider, impl, "seed_script", summarise(microseconds), None))
+        rows.append(row_of(case, provider, impl, "seed_script", summarise(microseconds), None))
     return rows
 
 
@@ -227,7 +227,8 @@ def _nothing() -> None:
     pass
 
 
-def _row(case: Case, provider: str, impl: str, mode: str, times: Times | None, floor: float | None) -> dict[str, Any]:
+def row_of(case: Case, provider: str, impl: str, mode: str, times: Times | None, floor: float | None) -> dict[str, Any]:
+    """A row of a result file; without times for a wrong answer, or where no run of it ended."""
     return {
         "op": case.op,
         "workload": case.workload,
