@@ -138,11 +138,15 @@ class Bench:
             raise RuntimeError(f"the machine's bandwidth was not measured: {reason}; see {self.out / 'logs'}")
         self.facts = answer
 
-    def compile(self, cases: Sequence[Case], shares: int) -> None:
-        """Lets every kernel be compiled, by `shares` processes a model at once; the first ones stay."""
-        parts: list[tuple[str, int, list[Case]]] = []
-        for model in dict.fromkeys(map(model_of, cases)):
-            some = [c for c in cases if model_of(c) == model and c["num_tokens"] <= _COMPILE_TOKENS]
+    def compile(self, todo: Sequence[tuple[Case, dict[str, Any]]], shares: int) -> None:
+        """Lets every kernel be compiled, by `shares` processes a model at once; the first ones stay.
+
+        A case is what `measure` takes, with what goes into its request.
+        """
+        parts: list[tuple[str, int, list[tuple[Case, dict[str, Any]]]]] = []
+        short = [(case, extra) for case, extra in todo if case["num_tokens"] <= _COMPILE_TOKENS]
+        for model in dict.fromkeys(model_of(case) for case, _ in short):
+            some = [one for one in short if model_of(one[0]) == model]
             parts += [(model, i, some[i::shares]) for i in range(shares) if some[i::shares]]
         end = time.monotonic() + self.left * _COMPILE_SHARE
         for model, i, _ in parts:
@@ -150,14 +154,14 @@ class Bench:
                 self.worker(model)
         others = {(model, i): Worker(self.device, self.out / "logs" / f"{model}-{i}.log") for model, i, _ in parts if i}
 
-        def work(part: tuple[str, int, list[Case]]) -> None:
+        def work(part: tuple[str, int, list[tuple[Case, dict[str, Any]]]]) -> None:
             model, i, mine = part
-            for case in mine:
+            for case, extra in mine:
                 if time.monotonic() >= end:
                     return
                 worker = others[model, i] if i else self.worker(model)
-                request = {"do": "compile", "case": case_to(case), "without": self.lost.get(model, {})}
-                answer, reason = worker.ask({**self.options, **request}, end - time.monotonic(), _COMPILE_SILENT_S)
+                request = {"do": "compile", "case": case_to(case), "without": self.lost.get(model, {}), **extra}
+                answer, reason = worker.ask({**self.options, **request}, self.left, _COMPILE_SILENT_S)
                 if answer is not None:
                     continue
                 self._drop(model, worker, reason)
@@ -171,7 +175,7 @@ class Bench:
         for worker in others.values():
             worker.end()
 
-    def measure(self, case: Case, **extra: Any) -> list[dict[str, Any]]:
+    def measure(self, case: Case, extra: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of a case; none if time was over or its inputs could not be made."""
         model = model_of(case)
         ceilings = {key: self.facts["machine"][key] for key in ("copy_gb_s", "matrix_tflops")}
@@ -256,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     begin = time.monotonic()
     todo = [
-        (part, case)
+        (case, {"grid": part == "grid" and not given.variants})
         for part in given.parts
         for case in experts_cells.cells(part, given.models, given.tokens, given.scale)
     ]
@@ -265,19 +269,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     bench = Bench(given.device, given.out, given.name, begin + given.seconds, options)
     try:
-        for model in dict.fromkeys(model_of(case) for _, case in todo):
+        for model in dict.fromkeys(model_of(case) for case, _ in todo):
             bench.worker(model)  # all import at once
-        bench.measure_machine(model_of(todo[0][1]))
+        bench.measure_machine(model_of(todo[0][0]))
         _print(str(bench.facts["machine"]))
         if given.shares:
-            bench.compile([case for _, case in todo], given.shares)
+            bench.compile(todo, given.shares)
             _print(f"compiled after {time.monotonic() - begin:.1f} s")
         done = 0
-        for part, case in todo:
+        for case, extra in todo:
             if bench.left < _LEAST_S:
                 break
             start = time.monotonic()
-            rows = bench.measure(case, grid=part == "grid" and not given.variants)
+            rows = bench.measure(case, extra)
             bench.rows += rows
             done += bool(rows)
             _print(line_of(case, rows, time.monotonic() - start))

@@ -63,12 +63,7 @@ def experts(act: Activation) -> Callable[[Any], Any]:
     """
     importlib.import_module("vllm._custom_ops")
     fused = importlib.import_module(f"{_FOLDER}.fused_moe").fused_experts_impl
-    if act == Activation():
-        name, arranged = "silu", _as_they_are
-    elif act == GPT_OSS_ACTIVATION:
-        name, arranged = "swigluoai", _interleaved
-    else:
-        raise ValueError(f"activation: expected silu or gpt-oss's for vLLM, got {act}")
+    name, arranged = arrangement(act)
     kept: dict[int, ExpertWeights] = {}
 
     def run(x: Any) -> Any:
@@ -81,6 +76,15 @@ def experts(act: Activation) -> Callable[[Any], Any]:
         )  # fmt: skip
 
     return run
+
+
+def arrangement(act: Activation) -> tuple[str, Callable[[ExpertWeights], ExpertWeights]]:
+    """(vLLM's name of an activation, what puts weights into the order that it wants)."""
+    if act == Activation():
+        return "silu", _as_they_are
+    if act == GPT_OSS_ACTIVATION:
+        return "swigluoai", _interleaved
+    raise ValueError(f"activation: expected silu or gpt-oss's for vLLM, got {act}")
 
 
 def _as_they_are(weights: ExpertWeights) -> ExpertWeights:
