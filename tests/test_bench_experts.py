@@ -29,7 +29,7 @@ from moeyard.bench import (
 )
 from moeyard.bench.verify import disagreement_error, rows_of_experts
 from moeyard.bench.workloads import Case
-from support import CPU
+from support import CPU, SOURCE
 
 
 def cell(part: str, tokens: int = 4, scale: int = 32, model: str = "qwen3-30b-a3b") -> Case:
@@ -204,7 +204,7 @@ def test_time_case(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = [row for row in rows if row["provider"] == "moeyard"]
     assert ours and all(row["correct"] and row["ratio_to"]["torch"][0] > 0 for row in ours)
     assert all(key in row for row in rows for key in results.ROW_KEYS)
-    assert [message["at"] for message in said][0].startswith("torch:"), "peers come first"
+    assert said[0]["at"].startswith("torch:"), "peers come first"
     asked = {**request, "variants": "some_variants:variants"}
     rows = experts_worker.time_case(case, CPU, asked, said.append)
     found = {row["impl"]: row.get("wrong", "") for row in rows if row["provider"] == "moeyard"}
@@ -213,7 +213,7 @@ def test_time_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torch_is_no_rival_of_itself_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [providers.Provider("moeyard", name, len) for name in ("cuda", "triton", "torch")]
-    made.append(providers.Provider("vllm", "0", len))
+    made += [providers.Provider("vllm", "0", len), providers.Provider("torch", "grouped_mm", len)]
     monkeypatch.setattr(providers, "providers", lambda case, device: made)
     monkeypatch.setattr(
         experts_worker.impls,
@@ -222,11 +222,12 @@ def test_torch_is_no_rival_of_itself_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     )
     cuda, case = torch.device("cuda"), cell("targets")
     names = [experts_worker.label_of(p) for p in experts_worker.answers(case, cuda, {})]
+    assert names == ["torch:grouped_mm", "vllm:0", "moeyard:cuda"]
+    monkeypatch.setattr(experts_worker.impls, "impl_names", lambda op: ("cuda", "triton", "torch"))
+    names = [experts_worker.label_of(p) for p in experts_worker.answers(case, cuda, {"grid": True, "all": True})]
     assert names == ["vllm:0", "moeyard:cuda", "moeyard:triton"]
-    names = [experts_worker.label_of(p) for p in experts_worker.answers(case, cuda, {"grid": True})]
-    assert names == ["vllm:0", "moeyard:cuda"]
-    names = [experts_worker.label_of(p) for p in experts_worker.answers(case, cuda, {"providers": ["moeyard:triton"]})]
-    assert names == ["moeyard:triton"]
+    asked = {"providers": ["moeyard:triton"], "all": True}
+    assert [experts_worker.label_of(p) for p in experts_worker.answers(case, cuda, asked)] == ["moeyard:triton"]
 
 
 FAKE = """
@@ -266,7 +267,8 @@ def test_who_hangs_is_left_out(how: str, tmp_path: Path, monkeypatch: pytest.Mon
         bench.finish()
 
 
-def test_command_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_command_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(SOURCE))
     options = (
         "--device cpu --scale 32 --models qwen3-30b-a3b --tokens 1 --parts targets,grouped --shares 0 --seconds 100"
     )

@@ -24,6 +24,7 @@ from moeyard.bench.workloads import Case
 
 _SILENT_S = 20.0  # a provider that says nothing for so long hangs
 _COMPILE_SILENT_S = 25.0  # compilers take their time
+_SLOW = "deep_gemm"  # it runs nvcc, so it gets three times as long
 _CASE_S = 60.0
 _COMPILE_SHARE = 0.25  # of all seconds: the most that compiling ahead may take
 _COMPILE_TOKENS = 8192  # plans of more tokens are those of as many, and their rows would fill the memory
@@ -58,14 +59,14 @@ class Worker:
         except OSError:
             return None, "its process ended"
         while True:
-            since = time.monotonic()
-            line = self._line(min(end, since + silent))
+            since, patience = time.monotonic(), silent * (3 if self.at.startswith(_SLOW) else 1)
+            line = self._line(min(end, since + patience))
             if line is None and time.monotonic() >= end:
                 self.at = ""
                 return None, "time is over"
             if line is None:
-                hung = time.monotonic() >= since + silent
-                return None, f"hung for {silent:.0f} s" if hung else "its process ended"
+                hung = time.monotonic() >= since + patience
+                return None, f"hung for {patience:.0f} s" if hung else "its process ended"
             message = json.loads(line)
             if "done" in message:
                 return message["done"], ""
@@ -160,7 +161,7 @@ class Bench:
                 if time.monotonic() >= end:
                     return
                 worker = others[model, i] if i else self.worker(model)
-                request = {"do": "compile", "case": case_to(case), "without": self.lost.get(model, {}), **extra}
+                request = {"do": "compile", "case": case_to(case), "without": dict(self.lost.get(model, {})), **extra}
                 answer, reason = worker.ask({**self.options, **request}, self.left, _COMPILE_SILENT_S)
                 if answer is not None:
                     continue
@@ -182,7 +183,13 @@ class Bench:
         for _ in range(_TRIES):
             if self.left < _LEAST_S:
                 return []
-            request = {"do": "time", "case": case_to(case), "without": self.lost.get(model, {}), **ceilings, **extra}
+            request = {
+                "do": "time",
+                "case": case_to(case),
+                "without": dict(self.lost.get(model, {})),
+                **ceilings,
+                **extra,
+            }
             worker = self.worker(model)
             answer, reason = worker.ask({**self.options, **request}, min(_CASE_S, self.left), _SILENT_S)
             if answer is not None:
@@ -251,21 +258,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=_numbers, help="comma-separated; what each part is made for unless given")
     parser.add_argument("--parts", type=_names, default=experts_cells.PARTS, help="in the order wanted")
     parser.add_argument("--providers", type=_names, help="only these: vllm, moeyard, moeyard:cuda, ...")
+    parser.add_argument("--all", action="store_true", help="all of moeyard's implementations but torch's")
     parser.add_argument("--variants", default="", help="MODULE:FUNCTION; a case gives (label, run) pairs to be timed")
     parser.add_argument("--cell-seconds", type=float, default=0.8, help="about how long a case's rounds last")
-    parser.add_argument("--shares", type=int, default=3, help="processes a model that compile ahead; 0 for none")
+    parser.add_argument("--shares", type=int, default=2, help="processes a model that compile ahead; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--scale", type=int, default=1, help="divide hidden and intermediate sizes by this")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     given = parser.parse_args(arguments)
     begin = time.monotonic()
     todo = [
-        (case, {"grid": part == "grid" and not given.variants})
+        (case, {"grid": part == "grid"})
         for part in given.parts
         for case in experts_cells.cells(part, given.models, given.tokens, given.scale)
     ]
     options = {
         "seconds": given.cell_seconds, "seed": given.seed, "variants": given.variants, "providers": given.providers,
+        "all": given.all,
     }  # fmt: skip
     bench = Bench(given.device, given.out, given.name, begin + given.seconds, options)
     try:

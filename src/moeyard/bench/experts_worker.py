@@ -20,7 +20,7 @@ from moeyard.bench.workloads import Case
 
 _LARGEST = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """How far a row may be from another provider's, relative to its own root mean square: both round in between."""
-_PDL_TOKENS = 256  # up to here what a launch waits for is worth a look
+_PDL_TOKENS = 16  # up to here what a launch waits for is worth a look
 _KEPT_BYTES = 4 << 30  # freed memory that a process may keep from the others
 _PEERS_FIRST = {"torch": 0, "vllm": 1, "deep_gemm": 2, "moeyard": 3}
 Say = Callable[[dict[str, Any]], None]
@@ -50,8 +50,9 @@ def facts(device: torch.device) -> dict[str, Any]:
 def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[who.Provider]:
     """Who takes part: peers first, since the first right answer is what the others are compared with.
 
-    `variants`, "module:function", gives (label, run) pairs for a case that stand in the place of our implementations;
-    `grid` leaves out what the comparison with vLLM does not need; `providers` names those that are wanted.
+    Of our implementations it is the one that "auto" chooses; with `all`, all but torch's. `variants`,
+    "module:function", gives (label, run) pairs for a case that stand in their place. `grid` leaves out what the
+    comparison with vLLM does not need; `providers` names those that are wanted.
     """
     if request.get("variants"):
         module, _, function = request["variants"].partition(":")
@@ -61,10 +62,10 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[w
     else:
         found = who.providers(case, device)
         chosen = impls.explain(case.op, device, getattr(torch, case["dtype"])).chosen
-        if device.type == "cuda" and chosen != "torch":  # seconds a call where weights are large
-            found = [p for p in found if p.name != "moeyard" or p.impl.split()[0] != "torch"]
-        if request.get("grid"):
-            found = [p for p in found if p.name == "vllm" or (p.name == "moeyard" and p.impl.split()[0] == chosen)]
+        taken = (chosen,) if not request.get("all") else tuple(i for i in impls.impl_names(case.op) if i != "torch")
+        found = [p for p in found if p.name != "moeyard" or p.impl.split()[0] in taken]
+    if request.get("grid"):
+        found = [p for p in found if p.name in ("moeyard", "vllm")]
     wanted = request.get("providers")
     found = [p for p in found if not wanted or p.name in wanted or label_of(p) in wanted]
     return sorted(found, key=lambda p: _PEERS_FIRST.get(p.name, 0))
@@ -131,7 +132,7 @@ def _timed(
         )  # fmt: skip
     else:
         times = timing.time_in_turn(
-            runs, inputs, rounds=7, sample_us=1e3, finish=_nothing, after_round=_nothing, seed=request["seed"]
+            runs, inputs[:2], rounds=7, sample_us=1e3, finish=_nothing, after_round=_nothing, seed=request["seed"]
         )
     theirs = {p.name: time for (p, _, _, _), time in zip(right, times, strict=True) if p.name != "moeyard"}
     rows = []
