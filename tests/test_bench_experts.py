@@ -244,15 +244,21 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("how", ["hangs", "ends"])
-def test_who_hangs_is_left_out(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     begun = experts_gpu.subprocess.Popen
     monkeypatch.setattr(
         experts_gpu.subprocess, "Popen", lambda _, **options: begun([sys.executable, str(script)], **options)
     )
-    monkeypatch.setattr(experts_gpu, "_SILENT_S", 3.0)
+    monkeypatch.setattr(experts_gpu, "_SILENT_S", 2.0)
+    monkeypatch.setattr(experts_gpu, "_COMPILE_SILENT_S", 2.0)
+
+
+@pytest.mark.usefixtures("fake_workers")
+@pytest.mark.parametrize("how", ["hangs", "ends"])
+def test_who_hangs_is_left_out(how: str, tmp_path: Path) -> None:
     bench = experts_gpu.Bench("cpu", tmp_path, "x", time.monotonic() + 60, {"how": how})
     bench.facts = {"machine": {"copy_gb_s": 1.0, "matrix_tflops": 1.0}}
     try:
@@ -260,9 +266,23 @@ def test_who_hangs_is_left_out(how: str, tmp_path: Path, monkeypatch: pytest.Mon
         assert bench.measure(cell("targets"), {}) == [{"rows of": ["bad:1"]}]
         assert time.monotonic() - start < 20
         reason = bench.lost["qwen3-30b-a3b"]["bad:1"]
-        assert reason == ("hung for 3 s" if how == "hangs" else "its process ended")
+        assert reason == ("hung for 2 s" if how == "hangs" else "its process ended")
         bench.end = time.monotonic() + 1
         assert bench.measure(cell("targets"), {}) == [], "no case begins that could not end"
+    finally:
+        bench.finish()
+
+
+@pytest.mark.usefixtures("fake_workers")
+def test_who_hangs_while_compiling_is_left_out_of_what_is_timed(tmp_path: Path) -> None:
+    bench = experts_gpu.Bench("cpu", tmp_path, "x", time.monotonic() + 60, {"how": "hangs"})
+    bench.facts = {"machine": {"copy_gb_s": 1.0, "matrix_tflops": 1.0}}
+    try:
+        bench.compile([(cell("targets", n), {}) for n in (1, 2, 3)], 2)
+        assert bench.lost == {"qwen3-30b-a3b": {"bad:1": "hung for 2 s"}}
+        start = time.monotonic()
+        assert bench.measure(cell("targets"), {}) == [{"rows of": ["bad:1"]}]
+        assert time.monotonic() - start < 2
     finally:
         bench.finish()
 

@@ -170,10 +170,13 @@ def _torch(x: ProductInputs) -> Tensor:
 def _deep_gemm() -> Callable[[ProductInputs], Tensor]:
     """DeepGEMM's contiguous grouped product; padding its rows is not timed, nor is the allocation of its result."""
     multiply = importlib.import_module("deep_gemm").m_grouped_bf16_gemm_nt_contiguous
+    alignment = importlib.import_module("deep_gemm.utils.layout").get_mk_alignment_for_contiguous_layout
     made: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def run(x: ProductInputs) -> Tensor:
         if id(x) not in made:
+            if _DEEP_GEMM_ROWS % alignment():
+                raise ValueError(f"expected an alignment that divides {_DEEP_GEMM_ROWS}, got {alignment()}")
             where = x.padded
             total = int(-(-int(where.max() + 1) // _DEEP_GEMM_ROWS) * _DEEP_GEMM_ROWS)
             rows = x.rows.new_zeros(total, x.rows.shape[1]).index_copy_(0, where, x.rows)

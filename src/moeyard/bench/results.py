@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -57,7 +58,10 @@ def peer_version(package: str) -> str:
     """The version of an importable peer; "" if it is not there or does not load."""
     try:
         module = importlib.import_module(package)
-    except ImportError:
+    except ModuleNotFoundError:
+        return ""
+    except Exception as problem:  # a library of it that is missing, a compiler that is not found
+        warnings.warn(f"{package} takes no part, it does not load: {problem}", stacklevel=2)
         return ""
     return str(getattr(module, "__version__", "unknown"))
 
