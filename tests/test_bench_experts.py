@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import Activation, Routing
+from moeyard import Activation, Routing, impls
 from moeyard.bench import (
     docs,
     experts_cells,
@@ -27,6 +27,7 @@ from moeyard.bench import (
     vllm_peer,
     workloads,
 )
+from moeyard.bench import variants as bench_variants
 from moeyard.bench.verify import disagreement_error, rows_of_experts
 from moeyard.bench.workloads import Case
 from support import CPU, SOURCE
@@ -190,6 +191,19 @@ def variants(case: Case) -> list[tuple[str, Any]]:
         return lambda x: moeyard.fused_experts(x.hidden_states, x.routing, x.weights, impl="cpu") * factor
 
     return [(f"{label} of {case['num_tokens']}", make(factor)) for label, factor in twice]
+
+
+def test_launchers_as_variants() -> None:
+    case = cell("biased", 5, model="gpt-oss-120b")
+    inputs = layer.make_inputs(case, CPU, generator())
+    launch = impls.launcher("fused_experts", "torch", CPU, torch.bfloat16)
+    assert layer.error(case, "x", inputs, bench_variants.launched(launch, case)(inputs)) is None
+    case = cell("grouped", 5)
+    rows = products.make_inputs(case, CPU, generator())
+    launch = impls.launcher("grouped_gemm", "torch", CPU, torch.bfloat16)
+    assert products.error(rows, "x", bench_variants.launched(launch, case)(rows)) is None
+    with pytest.raises(TypeError, match="chosen"):
+        bench_variants.launched(launch, case, chosen=None)(rows)
 
 
 def test_time_case(monkeypatch: pytest.MonkeyPatch) -> None:
