@@ -15,6 +15,7 @@ from moeyard import Activation, Routing, impls
 from moeyard.bench import (
     docs,
     experts_cells,
+    experts_goals,
     experts_gpu,
     experts_worker,
     layer,
@@ -292,6 +293,7 @@ def test_who_hangs_while_compiling_is_left_out_of_what_is_timed(tmp_path: Path) 
     bench = experts_gpu.Bench("cpu", tmp_path, "x", time.monotonic() + 60, {"how": "hangs"})
     bench.facts = {"machine": {"copy_gb_s": 1.0, "matrix_tflops": 1.0}}
     try:
+        bench.start(["qwen3-30b-a3b"], 2)
         bench.compile([(cell("targets", n), {}) for n in (1, 2, 3)], 2)
         assert bench.lost == {"qwen3-30b-a3b": {"bad:1": "hung for 2 s"}}
         start = time.monotonic()
@@ -334,6 +336,45 @@ def test_ratio_table() -> None:
     assert lines[2] == wanted and lines[3] == "", "one line: what auto does not choose is left out"
     wrong = results.document([row("moeyard", "cuda", None)], machine, {})
     assert "| wrong |" in docs.ratio_table(wrong)
+
+
+def result_row(part: str, tokens: int, provider: str, time_us: float, **more: Any) -> dict[str, Any]:
+    model = "gpt-oss-120b" if part == "biased" else "qwen3-30b-a3b"
+    timed = timing.summarise([time_us] * 6)
+    impl = {"moeyard": "cuda by offsets" if part == "grouped" else "cuda"}.get(provider, "1")
+    return {**run.row_of(cell(part, tokens, 1, model), provider, impl, "graph", timed, 100.0), **more}
+
+
+@pytest.mark.parametrize(
+    ("part", "tokens", "ours", "more", "met"),
+    [
+        ("targets", 1, 24.9, {}, [True]),
+        ("targets", 1, 25.1, {}, [False]),
+        ("targets", 64, 105.0, {}, [True]),
+        ("targets", 64, 121.2, {}, [True]),
+        ("targets", 64, 121.3, {}, [False]),
+        ("targets", 1024, 50.0, {"ratio_to": {"vllm": [0.8, 0.7, 0.9]}}, [True, True]),
+        ("targets", 1024, 50.0, {"ratio_to": {"vllm": [1.03, 1.01, 1.05]}}, [False, False]),
+        ("grid", 32768, 50.0, {"ratio_to": {"vllm": [1.03, 0.99, 1.05]}}, [True]),
+        ("shards", 1, 50.0, {"ratio_to": {"vllm": [0.51, 0.5, 0.52]}}, [False, True]),
+        ("grouped", 1024, 50.0, {"ratio_to": {"deep_gemm": [1.02, 1, 1.1], "torch": [0.97, 0.9, 1]}}, [True, False]),
+        ("biased", 64, 900.0, {"ratio_to": {"vllm": [1.0, 0.9, 1.1]}, "extra_bytes": 9}, [True, False]),
+    ],
+)
+def test_goals(part: str, tokens: int, ours: float, more: dict[str, Any], met: list[bool]) -> None:
+    rows = [result_row(part, tokens, "vllm", 120.0, extra_bytes=8), result_row(part, tokens, "moeyard", ours, **more)]
+    assert [verdict.met for verdict in experts_goals.verdicts({"rows": rows})] == met
+
+
+def test_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {**result_row("targets", 8, "moeyard", 1.0), "time_us": None, "correct": False, "wrong": "hung"}
+    machine = {"gpu": "a GPU"}
+    results.write(
+        tmp_path / "x.json", results.document([wrong, result_row("targets", 1, "moeyard", 20.0)], machine, {})
+    )
+    assert experts_goals.main([str(tmp_path / "x.json")]) == 1
+    assert "wanted a right answer, got hung\n1 of 2 goals met" in capsys.readouterr().out
+    assert experts_goals.main([]) == 2
 
 
 def test_experts_on_another_dtype_are_checked_too() -> None:

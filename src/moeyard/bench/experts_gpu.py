@@ -25,6 +25,7 @@ from moeyard.bench.workloads import Case
 _SILENT_S = 20.0  # a provider that says nothing for so long hangs
 _COMPILE_SILENT_S = 25.0  # compilers take their time
 _SLOW = "deep_gemm"  # it runs nvcc, so it gets three times as long
+_START_S = 90.0  # many processes import at once
 _CASE_S = 60.0
 _COMPILE_SHARE = 0.25  # of all seconds: the most that compiling ahead may take
 _COMPILE_TOKENS = 8192  # plans of more tokens are those of as many, and their rows would fill the memory
@@ -43,7 +44,7 @@ class Worker:
                 [sys.executable, "-m", "moeyard.bench.experts_worker", "--device", device],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, bufsize=0,
             )  # fmt: skip
-        self._rest = b""
+        self._rest, self._started = b"", False
         self.at = ""
         """The provider in hand when the last request ended without an answer."""
 
@@ -60,6 +61,8 @@ class Worker:
             return None, "its process ended"
         while True:
             since, patience = time.monotonic(), silent * (3 if self.at.startswith(_SLOW) else 1)
+            if not self._started:
+                patience = _START_S
             line = self._line(min(end, since + patience))
             if line is None and time.monotonic() >= end:
                 self.at = ""
@@ -67,7 +70,7 @@ class Worker:
             if line is None:
                 hung = time.monotonic() >= since + patience
                 return None, f"hung for {patience:.0f} s" if hung else "its process ended"
-            message = json.loads(line)
+            message, self._started = json.loads(line), True
             if "done" in message:
                 return message["done"], ""
             if "lost" in message:
@@ -106,6 +109,8 @@ class Bench:
     options: dict[str, Any]
     """What goes into every request."""
     workers: dict[str, Worker] = field(default_factory=dict)
+    helpers: dict[tuple[str, int], Worker] = field(default_factory=dict)
+    """More processes of a model, which compile ahead."""
     lost: dict[str, dict[str, str]] = field(default_factory=dict)
     """Model -> provider -> why it is left out."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -115,6 +120,13 @@ class Bench:
     def left(self) -> float:
         """Seconds until the end."""
         return self.end - time.monotonic()
+
+    def start(self, models: Sequence[str], shares: int) -> None:
+        """Starts all processes: their imports run at once."""
+        for model in models:
+            self.worker(model)
+            for i in range(1, shares):
+                self.helpers[model, i] = self._start(f"{model}-{i}")
 
     def worker(self, model: str) -> Worker:
         """The process of a model, started if there is none."""
@@ -140,7 +152,7 @@ class Bench:
         self.facts = answer
 
     def compile(self, todo: Sequence[tuple[Case, dict[str, Any]]], shares: int) -> None:
-        """Lets every kernel be compiled, by `shares` processes a model at once; the first ones stay.
+        """Lets every kernel be compiled, by `shares` processes a model at once; helpers end with that.
 
         A case is what `measure` takes, with what goes into its request.
         """
@@ -150,31 +162,28 @@ class Bench:
             some = [one for one in short if model_of(one[0]) == model]
             parts += [(model, i, some[i::shares]) for i in range(shares) if some[i::shares]]
         end = time.monotonic() + self.left * _COMPILE_SHARE
-        for model, i, _ in parts:
-            if i == 0:
-                self.worker(model)
-        others = {(model, i): Worker(self.device, self.out / "logs" / f"{model}-{i}.log") for model, i, _ in parts if i}
 
         def work(part: tuple[str, int, list[tuple[Case, dict[str, Any]]]]) -> None:
             model, i, mine = part
             for case, extra in mine:
                 if time.monotonic() >= end:
                     return
-                worker = others[model, i] if i else self.worker(model)
+                worker = self.helpers[model, i] if i else self.worker(model)
                 request = {"do": "compile", "case": case_to(case), "without": dict(self.lost.get(model, {})), **extra}
                 answer, reason = worker.ask({**self.options, **request}, self.left, _COMPILE_SILENT_S)
                 if answer is not None:
                     continue
                 self._drop(model, worker, reason)
                 if i:
-                    others[model, i] = self._start(f"{model}-{i}")
+                    self.helpers[model, i] = self._start(f"{model}-{i}")
                 else:
                     del self.workers[model]
 
         with ThreadPoolExecutor(max(1, len(parts))) as pool:
             list(pool.map(work, parts))
-        for worker in others.values():
+        for worker in self.helpers.values():
             worker.end()
+        self.helpers.clear()
 
     def measure(self, case: Case, extra: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of a case; none if time was over or its inputs could not be made."""
@@ -207,7 +216,7 @@ class Bench:
 
     def finish(self) -> None:
         """Ends all processes."""
-        for worker in self.workers.values():
+        for worker in (*self.workers.values(), *self.helpers.values()):
             worker.end()
 
 
@@ -278,8 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     bench = Bench(given.device, given.out, given.name, begin + given.seconds, options)
     try:
-        for model in dict.fromkeys(model_of(case) for case, _ in todo):
-            bench.worker(model)  # all import at once
+        bench.start(list(dict.fromkeys(model_of(case) for case, _ in todo)), given.shares)
         bench.measure_machine(model_of(todo[0][0]))
         _print(str(bench.facts["machine"]))
         if given.shares:

@@ -213,7 +213,8 @@ def main() -> int:
 
     A request has `do` (facts, compile, time), for the last two `case`, and what `answers`, `compile_case` and
     `time_case` read. An answer is a line with `done`; before it come lines with `at`, the provider that is in hand, so
-    that who waits knows which one hung or ended the process. `lost` means that this process cannot go on.
+    that who waits knows which one hung or ended the process; the first of all says that imports are done. `lost` means
+    that this process cannot go on.
     """
     parser = argparse.ArgumentParser(prog="python -m moeyard.bench.experts_worker", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -225,6 +226,7 @@ def main() -> int:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
+    say({"at": ""})
     for line in sys.stdin:
         request = json.loads(line)
         try:
