@@ -1,6 +1,7 @@
 """A process that measures cases of experts, one a request: JSON lines in, JSON lines out (see `main`)."""
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -226,6 +227,7 @@ def main() -> int:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
+    gc.freeze()  # a capture may collect garbage: what imports left is not looked at again
     say({"at": ""})
     for line in sys.stdin:
         request = json.loads(line)
