@@ -97,6 +97,15 @@ def kernel(source: str, name: str, defines: tuple[tuple[str, str], ...], device:
     return loaded
 
 
+def prefer_shared_memory(loaded: Any, device: int) -> None:
+    """Multiprocessors that run this kernel give up as much L1 cache for shared memory as they can."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    with outside_capture():
+        check(driver.cuKernelSetAttribute(attribute, 100, driver.CUkernel(int(loaded.handle)), driver.CUdevice(device)))
+
+
 @contextmanager
 def outside_capture() -> Iterator[None]:
     """What this thread does inside may allocate and load, even while it captures a graph; it is not captured."""

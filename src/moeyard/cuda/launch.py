@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moeyard.cuda.compile import kernel
+from moeyard.cuda.compile import kernel, prefer_shared_memory
 
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # absent from builds without CUDA
@@ -54,8 +54,14 @@ class Launch:
         shared_bytes: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
+        overlapping: bool = False,
     ) -> None:
-        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks."""
+        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks.
+
+        An `overlapping` kernel is always placed as `programmatic_launch` says, where the device can, and shares
+        multiprocessors with blocks of another: both must have the same division of shared memory and L1 cache, since
+        it only changes on an empty one. They get all shared memory that there is.
+        """
         from cuda.bindings import driver
 
         self._kernel = kernel(source, name, defines, device)  # keeps the module loaded
@@ -68,7 +74,10 @@ class Launch:
         self._name = name
         self._shape = (grid, threads, shared_bytes)
         self._cluster, self._cooperative = cluster, cooperative
-        self._programmatic = programmatic_launch() and torch.cuda.get_device_capability(device) >= (9, 0)
+        can_overlap = torch.cuda.get_device_capability(device) >= (9, 0)
+        self._programmatic = (overlapping or programmatic_launch()) and can_overlap
+        if overlapping:
+            prefer_shared_memory(self._kernel, device)
         self._configs: dict[int, Any] = {}
 
     def __call__(self, stream: int, *pointers: int) -> None:
