@@ -372,3 +372,20 @@ def test_bad_input_names_the_argument() -> None:
     for call, kind, message in bad:
         with pytest.raises(kind, match=message):
             call()
+
+
+@pytest.mark.parametrize("impl", impls_on("fused_experts", CPU))
+def test_a_shared_expert_may_be_one_more_expert_and_one_more_slot(impl: str) -> None:
+    rows, routing, weights = torch.randn(21, 32), draw_routing(21, 6, 2), draw_weights(7, 32, 48, torch.float32)
+    routed, shared = (
+        ExpertWeights(weights.w13[part].contiguous(), weights.w2[part].contiguous())
+        for part in (slice(0, 6), slice(6, 7))
+    )
+    ones = Routing(torch.ones(21, 1), torch.full((21, 1), 6, dtype=torch.int32))
+    kept = torch.where(routing.topk_ids == 6, -1, routing.topk_ids)  # drawn as out of range, which now is in it
+    both = Routing(torch.cat((routing.topk_weights, ones.topk_weights), 1), torch.cat((kept, ones.topk_ids), 1))
+    got = moeyard.fused_experts(rows, both, weights, impl=impl)
+    everyone = Routing(ones.topk_weights, torch.zeros_like(ones.topk_ids))
+    apart = moeyard.fused_experts(rows, Routing(routing.topk_weights, kept), routed, impl=impl)
+    torch.testing.assert_close(got, apart + moeyard.fused_experts(rows, everyone, shared, impl=impl))
+    assert not torch.allclose(got, apart)

@@ -31,6 +31,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "layout": {"values", "ids", "checks", "impls", "outputs", "library"},
     "permute": {"values", "ids", "checks", "impls", "outputs", "library"},
     "combine": {"values", "ids", "checks", "impls", "library"},
+    "checkpoints": {"values", "checks"},
     "warmup": {"impls", "layout", "permute", "combine", "values", "router", "activation", "grouped_gemm", "experts"},
     "vectorised": {"values", "tiles", "ids", "vectorised"},
     "cpu": {"values", "tiles", "ids", "cpu"},
@@ -41,9 +42,9 @@ ARROWS = {  # module -> what of moeyard it may import
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
 ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
-    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size combine "
-    "empty_layout explain fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum "
-    "permute permute_to_fp8 route route_and_align shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
+    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm moe_align_block_size moe_layer "
+    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align shuffle_rows warmup"
 ).split()
 
 

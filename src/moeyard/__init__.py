@@ -4,6 +4,7 @@ Importing it imports torch and nothing else; implementations are loaded at their
 """
 
 from moeyard.activation import activate
+from moeyard.checkpoints import experts_from_interleaved
 from moeyard.combine import combine, moe_sum
 from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
@@ -28,6 +29,7 @@ __all__ = [
     "batched_moe_align_block_size",
     "combine",
     "empty_layout",
+    "experts_from_interleaved",
     "explain",
     "fused_experts",
     "grouped_gemm",

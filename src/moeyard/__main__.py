@@ -106,7 +106,7 @@ def bench(
         _console.print(table)
     _console.print(f"{facts.get('gpu', facts['cpu'])}, copy bandwidth {bandwidth:.1f} GB/s; floor = bytes / bandwidth")
     if out is not None:
-        results.write(out, results.document(rows, facts, results.peers(who.peer_version("vllm"))))
+        results.write(out, results.document(rows, facts, results.peers(results.peer_version("vllm"))))
         _console.print(f"wrote {out}")
     wrong = [row for row in rows if not row["correct"]]
     for row in wrong:

@@ -50,7 +50,6 @@ while True:
 _STEP = 1e-7
 """Seconds of the unit in which samples are kept."""
 _CALM_S = 600.0
-"""How long a quiet experiment waits for others to be gone."""
 _TURNS = 8
 _EMPTY = 12
 """Workers that measure what a call without units takes."""
@@ -90,19 +89,24 @@ def load(condition: str) -> Iterator[None]:
             other.wait()
 
 
-def experiment(number: int, condition: str, told: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """One experiment: blocks of all six arms until 40 are clean or too many are not."""
+def experiment(
+    number: int, condition: str, told: Callable[[str], None] = lambda _: None, calm_s: float = _CALM_S
+) -> dict[str, Any]:
+    """One experiment: blocks of all six arms until 40 are clean or too many are not.
+
+    `calm_s`: how long a quiet one waits for others to be gone, before it begins and after a block that was left out.
+    """
     seed = 1000 * list(CONDITIONS).index(condition) + number
     order, the_plan = random.Random(seed), plan(seed)
     given = [b"".join(bytes(part) for part in encode(()))] * (_TURNS + the_plan.workload.warmups)
-    patience_s = {"quiet": _CALM_S, "bursts": PATIENCE_S, "spinners": 0.0}[condition]
+    patience_s = {"quiet": calm_s, "bursts": PATIENCE_S, "spinners": 0.0}[condition]
     with tempfile.TemporaryDirectory(prefix="assay-") as folder, trees(Path(folder), {**UNITS, "nothing": 0}) as here:
         six, empty = (
             Trees({arm: here.trees[arm] for arm in arms}, here.folder, here.namespaces)
             for arms in (UNITS, ("nothing",))
         )
         nothing = [worker_samples(the_plan, empty, order, given, 0)["nothing"].figures["steady"] for _ in range(_EMPTY)]
-        waited = sense.wait_for_calm(_CALM_S) if condition == "quiet" else 0.0
+        waited = sense.wait_for_calm(calm_s) if condition == "quiet" else 0.0
         blocks: list[list[int]] = []
         dirty: list[int] = []
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from assay import campaign
-from assay.experiment import machine, run
+from assay.experiment import PATIENCE_S, machine, run
 from assay.measure import TooShortError
 from assay.plan import Plan, Workload
 from assay.simulate import SCENARIOS, failures, simulate
@@ -101,7 +101,7 @@ def _quick() -> int:
     _say(f"2. {_REAL} real experiments, pure Python of 3 ms: the same code, and 2, 5 and 20 % more work")
     rows = []
     for number in range(_REAL):
-        rows.append(campaign.experiment(number, "quiet", _follow))
+        rows.append(campaign.experiment(number, "quiet", _follow, calm_s=PATIENCE_S))
         verdicts = {arm: campaign.judged(rows[-1], arm)[0] for arm in ("null", *campaign.PLANTED)}
         _follow("")
         _say(f"\r   {number + 1}: " + ", ".join(f"{arm} {seen.verdict}" for arm, seen in verdicts.items()))

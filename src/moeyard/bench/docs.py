@@ -1,8 +1,10 @@
 """README's tables and pictures from the result files: `python -m moeyard.bench.docs README.md`.
 
-A block of README between `<!-- results: FILE [picture] [ops=OP,OP] -->` and `<!-- /results -->` is replaced by a table
-of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and shown above the table;
-with `ops`, it is a table of those operators, and of the time that their bytes take at the copy bandwidth.
+A block of README between `<!-- results: FILE [picture] [ratios] [ops=OP,OP] [tokens=N,N] -->` and `<!-- /results -->`
+is replaced by a table of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and
+shown above the table; with `ops`, it is a table of those operators, and of the time that their bytes take at the copy
+bandwidth; with `ratios`, a line has one of our times, each peer's, and each peer's over ours with its interval; with
+`tokens`, only cases of so many are shown.
 """
 
 import re
@@ -12,22 +14,29 @@ from typing import Any
 
 from moeyard.bench import plots, results
 
-_BLOCK = re.compile(r"(<!-- results: (\S+)( picture)?(?: ops=(\S+))? -->\n).*?(<!-- /results -->)", re.DOTALL)
+_BLOCK = re.compile(
+    r"(<!-- results: (\S+)( picture)?( ratios)?(?: ops=(\S+))?(?: tokens=(\S+))? -->\n).*?(<!-- /results -->)",
+    re.DOTALL,
+)
 
 
 def regenerate(readme: str, root: Path, *, draw: bool) -> str:
     """README's text with every block of results made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        start, name, picture, ops, end = match.groups()
+        start, name, picture, ratios, ops, tokens, end = match.groups()
         content = results.read(root / "benchmarks" / "results" / f"{name}.json")
+        if tokens:
+            kept = [row for row in content["rows"] if str(row["sizes"]["num_tokens"]) in tokens.split(",")]
+            content = {**content, "rows": kept}
         shown = ""
         if picture:
             image = Path("docs") / f"{name}.svg"
             if draw:
                 plots.plot(content, root / image)
             shown = f"![{name}]({image})\n\n"
-        return start + shown + table(content, ops.split(",") if ops else None) + end
+        made = ratio_table if ratios else table
+        return start + shown + made(content, ops.split(",") if ops else None) + end
 
     return _BLOCK.sub(fill, readme)
 
@@ -44,17 +53,71 @@ def table(content: dict[str, Any], ops: list[str] | None = None) -> str:
         cases.setdefault(label, {})[row["provider"], row["impl"], row["mode"]] = time
         if ops is not None:
             cases[label]["", "floor", ""] = _three_digits(row["floor_us"])
-    machine = content["machine"]
     modes = {mode for *_, mode in columns}
     if ops is not None:
         columns.append(("", "floor", ""))
     heads = [f"{who} {impl}".strip() + (f", {mode}" if mode and len(modes) > 1 else "") for who, impl, mode in columns]
     lines = [f"| µs a call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     lines += [f"| {label} | {' | '.join(times.get(c, '') for c in columns)} |" for label, times in cases.items()]
+    return "\n".join([*lines, "", _source(content), ""])
+
+
+def ratio_table(content: dict[str, Any], ops: list[str] | None = None) -> str:
+    """Medians beside the floor and the peers as Markdown: one line a case and way of ours that "auto" chooses.
+
+    A ratio is a peer's time over ours, paired in rounds, with its interval of 95 %; memory is what a call needs at its
+    peak, its result included.
+    """
+    rows = [r for r in content["rows"] if (ops is None or r["op"] in ops) and r["mode"] in ("graph", "cpu")]
+    peers = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] != "moeyard"))
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        label = f"{row['workload']}, {row['sizes']['num_tokens']} tokens"
+        cases.setdefault(label + (f", {row['routing']}" if row["routing"] != "uniform" else ""), []).append(row)
+    heads = ["floor", "moeyard", "× floor", *peers, *(f"{peer} / moeyard" for peer in peers), "MB moeyard"]
+    heads += [f"MB {peer}" for peer in peers]
+    lines = [f"| µs a call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for label, found in cases.items():
+        ours = [r for r in found if r["provider"] == "moeyard"]
+        others = {r["provider"]: r for r in found if r["provider"] != "moeyard"}
+        for row in ours:
+            name, _, way = row["impl"].partition(" ")
+            if name != ours[0]["impl"].partition(" ")[0]:
+                continue  # not what "auto" chooses
+            time = row["time_us"]
+            cells = [
+                _three_digits(row["floor_us"]),
+                _time(row),
+                "" if time is None else f"{time / row['floor_us']:.2f}",
+            ]
+            cells += [_time(others[peer]) if peer in others else "" for peer in peers]
+            cells += [_inverse(row.get("ratio_to", {}).get(peer)) for peer in peers]
+            cells += [_megabytes(r) for r in (row, *(others.get(peer, {}) for peer in peers))]
+            lines.append(f"| {label}{f', {way}' if way else ''} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _source(content), ""])
+
+
+def _time(row: dict[str, Any]) -> str:
+    return "wrong" if row["time_us"] is None else _three_digits(row["time_us"])
+
+
+def _inverse(ratio: list[float] | None) -> str:
+    """A peer's time over ours from [ours / theirs, lower end, upper end]."""
+    return "" if ratio is None else f"{1 / ratio[0]:.2f} [{1 / ratio[2]:.2f}, {1 / ratio[1]:.2f}]"
+
+
+def _megabytes(row: dict[str, Any]) -> str:
+    extra = row.get("extra_bytes")
+    return "" if extra is None else _three_digits(extra / 1e6)
+
+
+def _source(content: dict[str, Any]) -> str:
+    """Where and when, on what, beside what."""
+    machine = content["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    rate = f"; bfloat16 product {machine['matrix_tflops']:.0f} TFLOP/s" if "matrix_tflops" in machine else ""
     versions = ", ".join(f"{name} {version}" for name, version in content["peers"].items())
-    lines += ["", f"{where}; copy bandwidth {machine['copy_gb_s']:.1f} GB/s; {versions}; {content['date'][:10]}", ""]
-    return "\n".join(lines)
+    return f"{where}; copy bandwidth {machine['copy_gb_s']:.1f} GB/s{rate}; {versions}; {content['date'][:10]}"
 
 
 _UNITS = {

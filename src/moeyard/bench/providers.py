@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -11,11 +10,14 @@ from torch import Tensor
 
 import moeyard
 from moeyard import impls
-from moeyard.bench import layer, plain, vllm_peer
+from moeyard.bench import layer, plain, products, vllm_peer
+from moeyard.bench.results import peer_version
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import fp8_error, layout_error, routing_error, rows_error, sum_error
 from moeyard.bench.workloads import Case
 from moeyard.values import Layout, RouterOptions
+
+_LARGE_BYTES = 1 << 24  # cases that move more have shorter graphs
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ def make_inputs(case: Case, device: torch.device, generator: torch.Generator) ->
     """Fresh inputs of a case on a device."""
     if layer.takes(case):
         return layer.make_inputs(case, device, generator)
+    if case.op == products.OP:
+        return products.make_inputs(case, device, generator)
     sizes: dict[str, Any] = dict(case.sizes)
     experts, top_k = sizes.get("num_experts", sizes["top_k"]), sizes["top_k"]
     ids = ROUTINGS[case.routing](sizes["num_tokens"], experts, top_k, generator).to(device)
@@ -91,7 +95,9 @@ _OF_TABLE = {"ids_to_rows": "permute", "route_and_align": "route"}
 def providers(case: Case, device: torch.device) -> list[Provider]:
     """Everyone who can answer a case on a device."""
     if layer.takes(case):
-        return [Provider(*answer, waits=True) for answer in layer.providers(case, device)]
+        return [Provider(name, impl, run, waits=waits) for name, impl, run, waits in layer.providers(case, device)]
+    if case.op == products.OP:
+        return [Provider(*answer) for answer in products.providers(case, device)]
     found, op = [], _OF_TABLE.get(case.op, case.op)
     for impl in impls.impl_names(op):
         dtype = torch.int32 if "dtype" not in dict(case.sizes) else getattr(torch, case["dtype"])
@@ -110,16 +116,6 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     return found
 
 
-@cache
-def peer_version(package: str) -> str:
-    """The version of an importable peer; "" if it is not there or does not load."""
-    try:
-        module = importlib.import_module(package)
-    except ImportError:
-        return ""
-    return str(getattr(module, "__version__", "unknown"))
-
-
 def error(case: Case, provider: Provider, inputs: Any, device: torch.device) -> str | None:
     """What is wrong with a provider's answer, or the exception it raised; None if it is right."""
     try:
@@ -130,6 +126,8 @@ def error(case: Case, provider: Provider, inputs: Any, device: torch.device) -> 
         return f"{type(problem).__name__}: {problem}"
     if layer.takes(case):
         return layer.error(case, provider.impl, inputs, got)
+    if case.op == products.OP:
+        return products.error(inputs, provider.impl, got)
     if case.op == "moe_align_block_size":
         return layout_error(
             inputs.topk_ids, case["num_experts"], case["block_size"], _named(got), stable=provider.stable
@@ -165,6 +163,8 @@ def bytes_moved(case: Case) -> int:
     """The bytes that any answer must read and write."""
     if layer.takes(case):
         return layer.bytes_moved(case)
+    if case.op == products.OP:
+        return products.bytes_moved(case)
     sizes: dict[str, Any] = dict(case.sizes)
     routes = sizes["num_tokens"] * sizes["top_k"]
     if case.op == "moe_align_block_size":
@@ -178,6 +178,13 @@ def bytes_moved(case: Case) -> int:
         scales = sizes["hidden_size"] // sizes["group_size"] if sizes["group_size"] else 1
         return int(sizes["num_tokens"] * row + routes * (sizes["hidden_size"] + 4 * scales))
     return int((sizes["num_tokens"] + routes) * row)
+
+
+def calls_of_graph(case: Case) -> int:
+    """How many calls a graph has whose replays are timed."""
+    if case.op in ("fused_experts", products.OP):
+        return layer.sets_and_calls(case)[1]
+    return 20 if case["num_tokens"] >= 32768 or bytes_moved(case) >= _LARGE_BYTES else 50
 
 
 def _named(answer: Any) -> dict[str, Tensor]:

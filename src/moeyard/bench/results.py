@@ -1,10 +1,13 @@
 """Result files: benchmarks/results/<machine>/<name>.json, every row with what was measured where."""
 
+import importlib
 import json
 import os
 import platform
 import subprocess
+import warnings
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,6 +51,19 @@ def peers(vllm: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = ""
     return {name: version for name, version in versions.items() if version}
+
+
+@cache
+def peer_version(package: str) -> str:
+    """The version of an importable peer; "" if it is not there or does not load."""
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError:
+        return ""
+    except Exception as problem:  # a library of it that is missing, a compiler that is not found
+        warnings.warn(f"{package} takes no part, it does not load: {problem}", stacklevel=2)
+        return ""
+    return str(getattr(module, "__version__", "unknown"))
 
 
 def document(rows: list[dict[str, Any]], machine: dict[str, Any], peers: dict[str, str]) -> dict[str, Any]:

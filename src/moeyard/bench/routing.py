@@ -10,11 +10,11 @@ _CHUNK = 1 << 24  # scores drawn at once
 
 def _weighted(weights: Tensor, num_tokens: int, top_k: int, generator: Generator) -> Tensor:
     """Draws `top_k` different experts a token, by the Gumbel trick; experts of weight 0 are never drawn."""
-    step = max(1, _CHUNK // len(weights))
+    step, weights = max(1, _CHUNK // len(weights)), weights.to(generator.device)
     parts = []
     for start in range(0, num_tokens, step):
         shape = (min(step, num_tokens - start), len(weights))
-        uniform = torch.rand(shape, generator=generator).clamp_(min=1e-12)
+        uniform = torch.rand(shape, generator=generator, device=generator.device).clamp_(min=1e-12)
         parts.append((weights.log() - (-uniform.log()).log()).topk(top_k, dim=1).indices.int())
     return torch.cat(parts)
 
@@ -26,7 +26,8 @@ def uniform(num_tokens: int, num_experts: int, top_k: int, generator: Generator)
 
 def independent(num_tokens: int, num_experts: int, top_k: int, generator: Generator) -> Tensor:
     """Every route drawn by itself, as the seed script does."""
-    return torch.randint(0, num_experts, (num_tokens, top_k), dtype=torch.int32, generator=generator)
+    shape, device = (num_tokens, top_k), generator.device
+    return torch.randint(0, num_experts, shape, dtype=torch.int32, generator=generator, device=device)
 
 
 def zipf(num_tokens: int, num_experts: int, top_k: int, generator: Generator) -> Tensor:
@@ -52,7 +53,15 @@ def half_empty(num_tokens: int, num_experts: int, top_k: int, generator: Generat
 def dropped(num_tokens: int, num_experts: int, top_k: int, generator: Generator) -> Tensor:
     """Uniform, with a tenth of the routes dropped (-1)."""
     ids = uniform(num_tokens, num_experts, top_k, generator)
-    return ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.1, -1)
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator, device=generator.device) < 0.1, -1)
+
+
+def equal(num_tokens: int, num_experts: int, top_k: int, generator: Generator) -> Tensor:
+    """Experts in turn, in a random order: every expert gets the same number of routes, or one more than another."""
+    device = generator.device
+    order = torch.randperm(num_experts, generator=generator, device=device)
+    turn = torch.arange(num_tokens * top_k, device=device).view(num_tokens, top_k) % num_experts
+    return order[turn[torch.randperm(num_tokens, generator=generator, device=device)]].int()
 
 
 ROUTINGS: dict[str, Callable[[int, int, int, Generator], Tensor]] = {
@@ -62,5 +71,6 @@ ROUTINGS: dict[str, Callable[[int, int, int, Generator], Tensor]] = {
     "one_hot": one_hot,
     "half_empty": half_empty,
     "dropped": dropped,
+    "equal": equal,
 }
-"""Name -> (num_tokens, num_experts, top_k, generator) -> [num_tokens, top_k] int32 on the CPU."""
+"""Name -> (num_tokens, num_experts, top_k, generator) -> [num_tokens, top_k] int32 on the generator's device."""

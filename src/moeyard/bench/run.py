@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moeyard.bench import layer
+from moeyard.bench import layer, results
 from moeyard.bench import providers as who
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_graphs_in_turn, time_in_turn
 from moeyard.bench.workloads import Case
@@ -40,7 +40,10 @@ def run_case(
     """
     generator = torch.Generator().manual_seed(seed)
     sets = max(1, min(_SETS, _SETS_BYTES // max(1, who.bytes_moved(case))))
-    inputs = [who.make_inputs(case, device, generator) for _ in range(sets)]
+    if device.type == "cuda" and case.op == "fused_experts":
+        inputs = layer.make_sets(case, device, generator)
+    else:
+        inputs = [who.make_inputs(case, device, generator) for _ in range(sets)]
     floor = who.bytes_moved(case) / bandwidth / 1e3
     rows, right = [], []
     modes = ["graph", "eager"] if device.type == "cuda" else ["cpu"]
@@ -52,12 +55,12 @@ def run_case(
         if wrong is None:
             right.append(provider)
         else:
-            rows += [_row(case, provider.name, provider.impl, mode, None, floor) | {"wrong": wrong} for mode in modes]
+            rows += [row_of(case, provider.name, provider.impl, mode, None, floor) | {"wrong": wrong} for mode in modes]
     for mode in modes:
         timed = list(_timed(case, right, mode, device))
         runs = [run for _, _, run in timed]
         if mode == "graph":
-            calls = 20 if case["num_tokens"] >= 32768 or who.bytes_moved(case) >= _CHECKED_BYTES else 50
+            calls = who.calls_of_graph(case)
             times = time_graphs_in_turn(runs, inputs, rounds=rounds, calls=calls, after_round=advance, seed=seed)
         else:
             finish = torch.cuda.synchronize if mode == "eager" else _nothing
@@ -66,7 +69,7 @@ def run_case(
             )
         theirs = {_peer(p): time for (p, _, _), time in zip(timed, times, strict=True) if p.name not in _NO_PEERS}
         for (provider, label, _), time in zip(timed, times, strict=True):
-            row = _row(case, provider.name, provider.impl, label, time, floor)
+            row = row_of(case, provider.name, provider.impl, label, time, floor)
             if provider.name == "moeyard" and theirs:
                 row["ratio_to"] = {
                     name: [round(value, 4) for value in ratio_interval(time, peer)] for name, peer in theirs.items()
@@ -107,13 +110,13 @@ def _timed(
         yield provider, mode, provider.run
         if provider.name == "moeyard" and provider.impl == "cuda":
             if mode == "graph" and torch.cuda.get_device_capability(device) >= (9, 0):
-                yield provider, "graph_pdl", _programmatically(provider.run)
+                yield provider, "graph_pdl", programmatically(provider.run)
             if mode == "eager" and case.op == "moe_align_block_size":
                 yield provider, "eager_out", who.align_into_given(case)
                 yield provider, "eager_triple", who.align_triple(case)
 
 
-def _programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
     from moeyard.cuda.launch import programmatic_launch
 
     def with_programmatic_launch(inputs: Any) -> Any:
@@ -140,11 +143,11 @@ def run_cold(case: Case, device: torch.device, rounds: int, advance: Callable[[]
         ready = "import moeyard\nmoeyard.warmup('cuda')"
         kinds = [("moeyard", "cuda", "cold", "", ours), ("moeyard", "cuda", "cold_ready", ready, ours)]
         kinds.append(("moeyard", "cuda", "cold_empty", "", ours))
-        if who.peer_version("vllm"):
+        if results.peer_version("vllm"):
             path = "vllm.model_executor.layers.fused_moe.moe_align_block_size"
             theirs = "align(ids, {b}, {e})"
             ready = f"from {path} import moe_align_block_size as align"
-            kinds.append(("vllm", who.peer_version("vllm"), "cold_ready", ready, theirs))
+            kinds.append(("vllm", results.peer_version("vllm"), "cold_ready", ready, theirs))
     rows = []
     for provider, impl, mode, before, call in kinds:
         code = _COLD.format(before=before, call=call.format(**sizes, impl=impl), device=device.type, **sizes)
@@ -160,7 +163,7 @@ def run_cold(case: Case, device: torch.device, rounds: int, advance: Callable[[]
             if i:
                 seconds.append(float(done.stdout.split()[-1]) * 1e6)
             advance()
-        rows.append(_row(case, provider, impl, mode, summarise(seconds), None))
+        rows.append(row_of(case, provider, impl, mode, summarise(seconds), None))
     if device.type == "cuda":
         rows += _run_seed_script(case, rounds)
     return rows
@@ -174,8 +177,8 @@ def _run_seed_script(case: Case, rounds: int) -> list[dict[str, Any]]:
     ours = f"topk_ids, {case['num_experts']}, {case['block_size']}, {case['top_k']}"
     theirs = f"topk_ids.view(-1, {case['top_k']}), {case['block_size']}, {case['num_experts']}"
     kinds = [("moeyard", "cuda", ["-m", "moeyard.integrations.vllm"], ours)]
-    if who.peer_version("vllm"):
-        kinds.append(("vllm", who.peer_version("vllm"), [], theirs))
+    if results.peer_version("vllm"):
+        kinds.append(("vllm", results.peer_version("vllm"), [], theirs))
     rows = []
     for provider, impl, launcher, call in kinds:
         microseconds = []
@@ -190,7 +193,7 @@ def _run_seed_script(case: Case, rounds: int) -> list[dict[str, Any]]:
                 if done.returncode or found is None:
                     raise RuntimeError(f"the seed script failed:\n{done.stderr}")
                 microseconds.append(float(found[1]) * 1e6)
-        rows.append(_row(case, provider, impl, "seed_script", summarise(microseconds), None))
+        rows.append(row_of(case, provider, impl, "seed_script", summarise(microseconds), None))
     return rows
 
 
@@ -224,7 +227,8 @@ def _nothing() -> None:
     pass
 
 
-def _row(case: Case, provider: str, impl: str, mode: str, times: Times | None, floor: float | None) -> dict[str, Any]:
+def row_of(case: Case, provider: str, impl: str, mode: str, times: Times | None, floor: float | None) -> dict[str, Any]:
+    """A row of a result file; without times for a wrong answer, or where no run of it ended."""
     return {
         "op": case.op,
         "workload": case.workload,

@@ -11,6 +11,7 @@ import torch
 
 _LEAST_ROUNDS = 7
 _MOST_US = 15e6
+_FEWEST_ROUNDS, _MOST_ROUNDS = 6, 40  # six pairs are the fewest with an interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -105,34 +106,75 @@ def time_graphs_in_turn(
 ) -> list[Times]:
     """Times CUDA-graph replays of `calls` calls over rotating inputs, by events, in random order."""
     graphs = [_capture(run, inputs, calls) for run in runs]
-    samples: list[list[float]] = [[] for _ in runs]
-    order = list(range(len(runs)))
+    return _replay_in_turn(graphs, calls, rounds, after_round, seed)
+
+
+def time_graphs_within(
+    runs: Sequence[Callable[[Any], object]],
+    inputs: Sequence[Any],
+    *,
+    calls: int,
+    seconds: float,
+    captured: Callable[[int], None],
+    seed: int = 0,
+) -> list[Times]:
+    """Like `time_graphs_in_turn`, with as many rounds as fit into `seconds`, 6 to 40, and hardly any warm-up.
+
+    For calls that are long and whose kernels are compiled already. `captured` is told which run comes next. Only the
+    first two inputs are called on before: runs may keep something for each of two inputs, not of more.
+    """
+    graphs = []
+    for i, run in enumerate(runs):
+        captured(i)
+        graphs.append(_capture(run, inputs[:2], calls, over=inputs, replays=0))
+    round_us = sum(_replay_us(graph) for graph in graphs)
+    rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(seconds * 1e6 / max(round_us, 1.0))))
+    return _replay_in_turn(graphs, calls, rounds, lambda: None, seed)
+
+
+def _replay_in_turn(
+    graphs: Sequence[torch.cuda.CUDAGraph], calls: int, rounds: int, after_round: Callable[[], None], seed: int
+) -> list[Times]:
+    samples: list[list[float]] = [[] for _ in graphs]
+    order = list(range(len(graphs)))
     shuffler = random.Random(seed)
     for _ in range(rounds):
         shuffler.shuffle(order)
         for i in order:
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graphs[i].replay()
-            stop.record()
-            stop.synchronize()
-            samples[i].append(start.elapsed_time(stop) * 1e3 / calls)
+            samples[i].append(_replay_us(graphs[i]) / calls)
         after_round()
     return [summarise(sample) for sample in samples]
 
 
-def _capture(run: Callable[[Any], object], inputs: Sequence[Any], calls: int) -> torch.cuda.CUDAGraph:
+def _replay_us(graph: torch.cuda.CUDAGraph) -> float:
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    graph.replay()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) * 1e3
+
+
+def _capture(
+    run: Callable[[Any], object],
+    inputs: Sequence[Any],
+    calls: int,
+    *,
+    over: Sequence[Any] | None = None,
+    replays: int = 3,
+) -> torch.cuda.CUDAGraph:
+    """A graph of `calls` calls that rotate over `over`, or `inputs`; called once on each of `inputs` before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for value in inputs:
             run(value)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, rotated = torch.cuda.CUDAGraph(), inputs if over is None else over
     with torch.cuda.graph(graph):
         for i in range(calls):
-            run(inputs[i % len(inputs)])
-    for _ in range(3):
+            run(rotated[i % len(rotated)])
+    for _ in range(replays):
         graph.replay()
     torch.cuda.synchronize()
     return graph
@@ -157,3 +199,23 @@ def copy_gb_s(device: torch.device) -> float:
             target.copy_(source)
             seconds.append(time.perf_counter() - begin)
     return 2 * size / summarise(seconds).median / 1e9
+
+
+def matrix_tflops(device: torch.device, size: int = 8192) -> float:
+    """The rate of torch's bfloat16 product of two random square matrices, in TFLOP/s."""
+    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    product = torch.empty_like(left)
+    seconds = []
+    for _ in range(9):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            torch.mm(left, right, out=product)
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1e3)
+        else:
+            begin = time.perf_counter()
+            torch.mm(left, right, out=product)
+            seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / summarise(seconds).median / 1e12

@@ -155,7 +155,7 @@ def routing_error(
 
 def rows_of_experts(hidden: Tensor, routing: Routing, weights: ExpertWeights, act: Activation) -> Tensor:
     """What gated experts with silu give, in float64, by a loop of its own over the experts."""
-    result = torch.zeros(hidden.shape, dtype=torch.float64)
+    result = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for expert in sorted(set(routing.topk_ids.reshape(-1).tolist())):
         if not 0 <= expert < weights.num_local_experts:
             continue
@@ -171,3 +171,20 @@ def rows_of_experts(hidden: Tensor, routing: Routing, weights: ExpertWeights, ac
             rows = rows + weights.w2_bias[expert].double()
         result.index_add_(0, token, rows * routing.topk_weights[token, k, None].double())
     return result
+
+
+def disagreement_error(first: Tensor, other: Tensor, largest: float) -> str | None:
+    """What is wrong between two answers of a 16-bit dtype: rows [num_rows, columns] whose difference has a root mean
+    square above `largest` of the two's. A row that nobody wrote is found wherever it is.
+    """
+    if first.shape != other.shape:
+        return f"shape {tuple(other.shape)}, not {tuple(first.shape)}"
+    worst, where = 0.0, -1
+    for start in range(0, first.shape[0], 4096):
+        one, two = (x[start : start + 4096].float() for x in (first, other))
+        scale = (one.square().mean(1) + two.square().mean(1)).div(2).sqrt()
+        share = ((one - two).square().mean(1).sqrt() / scale.clamp(min=1e-30)).nan_to_num(torch.inf, torch.inf)
+        most, row = share.max(0)
+        if float(most) > worst:
+            worst, where = float(most), start + int(row)
+    return None if worst <= largest else f"row {where} differs by {worst:.2e} of its value from another provider's"

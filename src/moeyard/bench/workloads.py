@@ -20,10 +20,12 @@ SIZES_OF = {
     "route": ("num_tokens", "num_experts", "top_k", "num_groups", "dtype"),
     "route_and_align": (*ALIGN_SIZES, "dtype"),
     "fused_experts": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
+    "grouped_gemm": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
     "moe_layer": ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype"),
 }
 """The ops that can be benchmarked and the sizes that each needs.
 
+grouped_gemm is a layer's first product, gate and up together, for rows that are sorted by expert already.
 ids_to_rows is alignment and permute together, as vLLM's moe_permute does both. A route of one group is a softmax,
 renormalised; one of several is DeepSeek-V3's: sigmoid scores, a bias, half of the groups; with a [model] table it has
 no num_groups, since the model says what its router is. A group_size of 0 quantises by token.

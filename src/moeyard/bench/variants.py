@@ -1,0 +1,69 @@
+"""Plans of one kernel side by side: what `experts_gpu --variants moeyard.bench.variants:FUNCTION` times.
+
+A function takes a case and gives (label, run) pairs; a run takes the case's inputs and gives the answer.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard.bench import products
+from moeyard.bench.layer_peers import activation
+from moeyard.bench.workloads import Case
+
+Runs = list[tuple[str, Callable[[Any], Tensor]]]
+_DECODE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "16 warps": {"warps": 16, "segment": 64},
+    "4 warps": {"warps": 4, "segment": 256},
+    "short segments": {"segment": 64},
+    "48 KB": {"ring_bytes": 48 << 10},
+    "64 KB": {"ring_bytes": 64 << 10},
+    "early": {"trigger": 1 << 20},
+    "earlier": {"trigger": 6},
+    "kept in L2": {"evict_first": False},
+}
+"""Label -> keyword arguments of `expert_plan` of moeyard.cuda.experts_decode."""
+
+
+def decode(case: Case) -> Runs:
+    """Plans of the two launches for a few tokens; none for sizes that they do not take."""
+    kernel = importlib.import_module("moeyard.cuda.experts_decode")
+    card = importlib.import_module("moeyard.cuda.layout").card_of(torch.cuda.current_device())
+    keys = ("num_tokens", "top_k", "hidden_size", "intermediate_size")
+    sizes = kernel.ExpertSizes(*(case[key] for key in keys), gated=True)
+    plans = {label: kernel.expert_plan(sizes, card, **options) for label, options in _DECODE.items()}
+    return [
+        (label, launched(kernel.fused_experts_launch, case, chosen=plan))
+        for label, plan in plans.items()
+        if plan is not None
+    ]
+
+
+def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callable[[Any], Tensor]:
+    """A run that calls a launcher of fused_experts, or one of grouped_gemm on compact rows, with `keywords` added."""
+    if case.op == products.OP:
+
+        def multiply(x: Any) -> Tensor:
+            out: Tensor = x.rows.new_empty(x.rows.shape[0], x.weight.shape[1])
+            launch(
+                x.rows, x.weight, None, None, sorted_token_ids=None, row_divisor=1,
+                first_rows=x.layout.expert_offsets[:-1], row_counts=x.layout.expert_counts, out=out, **keywords,
+            )  # fmt: skip
+            return out
+
+        return multiply
+    act = activation(case)
+
+    def experts(x: Any) -> Tensor:
+        out = torch.empty_like(x.hidden_states)
+        launch(
+            x.hidden_states, x.routing.topk_weights, x.routing.topk_ids, None, x.weights, activation=act,
+            num_experts=case["num_experts"], weight_on_input=False, out=out, **keywords,
+        )  # fmt: skip
+        return out
+
+    return experts
