@@ -34,6 +34,7 @@ MODELS = {  # hidden, size, experts, top_k
     "Qwen3-Next": (2048, 512, 512, 10),
     "Gemma4": (2816, 704, 128, 8),
     "shard": (2048, 96, 512, 10),
+    "uneven": (1072, 1040, 8, 4),  # multiples of 16, of no step along the sum
 }
 KINDS = {
     torch.bfloat16: "*bf16",
@@ -142,7 +143,16 @@ def plan_of(
 
 @pytest.mark.parametrize("card", [H200, A100, L4], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "model"), [(1, "Qwen3-30B"), (8, "Mixtral"), (256, "Gemma4"), (1200, "gpt-oss-120b"), (4096, "Mixtral")]
+    ("tokens", "model"),
+    [
+        (1, "Qwen3-30B"),
+        (8, "Mixtral"),
+        (256, "Gemma4"),
+        (1200, "gpt-oss-120b"),
+        (4096, "Mixtral"),
+        (4096, "uneven"),
+        (2, "uneven"),
+    ],
 )
 def test_products_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: Card, tokens: int, model: str) -> None:
     activation = GPT_OSS_ACTIVATION if "oss" in model else Activation()

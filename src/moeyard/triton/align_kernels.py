@@ -1,7 +1,7 @@
 """Triton kernels that lay out routes by expert and cut the experts' slots into row tiles, with integers alone.
 
-A route's key is its expert's number times the number of routes, rounded up to a power of two, plus its own number:
-the slot of a route is the number of smaller keys. Dropped routes have the highest keys and no slot.
+Routes stand in the order of their experts and, of one expert, in their own: the slot of a route is the number of
+routes before it. Dropped routes come last and have no slot.
 """
 
 import triton
@@ -22,7 +22,7 @@ def expert_of(ids_ptr, map_ptr, routes, num_routes, num_experts, local, DROPPED:
 
 
 @triton.jit
-def smaller_keys(
+def routes_before(
     ids_ptr,
     map_ptr,
     mine,
@@ -32,17 +32,17 @@ def smaller_keys(
     num_routes,
     num_experts,
     local,
-    SHARED: tl.constexpr,  # experts count: keys; otherwise only routes of the same expert do
+    OTHER_EXPERTS: tl.constexpr,  # routes of lower experts count as well
     DROPPED: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """For routes `mine` of `experts`: how many of the routes from begin to end have smaller keys."""
+    """For routes `mine` of `experts`: how many of the routes from begin to end come before them."""
     found = tl.zeros_like(mine)
     for at in range(begin, end, OTHERS):
         routes = at + tl.arange(0, OTHERS)
         theirs = expert_of(ids_ptr, map_ptr, routes, tl.minimum(num_routes, end), num_experts, local, DROPPED)
         before = (theirs[None, :] == experts[:, None]) & (routes[None, :] < mine[:, None])
-        if SHARED:
+        if OTHER_EXPERTS:
             before = before | (theirs[None, :] < experts[:, None])
         found += tl.sum(before.to(tl.int32), 1)
     return found
@@ -100,7 +100,7 @@ def align_kernel(
     if program < tl.num_programs(0) - 1:
         mine = program * MINE + tl.arange(0, MINE)
         experts = expert_of(ids_ptr, map_ptr, mine, num_routes, num_experts, local, EXPERTS)
-        slots = smaller_keys(
+        slots = routes_before(
             ids_ptr, map_ptr, mine, experts, 0, num_routes, num_routes, num_experts, local, True, EXPERTS, OTHERS
         )
         held = experts < EXPERTS
@@ -202,7 +202,7 @@ def place_kernel(
     experts = expert_of(ids_ptr, map_ptr, mine, num_routes, num_experts, local, EXPERTS)
     held = experts < EXPERTS
     begin = chunk * CHUNK
-    slots = smaller_keys(
+    slots = routes_before(
         ids_ptr, map_ptr, mine, experts, begin, begin + CHUNK, num_routes, num_experts, local, False, EXPERTS, OTHERS
     )
     slots += tl.load(first_ptr + experts, mask=held, other=0)
