@@ -150,6 +150,8 @@ def test_both_products_of_a_layer_are_wgmma_and_spill_nothing(rows: int, tmp_pat
     [
         (256, {"gated": True, "gather": True, "curve": "SILU", "clamped": True, "biased": True}),
         (256, {"gather": True, "by_route": True, "weighted": True, "biased": True}),
+        (256, {"by_route": True, "weighted": True}),
+        (256, {"gated": True, "curve": "SILU", "ready": True}),
         pytest.param(64, {"gather": True, "curve": "RELU2", "clamped": True}, marks=pytest.mark.full),
         pytest.param(16, {"gated": True, "gather": True, "curve": "GELU"}, marks=pytest.mark.full),
         pytest.param(

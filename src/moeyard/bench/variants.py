@@ -17,14 +17,14 @@ from moeyard.bench.workloads import Case
 Runs = list[tuple[str, Callable[[Any], Tensor]]]
 _DECODE: dict[str, dict[str, Any]] = {
     "default": {},
-    "16 warps": {"warps": 16, "segment": 64},
-    "4 warps": {"warps": 4, "segment": 256},
-    "short segments": {"segment": 64},
+    "late": {"trigger": 0},
+    "trigger 3": {"trigger": 3},
+    "trigger 12": {"trigger": 12},
+    "16 warps, 48 KB": {"warps": 16, "segment": 64, "ring_bytes": 48 << 10},
     "48 KB": {"ring_bytes": 48 << 10},
-    "64 KB": {"ring_bytes": 64 << 10},
-    "early": {"trigger": 1 << 20},
-    "earlier": {"trigger": 6},
-    "kept in L2": {"evict_first": False},
+    "32 KB": {"ring_bytes": 32 << 10},
+    "4 warps, 48 KB": {"warps": 4, "ring_bytes": 48 << 10},
+    "4 warps, 32 KB": {"warps": 4, "ring_bytes": 32 << 10},
 }
 """Label -> keyword arguments of `expert_plan` of moeyard.cuda.experts_decode."""
 
@@ -41,6 +41,12 @@ def decode(case: Case) -> Runs:
         for label, plan in plans.items()
         if plan is not None
     ]
+
+
+def prefill(case: Case) -> Runs:
+    """The first product's rows gathered, and copied into the order of experts before."""
+    launch = importlib.import_module("moeyard.cuda.experts").fused_experts_launch
+    return [(label, launched(launch, case, copies=copies)) for label, copies in (("gathered", False), ("copied", True))]
 
 
 def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callable[[Any], Tensor]:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from moeyard.cuda import experts_decode
 from moeyard.cuda.experts_decode import ExpertSizes
-from moeyard.cuda.experts_plan import ExpertPlan, expert_plan
+from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, permutes
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
 from moeyard.cuda.router import float_bits
-from moeyard.cuda.rows import combine_launch
+from moeyard.cuda.rows import combine_launch, permute_launch, shuffle_rows_launch
 from moeyard.cuda.tensor_map import row_map, weight_map
 from moeyard.values import Activation, ExpertWeights, Layout
 
@@ -68,7 +68,9 @@ def grouped_gemm_launch(
     row_counts: Tensor,
     out: Tensor,
 ) -> None:
-    """Results by route gather their rows through `sorted_token_ids`; others are read and written where they lie."""
+    """Results by route gather their rows through `sorted_token_ids`, or have them copied into that order first where
+    `permutes` says so; others are read and written where they lie.
+    """
     if not out.shape[0]:
         return
     device = rows.get_device()
@@ -79,9 +81,14 @@ def grouped_gemm_launch(
                 first_rows=first_rows, row_counts=row_counts, out=out,
             )  # fmt: skip
         return
+    by_route = gather = sorted_token_ids is not None
+    if sorted_token_ids is not None and permutes(out.shape[0], weight.shape[0], out.shape[1]):
+        gather = False
+        source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
+        shuffle_rows_launch(source, sorted_token_ids // row_divisor, out=rows)
     _product(
         rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
-        slots=sorted_token_ids, divisor=row_divisor, factors=topk_weights, by_route=sorted_token_ids is not None,
+        slots=sorted_token_ids, divisor=row_divisor, gather=gather, factors=topk_weights, by_route=by_route,
     )  # fmt: skip
 
 
@@ -96,11 +103,13 @@ def fused_experts_launch(
     num_experts: int,
     weight_on_input: bool,
     out: Tensor,
+    copies: bool | None = None,
 ) -> None:
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
-    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. A few tokens go
-    another way (experts_decode.py).
+    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. Where `permutes`
+    says so (or `copies`), rows are copied into the second of these before the first product, a fifth launch. A few
+    tokens go another way (experts_decode.py).
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
@@ -110,7 +119,7 @@ def fused_experts_launch(
         with torch.cuda.device(device):
             fused_experts_launch(
                 hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
-                num_experts=num_experts, weight_on_input=weight_on_input, out=out,
+                num_experts=num_experts, weight_on_input=weight_on_input, out=out, copies=copies,
             )  # fmt: skip
         return
     if _by_route(hidden_states, topk_ids, weights, out):
@@ -123,11 +132,19 @@ def fused_experts_launch(
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
-    _product(
-        hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
-        slots=layout.sorted_token_ids, divisor=top_k, activation=activation, gated=weights.gated,
-    )  # fmt: skip
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
+    if copies is None:
+        copies = permutes(num_routes, weights.num_local_experts, weights.w13.shape[1])
+    if copies:
+        permute_launch(
+            hidden_states, None, sorted_token_ids=layout.sorted_token_ids, route_rows=layout.route_rows, top_k=top_k,
+            rows=rows, row_scales=None, programmatic=True,
+        )  # fmt: skip
+    _product(
+        rows if copies else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
+        slots=None if copies else layout.sorted_token_ids, divisor=1 if copies else top_k, gather=not copies,
+        activation=activation, gated=weights.gated, ready=copies,
+    )  # fmt: skip
     _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True)
     combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
@@ -162,15 +179,17 @@ def _product(
     *,
     slots: Tensor | None = None,
     divisor: int = 1,
+    gather: bool = False,
     factors: Tensor | None = None,
     by_route: bool = False,
     activation: Activation | None = None,
     gated: bool = False,
     ready: bool = False,
 ) -> None:
-    """One launch: row r of an expert is that of token `slots[r] // divisor`, or row r of `rows` without slots.
+    """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
 
-    Results go to row r of `out`, or to row `slots[r]`. `ready` says that the launch ahead did not write the layout.
+    Results go to row r of `out`, or `by_route` to row `slots[r]`. `ready` says that the launch ahead did not write the
+    layout.
     """
     experts, weight_rows, size = weight.shape
     if bias is not None:
@@ -178,13 +197,13 @@ def _product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, rows.dtype, slots is None, divisor, factors is None, by_route, activation, gated,
+        out.shape, experts, size, rows.dtype, gather, divisor, factors is None, by_route, activation, gated,
         bias is None, ready, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
     weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, gated)
     boxes = weights  # where rows are gathered nobody looks at the second map
-    if slots is None:
+    if not gather:
         boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.step)
     launch.with_maps(
         current_stream(current_device()),
@@ -204,12 +223,12 @@ _READY: dict[tuple[Any, ...], tuple[Launch, ExpertPlan]] = {}
 
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
-    shape, experts, size, dtype, boxed, divisor, unweighted, by_route, activation, gated, unbiased, ready, device = key
+    shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, device = key
     plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device))
     clamped = activation is not None and activation.limit is not None
     defines = expert_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
-        gather=not boxed, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
+        gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     launch = Launch(

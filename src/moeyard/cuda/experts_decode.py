@@ -48,7 +48,7 @@ class ExpertPlan:
     down_stages: int
     down_rows: int
     """Consecutive rows of w2 that a slot holds; above 1 only whole ones."""
-    trigger: int = 0
+    trigger: int = 6
     """Copies that a warp has yet to make when it lets the second launch be placed."""
     evict_first: bool = True
     """Whether weights may leave the L2 cache first."""
@@ -87,7 +87,7 @@ def expert_plan(
     warps: int = 8,
     segment: int = _SEGMENT,
     ring_bytes: int = _RING_BYTES,
-    trigger: int = 0,
+    trigger: int = 6,
     evict_first: bool = True,
 ) -> ExpertPlan | None:
     """The launches for these sizes; None where the kernels do not take them.

@@ -91,6 +91,20 @@ def expert_plan(
         rows //= 2
 
 
+def permutes(num_rows: int, experts: int, columns: int) -> bool:
+    """Whether rows are better copied into the order of experts first than gathered while they are multiplied.
+
+    Where products are the limit, gathering by `cp.async` costs some 30 % of their time, which grows with the columns of
+    the weights; copying costs a row's bytes written once, at 3.2 TB/s as much as 700 columns. Where reading weights is
+    the limit gathering costs nothing (benchmarks/results/h200/experts_bf16.json).
+    """
+    return num_rows >= _COPIED_ROWS * _touched(num_rows, experts) and columns >= _COPIED_COLUMNS
+
+
+_COPIED_ROWS = 128
+_COPIED_COLUMNS = 1024
+
+
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
     """64 values of the weight rows and of the rows of a tile."""
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2

@@ -41,6 +41,7 @@ def permute_launch(
     rows: Tensor,
     row_scales: Tensor | None,
     chosen: RowPlan | None = None,
+    programmatic: bool | None = None,
 ) -> None:
     """Writes each token's row and scales to the slots of its routes; both are read once. Any dtype."""
     hidden_states, row_bytes, stride = _as_rows(hidden_states)
@@ -56,7 +57,7 @@ def permute_launch(
         return
     key = (
         "permute", num_tokens, top_k, row_bytes, stride, word, scale_bytes, scale_stride, scale_word,
-        current_device(), chosen, SETTINGS["programmatic"],
+        current_device(), chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
     launch = _READY.get(key)
     if launch is None:

@@ -81,7 +81,7 @@ def fused_experts_launch(
     b13, b2 = (None if bias is None else _dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
     plan = _experts_plan(
-        out.device, out.dtype, *ids.shape, w2.shape, num_experts, activation, weights.gated, weight_on_input,
+        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, num_experts, activation, weights.gated, weight_on_input,
         hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
@@ -130,8 +130,8 @@ class _ExpertsPlan(NamedTuple):
 
 @lru_cache(_MOST_PLANS)
 def _experts_plan(
-    device: torch.device, dtype: torch.dtype, tokens: int, top_k: int, w2_shape: tuple[int, int, int],
-    num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
+    device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
+    w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
     row_stride: int, w13_strides: tuple[int, int], w2_strides: tuple[int, int], b13_stride: int, b2_stride: int,
 ) -> _ExpertsPlan:  # fmt: skip
     local, hidden, size = w2_shape
