@@ -32,6 +32,11 @@ class ExpertSizes:
         """Routes of the batch, dropped ones included."""
         return self.num_tokens * self.top_k
 
+    @property
+    def weight_bytes(self) -> int:
+        """What all routes read, each its own expert's weights."""
+        return 2 * self.num_routes * (2 + self.gated) * self.hidden_size * self.intermediate_size
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -71,6 +76,11 @@ _BARRIER_BYTES = 8 * (16 * 16 + WARP)
 _RING_BYTES = 96 << 10
 """In flight of a multiprocessor: 4.5 TB/s at 1.2 us are 41 KB on 132 of them, and some of a ring is being read."""
 _ENOUGH_RING_BYTES = 56 << 10
+_LEAST_RING_BYTES = 32 << 10
+_LITTLE_BYTES = 192 << 10
+"""Of weights that a multiprocessor reads: two rings."""
+_WARPS = (8, 4)
+"""Of a block; where it reads little."""
 _MOST_STAGES = 16
 _SEGMENT = 128
 """Words of a copy at most, as far as copies are not whole rows anyway."""
@@ -84,13 +94,17 @@ def expert_plan(
     sizes: ExpertSizes,
     card: Card,
     *,
-    warps: int = 8,
+    warps: int | None = None,
     segment: int = _SEGMENT,
-    ring_bytes: int = _RING_BYTES,
+    ring_bytes: int | None = None,
     trigger: int = 6,
     evict_first: bool = True,
 ) -> ExpertPlan | None:
     """The launches for these sizes; None where the kernels do not take them.
+
+    Where a multiprocessor reads little altogether (a tensor-parallel shard at one token) filling and draining rings is
+    most of the time: few warps with short rings then take 9.3 us instead of 12.8. Elsewhere short rings cost up to
+    a third (benchmarks/results/h200/decode_plans.json, which `trigger` comes from as well).
 
     They take rows of whole words (16 bytes), at most 32 routes, and what leaves both launches enough shared memory
     beside each other on a multiprocessor for rings, tokens [T, H] and activations [T * K, I].
@@ -100,6 +114,9 @@ def expert_plan(
         return None
     if not card.clusters:
         return None
+    little = sizes.weight_bytes <= _LITTLE_BYTES * card.processors
+    warps = warps or _WARPS[little]
+    ring_bytes = ring_bytes or (_LEAST_RING_BYTES if little else _RING_BYTES)
     made = [_cut(sizes, card, warps, words, ring_bytes) for words in (segment, segment // 2)]
     for fewest in (3, 2):
         for cut in made:
