@@ -4,6 +4,7 @@ import fcntl
 import marshal
 import os
 import select
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Worker:
         self._replies, back = os.pipe()
         for fd in (there, back):
             fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
-        command = [workload.python, str(Path(__file__).with_name("worker.py"))]
+        command = [workload.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
         try:
             self.running = Running(
                 arm, command, tree, place, environment, log=self.log.fileno(), fds=(there, back), namespaces=namespaces
