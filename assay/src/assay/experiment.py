@@ -13,12 +13,12 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from assay import gpu, sense
+from assay import gpu, sandbox, sense
 from assay.arms import ArmError
 from assay.measure import (
     Inputs,
@@ -88,11 +88,13 @@ def run(
     out: TextIO,
     *,
     control: Path | None = None,
+    boxes: Mapping[str, sandbox.Box] | None = None,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement:
     """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
 
-    Without `control`, A' is a copy of base made for the occasion. Raises ArmError if a run fails, ValueError for what
+    Without `control`, A' is a copy of base made for the occasion. With `boxes`, one for each of ARMS, whose trees then
+    are the ones that count, every arm runs in its sandbox. Raises ArmError if a run fails, ValueError for what
     is no directory, makes no sense, is too short, or is not even repeatable in base.
     """
     plan = plan.checked()
@@ -103,7 +105,10 @@ def run(
         if control is None:
             control = Path(folder) / "control"
             shutil.copytree(base, control, symlinks=True)
-        trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
+        if boxes is not None:
+            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+        else:
+            trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
         series = _Series(plan, trees)
         try:
             return _until_decided(series, plan, trees, out, told)
@@ -272,7 +277,7 @@ def _header(plan: Plan, trees: Trees, calibrated: dict[str, float]) -> dict[str,
         "protocol": plan.digest(),
         "plan": asdict(plan),
         "trees": {arm: str(tree) for arm, tree in trees.trees.items()},
-        "isolation": "namespaces" if trees.namespaces else "links",
+        "isolation": trees.isolation,
         "clock": "cooperative" if plan.workload.clock == "cuda" else "judge",
         "calibrated": {name: float(f"{value:.4g}") for name, value in calibrated.items()},
         "machine": machine(),
