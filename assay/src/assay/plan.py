@@ -3,7 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from assay.stats import LOOKS
 
@@ -107,6 +107,13 @@ class Plan:
         if self.primary and self.primary not in figures:
             raise ValueError(f"--primary: expected one of {', '.join(figures)}, got {self.primary}")
         return replace(self, primary=self.primary or figures[0])
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Plan":
+        """A plan as `asdict` and JSON leave it."""
+        lists = {name: tuple(value) for name, value in found["workload"].items() if isinstance(value, list)}
+        others = {name: value for name, value in found.items() if name not in ("workload", "looks")}
+        return cls(Workload(**{**found["workload"], **lists}), **others)
 
     def digest(self) -> str:
         """Identity of the protocol and its options."""

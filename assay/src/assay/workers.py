@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from assay.arms import ArmError, Running
+from assay.arms import ArmError, Running, Wrap
 from assay.plan import Workload
 from assay.wire import HEAD, frame
 
@@ -44,6 +44,7 @@ class Worker:
         *,
         timeout_s: float,
         namespaces: bool,
+        wrap: Wrap | None = None,
     ) -> None:
         """Starts and loads. Raises ArmError with the worker's own words if that fails."""
         self.arm, self.timeout_s = arm, timeout_s
@@ -52,10 +53,18 @@ class Worker:
         self._replies, back = os.pipe()
         for fd in (there, back):
             fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
-        command = [workload.python or sys.executable, str(Path(__file__).with_name("worker.py"))]
+        worker = place.parent / "worker.py" if wrap else Path(__file__).with_name("worker.py")
         try:
             self.running = Running(
-                arm, command, tree, place, environment, log=self.log.fileno(), fds=(there, back), namespaces=namespaces
+                arm,
+                [workload.python or sys.executable, str(worker)],
+                tree,
+                place,
+                environment,
+                log=self.log.fileno(),
+                fds=(there, back),
+                namespaces=namespaces,
+                wrap=wrap,
             )
         finally:
             os.close(there)
