@@ -110,7 +110,7 @@ def run(
             control = Path(folder) / "control"
             shutil.copytree(base, control, symlinks=True)
         if boxes is not None:
-            trees = Trees.boxed({arm: boxes[arm] for arm in samples}, Path(folder))
+            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
         else:
             trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
         seen = measured(plan, trees, out, told=told)
@@ -304,7 +304,9 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
 def _resumed(earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row that says when measuring went on. ValueError if this is not the machine on which it began."""
     if earlier[0]["machine"] != machine():
-        raise ValueError(f"RAW: expected to go on on the machine that began it, {earlier[0]['machine']}, got {machine()}")
+        raise ValueError(
+            f"RAW: expected to go on on the machine that began it, {earlier[0]['machine']}, got {machine()}"
+        )
     return {"kind": "resumed", "started": _now()}
 
 

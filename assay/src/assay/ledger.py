@@ -36,6 +36,12 @@ CREATE TABLE IF NOT EXISTS final (
   attempt TEXT PRIMARY KEY REFERENCES attempts, at TEXT NOT NULL, outcome TEXT NOT NULL, verdict TEXT NOT NULL
 );
 """
+_SAME = "task = ? AND patch = ? AND environment = ? AND protocol = ?"
+_LAST = f"SELECT coalesce(max(number), 0) FROM attempts WHERE {_SAME}"  # noqa: S608
+_UNFINISHED = (
+    f"SELECT id, number FROM attempts WHERE {_SAME} AND sandboxed = ? "  # noqa: S608
+    "AND id NOT IN (SELECT attempt FROM final) ORDER BY number"
+)
 _NAMES = ("attempts", "begun", "done", "final")
 
 
@@ -92,22 +98,20 @@ class Ledger:
     def attempt(self, key: Key, *, sandboxed: bool, facts: dict[str, Any]) -> Iterator[Attempt]:
         """The key's attempt that was interrupted and that nobody works on, or a new one; locked meanwhile."""
         with self._changes():
-            same = "task = ? AND patch = ? AND environment = ? AND protocol = ?"
-            open_ = f"SELECT id, number FROM attempts WHERE {same} AND sandboxed = ? AND id NOT IN (SELECT attempt FROM final)"
             lock = None
-            for name, number in self.rows.execute(f"{open_} ORDER BY number", (*key, sandboxed)).fetchall():
+            for name, number in self.rows.execute(_UNFINISHED, (*key, sandboxed)).fetchall():
                 lock = self._locked(name)
                 if lock is not None:
                     found = Attempt(name, number, self.store / "attempts" / name)
                     break
             else:
-                number = 1 + self._one(f"SELECT coalesce(max(number), 0) FROM attempts WHERE {same}", *key)
+                number = 1 + self._one(_LAST, *key)
                 name = sha256(json.dumps([*key, number]).encode()).hexdigest()[:12]
                 lock = self._locked(name)
                 if lock is None:
                     raise RuntimeError(f"ledger: expected nobody to hold the new attempt {name}")
                 row = (name, *key, number, sandboxed, json.dumps(facts, sort_keys=True), _now())
-                self.rows.execute(f"INSERT INTO attempts VALUES ({', '.join('?' * len(row))})", row)
+                self.rows.execute("INSERT INTO attempts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
                 found = Attempt(name, number, self.store / "attempts" / name)
         try:
             yield found
