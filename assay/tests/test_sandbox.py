@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -229,7 +228,7 @@ def test_ends(tmp_path: Path) -> None:
     assert ended.status == -signal.SIGSEGV
     with pytest.raises(ArmError, match="cannot start no-such"):
         run(Box(tmp_path), ["no-such"], timeout_s=30)
-    with pytest.raises(ArmError, match="sandbox: .*find source path"):
+    with pytest.raises(ArmError, match=r"sandbox: .*find source path"):
         run(Box(tmp_path / "none"), ["true"], timeout_s=30)
 
 
