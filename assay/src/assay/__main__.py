@@ -84,7 +84,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
     calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
-    calls.add_argument("--python", default=sys.executable, help="the workers' interpreter (this one)")
+    calls.add_argument("--python", default="", help="the workers' interpreter (this one)")
     calls.add_argument("--path", action="append", help="folder of the tree put on sys.path; repeatable (. and src)")
     calls.add_argument("--rounds", type=int, default=8, help="turns that a block's workers take (%(default)s)")
     calls.add_argument("--calls", type=int, default=0, help="timed calls a block and arm (calibrated to about 20 ms)")

@@ -65,7 +65,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgement | None:
-    found = Blocks()
+    found = Blocks(header["plan"]["workloads"])
     for block in blocks:
         found.add(block)
         seen = found.decision(header["plan"]["delta"])
@@ -160,7 +160,7 @@ def _drift(blocks: Sequence[dict[str, Any]], primary: str) -> str:
     values = [row["primary"][arm] for row in blocks for arm in _NAMES]
     axes = _Axes(len(blocks), min(values), max(values))
     for i, row in enumerate(blocks):
-        for shift, arm in zip((-0.2, 0.0, 0.2), row["order"], strict=True):
+        for shift, arm in zip((-0.2, 0.0, 0.2), [arm for arm in row["order"] if arm in _NAMES], strict=True):
             value = row["primary"][arm]
             words = "; ".join(
                 [f"block {row['number']}, {_NAMES[arm]}: {show.quantity(primary, value)}", *row["reasons"]]

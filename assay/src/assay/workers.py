@@ -4,6 +4,7 @@ import fcntl
 import marshal
 import os
 import select
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ class Worker:
         try:
             self.running = Running(
                 arm,
-                [workload.python, str(worker)],
+                [workload.python or sys.executable, str(worker)],
                 tree,
                 place,
                 environment,
