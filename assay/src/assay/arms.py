@@ -21,20 +21,22 @@ from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
+from assay.limits import Group, Limits
 from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, Order, below, check, children, cpu_seconds
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
+_WATCH_S = 0.2
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
 
 class ArmError(RuntimeError):
-    """A run did not end with status 0 in time; `arm` says whose."""
+    """A run did not end with status 0 in time; `arm` says whose, `killed` whether it took too long or too much."""
 
-    def __init__(self, arm: str, words: str) -> None:
+    def __init__(self, arm: str, words: str, *, killed: bool = False) -> None:
         super().__init__(f"{arm}: {words}")
-        self.arm = arm
+        self.arm, self.words, self.killed = arm, words, killed
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Running:
         stdin: int | None = None,
         namespaces: bool,
         wrap: Wrap | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Starts the supervisor; the command itself starts with `release`.
 
@@ -78,6 +81,7 @@ class Running:
             stdin: descriptor; without it stdin is empty.
             namespaces: as `namespaces_work` says.
             wrap: how the sandbox is entered (sandbox.py), which then shows the tree at `place` itself.
+            limits: on memory and processes; `wait` and `watch` see to them.
         """
         self.arm, self._text = arm, b""
         self._frozen: list[int] = []
@@ -87,10 +91,12 @@ class Running:
             place.symlink_to(tree.resolve(), target_is_directory=True)
         status_in, status_out = os.pipe()
         gate_in, gate_out = os.pipe()
+        self.group = Group(limits or Limits())
         self.root = os.fork()
         if self.root == 0:
             try:
                 order = Order(list(command), str(place), dict(environment), log, list(fds), status_out, gate_in, stdin)
+                self.group.enter()
                 _start(order, tree, namespaces, wrap)
             finally:
                 os._exit(127)
@@ -110,16 +116,28 @@ class Running:
         poller = select.poll()
         poller.register(self._status, select.POLLIN)
         while not self._text.endswith(b"\n"):
-            if not poller.poll(max(0.0, stop - time.monotonic()) * 1000):
-                raise ArmError(self.arm, f"did not end within {timeout_s:g} s")
+            if not poller.poll(min(_WATCH_S, max(0.0, stop - time.monotonic())) * 1000):
+                self.watch()
+                if time.monotonic() >= stop:
+                    raise ArmError(self.arm, f"did not end within {timeout_s:g} s", killed=True)
+                continue
             more = os.read(self._status, 4096)
             if not more:
+                self.watch()
                 raise ArmError(self.arm, "its supervisor was killed")
             self._text += more
+        self.watch()
         seen = json.loads(self._text.splitlines()[0])
         if "error" in seen:
             raise ArmError(self.arm, seen["error"])
         return Ended(**seen)
+
+    def watch(self) -> None:
+        """Kills all members and raises ArmError if they have used more than they may."""
+        words = self.group.exceeded(self.members())
+        if words:
+            self._signal(signal.SIGKILL)
+            raise ArmError(self.arm, words, killed=True)
 
     def members(self) -> list[int]:
         """All processes of the arm below its supervisor, the command's own first."""
@@ -171,6 +189,7 @@ class Running:
                 _kill(child, signal.SIGKILL)  # process 1: the kernel ends its namespace
             time.sleep(0.0005)
         self.root = -1
+        self.group.end()
         os.close(self._status)
         os.close(self._gate)
 

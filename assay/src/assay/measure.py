@@ -16,6 +16,7 @@ import numpy as np
 from assay import gpu, sandbox, wire
 from assay.arms import ArmError, Running, Wrap, namespaces_work
 from assay.compare import same
+from assay.limits import Limits
 from assay.plan import Plan, Workload
 from assay.workers import Reply, Worker
 
@@ -90,6 +91,10 @@ class Trees:
         """How the arm's sandbox is entered, if there is one."""
         return sandbox.Entry(self.boxes[arm]) if self.boxes else None
 
+    def limits(self, arm: str) -> Limits | None:
+        """On the arm's memory and processes, if it has a sandbox."""
+        return self.boxes[arm].limits if self.boxes else None
+
     def place(self, arm: str) -> Path:
         """What the arm sees as its tree."""
         if self.boxes:
@@ -116,6 +121,7 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             log=log.fileno(),
             namespaces=trees.namespaces,
             wrap=trees.wrap(arm),
+            limits=trees.limits(arm),
         )
         try:
             start = running.release()
@@ -234,6 +240,7 @@ def _worker(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Worker:
         timeout_s=plan.timeout_s,
         namespaces=trees.namespaces,
         wrap=trees.wrap(arm),
+        limits=trees.limits(arm),
     )
 
 

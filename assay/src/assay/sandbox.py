@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from assay.arms import ArmError, Running
+from assay.limits import Limits
 
 PLACE = Path("/assay/tree")
 """Where every arm sees its tree."""
@@ -60,6 +61,11 @@ class Box:
     memory_bytes: int | None = None
     most_processes: int | None = None
 
+    @property
+    def limits(self) -> Limits:
+        """On its processes."""
+        return Limits(self.memory_bytes, self.most_processes)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -71,8 +77,8 @@ class Finished:
     seconds: float
     left: int
     """Processes that still ran when the command had ended; they are killed."""
-    late: bool = False
-    """Whether it was killed because it took too long; the status is then -9."""
+    killed: str = ""
+    """Why it was killed, in words: it took too long, or too much; the status is then -9."""
 
 
 @cache
@@ -176,20 +182,21 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
             stdin=given.fileno(),
             namespaces=False,
             wrap=Entry(box),
+            limits=box.limits,
         )
         start = time.perf_counter()
         try:
             running.release()
             ended = running.wait(timeout_s)
-            status, left, late = ended.status, ended.left, False
+            status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:
-            status, left, late = -9, 0, time.perf_counter() - start >= timeout_s
-            if not late:
+            if not problem.killed:
                 raise ArmError("sandbox", f"{problem} {_tail(log.fileno()).decode(errors='replace')}".strip()) from None
+            status, left, killed = -9, 0, problem.words
         finally:
             seconds = time.perf_counter() - start
             running.end()
-        return Finished(status, _tail(log.fileno()), seconds, left, late)
+        return Finished(status, _tail(log.fileno()), seconds, left, killed)
 
 
 def _tail(fd: int) -> bytes:

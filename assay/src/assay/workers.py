@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from assay.arms import ArmError, Running, Wrap
+from assay.limits import Limits
 from assay.plan import Workload
 from assay.wire import HEAD, frame
 
@@ -45,6 +46,7 @@ class Worker:
         timeout_s: float,
         namespaces: bool,
         wrap: Wrap | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Starts and loads. Raises ArmError with the worker's own words if that fails."""
         self.arm, self.timeout_s = arm, timeout_s
@@ -65,6 +67,7 @@ class Worker:
                 fds=(there, back),
                 namespaces=namespaces,
                 wrap=wrap,
+                limits=limits,
             )
         finally:
             os.close(there)
@@ -120,8 +123,9 @@ class Worker:
 
     def _wait(self, poller: "select.poll", stop: float) -> None:
         while not poller.poll(200):
+            self.running.watch()
             if time.monotonic() > stop:
-                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s")
+                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
 
     def _last_words(self) -> str:
         try:
