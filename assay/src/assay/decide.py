@@ -205,6 +205,21 @@ def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]]) -> list[str]:
     return found
 
 
+def replayed(folder: Path) -> tuple[dict[str, Any], Path]:
+    """Decides again, from an attempt's folder or from a folder of RAW, with what the gates gave; and where RAW lies.
+
+    What was rejected before anything was measured has no RAW: its verdict is taken as it is.
+    """
+    raw = folder / "raw" if (folder / "raw").is_dir() else folder
+    earlier = read(folder / "verdict.json") if (folder / "verdict.json").exists() else None
+    if earlier is not None and not earlier["workloads"]:
+        return earlier, raw
+    found = decide(raw, earlier["gates"] if earlier else [])
+    if earlier is not None:
+        found |= {name: earlier[name] for name in ("attempt", "environment") if name in earlier}
+    return found, raw
+
+
 def read(file: Path) -> dict[str, Any]:
     """A verdict from its file. ValueError if it is none of this version."""
     found = json.loads(file.read_text())

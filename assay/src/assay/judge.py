@@ -19,7 +19,7 @@ from assay.git import Store
 from assay.guards import Source
 from assay.ledger import Attempt, Ledger
 from assay.measuring import measure, written
-from assay.task import Read, TaskError
+from assay.task import Read
 
 Told = Callable[[dict[str, Any]], None]
 RAW, VERDICT = "raw", "verdict.json"
@@ -149,13 +149,3 @@ class _Judging:
         written(self.attempt.folder / VERDICT, json.dumps(found, indent=1) + "\n")
         verdict_report.write(self.attempt.folder, found)
         self.ledger.close_attempt(self.attempt, found)
-
-
-def replayed(folder: Path) -> dict[str, Any]:
-    """Decides again from an attempt's RAW, with what its gates gave. ValueError if there is nothing to decide from."""
-    file = folder / VERDICT
-    earlier = json.loads(file.read_text()) if file.exists() else {"gates": []}
-    return decide(folder / RAW if (folder / RAW).is_dir() else folder, earlier["gates"])
-
-
-__all__ = ["NoSandboxError", "TaskError", "judge", "replayed"]

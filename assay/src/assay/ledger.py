@@ -138,6 +138,10 @@ class Ledger:
             text = json.dumps(verdict, sort_keys=True)
             self.rows.execute("INSERT INTO final VALUES (?, ?, ?, ?)", (attempt.id, _now(), verdict["outcome"], text))
 
+    def closed(self, attempt: Attempt) -> bool:
+        """Whether the attempt has its last row."""
+        return self._one("SELECT 1 FROM final WHERE attempt = ?", attempt.id) is not None
+
     def attempts(self, task: str, patch: str) -> int:
         """How often this patch has been judged for this task, wherever and however."""
         return int(self._one("SELECT count(*) FROM attempts WHERE task = ? AND patch = ?", task, patch))

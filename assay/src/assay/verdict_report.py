@@ -77,11 +77,11 @@ def html(verdict: Mapping[str, Any], raw: Path) -> str:
         *(f"<p class=dim>{text(words)}</p>" for words in _facts(verdict)),
     ]
     if verdict["gates"]:
-        rows = [(gate["name"], gate["outcome"] or "passed", gate["words"]) for gate in verdict["gates"]]
-        parts += ["<h2>Gates</h2>", _table(("gate", "outcome", ""), rows)]
+        gates = [(gate["name"], gate["outcome"] or "passed", gate["words"]) for gate in verdict["gates"]]
+        parts += ["<h2>Gates</h2>", _table(("gate", "outcome", ""), gates)]
     if verdict["workloads"]:
-        rows = [(one["name"], one["verdict"], effect(one).lstrip(",: ")) for one in verdict["workloads"]]
-        parts += ["<h2>Workloads</h2>", _table(("workload", "verdict", "base / candidate"), rows)]
+        effects = [(one["name"], one["verdict"], effect(one).lstrip(",: ")) for one in verdict["workloads"]]
+        parts += ["<h2>Workloads</h2>", _table(("workload", "verdict", "base / candidate"), effects)]
     if verdict["joint"]:
         parts.append(f"<p>Geometric mean: {text(_change(verdict['joint']))}, from a bootstrap over blocks.</p>")
     files = [f"<code>{text(name)}</code>" for name in verdict["patch"]["changed"]]
