@@ -50,9 +50,7 @@ def measure(
     return True
 
 
-def _decided(
-    frozen: Frozen, name: str, plan: Plan, file: Path, sandboxed: bool, seconds: float, told: Told
-) -> bool:
+def _decided(frozen: Frozen, name: str, plan: Plan, file: Path, sandboxed: bool, seconds: float, told: Told) -> bool:
     earlier = whole_rows(file)
     if earlier and earlier[-1]["kind"] in ("verdict", "failed"):
         return True
