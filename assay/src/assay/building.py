@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from assay import sandbox
-from assay.arms import ArmError, LateError, Running
+from assay.arms import ArmError, Running
 from assay.frozen import Frozen
 from assay.measure import Trees
-from assay.sandbox import CACHE, PLACE, Finished
+from assay.sandbox import CACHE, Finished
 
 
 class BuildError(RuntimeError):
@@ -64,14 +64,9 @@ def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: boo
     return CACHE if sandboxed else cache or frozen.cache(arm)
 
 
-def tree_inside(frozen: Frozen, arm: str, *, sandboxed: bool) -> Path:
-    """Where a command finds its tree, as far as that can be said beforehand."""
-    return PLACE if sandboxed else frozen.tree(arm)
-
-
 def words(ended: Finished) -> str:
     """How a command ended, and its last words."""
-    how = f"did not end within {ended.seconds:.0f} s" if ended.late else f"ended with status {ended.status}"
+    how = ended.killed or f"ended with status {ended.status}"
     return f"{how}: {ended.output[-2000:].decode(errors='replace').strip()}"
 
 
@@ -85,14 +80,11 @@ def _beside(tree: Path, command: Sequence[str], environment: dict[str, str], tim
         try:
             running.release()
             ended = running.wait(timeout_s)
-            status, left, late = ended.status, ended.left, False
-        except LateError:
-            status, left, late = -9, 0, True
+            status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:
-            return Finished(127, str(problem).encode(), time.perf_counter() - start, 0)
+            status, left, killed = -9, 0, problem.words
         finally:
+            seconds = time.perf_counter() - start
             running.end()
-        seconds = time.perf_counter() - start
-        log.seek(0, os.SEEK_END)
-        log.seek(max(0, log.tell() - sandbox.TAIL))
-        return Finished(status, log.read(), seconds, left, late)
+        log.seek(max(0, log.seek(0, os.SEEK_END) - sandbox.TAIL))
+        return Finished(status, log.read(), seconds, left, killed)

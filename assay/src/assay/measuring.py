@@ -1,4 +1,4 @@
-"""The middle command: a frozen plan in, RAW out. Standard library and numpy, so that it runs where nothing is installed.
+"""The middle command: a frozen plan in, RAW out. Standard library and numpy, to run where nothing can be installed.
 
 RAW is a folder: the plan, and a file of JSON lines a workload (raw.schema.json), which grows block by block. Whatever
 cuts it short, the next run goes on behind the last whole line.
@@ -9,15 +9,16 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from assay import building, sandbox
 from assay.arms import ArmError
-from assay.experiment import measured, rows_of
+from assay.experiment import NotRepeatableError, measured, rows_of
 from assay.frozen import FILE, Frozen
-from assay.measure import NotRepeatableError, TooShortError, Trees
+from assay.measure import TooShortError, Trees
 from assay.plan import Plan
 
 Told = Callable[[dict[str, Any]], None]
@@ -29,10 +30,12 @@ def measure(
     *,
     sandboxed: bool,
     seconds: float = math.inf,
+    environment: Mapping[str, str] | None = None,
     told: Told = lambda _: None,
 ) -> bool:
     """Measures what is not decided yet, for `seconds` at most; whether everything is. ValueError as in `run`.
 
+    `environment` is set in every arm beside the task's own.
     A run that fails is a last row of RAW: the candidate's is `incorrect`, another arm's `infra.run`.
     """
     stop = time.monotonic() + seconds
@@ -45,31 +48,38 @@ def measure(
         raise ValueError(f"--out: expected RAW of this plan, got that of another in {raw}")
     written(copy, json.dumps(frozen.content, indent=1))
     for name, plan in frozen.plans().items():
-        if not _decided(frozen, name, plan, raw / f"{name}.jsonl", sandboxed, stop - time.monotonic(), told):
-            return False
+        with tempfile.TemporaryDirectory(prefix="places-", dir=frozen.folder) as folder:
+            trees = _trees(frozen, plan, Path(folder), sandboxed, environment or {})
+            if not _decided(frozen.content["budget_s"], name, plan, trees, raw, stop - time.monotonic(), told):
+                return False
     return True
 
 
-def _decided(frozen: Frozen, name: str, plan: Plan, file: Path, sandboxed: bool, seconds: float, told: Told) -> bool:
+def _trees(frozen: Frozen, plan: Plan, folder: Path, sandboxed: bool, more: Mapping[str, str]) -> Trees:
+    if not sandboxed:
+        os.environ.update({**frozen.content["sandbox"]["environment"], **more})
+        return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, plan.isolation)
+    boxes = {arm: frozen.box(arm) for arm in frozen.arms}
+    return Trees.boxed(
+        {arm: replace(box, environment={**box.environment, **more}) for arm, box in boxes.items()}, folder
+    )
+
+
+def _decided(budget_s: float, name: str, plan: Plan, trees: Trees, raw: Path, seconds: float, told: Told) -> bool:
+    file = raw / f"{name}.jsonl"
     earlier = whole_rows(file)
     if earlier and earlier[-1]["kind"] in ("verdict", "failed"):
         return True
-    spent = sum(row["elapsed_s"] for row in earlier if row["kind"] == "block")
-    left = frozen.content["budget_s"] - spent
-    with tempfile.TemporaryDirectory(prefix="assay-", dir=frozen.folder) as folder, file.open("a") as out:
+    if earlier and earlier[0]["isolation"] != trees.isolation:
+        raise ValueError(f"RAW: expected to go on as it began, {earlier[0]['isolation']}, got {trees.isolation}")
+    left = budget_s - sum(row["elapsed_s"] for row in earlier if row["kind"] == "block")
+    told({"kind": "workload", "name": name})
+    with file.open("a") as out:
         try:
-            trees = {arm: frozen.tree(arm) for arm in frozen.arms}
-            if sandboxed:
-                where = Trees.boxed({arm: frozen.box(arm) for arm in frozen.arms}, Path(folder))
-            else:
-                where = Trees.at(trees, Path(folder), plan.isolation)
-            if not earlier or earlier[0]["isolation"] == where.isolation:
-                told({"kind": "workload", "name": name})
-                seen = measured(plan, where, out, earlier=earlier, seconds=min(seconds, left), told=told)
-                if seen is None and left <= seconds:
-                    raise _OverBudgetError(f"measuring took more than the {frozen.content['budget_s']:g} s of the task")
-                return seen is not None
-            raise ValueError(f"RAW: expected to go on as it began, {earlier[0]['isolation']}, got {where.isolation}")
+            seen = measured(plan, trees, out, earlier=earlier, seconds=min(seconds, left), told=told)
+            if seen is None and left <= seconds:
+                raise _OverBudgetError(f"expected to be decided within the task's {budget_s:g} s of measuring")
+            return seen is not None
         except (ArmError, TooShortError, NotRepeatableError, _OverBudgetError) as problem:
             out.write(json.dumps(_failed(problem)) + "\n")
             return True

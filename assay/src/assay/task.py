@@ -281,7 +281,7 @@ def _check(found: Read) -> None:
             found.plan(timed, 0)
         except ValueError as problem:
             wrong.append((("workload", i, "run"), str(problem)))
-    for place, name, must in _names(task):
+    for place, name, must in functions_of(task):
         path = name.partition(":")[0]
         looked = (found.file.parent / path).resolve()
         tree = found.repository / path
@@ -298,7 +298,7 @@ def _check(found: Read) -> None:
         raise TaskError("\n".join(lines))
 
 
-def _names(task: Task) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
+def functions_of(task: Task) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
     """Every `file.py:function` of a task: where it stands, itself, and whether it must be the task's own."""
     for i, timed in enumerate(task.workload):
         for field in ("target", "inputs", "chain"):
@@ -318,7 +318,7 @@ def _own(file: Path, name: str) -> Path | None:
 
 def _digest(found: Read) -> str:
     """Identity: what the file says, the commits, and the bytes of the files that it brings along."""
-    own = {str(path): path for _, name, _ in _names(found.task) if (path := _own(found.file, name))}
+    own = {str(path): path for _, name, _ in functions_of(found.task) if (path := _own(found.file, name))}
     files = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in own.values())
     content = {**dataclasses.asdict(found.task), "commits": [found.base, found.reference], "files": files}
     if found.base:
