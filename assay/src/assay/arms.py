@@ -32,11 +32,14 @@ _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
 
 class ArmError(RuntimeError):
-    """A run did not end with status 0 in time; `arm` says whose, `killed` whether it took too long or too much."""
+    """A run did not end with status 0 in time; `arm` says whose.
 
-    def __init__(self, arm: str, words: str, *, killed: bool = False) -> None:
+    `killed`: it took too long or too much. `infra`: not its own doing, there was no supervisor or sandbox for it.
+    """
+
+    def __init__(self, arm: str, words: str, *, killed: bool = False, infra: bool = False) -> None:
         super().__init__(f"{arm}: {words}")
-        self.arm, self.words, self.killed = arm, words, killed
+        self.arm, self.words, self.killed, self.infra = arm, words, killed, infra
 
 
 @dataclass(frozen=True)
@@ -124,12 +127,12 @@ class Running:
             more = os.read(self._status, 4096)
             if not more:
                 self.watch()
-                raise ArmError(self.arm, "its supervisor was killed")
+                raise ArmError(self.arm, "its supervisor was killed", infra=True)
             self._text += more
         self.watch()
         seen = json.loads(self._text.splitlines()[0])
         if "error" in seen:
-            raise ArmError(self.arm, seen["error"])
+            raise ArmError(self.arm, seen["error"], infra="supervised" in seen["error"])
         return Ended(**seen)
 
     def watch(self) -> None:

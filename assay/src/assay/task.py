@@ -77,8 +77,10 @@ class Property:
     examples: Count = 40
     rtol: Annotated[float, Field(ge=0)] = 0.0
     atol: Annotated[float, Field(ge=0)] = 0.0
-    writes: tuple[int, ...] = ()
-    """Positions of the arguments that are written to; all others must come back unchanged."""
+    writes: tuple[int | str, ...] = ()
+    """Positions or names of the arguments that are written to: filled with NaN or 0x7f before a call, and compared."""
+    updates: tuple[int | str, ...] = ()
+    """Those that are read and written: compared. All others must come back unchanged."""
 
 
 @dataclass(frozen=True, config=_STRICT)

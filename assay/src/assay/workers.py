@@ -19,6 +19,8 @@ from assay.wire import HEAD, frame
 
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031
+_MOST_BYTES = 1 << 32
+"""Of a reply: a worker shall not make the judge run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,11 @@ class Worker:
                     self._wait(self._writable, stop)
             head = self._read(HEAD.size, stop)
             size, kind, inner = HEAD.unpack(head)
+            if size > _MOST_BYTES:
+                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {_MOST_BYTES}")
             reply = self._read(size, stop)
         except (BrokenPipeError, EOFError):
-            raise ArmError(self.arm, self._last_words()) from None
+            raise self._last_words() from None
         seconds = time.perf_counter() - start
         if kind != b"r":
             raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
@@ -127,13 +131,14 @@ class Worker:
             if time.monotonic() > stop:
                 raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
 
-    def _last_words(self) -> str:
+    def _last_words(self) -> ArmError:
         try:
-            status = f"ended with status {self.running.wait(1).status}"
-        except ArmError as problem:
-            status = str(problem)
+            problem = ArmError(self.arm, f"ended with status {self.running.wait(1).status}")
+        except ArmError as seen:
+            problem = seen
         self.log.seek(0)
-        return f"{status}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        words = f"{problem.words}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
 
     def end(self) -> None:
         """Kills it and whatever it started."""
