@@ -1,4 +1,4 @@
-"""The command line of judging: task, prepare, measure, decide, judge, ledger. Nothing is imported before it is needed."""
+"""The command line of judging: task, prepare, measure, decide, judge, ledger. Imports come late: measure needs few."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ def arguments(commands: Any) -> None:
         one.add_argument("task", type=Path, metavar="TASK", help="a task's TOML file")
         given = one.add_mutually_exclusive_group(required=True)
         given.add_argument("--patch", type=Path, action="append", metavar="FILE", help=_PATCH)
-        given.add_argument("--tree", metavar="DIR", help="a directory: base with changes; its .git is never looked into")
+        given.add_argument("--tree", metavar="DIR", help="a directory: base with changes; its .git is not looked into")
         given.add_argument("--commit", metavar="REV", help="a commit of the task's repository")
         one.add_argument("--store", type=Path, default=_STORE, help="ledger and attempts (%(default)s)")
         one.add_argument("--no-sandbox", action="store_true", help=_SANDBOX)
@@ -60,8 +60,8 @@ def arguments(commands: Any) -> None:
 
 _PATCH = "a patch file, or a folder of *.diff and *.patch; repeatable"
 _EPILOG = (
-    "Exit status: 0 what the task requires was shown; 1 rejected, slower or refuted; 2 wrong usage; 3 infrastructure or "
-    "void; 4 the task makes no sense; 5 undecided."
+    "Exit status: 0 what the task requires was shown; 1 rejected, slower or refuted; 2 wrong usage; 3 infrastructure "
+    "or void; 4 the task makes no sense; 5 undecided."
 )
 
 
@@ -138,9 +138,7 @@ def _judge(given: argparse.Namespace, progress: show.Progress) -> int:
     if len(sources) > 1:
         progress.end()
         return _many(given, sources)
-    found, folder = judge(
-        read, sources[0], given.store.resolve(), sandboxed=not given.no_sandbox, told=progress.told
-    )
+    found, folder = judge(read, sources[0], given.store.resolve(), sandboxed=not given.no_sandbox, told=progress.told)
     progress.end()
     return _told(found, folder, given.json)
 
@@ -160,7 +158,8 @@ def _many(given: argparse.Namespace, sources: list[Any]) -> int:
     if given.jobs < 1:
         raise _UsageError(f"--jobs: expected at least 1, got {given.jobs}")
     options = ["--store", str(given.store), "--json", *(["--no-sandbox"] if given.no_sandbox else [])]
-    waiting, running, statuses = list(sources), {}, []
+    waiting, statuses = list(sources), []
+    running: dict[str, subprocess.Popen[str]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < given.jobs:

@@ -40,17 +40,17 @@ def decide(raw: Path, gates: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]
         found.append(_workload(name, frozen, rows))
         headers += [row for row in rows if row["kind"] == "header"]
     _holm(found)
-    return verdict(frozen.content, gates, found, _trust(frozen, headers))
+    return verdict(frozen, gates, found, headers)
 
 
 def verdict(
-    plan: Mapping[str, Any],
+    frozen: Frozen,
     gates: Sequence[Mapping[str, str]],
-    workloads: Sequence[dict[str, Any]],
-    trust: Sequence[str],
-    attempts: int = 0,
+    workloads: Sequence[dict[str, Any]] = (),
+    headers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The verdict of a plan whose gates and workloads gave this; workloads may be missing if a gate rejected it."""
+    """The verdict of a plan whose gates and workloads gave this; no workloads if it was rejected before."""
+    plan = frozen.content
     rejected = [gate for gate in gates if gate["outcome"]]
     margin = math.log1p(plan["task"]["delta"])
     if plan["outcome"]:
@@ -72,11 +72,11 @@ def verdict(
         "task": {name: plan["task"][name] for name in ("name", "digest", "delta")},
         "patch": dict(plan["patch"]),
         "protocol": plan["protocol"],
-        "attempt": {**plan["attempt"], "of_patch": max(attempts, plan["attempt"]["number"])},
+        "attempt": {**plan["attempt"], "of_patch": plan["attempt"]["number"]},
         "gates": [dict(gate) for gate in gates],
         "workloads": [{name: value for name, value in one.items() if name != "ratios"} for one in workloads],
         "joint": joint([one["ratios"] for one in workloads]) if outcome in DECIDED and len(workloads) > 1 else None,
-        "trust": list(trust),
+        "trust": _trust(frozen, headers),
     }
 
 
@@ -197,7 +197,8 @@ def joint(ratios: Sequence[Sequence[float]]) -> dict[str, Any]:
 def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the verdict's trust rests on, in words."""
     isolations = {header["isolation"] for header in headers}
-    found = ["sandboxed" if isolations == {"sandbox"} else "unsandboxed"] if isolations else []
+    inside = frozen.content["sandbox"]["wanted"] and isolations <= {"sandbox"}
+    found = ["sandboxed" if inside else "unsandboxed"]
     if any(header["clock"] == "cooperative" for header in headers):
         found.append("clock: cooperative; no tamper resistance is claimed")
     if frozen.content["patch"]["restored"]:

@@ -83,8 +83,7 @@ class _Judging:
                 with devices.held(device, alone=True, waiting=self.waits) as environment:
                     self.stage("measure", lambda: self.measure(frozen, environment))
                 return decide(self.attempt.folder / RAW, self.gates)
-        trust = ["sandboxed" if self.sandboxed else "unsandboxed"]
-        return verdict(frozen.content, self.gates, [], trust)
+        return verdict(frozen, self.gates)
 
     def stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a stage gave, or gives now."""

@@ -46,7 +46,7 @@ def _facts(verdict: Mapping[str, Any]) -> list[str]:
     task, patch, attempt = verdict["task"], verdict["patch"], verdict["attempt"]
     of = f"{attempt['of_patch']} of this patch in the ledger"
     return [
-        f"require {verdict['require']}: {_MET[verdict['status']]}; {', '.join(verdict['trust']) or 'nothing was run'}",
+        f"require {verdict['require']}: {_MET[verdict['status']]}; {'; '.join(verdict['trust'])}",
         f"task {task['name']} {task['digest']}, patch {patch['digest']} ({len(patch['changed'])} files, "
         f"{patch['bytes']} bytes), protocol {verdict['protocol']}",
         f"attempt {attempt['number']} of this task, patch, environment and protocol; {of}",
@@ -143,7 +143,7 @@ def junit(verdict: Mapping[str, Any]) -> str:
 
 
 def _tag(outcome: str, status: int | None) -> str:
-    """ "" for what has passed."""
+    """The element of an outcome; none for what has passed."""
     if status is not None:
         return {0: "", 1: "failure", 3: "error", 4: "error", 5: "skipped"}[status]
     if outcome.startswith("infra.") or outcome in ("void", "task_invalid"):
