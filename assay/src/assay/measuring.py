@@ -92,7 +92,7 @@ class _OverBudgetError(Exception):
 def _failed(problem: Exception) -> dict[str, Any]:
     outcome = "task_invalid"
     if isinstance(problem, ArmError):
-        outcome = "incorrect" if problem.arm == "candidate" else "infra.run"
+        outcome = "incorrect" if problem.arm == "candidate" and not problem.infra else "infra.run"
     elif isinstance(problem, _OverBudgetError):
         outcome = "infra.budget"
     return {"kind": "failed", "outcome": outcome, "words": str(problem)}
