@@ -183,12 +183,11 @@ class Store:
     def contents(self, blobs: Sequence[str]) -> Iterator[bytes]:
         """The content of every blob, in turn."""
         command = ["git", *_NO_CONFIGURATION, f"--git-dir={self.folder}", "cat-file", "--batch"]
-        with (
-            tempfile.TemporaryFile() as names,
-            subprocess.Popen(command, stdin=names, stdout=subprocess.PIPE, env=environment()) as reader,
-        ):
+        with tempfile.TemporaryFile() as names:
             names.write("".join(f"{blob}\n" for blob in blobs).encode())
             names.seek(0)
+            reader = subprocess.Popen(command, stdin=names, stdout=subprocess.PIPE, env=environment())
+        with reader:
             assert reader.stdout is not None
             for blob in blobs:
                 head = reader.stdout.readline().split()

@@ -23,6 +23,7 @@ MEASURES = (
 BUILDS = (
     *("**/setup.py", "**/setup.cfg", "**/pyproject.toml", "**/requirements*.txt", "**/MANIFEST.in"),
     *("**/CMakeLists.txt", "**/*.cmake", "**/Makefile", "**/meson.build", ".github/**", ".ci/**", "**/.gitignore"),
+    "**/.gitattributes",
 )
 _LOOKED_AT = 8000
 """Bytes in which a NUL makes a file binary, as in git."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from assay import building, devices, equivalence, gates, prepare, sandbox, verdict_report
+from assay import building, devices, equivalence, gates, prepare, provenance, sandbox, verdict_report
 from assay.arms import ArmError
 from assay.decide import decide, verdict
 from assay.frozen import FILE, Frozen
@@ -62,6 +62,9 @@ class _Judging:
     def __init__(self, ledger: Ledger, attempt: Attempt, read: Read, sandboxed: bool, told: Told) -> None:
         self.ledger, self.attempt, self.read, self.sandboxed, self.told = ledger, attempt, read, sandboxed, told
         self.gates: list[dict[str, str]] = []
+        for kind in ("tests", "poison", "places"):  # of a judge that was killed
+            for old in attempt.folder.glob(f"{kind}-*"):
+                shutil.rmtree(old, ignore_errors=True)
 
     def stages(self, handed: prepare.Handed) -> dict[str, Any]:
         """Runs what is not done yet, up to the first rejection; the verdict."""
@@ -73,6 +76,7 @@ class _Judging:
                 ("build", self.build),
                 ("tests", self.tests),
                 ("equivalence", self.equivalence),
+                ("provenance", self.provenance),
             ):
                 with devices.held(device, alone=False, waiting=self.waits):
                     found = self.stage(name, lambda step=step: step(frozen))  # type: ignore[misc]
@@ -118,8 +122,6 @@ class _Judging:
         wanted = self.read.task.tests
         if not wanted.command:
             return {"outcome": "", "words": "the task has none"}
-        for old in frozen.folder.glob("tests-*"):
-            shutil.rmtree(old, ignore_errors=True)
         try:
             found = gates.tests(frozen, list(wanted.command), wanted.timeout_s, sandboxed=self.sandboxed)
         except ArmError as problem:
@@ -135,6 +137,18 @@ class _Judging:
         seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
         found = equivalence.check(self.read, frozen.box("base"), frozen.box("candidate"), seed=seed)
         return {"outcome": found.outcome, "words": found.words or f"{found.examples} examples"}
+
+    def provenance(self, frozen: Frozen) -> dict[str, str]:
+        """Whether changed compiled sources are on the workloads' path."""
+        changed = frozen.content["patch"]["changed"]
+        sources = provenance.compiled(changed)
+        if not self.sandboxed and sources:
+            return {"outcome": "", "words": f"not looked at without a sandbox: {', '.join(sources)}"}
+        if not sources:
+            return {"outcome": "", "words": "no compiled source was changed"}
+        store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
+        found = provenance.check(frozen, changed, lambda folder: store.write(tree, folder))
+        return {"outcome": found.outcome, "words": found.words}
 
     def measure(self, frozen: Frozen, environment: dict[str, str]) -> dict[str, Any]:
         """RAW, until every workload is decided."""

@@ -322,7 +322,7 @@ def _digest(found: Read) -> str:
     files = sorted(hashlib.sha256(path.read_bytes()).hexdigest() for path in own.values())
     content = {**dataclasses.asdict(found.task), "commits": [found.base, found.reference], "files": files}
     if found.base:
-        content["repository"]["path"] = ""  # a commit's name says it all, wherever the repository lies
+        content["repository"] = {}  # commits say it all, whatever they are called and wherever the repository lies
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
