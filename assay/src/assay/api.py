@@ -105,7 +105,9 @@ def _operators(tree: Path, patterns: Sequence[str]) -> dict[str, str]:
 def _extends(schema: str, other: str) -> bool:
     """Whether calls that fit the first schema fit the second: equal but for further arguments with defaults."""
     (old, old_result), (new, new_result) = (_arguments(text) for text in (schema, other))
-    return old_result == new_result and new[: len(old)] == old and all("=" in one for one in new[len(old) :])
+    return (
+        old_result == new_result and new[: len(old)] == old and all("=" in one or one == "*" for one in new[len(old) :])
+    )
 
 
 def _arguments(schema: str) -> tuple[list[str], str]:
