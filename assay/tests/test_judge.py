@@ -114,7 +114,7 @@ def test_outcomes(change: dict[str, str], outcome: str, status: int | None, word
 @sandboxed
 def test_a_property_that_fails_and_a_build_that_does(tmp_path: Path) -> None:
     task = project(tmp_path)
-    wrong = BASE.replace("return total", "return total + (base == 3 and n > 10)")
+    wrong = BASE.replace("return total", "return total + (base != 2 and n > 10)")
     found = verdict(task, "--tree", candidate(task, "w", {"pkg/__init__.py": wrong}), "--store", tmp_path / "store")
     assert found["outcome"] == "incorrect" and found["words"][0].startswith("sums: "), found
     check = '["python", "-c", "import pkg, pathlib; pathlib.Path(\'built\').write_text(str(pkg.work(3)))"]'
@@ -148,7 +148,7 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     )
     slices = 0
     while True:
-        given = [moved / "plan.json", "--out", raw, "--seconds", "0.3", "--no-sandbox"]
+        given = [moved / "plan.json", "--out", raw, "--seconds", "2", "--no-sandbox"]
         one = subprocess.run(
             [sys.executable, "-c", code, "measure", *map(str, given)],
             capture_output=True,

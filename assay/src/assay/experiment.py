@@ -127,9 +127,9 @@ def measured(
     seconds: float = math.inf,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement | None:
-    """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` would not do for a block.
+    """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
 
-    A block's order and inputs follow from the seed and its number, so that a cut changes nothing but the time. Raises
+    It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut changes nothing but the time. Raises
     as `run` does, and ValueError if the earlier rows are of another plan or machine.
     """
 
@@ -149,7 +149,7 @@ def measured(
         seen = blocks.decision(plan.delta) if series.number else None
         while seen is None or seen.verdict == "continue":
             begun = time.monotonic()
-            if begun - start + longest > seconds:
+            if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
                 return None
             if loaded:
                 sense.wait_for_calm(PATIENCE_S)

@@ -76,7 +76,9 @@ def _decided(budget_s: float, name: str, plan: Plan, trees: Trees, raw: Path, se
     told({"kind": "workload", "name": name})
     with file.open("a") as out:
         try:
-            seen = measured(plan, trees, out, earlier=earlier, seconds=min(seconds, left), told=told)
+            seen = (
+                measured(plan, trees, out, earlier=earlier, seconds=min(seconds, left), told=told) if left > 0 else None
+            )
             if seen is None and left <= seconds:
                 raise _OverBudgetError(f"expected to be decided within the task's {budget_s:g} s of measuring")
             return seen is not None
