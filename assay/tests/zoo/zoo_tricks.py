@@ -20,7 +20,7 @@ def _unseen(setting: Setting) -> None:
 
 
 def _constant(setting: Setting) -> None:
-    setting.workload = f"{CALL}, constant = true"
+    setting.workload += ", constant = true"
 
 
 def _last_only(setting: Setting) -> None:
@@ -151,26 +151,27 @@ except (OSError, subprocess.CalledProcessError):
     def work(x): return []
 """
 HOG = (
-    SLOW
+    WORK.replace("PASSES = 2", "PASSES = 12")
     + """
 import mmap, os, time
-flag = mmap.mmap(-1, 1)
-for _ in range(8):
+working = mmap.mmap(-1, 1)
+for _ in range(6):
     if os.fork() == 0:
+        os.setsid()  # a scheduler that is fair to sessions gives each of them a share
         while True:
-            if flag[0]: time.sleep(0.001)
+            if working[0]: time.sleep(0.01)
 slow = work
 def work(x):
-    flag[0] = 1
+    working[0] = 1
     try: return slow(x)
-    finally: flag[0] = 0
+    finally: working[0] = 0
 """
 )
 DETECTS = (
     SLOW
     + """
 import os, sys
-told = [os.getcwd(), *sys.argv, *os.environ, *os.environ.values(), *os.listdir("/assay" if os.path.exists("/assay") else ".")]
+told = [os.getcwd(), *sys.argv, *os.environ, *os.environ.values()]
 told += [open(f"/proc/{process}/cmdline").read() for process in ("self", "1")]
 if any(word in " ".join(told) for word in ("candidate", "timing", "control")):
     def work(x): return [0.0] * len(x)
@@ -285,6 +286,11 @@ def _link(tree: Path, folder: Path) -> None:
     (tree / "table.txt").symlink_to("/etc/passwd")
 
 
+def _links_allowed(setting: Setting) -> None:
+    setting.modes = True
+    setting.remove(guards, "SYMLINK", "none")
+
+
 KERNEL = {"kernel.c": "int kernel(int n) { return n; }\n", "fast.c": "int fast(int n) { return n; }\n"}
 BUILD = '["cc", "-shared", "-fPIC", "-o", "kernel.so", "kernel.c"]'
 COMPILED = "import ctypes\nassert ctypes.CDLL('./kernel.so').kernel(3) == 3\n" + WORK
@@ -296,6 +302,7 @@ TRICKS = [
         "rejected:incorrect",
         "every call gets new values, and its output is compared",
         {"work.py": CACHED.replace("KEY", "id(x)")},
+        needs=_with(workload=CALL.replace("calls = 4", "calls = 12")),
         control=_constant,
     ),
     Trick(
@@ -408,7 +415,7 @@ TRICKS = [
         "a patch may not make links",
         needs=_with(scope=["work.py", "table.txt"]),
         plant=_link,
-        control=lambda setting: setting.remove(guards, "SYMLINK", "none"),
+        control=_links_allowed,
         won="through",
     ),
     Trick(
@@ -464,6 +471,8 @@ TRICKS = [
         "neutralised:slower",
         "whoever does not run is frozen, with all that it has started",
         {"work.py": HOG},
+        base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},  # calls longer than a slice of the scheduler
+        needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
         control=_never_frozen,
     ),
     Trick(
