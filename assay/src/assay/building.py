@@ -16,6 +16,9 @@ from assay.measure import Trees
 from assay.sandbox import CACHE, Finished
 
 
+_LAST_WORDS = 1000
+
+
 class BuildError(RuntimeError):
     """A setup or build command failed in an arm."""
 
@@ -67,7 +70,7 @@ def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: boo
 def words(ended: Finished) -> str:
     """How a command ended, and its last words."""
     how = ended.killed or f"ended with status {ended.status}"
-    return f"{how}: {ended.output[-2000:].decode(errors='replace').strip()}"
+    return f"{how}: {ended.output[-_LAST_WORDS:].decode(errors='replace').strip()}"
 
 
 def _beside(tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float) -> Finished:
