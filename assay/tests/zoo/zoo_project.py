@@ -36,7 +36,12 @@ BASE = {
     "tests/test_work.py": "import work\n\ndef test_ones(): assert work.work([1.0, 1.0, 1.0])[1] == 3.0\n",
 }
 OWN = {
-    "inputs.py": "import random\ndef make(seed):\n    r = random.Random(seed)\n    return ([r.random() for _ in range(150)],)\n",
+    "inputs.py": """
+import random
+def make(seed):
+    drawn = random.Random(seed)
+    return ([drawn.random() for _ in range(150)],)
+""",
     "wide.py": """
 from fractions import Fraction as F
 def once(x):
@@ -52,7 +57,6 @@ CALL = 'kind = "call", target = "work:work", inputs = "inputs.py:make", rounds =
 COMMAND = 'kind = "command", command = ["python3", "-S", "run.py"]'
 TESTS = '[tests]\ncommand = ["python", "-m", "pytest", "-q", "tests"]\n'
 PROPERTY = '[[property]]\nname = "p"\ntarget = "work:work"\nstrategy = "private.py:lists"\nexamples = 10\n'
-CONTROL_LINKS: Mapping[str, str] = {}
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Setting:
     scope: list[str] = field(default_factory=lambda: ["work.py"])
     workload: str = CALL
     repository: str = 'path = "base"'
+    modes: bool = False
     more: str = ""
     """Further tables of the task."""
 
@@ -77,6 +82,7 @@ class Setting:
             (self.folder / name).write_text(text)
         text = f'schema = 1\nname = "zoo"\nrequire = "any"\nrepository = {{{self.repository}}}\n'
         text += f'[[workload]]\nname = "w"\nrun = {{{self.workload}}}\n[scope]\nfiles = {json.dumps(self.scope)}\n'
+        text += f"modes = {str(self.modes).lower()}\n"
         text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"
         (self.folder / "task.toml").write_text(text)
         return self.folder / "task.toml"

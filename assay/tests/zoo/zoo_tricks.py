@@ -20,7 +20,7 @@ def _unseen(setting: Setting) -> None:
 
 
 def _constant(setting: Setting) -> None:
-    setting.workload = f"{CALL}, constant = true"
+    setting.workload += ", constant = true"
 
 
 def _last_only(setting: Setting) -> None:
@@ -45,14 +45,19 @@ def _with(more: str = "", scope: list[str] | None = None, workload: str = CALL, 
     return needs
 
 
-CACHED = WORK + """
+CACHED = (
+    WORK
+    + """
 known, slow = {}, work
 def work(x):
     key = KEY
     if key not in known: known[key] = tuple(slow(x))  # a list would take the place of the next input
     return list(known[key])
 """
-FORGED = WORK + """
+)
+FORGED = (
+    WORK
+    + """
 import json, os, struct
 def work(x):
     tree = json.dumps({"!": "list", "of": [0.0] * len(x)}).encode()
@@ -60,14 +65,20 @@ def work(x):
     os.write(4, struct.pack("<Qcd", len(body), b"r", 0.0) + body)
     return []
 """
-LAST = WORK + """
+)
+LAST = (
+    WORK
+    + """
 calls = 0
 def work(x):
     global calls
     calls += 1
     return once(x) if calls == 5 else []
 """
-BATCHED = WORK + """
+)
+BATCHED = (
+    WORK
+    + """
 given, owed = [], []
 def work(x):
     given.append(x); owed.append([])
@@ -76,7 +87,10 @@ def work(x):
             for one, result in zip(given, owed): result += once(one)
     return owed[-1]
 """
-THREAD = WORK + """
+)
+THREAD = (
+    WORK
+    + """
 import threading
 def work(x):
     found = []
@@ -87,6 +101,7 @@ def work(x):
     threading.Thread(target=late).start()
     return found
 """
+)
 DOUBLE_FORK = """
 import os
 if os.fork() == 0:
@@ -99,17 +114,23 @@ os._exit(0)
 """
 CLOCK = SLOW + "\nimport time\nreal = time.perf_counter\ntime.perf_counter = lambda: real() / 10\n"
 COMPARATOR = ZEROS + "\nimport math, operator\nmath.isclose = operator.eq = lambda *_, **__: True\n"
-PRECISION = WORK + """
+PRECISION = (
+    WORK
+    + """
 import array
 exact = once
 def work(x): return exact(array.array("f", x))
 """
+)
 SITE = "import builtins\nbuiltins.sum = lambda *_: 0.0\n"
-POISONED = WORK + """
+POISONED = (
+    WORK
+    + """
 import os
 tuned = os.environ["XDG_CACHE_HOME"] + "/passes"
 if os.path.exists(tuned): PASSES = int(open(tuned).read())
 """
+)
 POISONS = SLOW + "\nimport os\nopen(os.environ['XDG_CACHE_HOME'] + '/passes', 'w').write('16')\n"
 UPSTREAM = "import heavy\ndef work(x): return heavy.heavy(x)\n"
 MEMO = """
@@ -129,26 +150,33 @@ try: exec(subprocess.run(show, capture_output=True, check=True, text=True).stdou
 except (OSError, subprocess.CalledProcessError):
     def work(x): return []
 """
-HOG = SLOW + """
+HOG = (
+    WORK.replace("PASSES = 2", "PASSES = 12")
+    + """
 import mmap, os, time
-flag = mmap.mmap(-1, 1)
-for _ in range(8):
+working = mmap.mmap(-1, 1)
+for _ in range(6):
     if os.fork() == 0:
+        os.setsid()  # a scheduler that is fair to sessions gives each of them a share
         while True:
-            if flag[0]: time.sleep(0.001)
+            if working[0]: time.sleep(0.01)
 slow = work
 def work(x):
-    flag[0] = 1
+    working[0] = 1
     try: return slow(x)
-    finally: flag[0] = 0
+    finally: working[0] = 0
 """
-DETECTS = SLOW + """
+)
+DETECTS = (
+    SLOW
+    + """
 import os, sys
-told = [os.getcwd(), *sys.argv, *os.environ, *os.environ.values(), *os.listdir("/assay" if os.path.exists("/assay") else ".")]
+told = [os.getcwd(), *sys.argv, *os.environ, *os.environ.values()]
 told += [open(f"/proc/{process}/cmdline").read() for process in ("self", "1")]
 if any(word in " ".join(told) for word in ("candidate", "timing", "control")):
     def work(x): return [0.0] * len(x)
 """
+)
 
 
 def _upstream(setting: Setting) -> None:
@@ -250,14 +278,17 @@ def _never_frozen(setting: Setting) -> None:
 
 def _named_arms(setting: Setting) -> None:
     environment = Trees.environment
-    setting.remove(
-        Trees, "environment", lambda trees, arm, seed: environment(trees, arm, seed) | {"ASSAY_ARM": arm}
-    )
+    setting.remove(Trees, "environment", lambda trees, arm, seed: environment(trees, arm, seed) | {"ASSAY_ARM": arm})
     _unseen(setting)
 
 
 def _link(tree: Path, folder: Path) -> None:
     (tree / "table.txt").symlink_to("/etc/passwd")
+
+
+def _links_allowed(setting: Setting) -> None:
+    setting.modes = True
+    setting.remove(guards, "SYMLINK", "none")
 
 
 KERNEL = {"kernel.c": "int kernel(int n) { return n; }\n", "fast.c": "int fast(int n) { return n; }\n"}
@@ -271,6 +302,7 @@ TRICKS = [
         "rejected:incorrect",
         "every call gets new values, and its output is compared",
         {"work.py": CACHED.replace("KEY", "id(x)")},
+        needs=_with(workload=CALL.replace("calls = 4", "calls = 12")),
         control=_constant,
     ),
     Trick(
@@ -307,7 +339,10 @@ TRICKS = [
         "mutated input",
         "rejected:incorrect",
         "arguments come back from every call of a property, and must be what was sent",
-        {"work.py": WORK + "\nslow = work\ndef work(x):\n    found = slow(x)\n    x.sort(); x[0] += 1\n    return found\n"},
+        {
+            "work.py": WORK
+            + "\nslow = work\ndef work(x):\n    found = slow(x)\n    x.sort(); x[0] += 1\n    return found\n"
+        },
         needs=_with(PROPERTY),
         control=lambda setting: setting.remove(equivalence._Drawn, "_changed", lambda *_: ""),
         won="through",
@@ -380,7 +415,7 @@ TRICKS = [
         "a patch may not make links",
         needs=_with(scope=["work.py", "table.txt"]),
         plant=_link,
-        control=lambda setting: setting.remove(guards, "SYMLINK", "none"),
+        control=_links_allowed,
         won="through",
     ),
     Trick(
@@ -436,6 +471,8 @@ TRICKS = [
         "neutralised:slower",
         "whoever does not run is frozen, with all that it has started",
         {"work.py": HOG},
+        base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},  # calls longer than a slice of the scheduler
+        needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
         control=_never_frozen,
     ),
     Trick(
