@@ -189,7 +189,7 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
         )
         start = time.perf_counter()
         try:
-            running.release()
+            start = running.release()
             ended = running.wait(timeout_s)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:
