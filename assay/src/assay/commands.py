@@ -40,6 +40,7 @@ def arguments(commands: Any) -> None:
         given.add_argument("--patch", type=Path, action="append", metavar="FILE", help=_PATCH)
         given.add_argument("--tree", metavar="DIR", help="a directory: base with changes; its .git is not looked into")
         given.add_argument("--commit", metavar="REV", help="a commit of the task's repository")
+        one.add_argument("--base", default="", metavar="REV", help="start from another commit than the task's")
         one.add_argument("--store", type=Path, default=_STORE, help="ledger and attempts (%(default)s)")
         one.add_argument("--no-sandbox", action="store_true", help=_SANDBOX)
         if name == "judge":
@@ -134,7 +135,7 @@ def _judge(given: argparse.Namespace, progress: show.Progress) -> int:
     from assay import task
     from assay.judge import judge
 
-    read, sources = task.read(given.task), _sources(given)
+    read, sources = task.read(given.task, given.base), _sources(given)
     if len(sources) > 1:
         progress.end()
         return _many(given, sources)
@@ -157,7 +158,14 @@ def _many(given: argparse.Namespace, sources: list[Any]) -> int:
     """A judge a patch, some of them beside each other: each a process of its own, so that none harms another."""
     if given.jobs < 1:
         raise _UsageError(f"--jobs: expected at least 1, got {given.jobs}")
-    options = ["--store", str(given.store), "--json", *(["--no-sandbox"] if given.no_sandbox else [])]
+    options = [
+        "--base",
+        given.base,
+        "--store",
+        str(given.store),
+        "--json",
+        *(["--no-sandbox"] if given.no_sandbox else []),
+    ]
     waiting, statuses = list(sources), []
     running: dict[str, subprocess.Popen[str]] = {}
     try:
@@ -193,7 +201,7 @@ def _prepare(given: argparse.Namespace, _: Any) -> int:
     from assay.frozen import FILE, Frozen
     from assay.ledger import Ledger
 
-    read, sources = task.read(given.task), _sources(given)
+    read, sources = task.read(given.task, given.base), _sources(given)
     if len(sources) > 1:
         raise _UsageError(f"--patch: expected one, got {len(sources)}")
     if not given.no_sandbox and sandbox.refusal():

@@ -129,8 +129,8 @@ def measured(
 ) -> Judgement | None:
     """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
 
-    It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut changes nothing but the time. Raises
-    as `run` does, and ValueError if the earlier rows are of another plan or machine.
+    It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut
+    changes nothing but the time. Raises as `run` does, and ValueError if the earlier rows are of another machine.
     """
 
     def tell(row: dict[str, Any]) -> None:

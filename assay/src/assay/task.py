@@ -216,8 +216,8 @@ class Read:
         ).checked()
 
 
-def read(file: Path) -> Read:
-    """The task in a file. TaskError names file and line."""
+def read(file: Path, base: str = "") -> Read:
+    """The task in a file, perhaps with another base commit. TaskError names file and line."""
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as problem:
@@ -231,6 +231,8 @@ def read(file: Path) -> Read:
         task = adapter().validate_json(json.dumps(data, default=str))
     except ValidationError as problem:
         raise TaskError("\n".join(_explained(file, text, error) for error in problem.errors())) from None
+    if base:
+        task = dataclasses.replace(task, repository=dataclasses.replace(task.repository, base=base))
     found = Read(task, file.resolve(), text, "", "", "")
     base, reference = (_commit(found, name) for name in ("base", "reference"))
     _check(found)
