@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -146,4 +146,29 @@ def test_a_command_that_cannot_start(folder: Path, mode: str) -> None:
         with pytest.raises(ArmError, match="arm: cannot start no-such"):
             running.wait(20)
         running.end()
+        running.end()
+
+
+def test_the_clock_starts_when_the_command_stands_at_its_gate(folder: Path) -> None:
+    """What it takes to make a sandbox, here half a second more than usual, is in no figure."""
+    if sandbox.refusal():
+        pytest.skip(str(sandbox.refusal()))
+    entry = sandbox.Entry(sandbox.Box(folder / "tree"))
+
+    def slow(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+        return ["/bin/sh", "-c", 'sleep 0.5; exec "$0" "$@"', *entry(arguments, environment)]
+
+    with tempfile.TemporaryFile() as log:
+        running = Running(
+            "arm",
+            ["true"],
+            folder / "tree",
+            sandbox.PLACE,
+            sandbox.environment(entry.box),
+            log=log.fileno(),
+            namespaces=False,
+            wrap=slow,
+        )
+        start = running.release()
+        assert running.wait(20).status == 0 and time.perf_counter() - start < 0.4
         running.end()

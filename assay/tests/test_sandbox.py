@@ -251,3 +251,16 @@ def test_all_arms_see_the_same(tmp_path: Path) -> None:
         assert ended.status == 0
         seen.append(ended.output)
     assert seen[0] == seen[1] and str(tmp_path).encode() not in seen[0]
+
+
+def test_groups_of_killed_judges_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = limits.Group(limits.Limits(most_processes=10))
+    if not left.folders:
+        pytest.skip("no cgroup may be made here")
+    young = limits.Group(limits.Limits(most_processes=10))
+    assert all(folder.exists() for folder in (*left.folders, *young.folders))
+    monkeypatch.setattr(limits, "_STALE_S", -60.0)
+    limits.Group(limits.Limits(most_processes=10)).end()
+    assert not any(folder.exists() for folder in (*left.folders, *young.folders))
+    left.end()
+    young.end()

@@ -19,14 +19,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from assay.limits import Group, Limits
 from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, Order, below, check, children, cpu_seconds
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
-_WATCH_S = 0.2
+_WATCH_S, _START_S = 0.2, 60.0
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
@@ -87,6 +87,7 @@ class Running:
             limits: on memory and processes; `wait` and `watch` see to them.
         """
         self.arm, self._text = arm, b""
+        self._told: dict[str, Any] = {}
         self._frozen: list[int] = []
         self._layers = 2 if namespaces or wrap else 1
         if self._layers == 1:
@@ -108,32 +109,45 @@ class Running:
         self._status, self._gate = status_in, gate_out
 
     def release(self) -> float:
-        """Opens the gate; the moment before, on the judge's clock."""
+        """Opens the gate once the command stands there; the moment before, on the judge's clock.
+
+        Raises ArmError if it does not come so far within a minute. What else goes wrong is told by `wait`.
+        """
+        self._told = self._told or self._line(_START_S, "start")
         now = time.perf_counter()
-        os.write(self._gate, b"!")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._gate, b"!")
         return now
 
     def wait(self, timeout_s: float) -> Ended:
         """The command's end. Raises ArmError if it does not come in time or the command could not be started."""
+        while not self._told or "ready" in self._told:
+            self._told = self._line(timeout_s, "end")
+            self.watch()
+            if not self._told:
+                raise ArmError(self.arm, "its supervisor was killed", infra=True)
+        if "error" in self._told:
+            raise ArmError(self.arm, self._told["error"], infra="supervised" in self._told["error"])
+        return Ended(**self._told)
+
+    def _line(self, timeout_s: float, what: str) -> dict[str, Any]:
+        """What the supervisor says next; {} if it never will. ArmError if it says nothing in time."""
         stop = time.monotonic() + timeout_s
         poller = select.poll()
         poller.register(self._status, select.POLLIN)
-        while not self._text.endswith(b"\n"):
+        while b"\n" not in self._text:
             if not poller.poll(min(_WATCH_S, max(0.0, stop - time.monotonic())) * 1000):
                 self.watch()
                 if time.monotonic() >= stop:
-                    raise ArmError(self.arm, f"did not end within {timeout_s:g} s", killed=True)
+                    raise ArmError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
                 continue
             more = os.read(self._status, 4096)
             if not more:
-                self.watch()
-                raise ArmError(self.arm, "its supervisor was killed", infra=True)
+                return {}
             self._text += more
-        self.watch()
-        seen = json.loads(self._text.splitlines()[0])
-        if "error" in seen:
-            raise ArmError(self.arm, seen["error"], infra="supervised" in seen["error"])
-        return Ended(**seen)
+        line, _, self._text = self._text.partition(b"\n")
+        told: dict[str, Any] = json.loads(line)
+        return told
 
     def watch(self) -> None:
         """Kills all members and raises ArmError if they have used more than they may."""

@@ -3,6 +3,7 @@
 No limit on address space: a CUDA context reserves hundreds of GB of it.
 """
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,13 @@ _OURS = 4
 """bwrap's two processes, the supervisor and the command's fork, beside what is allowed."""
 
 
+_STALE_S = 3600.0
+"""Age of a group that a killed judge has left behind."""
+
+
 @dataclass(frozen=True)
 class Limits:
-    """None: not limited."""
+    """None: not limited. In a cgroup threads count as processes."""
 
     memory_bytes: int | None = None
     most_processes: int | None = None
@@ -34,6 +39,7 @@ class Group:
         for groups in _places(wanted):
             try:
                 for parent, names in groups:
+                    _sweep(parent)
                     self.folders.append(Path(tempfile.mkdtemp(prefix="assay-", dir=parent)))
                     for name in names:
                         file = "memory.limit_in_bytes" if parent.is_relative_to(_ROOT / "memory") else _FILES[name]
@@ -88,6 +94,14 @@ def _places(wanted: Mapping[str, int]) -> Iterator[list[tuple[Path, list[str]]]]
         yield from ([(parent, list(wanted))] for parent in dict.fromkeys([_ROOT / own[""], _ROOT]))
     elif wanted and own.keys() >= wanted.keys():
         yield [(_ROOT / name / own[name], [name]) for name in wanted]
+
+
+def _sweep(parent: Path) -> None:
+    """Removes old groups that nobody is in."""
+    for folder in parent.glob("assay-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _STALE_S:
+                folder.rmdir()
 
 
 def _killed(folder: Path) -> bool:

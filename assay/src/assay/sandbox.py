@@ -22,6 +22,8 @@ PLACE = Path("/assay/tree")
 """Where every arm sees its tree."""
 HOME = Path("/assay/home")
 CACHE = Path("/assay/cache")
+MOST_PROCESSES = 16384
+"""Of an arm that declares none: many enough for a build, too few to bring a machine down."""
 TAIL = 1 << 16
 """Bytes of a command's output that are kept."""
 _PARTS = ("supervisor.py", "worker.py", "wire.py")
@@ -60,11 +62,12 @@ class Box:
     """What is set beside what `environment` says."""
     memory_bytes: int | None = None
     most_processes: int | None = None
+    """Without it MOST_PROCESSES."""
 
     @property
     def limits(self) -> Limits:
         """On its processes."""
-        return Limits(self.memory_bytes, self.most_processes)
+        return Limits(self.memory_bytes, self.most_processes or MOST_PROCESSES)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def refusal() -> str | None:
     if tried.returncode == 7:
         return None
     words = tried.stderr.decode(errors="replace").strip().splitlines() or [f"status {tried.returncode}"]
-    return f"bwrap: expected to be allowed to make namespaces here, got {words[-1]}"
+    return f"bwrap: expected version 0.8 or later that may make namespaces here, got {words[-1]}"
 
 
 def environment(box: Box, more: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -186,7 +189,7 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
         )
         start = time.perf_counter()
         try:
-            running.release()
+            start = running.release()
             ended = running.wait(timeout_s)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:

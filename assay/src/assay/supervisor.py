@@ -70,6 +70,7 @@ class Order:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.chdir(self.place)
+            self.tell(ready=True)
             if os.read(self.gate, 1) != b"!":
                 os._exit(1)
             # Above any number that a pipe of ours has, so that none is overwritten before it is moved.
