@@ -1,4 +1,4 @@
-"""The first customer: the tasks of this repository, read, prepared and, in the full tests, judged on its own commits."""
+"""The first customer: this repository's tasks are read, prepared and, in the full tests, judged on its own commits."""
 
 import json
 import os
