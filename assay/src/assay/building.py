@@ -15,7 +15,6 @@ from assay.frozen import Frozen
 from assay.measure import Trees
 from assay.sandbox import CACHE, Finished
 
-
 _LAST_WORDS = 1000
 
 
