@@ -28,7 +28,7 @@ def test_imports() -> None:
 
 
 def test_files_stay_short() -> None:
-    for path in [*SOURCE.rglob("*.py"), *Path(__file__).parent.glob("*.py")]:
+    for path in [*SOURCE.rglob("*.py"), *Path(__file__).parent.rglob("*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
 
 
