@@ -6,11 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from assay import sandbox
 from assay.arms import ArmError, Running, namespaces_work
 
 DOUBLE_FORK = """
@@ -24,25 +25,42 @@ if os.fork() == 0:
 time.sleep(0.3)
 """
 SPIN = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\nwhile True: pass\n"
-MODES = [False, pytest.param(True, marks=pytest.mark.skipif(not namespaces_work(), reason="no namespaces here"))]
+MODES = [
+    "links",
+    pytest.param("namespaces", marks=pytest.mark.skipif(not namespaces_work(), reason="no namespaces here")),
+    pytest.param("sandbox", marks=pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))),
+]
 
 
-@pytest.fixture(params=MODES, ids=lambda value: "namespaces" if value else "links")
-def namespaces(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "tree").mkdir()
-    (tmp_path / "place").mkdir()
+    (tmp_path / "namespaces").mkdir()
     yield tmp_path
 
 
-def start(folder: Path, namespaces: bool, code: str, log: int, fds: tuple[int, ...] = ()) -> Running:
-    place = folder / ("place" if namespaces else "link")
-    command = [sys.executable, "-S", "-c", code]
-    return Running("arm", command, folder / "tree", place, os.environ, log=log, fds=fds, namespaces=namespaces)
+def start(folder: Path, mode: str, command: list[str], log: int, fds: tuple[int, ...] = ()) -> Running:
+    box = sandbox.Box(folder / "tree", writable=True)
+    return Running(
+        "arm",
+        command,
+        folder / "tree",
+        sandbox.PLACE if mode == "sandbox" else folder / mode,
+        sandbox.environment(box) if mode == "sandbox" else os.environ,
+        log=log,
+        fds=fds,
+        namespaces=mode == "namespaces",
+        wrap=sandbox.Entry(box) if mode == "sandbox" else None,
+    )
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-S", "-c", code]
 
 
 def gone(process: int) -> bool:
@@ -52,9 +70,9 @@ def gone(process: int) -> bool:
         return True
 
 
-def test_a_double_fork_is_counted_and_killed(folder: Path, namespaces: bool) -> None:
+def test_a_double_fork_is_counted_and_killed(folder: Path, mode: str) -> None:
     with tempfile.TemporaryFile() as log:
-        running = start(folder, namespaces, DOUBLE_FORK, log.fileno())
+        running = start(folder, mode, python(DOUBLE_FORK), log.fileno())
         running.release()
         ended = running.wait(20)
         members = running.members()
@@ -63,23 +81,24 @@ def test_a_double_fork_is_counted_and_killed(folder: Path, namespaces: bool) -> 
         assert all(gone(process) for process in members) and (folder / "tree" / "escaped").exists()
 
 
-def test_the_tree_is_seen_at_its_place(folder: Path, namespaces: bool) -> None:
+def test_the_tree_is_seen_at_its_place(folder: Path, mode: str) -> None:
     (folder / "tree" / "mark").write_text("here")
     with tempfile.TemporaryFile() as log:
         code = "import os; print(os.getcwd(), open('mark').read(), sorted(os.listdir('/proc/self/fd')))"
-        running = start(folder, namespaces, code, log.fileno())
+        running = start(folder, mode, python(code), log.fileno())
         running.release()
         assert running.wait(20).status == 0
         running.end()
         log.seek(0)
         seen = log.read().decode().split(maxsplit=2)
-    assert seen[:2] == [str(folder / ("place" if namespaces else "tree")), "here"]
+    places = {"links": folder / "tree", "namespaces": folder / "namespaces", "sandbox": sandbox.PLACE}
+    assert seen[:2] == [str(places[mode]), "here"]
     assert seen[2].strip() == "['0', '1', '2', '3']"  # 3 is the listing's own: no pipe of the judge is left open
 
 
-def test_frozen_arms_use_nothing(folder: Path, namespaces: bool) -> None:
+def test_frozen_arms_use_nothing(folder: Path, mode: str) -> None:
     with tempfile.TemporaryFile() as log:
-        running = start(folder, namespaces, SPIN, log.fileno())
+        running = start(folder, mode, python(SPIN), log.fileno())
         running.release()
         time.sleep(0.4)
         running.freeze()
@@ -96,21 +115,19 @@ def test_frozen_arms_use_nothing(folder: Path, namespaces: bool) -> None:
         running.end()  # the frozen die, too
 
 
-def test_nothing_outlives_a_killed_judge(folder: Path, namespaces: bool) -> None:
+def test_nothing_outlives_a_killed_judge(folder: Path, mode: str) -> None:
     judge = f"""
-import os, sys, time, tempfile
+import time, tempfile
 from pathlib import Path
-from assay.arms import Running
+from test_arms import python, start
 log = tempfile.TemporaryFile()
-place = Path({str(folder)!r}) / {"place" if namespaces else "link"!r}
-running = Running("arm", [sys.executable, "-S", "-c", "import time; time.sleep(60)"], Path({str(folder / "tree")!r}),
-                  place, os.environ, log=log.fileno(), namespaces={namespaces})
+running = start(Path({str(folder)!r}), {mode!r}, python("import time; time.sleep(60)"), log.fileno())
 running.release()
 while not running.members(): time.sleep(0.01)
 print(running.root, *running.members(), flush=True)
 time.sleep(60)
 """
-    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path]))
     with subprocess.Popen([sys.executable, "-c", judge], env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         processes = [int(word) for word in process.stdout.readline().split()]
@@ -122,12 +139,36 @@ time.sleep(60)
         time.sleep(0.02)
 
 
-def test_a_command_that_cannot_start(folder: Path, namespaces: bool) -> None:
+def test_a_command_that_cannot_start(folder: Path, mode: str) -> None:
     with tempfile.TemporaryFile() as log:
-        place = folder / ("place" if namespaces else "link")
-        running = Running("arm", ["no-such"], folder, place, os.environ, log=log.fileno(), namespaces=namespaces)
+        running = start(folder, mode, ["no-such"], log.fileno())
         running.release()
         with pytest.raises(ArmError, match="arm: cannot start no-such"):
             running.wait(20)
         running.end()
+        running.end()
+
+
+def test_the_clock_starts_when_the_command_stands_at_its_gate(folder: Path) -> None:
+    """What it takes to make a sandbox, here half a second more than usual, is in no figure."""
+    if sandbox.refusal():
+        pytest.skip(str(sandbox.refusal()))
+    entry = sandbox.Entry(sandbox.Box(folder / "tree"))
+
+    def slow(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
+        return ["/bin/sh", "-c", 'sleep 0.5; exec "$0" "$@"', *entry(arguments, environment)]
+
+    with tempfile.TemporaryFile() as log:
+        running = Running(
+            "arm",
+            ["true"],
+            folder / "tree",
+            sandbox.PLACE,
+            sandbox.environment(entry.box),
+            log=log.fileno(),
+            namespaces=False,
+            wrap=slow,
+        )
+        start = running.release()
+        assert running.wait(20).status == 0 and time.perf_counter() - start < 0.4
         running.end()

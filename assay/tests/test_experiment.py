@@ -77,7 +77,7 @@ def test_planted_effects_both_ways_and_replay(
     assert len({tuple(row["order"]) for row in found[1:-1]}) > 1
     block = found[1]
     assert all(0 < block["cpu_s"][arm] and 0 < block["primary"][arm] for arm in ("base", "candidate", "control"))
-    assert found[0]["plan"]["delta"] == 0.02 and found[0]["schema"] == 2
+    assert found[0]["plan"]["delta"] == 0.02 and found[0]["schema"] == 3
     found[0]["plan"]["looks"] = [[8, 0.05]]
     with pytest.raises(ValueError, match="RAW: expected the looks of this version"):
         replay([json.dumps(row) for row in found])

@@ -6,11 +6,10 @@ import sys
 import tempfile
 import time
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from assay import __version__, doctor, report, selftest, show
+from assay import __version__, commands, doctor, report, selftest, show
 from assay.arms import ArmError
 from assay.experiment import replay, rows_of, run
 from assay.plan import Kind, Plan, Workload
@@ -42,8 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         return selftest.main(arguments)
     if arguments.command == "doctor":
         return doctor.main(arguments.seconds)
+    if arguments.command in commands.NAMES:
+        return commands.main(arguments)
     if arguments.command == "schema":
-        print(files("assay").joinpath("raw.schema.json").read_text(), end="")
+        print(commands.schema(arguments.of), end="")
         return 0
     return _again(arguments)
 
@@ -51,8 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(prog="assay", description=__doc__)
     parser.add_argument("--version", action="version", version=f"assay {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    both = commands.add_parser("ab", help="measure two trees against each other", description=_AB, usage=_AB_USAGE)
+    each = parser.add_subparsers(dest="command", required=True)
+    commands.arguments(each)
+    both = each.add_parser("ab", help="measure two trees against each other", description=_AB, usage=_AB_USAGE)
     both.add_argument("a", type=Path, metavar="A", help="directory of the base tree")
     both.add_argument("b", type=Path, metavar="B", help="directory of the candidate tree")
     what = both.add_argument_group("what is measured (or -- COMMAND)").add_mutually_exclusive_group()
@@ -84,7 +86,7 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
     calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
-    calls.add_argument("--python", default=sys.executable, help="the workers' interpreter (this one)")
+    calls.add_argument("--python", default="", help="the workers' interpreter (this one)")
     calls.add_argument("--path", action="append", help="folder of the tree put on sys.path; repeatable (. and src)")
     calls.add_argument("--rounds", type=int, default=8, help="turns that a block's workers take (%(default)s)")
     calls.add_argument("--calls", type=int, default=0, help="timed calls a block and arm (calibrated to about 20 ms)")
@@ -100,18 +102,19 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     both.add_argument("--isolation", choices=("auto", "namespaces", "links"), default="auto", help=_ISOLATION)
     both.add_argument("--out", type=Path, help="RAW file; a temporary one unless given")
     both.add_argument("--html", type=Path, help="write a report, too")
-    again = commands.add_parser("replay", help="decide again from a RAW file")
-    page = commands.add_parser("report", help="an HTML page of a RAW file")
+    again = each.add_parser("replay", help="decide again from a RAW file")
+    page = each.add_parser("report", help="an HTML page of a RAW file")
     for one in (again, page):
-        one.add_argument("raw", type=Path, metavar="RAW")
+        one.add_argument("raw", type=Path, metavar="RAW", help="a file of RAW, or the folder of an attempt")
     page.add_argument("--out", type=Path, help="RAW with .html unless given")
-    commands.add_parser("schema", help="print the JSON schema of RAW's lines")
-    well = commands.add_parser("doctor", help="what this machine allows, and how small an effect it could show")
+    kinds = each.add_parser("schema", help="print one of the public JSON schemas")
+    kinds.add_argument("of", nargs="?", choices=commands.SCHEMAS, default="raw", help="(%(default)s: a line of RAW)")
+    well = each.add_parser("doctor", help="what this machine allows, and how small an effect it could show")
     well.add_argument("--seconds", type=float, default=15.0, help="for the noise floor (%(default)s)")
-    sim = commands.add_parser("simulate", help="check level and coverage by simulation")
+    sim = each.add_parser("simulate", help="check level and coverage by simulation")
     sim.add_argument("--experiments", type=int, default=10_000, help="a scenario and effect (default %(default)s)")
     sim.add_argument("--seed", type=int, default=1)
-    selftest.arguments(commands.add_parser("selftest", help="does assay keep its promises here? 3 minutes"))
+    selftest.arguments(each.add_parser("selftest", help="does assay keep its promises here? 3 minutes"))
     return parser, both
 
 
@@ -205,6 +208,8 @@ def _sorry(command: str, words: str, status: int, progress: show.Progress | None
 
 def _again(arguments: argparse.Namespace) -> int:
     """replay and report."""
+    if arguments.raw.is_dir():
+        return commands.again(arguments)
     try:
         lines = arguments.raw.read_text().splitlines()
         rows: list[dict[str, Any]] = rows_of(lines)

@@ -1,39 +1,45 @@
 """One arm's process, held so that nothing of it escapes: its own view of the files, a gate, freezing, and an end.
 
-Between the judge and a command stands a supervisor. Where namespaces are to be had it is process 1 of a new pid
-namespace, and the arm's tree is mounted at the same place for every arm; elsewhere it is a child subreaper, to which
-whatever the command leaves behind falls, and a symbolic link stands at a place of equal length. All processes of an arm
-are therefore descendants of one, whatever they fork. Everything dies with the judge (PR_SET_PDEATHSIG).
+Between the judge and a command stands a supervisor (supervisor.py). In a sandbox it is process 1 of that. Without one,
+where namespaces are to be had, it is process 1 of a new pid namespace, and the arm's tree is mounted at the same place
+for every arm; elsewhere it is a child subreaper, to which whatever the command leaves behind falls, and a symbolic link
+stands at a place of equal length. All processes of an arm are therefore descendants of one, whatever they fork.
+Everything dies with the judge (PR_SET_PDEATHSIG).
 """
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import select
 import signal
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-_TICK = os.sysconf("SC_CLK_TCK")
-_PDEATHSIG, _SUBREAPER = 1, 36
+from assay.limits import Group, Limits
+from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, Order, below, check, children, cpu_seconds
+
+Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
+"""The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
+_WATCH_S, _START_S = 0.2, 60.0
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
-_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class ArmError(RuntimeError):
-    """A run did not end with status 0 in time; `arm` says whose."""
+    """A run did not end with status 0 in time; `arm` says whose.
 
-    def __init__(self, arm: str, words: str) -> None:
+    `killed`: it took too long or too much. `infra`: not its own doing, there was no supervisor or sandbox for it.
+    """
+
+    def __init__(self, arm: str, words: str, *, killed: bool = False, infra: bool = False) -> None:
         super().__init__(f"{arm}: {words}")
-        self.arm = arm
+        self.arm, self.words, self.killed, self.infra = arm, words, killed, infra
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,10 @@ class Running:
         *,
         log: int,
         fds: Sequence[int] = (),
+        stdin: int | None = None,
         namespaces: bool,
+        wrap: Wrap | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Starts the supervisor; the command itself starts with `release`.
 
@@ -70,23 +79,29 @@ class Running:
             tree: shown at `place`, which is an empty directory, or nothing where there are no namespaces.
             place: the command's current directory.
             environment: all of it.
-            log: descriptor for its stdout and stderr; stdin is empty.
+            log: descriptor for its stdout and stderr.
             fds: descriptors that become 3, 4, ...
+            stdin: descriptor; without it stdin is empty.
             namespaces: as `namespaces_work` says.
+            wrap: how the sandbox is entered (sandbox.py), which then shows the tree at `place` itself.
+            limits: on memory and processes; `wait` and `watch` see to them.
         """
         self.arm, self._text = arm, b""
+        self._told: dict[str, Any] = {}
         self._frozen: list[int] = []
-        self._layers = 2 if namespaces else 1
-        if not namespaces:
+        self._layers = 2 if namespaces or wrap else 1
+        if self._layers == 1:
             place.unlink(missing_ok=True)
             place.symlink_to(tree.resolve(), target_is_directory=True)
         status_in, status_out = os.pipe()
         gate_in, gate_out = os.pipe()
+        self.group = Group(limits or Limits())
         self.root = os.fork()
         if self.root == 0:
             try:
-                child = _Child(list(command), tree, place, dict(environment), log, list(fds), status_out, gate_in)
-                child.start(namespaces)
+                order = Order(list(command), str(place), dict(environment), log, list(fds), status_out, gate_in, stdin)
+                self.group.enter()
+                _start(order, tree, namespaces, wrap)
             finally:
                 os._exit(127)
         os.close(status_out)
@@ -94,36 +109,61 @@ class Running:
         self._status, self._gate = status_in, gate_out
 
     def release(self) -> float:
-        """Opens the gate; the moment before, on the judge's clock."""
+        """Opens the gate once the command stands there; the moment before, on the judge's clock.
+
+        Raises ArmError if it does not come so far within a minute. What else goes wrong is told by `wait`.
+        """
+        self._told = self._told or self._line(_START_S, "start")
         now = time.perf_counter()
-        os.write(self._gate, b"!")
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._gate, b"!")
         return now
 
     def wait(self, timeout_s: float) -> Ended:
         """The command's end. Raises ArmError if it does not come in time or the command could not be started."""
+        while not self._told or "ready" in self._told:
+            self._told = self._line(timeout_s, "end")
+            self.watch()
+            if not self._told:
+                raise ArmError(self.arm, "its supervisor was killed", infra=True)
+        if "error" in self._told:
+            raise ArmError(self.arm, self._told["error"], infra="supervised" in self._told["error"])
+        return Ended(**self._told)
+
+    def _line(self, timeout_s: float, what: str) -> dict[str, Any]:
+        """What the supervisor says next; {} if it never will. ArmError if it says nothing in time."""
         stop = time.monotonic() + timeout_s
         poller = select.poll()
         poller.register(self._status, select.POLLIN)
-        while not self._text.endswith(b"\n"):
-            if not poller.poll(max(0.0, stop - time.monotonic()) * 1000):
-                raise ArmError(self.arm, f"did not end within {timeout_s:g} s")
+        while b"\n" not in self._text:
+            if not poller.poll(min(_WATCH_S, max(0.0, stop - time.monotonic())) * 1000):
+                self.watch()
+                if time.monotonic() >= stop:
+                    raise ArmError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
+                continue
             more = os.read(self._status, 4096)
             if not more:
-                raise ArmError(self.arm, "its supervisor was killed")
+                return {}
             self._text += more
-        seen = json.loads(self._text.splitlines()[0])
-        if "error" in seen:
-            raise ArmError(self.arm, seen["error"])
-        return Ended(**seen)
+        line, _, self._text = self._text.partition(b"\n")
+        told: dict[str, Any] = json.loads(line)
+        return told
+
+    def watch(self) -> None:
+        """Kills all members and raises ArmError if they have used more than they may."""
+        words = self.group.exceeded(self.members())
+        if words:
+            self._signal(signal.SIGKILL)
+            raise ArmError(self.arm, words, killed=True)
 
     def members(self) -> list[int]:
         """All processes of the arm below its supervisor, the command's own first."""
-        supervisors = [self.root] if self._layers == 1 else _children(self.root)
-        return [process for one in supervisors for process in _below(one)]
+        supervisors = [self.root] if self._layers == 1 else children(self.root)
+        return [process for one in supervisors for process in below(one)]
 
     def cpu_seconds(self) -> float:
         """Processor seconds of all living members and of their children that have ended, in steps of 10 ms."""
-        return sum(_cpu_seconds(process) for process in self.members())
+        return sum(cpu_seconds(process) for process in self.members())
 
     def peak_kib(self) -> int:
         """The largest resident set that a living member has had."""
@@ -135,11 +175,11 @@ class Running:
         Returns their processor seconds: `thaw` finds the same, if they were stopped indeed.
         """
         self._frozen = self._signal(signal.SIGSTOP)
-        return sum(_cpu_seconds(process) for process in self._frozen)
+        return sum(cpu_seconds(process) for process in self._frozen)
 
     def thaw(self) -> float:
         """Lets every member go on; their processor seconds just before."""
-        used = sum(_cpu_seconds(process) for process in self._frozen)
+        used = sum(cpu_seconds(process) for process in self._frozen)
         for process in self._frozen:
             _kill(process, signal.SIGCONT)
         return used
@@ -157,117 +197,69 @@ class Running:
         if self.root < 0:
             return
         self._signal(signal.SIGKILL)  # _children leaves the dead out, so this ends
-        if self._layers == 2:
-            for child in _children(self.root):
-                _kill(child, signal.SIGKILL)  # process 1: the kernel ends its namespace
-        else:
-            while _children(self.root, dead=True):
+        if self._layers == 1:
+            while children(self.root, dead=True):
                 time.sleep(0.0005)  # until the supervisor has reaped them, so that their time counts as ours
             _kill(self.root, signal.SIGKILL)
-        os.waitpid(self.root, 0)
+        while os.waitpid(self.root, os.WNOHANG if self._layers == 2 else 0)[0] == 0:
+            for child in children(self.root):  # there may be none yet
+                _kill(child, signal.SIGKILL)  # process 1: the kernel ends its namespace
+            time.sleep(0.0005)
         self.root = -1
+        self.group.end()
         os.close(self._status)
         os.close(self._gate)
 
 
-@dataclass
-class _Child:
-    """What runs between fork and exec, in up to three processes: outside, supervisor, command."""
-
-    command: list[str]
-    tree: Path
-    place: Path
-    environment: dict[str, str]
-    log: int
-    fds: list[int]
-    status: int
-    gate: int
-
-    def start(self, namespaces: bool) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the judge hears it and ends us
-        first = 3
-        for fd in sorted({self.log, self.status, self.gate, *self.fds}):
-            os.closerange(first, fd)  # other arms' pipes among them: a worker must see the end of its own
-            first = fd + 1
-        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
-        try:
-            _check("prctl", _LIBC.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-            if not namespaces:
-                _check("prctl", _LIBC.prctl(_SUBREAPER, 1, 0, 0, 0))
-                self.supervise()
-            _unshare()
-            _mount(str(self.tree.resolve()), str(self.place), None, _BIND | _RECURSIVE)
-            inner = os.fork()
-            if inner == 0:
-                _check("prctl", _LIBC.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-                _mount("proc", "/proc", "proc", 0)
-                self.supervise()
-        except (OSError, RuntimeError) as problem:
-            self.tell(error=f"cannot be supervised: {problem}")
-            os._exit(1)
-        os.close(self.status)
-        for fd in self.fds:
-            os.close(fd)
-        os.waitpid(inner, 0)
-        os._exit(0)
-
-    def supervise(self) -> NoReturn:
-        started = os.fork()
-        if started == 0:
-            self.run()
-        os.close(self.gate)
-        for fd in self.fds:
-            os.close(fd)
-        while True:
-            process, status, usage = os.wait3(0)
-            if process == started:
-                break
-        left = len(_below(os.getpid()))
-        self.tell(
-            status=os.waitstatus_to_exitcode(status),
-            cpu_s=round(usage.ru_utime + usage.ru_stime, 6),
-            rss_kib=usage.ru_maxrss,
-            left=left,
-        )
-        while True:  # whatever is left stays below this process until the judge ends it; the dead are counted as ours
-            try:
-                os.wait()
-            except ChildProcessError:
-                signal.pause()
-
-    def run(self) -> NoReturn:
-        try:
-            os.setsid()
-            _check("prctl", _LIBC.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            os.chdir(self.place)
-            if os.read(self.gate, 1) != b"!":
-                os._exit(1)
-            # Above any number that a pipe of ours has, so that none is overwritten before it is moved.
-            high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in self.fds]
-            with Path(os.devnull).open("rb") as nothing:
-                os.dup2(nothing.fileno(), 0)
-            os.dup2(self.log, 1)
-            os.dup2(self.log, 2)
-            status = fcntl.fcntl(self.status, fcntl.F_DUPFD_CLOEXEC, 100)
-            for to, fd in enumerate(high, 3):
-                os.dup2(fd, to)
-            self.status = status
-            os.execvpe(self.command[0], self.command, self.environment)
-        except OSError as problem:
-            self.tell(error=f"cannot start {self.command[0]}: {problem.strerror}")
+def _start(order: Order, tree: Path, namespaces: bool, wrap: Wrap | None) -> None:
+    """Runs in the forked child: becomes the supervisor, or puts it into namespaces or a sandbox. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the judge hears it and ends us
+    first = 3
+    for fd in sorted(set(order.inherited())):
+        os.closerange(first, fd)  # other arms' pipes among them: a worker must see the end of its own
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+    try:
+        check("prctl", LIBC.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+        if wrap is not None:
+            _enter(order, wrap)
+        if not namespaces:
+            check("prctl", LIBC.prctl(SUBREAPER, 1, 0, 0, 0))
+            order.supervise()
+        _unshare()
+        _mount(str(tree.resolve()), order.place, None, _BIND | _RECURSIVE)
+        inner = os.fork()
+        if inner == 0:
+            check("prctl", LIBC.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+            _mount("proc", "/proc", "proc", 0)
+            order.supervise()
+    except (OSError, RuntimeError) as problem:
+        order.tell(error=f"cannot be supervised: {problem}")
         os._exit(1)
+    os.close(order.status)
+    for fd in order.fds:
+        os.close(fd)
+    os.waitpid(inner, 0)
+    os._exit(0)
 
-    def tell(self, **what: Any) -> None:
-        os.write(self.status, json.dumps(what).encode() + b"\n")
+
+def _enter(order: Order, wrap: Wrap) -> NoReturn:
+    """Becomes the sandbox's program, in which the supervisor is process 1."""
+    numbers = {"log": order.log, "fds": order.fds, "status": order.status, "gate": order.gate, "stdin": order.stdin}
+    command = wrap([json.dumps(numbers), *order.command], order.environment)
+    for fd in order.inherited():
+        os.set_inheritable(fd, True)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(order.log, 1)
+    os.dup2(order.log, 2)
+    os.execve(command[0], command, {})
 
 
 def _unshare() -> None:
     """New mount and pid namespaces; as an ordinary user inside a new user namespace with the same ids."""
     user, group = os.getuid(), os.getgid()
     flags = _NEW_MOUNTS | _NEW_PIDS | (_NEW_USER if user else 0)
-    _check("unshare", _LIBC.unshare(flags))
+    check("unshare", LIBC.unshare(flags))
     if user:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
@@ -277,12 +269,7 @@ def _unshare() -> None:
 
 def _mount(source: str, target: str, kind: str | None, flags: int) -> None:
     words = (source.encode(), target.encode(), kind.encode() if kind else None)
-    _check(f"mount at {target}", _LIBC.mount(*words, ctypes.c_ulong(flags), None))
-
-
-def _check(what: str, result: int) -> None:
-    if result:
-        raise RuntimeError(f"{what}: {os.strerror(ctypes.get_errno())}")
+    check(f"mount at {target}", LIBC.mount(*words, ctypes.c_ulong(flags), None))
 
 
 @cache
@@ -304,51 +291,6 @@ def namespaces_work() -> bool:
 def _kill(process: int, what: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, what)
-
-
-def _stat(process: str) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; None if it has ended."""
-    try:
-        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-
-
-def _children(process: int, dead: bool = False) -> list[int]:
-    """A process's children; those that are dead and only wait to be reaped if they are asked for."""
-    try:
-        tasks = os.listdir(f"/proc/{process}/task")
-        lists = [Path(f"/proc/{process}/task/{task}/children").read_text().split() for task in tasks]
-        found = [int(child) for one in lists for child in one]
-    except OSError:
-        found = [] if _alive(process) is None else _children_by_scan(process)
-    return [child for child in found if (state := _alive(child)) and (dead or state not in "ZX")]
-
-
-def _children_by_scan(process: int) -> list[int]:
-    """Where the kernel keeps no lists of children."""
-    names = [name for name in os.listdir("/proc") if name.isdigit()]
-    return [int(name) for name in names if (fields := _stat(name)) and int(fields[1]) == process]
-
-
-def _alive(process: int) -> str | None:
-    """The state letter; None if there is no such process."""
-    fields = _stat(str(process))
-    return fields[0] if fields else None
-
-
-def _below(process: int) -> list[int]:
-    """All living descendants."""
-    found, parents = [], [process]
-    while parents:
-        parents = [child for parent in parents for child in _children(parent)]
-        found += parents
-    return found
-
-
-def _cpu_seconds(process: int) -> float:
-    fields = _stat(str(process))
-    return sum(int(ticks) for ticks in fields[11:15]) / _TICK if fields else 0.0
 
 
 def _peak_kib(process: int) -> int:

@@ -6,6 +6,9 @@ import numpy as np
 
 from assay import wire
 
+UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError)
+"""What decoding may raise for bytes that an untrusted process sent."""
+
 
 def same(one: bytes, two: bytes, rtol: float, atol: float) -> bool:
     """Whether structure, shapes and dtypes agree and numbers differ by at most atol + rtol * |one|; NaN equals NaN.
@@ -16,7 +19,7 @@ def same(one: bytes, two: bytes, rtol: float, atol: float) -> bool:
         return True
     try:
         return wire.dtypes(one) == wire.dtypes(two) and _same(wire.decode(one), wire.decode(two), rtol, atol)
-    except (ValueError, TypeError, KeyError):
+    except UNREADABLE:
         return False
 
 

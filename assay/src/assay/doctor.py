@@ -3,8 +3,6 @@
 import math
 import os
 import random
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from assay import campaign, gpu, sense
+from assay import campaign, gpu, sandbox, sense
 from assay.arms import namespaces_work
 from assay.measure import worker_samples
 from assay.stats import LOOKS, exact_interval
@@ -42,13 +40,8 @@ def _isolation() -> list[Finding]:
     else:
         words = "not allowed here: trees stand at links of equal length, a subreaper collects processes"
         found.append(("!!", "namespaces", words))
-    bwrap = shutil.which("bwrap")
-    if bwrap is None:
-        found.append(("--", "bwrap", "not installed; only a sandbox for patches needs it"))
-    else:
-        tried = subprocess.run([bwrap, "--ro-bind", "/", "/", "true"], capture_output=True, check=False)
-        words = "works" if tried.returncode == 0 else "installed, but may not run here"
-        found.append(("--" if tried.returncode else "ok", "bwrap", words))
+    refused = sandbox.refusal()
+    found.append(("!!" if refused else "ok", "sandbox", refused or "bwrap: patches are judged in one"))
     root = Path("/sys/fs/cgroup")
     version = "v2" if (root / "cgroup.controllers").exists() else "v1" if root.exists() else "none"
     writable = version != "none" and os.access(root if version == "v2" else root / "memory", os.W_OK)

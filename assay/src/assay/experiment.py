@@ -13,12 +13,12 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from assay import gpu, sense
+from assay import gpu, sandbox, sense
 from assay.arms import ArmError
 from assay.measure import (
     Inputs,
@@ -31,13 +31,14 @@ from assay.measure import (
     worker_samples,
 )
 from assay.plan import Plan
-from assay.stats import LOOKS, MOST_CONTAMINATED, Interval, Judgement, judge
+from assay.stats import LOOKS, MOST_CONTAMINATED, Interval, Judgement, Look, judge
 
 __all__ = ["SCHEMA", "ArmError", "Blocks", "NotRepeatableError", "replay", "run"]
-SCHEMA = 2
+SCHEMA = 3
 PATIENCE_S = 5.0
 """How long a block waits for others to be gone, after one that was left out."""
 ARMS = ("base", "candidate", "control")
+"""Every block has these. A fourth one, "reference", is shown and never judged."""
 _TOO_MANY = MOST_CONTAMINATED * LOOKS[-1].blocks / (1 - MOST_CONTAMINATED)
 
 
@@ -49,6 +50,8 @@ class NotRepeatableError(ValueError):
 class Blocks:
     """What has been measured so far."""
 
+    workloads: int = 1
+    """How many are judged together: as in Plan."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     contaminated: int = 0
     incorrect: str = ""
@@ -63,8 +66,8 @@ class Blocks:
         elif block["reasons"]:
             self.contaminated += 1
         else:
-            for arm in ARMS:
-                self.seconds[arm].append(block["primary"][arm])
+            for arm, figure in block["primary"].items():
+                self.seconds.setdefault(arm, []).append(figure)
 
     def decision(self, delta: float) -> Judgement | None:
         """The judgement, if the last block led to a look or to an end; its verdict may be "continue"."""
@@ -78,7 +81,8 @@ class Blocks:
         if not self.grown or clean not in [look.blocks for look in LOOKS]:
             return None
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
-        return judge(base, candidate, control, delta=delta, contaminated=self.contaminated)
+        looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
+        return judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
 
 
 def run(
@@ -88,11 +92,13 @@ def run(
     out: TextIO,
     *,
     control: Path | None = None,
+    boxes: Mapping[str, sandbox.Box] | None = None,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement:
     """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
 
-    Without `control`, A' is a copy of base made for the occasion. Raises ArmError if a run fails, ValueError for what
+    Without `control`, A' is a copy of base made for the occasion. With `boxes`, one for each of ARMS, whose trees then
+    are the ones that count, every arm runs in its sandbox. Raises ArmError if a run fails, ValueError for what
     is no directory, makes no sense, is too short, or is not even repeatable in base.
     """
     plan = plan.checked()
@@ -103,64 +109,94 @@ def run(
         if control is None:
             control = Path(folder) / "control"
             shutil.copytree(base, control, symlinks=True)
-        trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
-        series = _Series(plan, trees)
-        try:
-            return _until_decided(series, plan, trees, out, told)
-        finally:
-            series.end()
+        if boxes is not None:
+            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+        else:
+            trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
+        seen = measured(plan, trees, out, told=told)
+        assert seen is not None
+        return seen
 
 
-def _until_decided(
-    series: "_Series", plan: Plan, trees: Trees, out: TextIO, told: Callable[[dict[str, Any]], None]
-) -> Judgement:
+def measured(
+    plan: Plan,
+    trees: Trees,
+    out: TextIO,
+    *,
+    earlier: Sequence[dict[str, Any]] = (),
+    seconds: float = math.inf,
+    told: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Judgement | None:
+    """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
+
+    It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut
+    changes nothing but the time. Raises as `run` does, and ValueError if the earlier rows are of another machine.
+    """
+
     def tell(row: dict[str, Any]) -> None:
         out.write(json.dumps(row) + "\n")
         out.flush()
         told(row)
 
-    tell(_header(plan, trees, series.calibrated))
-    blocks, loaded = Blocks(), False
-    while True:
-        if loaded:
-            sense.wait_for_calm(PATIENCE_S)
-        block = series.block()
-        blocks.add(block)
-        loaded = any(words.startswith(sense.FOREIGN) for words in block["reasons"])
-        tell(block)
-        seen = blocks.decision(plan.delta)
-        if seen is not None and seen.verdict != "continue":
-            tell(verdict_row(seen))
-            return seen
+    start, longest = time.monotonic(), 0.0
+    series = _Series(plan, trees, earlier)
+    try:
+        tell(_resumed(earlier) if earlier else _header(plan, trees, series))
+        blocks, loaded = Blocks(plan.workloads), False
+        for row in earlier:
+            if row["kind"] == "block":
+                blocks.add(row)
+        seen = blocks.decision(plan.delta) if series.number else None
+        while seen is None or seen.verdict == "continue":
+            begun = time.monotonic()
+            if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
+                return None
+            if loaded:
+                sense.wait_for_calm(PATIENCE_S)
+            block = series.block()
+            blocks.add(block)
+            loaded = any(words.startswith(sense.FOREIGN) for words in block["reasons"])
+            tell(block)
+            longest = max(longest, time.monotonic() - begun)
+            seen = blocks.decision(plan.delta)
+        tell(verdict_row(seen))
+        return seen
+    finally:
+        series.end()
 
 
 class _Series:
     """Blocks one after another, from one seed."""
 
-    def __init__(self, plan: Plan, trees: Trees) -> None:
+    def __init__(self, plan: Plan, trees: Trees, earlier: Sequence[dict[str, Any]] = ()) -> None:
         """Calibrates, or runs every arm once before anything counts, so that caches are alike and errors come early."""
-        self.plan, self.trees, self.number = plan, trees, 0
+        self.plan, self.trees, self.number = plan, trees, sum(row["kind"] == "block" for row in earlier)
         self.order = random.Random(plan.seed)
         self.inputs: Inputs | None = None
         self.calibrated: dict[str, float] = {}
+        self.calls = 0
         if plan.workload.worker:
             self.inputs = Inputs(plan, trees)
             try:
-                self.calls, self.calibrated = calibrate(plan, trees, self.inputs)
+                if earlier:
+                    self.calls = earlier[0]["calls"]
+                else:
+                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs)
                 self._workers(0)
             except BaseException:
                 self.end()
                 raise
         else:
-            for arm in ARMS:
+            for arm in trees.trees:
                 command_sample(arm, plan, trees, 0)
 
     def block(self) -> dict[str, Any]:
         """The next row of RAW."""
+        self.order = random.Random(f"{self.plan.seed}:{self.number}")
         hash_seed = self.order.randrange(2**32)
         reasons = gpu.foreign()
         if self.inputs is None:
-            order = list(ARMS)
+            order = list(self.trees.trees)
             self.order.shuffle(order)
             load, start = sense.Load.now(), time.perf_counter()
             samples = {arm: command_sample(arm, self.plan, self.trees, hash_seed) for arm in order}
@@ -189,12 +225,12 @@ class _Series:
             "reasons": reasons,
             "elapsed_s": round(elapsed, 6),
             **evidence,
-            "primary": {arm: samples[arm].figures[self.plan.primary] for arm in ARMS},
-            "figures": {arm: _rounded(samples[arm].figures) for arm in ARMS},
-            "cpu_s": {arm: samples[arm].cpu_s for arm in ARMS},
-            "left": {arm: samples[arm].left for arm in ARMS},
-            "calls": {arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in ARMS},
-            "gpus": {arm: [state.as_json() for state in samples[arm].gpus] for arm in ARMS},
+            "primary": {arm: samples[arm].figures[self.plan.primary] for arm in samples},
+            "figures": {arm: _rounded(samples[arm].figures) for arm in samples},
+            "cpu_s": {arm: samples[arm].cpu_s for arm in samples},
+            "left": {arm: samples[arm].left for arm in samples},
+            "calls": {arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
+            "gpus": {arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
             "inputs": hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             "compared": len(samples["base"].outputs) if self.plan.workload.compare else 0,
             "differing": differing(self.plan.workload, samples["base"], samples["candidate"]),
@@ -222,7 +258,7 @@ class _Series:
 def replay(lines: Sequence[str]) -> tuple[Judgement, dict[str, Any]]:
     """The judgement that RAW's blocks lead to, and its header. ValueError says what is missing or not RAW."""
     rows = rows_of(lines)
-    blocks = Blocks()
+    blocks = Blocks(rows[0]["plan"]["workloads"])
     for row in rows[1:]:
         if row["kind"] == "block":
             blocks.add(row)
@@ -265,18 +301,32 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
     return {name: float(f"{value:.6g}") for name, value in figures.items()}
 
 
-def _header(plan: Plan, trees: Trees, calibrated: dict[str, float]) -> dict[str, Any]:
+def _resumed(earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row that says when measuring went on. ValueError if this is not the machine on which it began."""
+    if earlier[0]["machine"] != machine():
+        raise ValueError(
+            f"RAW: expected to go on on the machine that began it, {earlier[0]['machine']}, got {machine()}"
+        )
+    return {"kind": "resumed", "started": _now()}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
     return {
         "kind": "header",
         "schema": SCHEMA,
         "protocol": plan.digest(),
         "plan": asdict(plan),
         "trees": {arm: str(tree) for arm, tree in trees.trees.items()},
-        "isolation": "namespaces" if trees.namespaces else "links",
+        "isolation": trees.isolation,
         "clock": "cooperative" if plan.workload.clock == "cuda" else "judge",
-        "calibrated": {name: float(f"{value:.4g}") for name, value in calibrated.items()},
+        "calibrated": {name: float(f"{value:.4g}") for name, value in series.calibrated.items()},
+        "calls": series.calls,
         "machine": machine(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
     }
 
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from assay import gpu, wire
-from assay.arms import ArmError, Running, namespaces_work
+from assay import gpu, sandbox, wire
+from assay.arms import ArmError, Running, Wrap, namespaces_work
 from assay.compare import same
+from assay.limits import Limits
 from assay.plan import Plan, Workload
 from assay.workers import Reply, Worker
 
@@ -51,11 +52,13 @@ class Sample:
 
 @dataclass
 class Trees:
-    """The arms' trees and where they are shown: one place in namespaces, else links of equal length."""
+    """The arms' trees and where they are shown: one place in a sandbox or namespaces, else links of equal length."""
 
     trees: Mapping[str, Path]
     folder: Path
     namespaces: bool
+    boxes: Mapping[str, sandbox.Box] | None = None
+    """With them every process of an arm runs in its sandbox, and nowhere else."""
 
     @classmethod
     def at(cls, trees: Mapping[str, Path], folder: Path, isolation: str = "auto") -> "Trees":
@@ -71,12 +74,37 @@ class Trees:
             (folder / "tree").mkdir()
         return cls(trees, folder, able)
 
+    @classmethod
+    def boxed(cls, boxes: Mapping[str, sandbox.Box], folder: Path) -> "Trees":
+        """Arms in sandboxes. ValueError says why there can be none here."""
+        refused = sandbox.refusal()
+        if refused:
+            raise ValueError(refused)
+        return cls({arm: box.tree for arm, box in boxes.items()}, folder, False, boxes)
+
+    @property
+    def isolation(self) -> str:
+        """In a word, for RAW."""
+        return "sandbox" if self.boxes else "namespaces" if self.namespaces else "links"
+
+    def wrap(self, arm: str) -> Wrap | None:
+        """How the arm's sandbox is entered, if there is one."""
+        return sandbox.Entry(self.boxes[arm]) if self.boxes else None
+
+    def limits(self, arm: str) -> Limits | None:
+        """On the arm's memory and processes, if it has a sandbox."""
+        return self.boxes[arm].limits if self.boxes else None
+
     def place(self, arm: str) -> Path:
         """What the arm sees as its tree."""
+        if self.boxes:
+            return sandbox.PLACE
         return self.folder / ("tree" if self.namespaces else f"tre{list(self.trees).index(arm)}")
 
     def environment(self, arm: str, hash_seed: int) -> dict[str, str]:
-        """The judge's own, with what must be equal in the arms of a block."""
+        """The sandbox's or the judge's own, with what must be equal in the arms of a block."""
+        if self.boxes:
+            return sandbox.environment(self.boxes[arm], {"PYTHONHASHSEED": str(hash_seed)})
         return dict(os.environ, PYTHONHASHSEED=str(hash_seed), PWD=str(self.place(arm)))
 
 
@@ -92,6 +120,8 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             environment,
             log=log.fileno(),
             namespaces=trees.namespaces,
+            wrap=trees.wrap(arm),
+            limits=trees.limits(arm),
         )
         try:
             start = running.release()
@@ -211,6 +241,8 @@ def _worker(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Worker:
         environment,
         timeout_s=plan.timeout_s,
         namespaces=trees.namespaces,
+        wrap=trees.wrap(arm),
+        limits=trees.limits(arm),
     )
 
 

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import sys
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from assay.stats import LOOKS
 
@@ -16,6 +15,9 @@ FIGURES = {"command": ("wall", "memory"), "worker": ("steady", "first", "import"
 @dataclass(frozen=True)
 class Workload:
     """What an arm runs: a command, whose whole process is timed, or a callable inside a worker."""
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}  # noqa: RUF012
+    # For tasks, which are read with pydantic; it is not imported here.
 
     kind: Kind
     command: tuple[str, ...] = ()
@@ -38,7 +40,8 @@ class Workload:
     atol: float = 0.0
     case: int = 0
     """asv: index into the product of the benchmark's parameters."""
-    python: str = sys.executable
+    python: str = ""
+    """The workers' interpreter; "" is the judge's own."""
     paths: tuple[str, ...] = (".", "src")
     """Folders of the tree that go in front of the worker's sys.path."""
     rounds: int = 8
@@ -90,6 +93,8 @@ class Plan:
     primary: str = ""
     """The figure that gets the verdict; "" is the first of its kind in FIGURES."""
     isolation: str = "auto"
+    workloads: int = 1
+    """How many are judged together: each look's level is divided by it."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
 
     def checked(self) -> "Plan":
@@ -102,6 +107,13 @@ class Plan:
         if self.primary and self.primary not in figures:
             raise ValueError(f"--primary: expected one of {', '.join(figures)}, got {self.primary}")
         return replace(self, primary=self.primary or figures[0])
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Plan":
+        """A plan as `asdict` and JSON leave it."""
+        lists = {name: tuple(value) for name, value in found["workload"].items() if isinstance(value, list)}
+        others = {name: value for name, value in found.items() if name not in ("workload", "looks")}
+        return cls(Workload(**{**found["workload"], **lists}), **others)
 
     def digest(self) -> str:
         """Identity of the protocol and its options."""

@@ -31,18 +31,36 @@ code { background: #f2f4f5; padding: 0 .3em } summary { cursor: pointer; color: 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The page for RAW's rows, header first. A campaign that has not ended yet is shown as far as it is."""
+    header = rows[0]
+    seen = _decided(header, [row for row in rows if row["kind"] == "block"])
+    verdict = seen.verdict if seen else "unfinished"
+    parts = [
+        f"<h1>{text(show.subject(header))}</h1>",
+        "<p class=dim>"
+        + " ".join(f"{_NAMES.get(arm, 'H')}: <code>{text(tree)}</code>" for arm, tree in header["trees"].items())
+        + "</p>",
+        *sections(rows),
+    ]
+    return document(f"{verdict}: {show.subject(header)}", parts)
+
+
+def document(title: str, parts: Sequence[str]) -> str:
+    """A page of its own, which loads nothing."""
+    head = f"<meta charset=utf-8><title>{text(title)}</title><style>{_STYLE}</style>"
+    body = "\n".join(parts)
+    return f"<!doctype html>\n<html lang=en>{head}\n{body}\n</html>\n"
+
+
+def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What RAW's rows show: verdict, pictures, figures, conditions, environment."""
     header, blocks = rows[0], [row for row in rows if row["kind"] == "block"]
     clean = [row for row in blocks if not row["reasons"] and not row["differing"]]
     seen = _decided(header, blocks)
     verdict = seen.verdict if seen else "unfinished"
     lines = show.outcome(seen) if seen else [f"unfinished: {len(clean)} clean blocks"]
     parts = [
-        f"<h1>{_text(show.subject(header))}</h1>",
-        "<p class=dim>"
-        + " ".join(f"{_NAMES[arm]}: <code>{_text(tree)}</code>" for arm, tree in header["trees"].items())
-        + "</p>",
-        f'<p><span class="verdict {verdict}">{verdict}</span> {_text(lines[0].partition(": ")[2])}</p>',
-        *(f"<p>{_text(line)}</p>" for line in lines[1:]),
+        f'<p><span class="verdict {verdict}">{verdict}</span> {text(lines[0].partition(": ")[2])}</p>',
+        *(f"<p>{text(line)}</p>" for line in lines[1:]),
     ]
     if clean:
         parts += [
@@ -50,22 +68,18 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
             _ratios(clean, seen, header["plan"]["delta"]),
             "<p class=dim>Above the line B was quicker than A. Orange: A / B, with the interval of its look. Grey: "
             "A / A', two builds of the same tree, with its 95 % interval. The band is the margin.</p>",
-            f"<h2>Drift: {_text(header['plan']['primary'])} over blocks</h2>",
+            f"<h2>Drift: {text(header['plan']['primary'])} over blocks</h2>",
             _drift(blocks, header["plan"]["primary"]),
             "<p class=dim>Hollow: blocks that were left out, for what else ran and never for their times.</p>",
             "<h2>Figures</h2>",
             _figures([header, *blocks]),
         ]
-    parts += ["<h2>How it was measured</h2>", *(f"<p>{_text(line)}</p>" for line in show.conditions([header, *blocks]))]
-    parts.append(_environment(header, blocks))
-    body = "\n".join(parts)
-    title = _text(f"{verdict}: {show.subject(header)}")
-    head = f"<meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-    return f"<!doctype html>\n<html lang=en>{head}\n{body}\n</html>\n"
+    parts += ["<h2>How it was measured</h2>", *(f"<p>{text(line)}</p>" for line in show.conditions([header, *blocks]))]
+    return [*parts, _environment(header, blocks)]
 
 
 def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgement | None:
-    found = Blocks()
+    found = Blocks(header["plan"]["workloads"])
     for block in blocks:
         found.add(block)
         seen = found.decision(header["plan"]["delta"])
@@ -74,7 +88,8 @@ def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgem
     return None
 
 
-def _text(words: str) -> str:
+def text(words: str) -> str:
+    """Words for HTML."""
     return html.escape(str(words))
 
 
@@ -115,7 +130,7 @@ class _Axes:
         fill = "#fff" if hollow else colour
         self.parts.append(
             f'<circle cx="{self.x(place):.1f}" cy="{self.y(value):.1f}" r="3.2" fill="{fill}" stroke="{colour}">'
-            f"<title>{_text(words)}</title></circle>"
+            f"<title>{text(words)}</title></circle>"
         )
 
     def drawn(self, label: Any, below: str) -> str:
@@ -125,12 +140,12 @@ class _Axes:
         step = next(step * factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
         ticks = [step * i for i in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
         texts = [
-            f'<text x="{_LEFT - 8}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{_text(label(tick))}</text>'
+            f'<text x="{_LEFT - 8}" y="{self.y(tick) + 4:.1f}" text-anchor="end">{text(label(tick))}</text>'
             f'<line x1="{_LEFT - 4}" x2="{_LEFT}" y1="{self.y(tick):.1f}" y2="{self.y(tick):.1f}" stroke="#9aa2a9"/>'
             for tick in ticks
         ]
         middle = (_LEFT + _WIDTH - _RIGHT) / 2
-        texts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{_text(below)}</text>')
+        texts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{text(below)}</text>')
         frame = f'<path d="M{_LEFT} {_TOP}V{_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}" fill="none" stroke="#9aa2a9"/>'
         return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join([*self.parts, frame, *texts])}</svg>'
 
@@ -160,7 +175,7 @@ def _drift(blocks: Sequence[dict[str, Any]], primary: str) -> str:
     values = [row["primary"][arm] for row in blocks for arm in _NAMES]
     axes = _Axes(len(blocks), min(values), max(values))
     for i, row in enumerate(blocks):
-        for shift, arm in zip((-0.2, 0.0, 0.2), row["order"], strict=True):
+        for shift, arm in zip((-0.2, 0.0, 0.2), [arm for arm in row["order"] if arm in _NAMES], strict=True):
             value = row["primary"][arm]
             words = "; ".join(
                 [f"block {row['number']}, {_NAMES[arm]}: {show.quantity(primary, value)}", *row["reasons"]]
@@ -180,7 +195,7 @@ def _figures(rows: list[dict[str, Any]]) -> str:
         name, rest = line[:24].strip(), [line[start : start + 12].strip() for start in (24, 36, 48)]
         tag = "th" if i == 0 else "td"
         cells.append(
-            "<tr>" + "".join(f"<{tag}>{_text(one)}</{tag}>" for one in (name, *rest, line[60:].strip())) + "</tr>"
+            "<tr>" + "".join(f"<{tag}>{text(one)}</{tag}>" for one in (name, *rest, line[60:].strip())) + "</tr>"
         )
     return f"<table>{''.join(cells)}</table>"
 
@@ -200,6 +215,6 @@ def _environment(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> st
     for name, seconds in header["calibrated"].items():
         facts[name] = show.quantity("", seconds)
     shown = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in facts.items()}
-    table = "".join(f"<tr><td>{_text(name)}</td><td>{_text(value)}</td></tr>" for name, value in shown.items())
-    plan = _text(json.dumps(header["plan"], indent=1))
+    table = "".join(f"<tr><td>{text(name)}</td><td>{text(value)}</td></tr>" for name, value in shown.items())
+    plan = text(json.dumps(header["plan"], indent=1))
     return f"<h2>Environment</h2><table>{table}</table><details><summary>the plan</summary><pre>{plan}</pre></details>"

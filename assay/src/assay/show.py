@@ -4,7 +4,7 @@ import math
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from assay.stats import LOOKS, Judgement
 
@@ -20,6 +20,7 @@ class Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.clean = self.left_out = 0
+        self.stage = ""
         self.start = time.monotonic()
         self.shows = sys.stderr.isatty()
         if self.shows:
@@ -38,9 +39,14 @@ class Progress:
         if row["kind"] == "block":
             self.clean += not row["reasons"]
             self.left_out += bool(row["reasons"])
+        elif row["kind"] in ("stage", "workload", "waiting"):
+            self.clean = self.left_out = 0
+            self.stage = row["name"] if row["kind"] != "waiting" else f"another judge has {row['name']}"
         if self.shows:
             look = next((look.blocks for look in LOOKS if look.blocks > self.clean), LOOKS[-1].blocks)
             words = f"block {self.clean}, next look at {look}" + f", {self.left_out} left out" * bool(self.left_out)
+            if self.stage:
+                words = f"{self.stage}: {words}" if self.clean or self.left_out else self.stage
             if self.bar is None:
                 self.say(f"{words}, {time.monotonic() - self.start:.0f} s")
             else:
@@ -56,6 +62,11 @@ class Progress:
             self.bar.stop()
         elif self.shows:
             print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def line(words: str, where: TextIO | None = None) -> None:
+    """Prints at once, to stdout unless told otherwise."""
+    print(words, file=where or sys.stdout, flush=True)
 
 
 def percent(log_ratio: float) -> str:

@@ -7,6 +7,9 @@ l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
 c  call with the input in the frame         g  call with the kept input
 k  keep this output for echoes              p  nothing: to see it awake
+v  call with the input in the frame: the output, and the input as it is afterwards
+o  an earlier output of `v` as it is now, by how many calls ago: 0 is the last
+z  overwrite the last input of `v`, then as `o` with 0
 """
 
 from __future__ import annotations
@@ -143,6 +146,7 @@ class Workload:
         self.sends = bool(options["compare"])
         self.input: Any = ()
         self.output: Any = None
+        self.kept: list[Any] = []
 
     def answer(self, letter: bytes, number: float, body: bytearray) -> tuple[float, Any]:
         """A number and the value to send back."""
@@ -152,6 +156,14 @@ class Workload:
             start = time.perf_counter()
             inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
             return inner or time.perf_counter() - start, output if self.sends else None
+        if letter == b"v":
+            self.input = self.wire.decode(body, tensors=True)
+            self.kept = [self.call(), *self.kept[:1]]
+            return 0.0, (self.kept[0], self.input)
+        if letter in b"oz":
+            if letter == b"z":
+                overwrite(self.input)
+            return 0.0, self.kept[int(number)]
         if letter == b"m":
             if self.inputs is None:
                 return 0.0, ()
@@ -205,6 +217,19 @@ class Workload:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / links, output
+
+
+def overwrite(value: Any) -> None:
+    """Fills all arrays and tensors of a value with the byte 0x7f."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            overwrite(one)
+    elif type(value).__module__ == "numpy" and value.nbytes and value.ndim:
+        value.reshape(-1).view("uint8")[:] = 0x7F
+    elif type(value).__module__ == "torch":
+        value.view(-1).view(sys.modules["torch"].uint8).fill_(0x7F)
 
 
 def serve(folder: str) -> None:

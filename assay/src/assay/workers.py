@@ -4,6 +4,7 @@ import fcntl
 import marshal
 import os
 import select
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -11,12 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from assay.arms import ArmError, Running
+from assay.arms import ArmError, Running, Wrap
+from assay.limits import Limits
 from assay.plan import Workload
 from assay.wire import HEAD, frame
 
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031
+_MOST_BYTES = 1 << 32
+"""Of a reply: a worker shall not make the judge run out of memory."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Worker:
         *,
         timeout_s: float,
         namespaces: bool,
+        wrap: Wrap | None = None,
+        limits: Limits | None = None,
     ) -> None:
         """Starts and loads. Raises ArmError with the worker's own words if that fails."""
         self.arm, self.timeout_s = arm, timeout_s
@@ -51,10 +57,19 @@ class Worker:
         self._replies, back = os.pipe()
         for fd in (there, back):
             fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
-        command = [workload.python, str(Path(__file__).with_name("worker.py"))]
+        worker = place.parent / "worker.py" if wrap else Path(__file__).with_name("worker.py")
         try:
             self.running = Running(
-                arm, command, tree, place, environment, log=self.log.fileno(), fds=(there, back), namespaces=namespaces
+                arm,
+                [workload.python or sys.executable, str(worker)],
+                tree,
+                place,
+                environment,
+                log=self.log.fileno(),
+                fds=(there, back),
+                namespaces=namespaces,
+                wrap=wrap,
+                limits=limits,
             )
         finally:
             os.close(there)
@@ -86,9 +101,11 @@ class Worker:
                     self._wait(self._writable, stop)
             head = self._read(HEAD.size, stop)
             size, kind, inner = HEAD.unpack(head)
+            if size > _MOST_BYTES:
+                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {_MOST_BYTES}")
             reply = self._read(size, stop)
         except (BrokenPipeError, EOFError):
-            raise ArmError(self.arm, self._last_words()) from None
+            raise self._last_words() from None
         seconds = time.perf_counter() - start
         if kind != b"r":
             raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
@@ -110,16 +127,18 @@ class Worker:
 
     def _wait(self, poller: "select.poll", stop: float) -> None:
         while not poller.poll(200):
+            self.running.watch()
             if time.monotonic() > stop:
-                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s")
+                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
 
-    def _last_words(self) -> str:
+    def _last_words(self) -> ArmError:
         try:
-            status = f"ended with status {self.running.wait(1).status}"
-        except ArmError as problem:
-            status = str(problem)
+            problem = ArmError(self.arm, f"ended with status {self.running.wait(1).status}")
+        except ArmError as seen:
+            problem = seen
         self.log.seek(0)
-        return f"{status}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        words = f"{problem.words}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
 
     def end(self) -> None:
         """Kills it and whatever it started."""

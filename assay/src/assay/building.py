@@ -1,0 +1,92 @@
+"""Commands in arms' trees: setup and build of every arm, alike, each with a cache of its own that is empty at first."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from assay import sandbox
+from assay.arms import ArmError, Running
+from assay.frozen import Frozen
+from assay.measure import Trees
+from assay.sandbox import CACHE, Finished
+
+_LAST_WORDS = 1000
+
+
+class BuildError(RuntimeError):
+    """A setup or build command failed in an arm."""
+
+    def __init__(self, arm: str, words: str) -> None:
+        super().__init__(f"{arm}: {words}")
+        self.arm = arm
+
+
+def built(frozen: Frozen, *, sandboxed: bool) -> None:
+    """Sets up and builds all arms, unless that was done. BuildError if a command fails, ValueError as `check` says."""
+    mark = frozen.folder / "built.json"
+    if mark.exists():
+        return
+    frozen.check()
+    shutil.rmtree(frozen.folder / "cache", ignore_errors=True)
+    commands = frozen.content["commands"]
+    for arm in frozen.arms:
+        for command in [*commands["setup"], *commands["build"]]:
+            ended = run(frozen, arm, command, sandboxed=sandboxed, writable=True, timeout_s=commands["timeout_s"])
+            if ended.status:
+                raise BuildError(arm, f"{' '.join(command)}: {words(ended)}")
+    mark.write_text(json.dumps({"sandboxed": sandboxed}) + "\n")
+
+
+def run(
+    frozen: Frozen,
+    arm: str,
+    command: Sequence[str],
+    *,
+    sandboxed: bool,
+    timeout_s: float,
+    writable: bool = False,
+    cache: Path | None = None,
+) -> Finished:
+    """A command in an arm's tree, in its sandbox or, where that is not wanted, beside it."""
+    if sandboxed:
+        return sandbox.run(frozen.box(arm, writable=writable, cache=cache), command, timeout_s=timeout_s)
+    environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
+    environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    return _beside(frozen.tree(arm), command, environment, timeout_s)
+
+
+def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: bool) -> Path:
+    """Where a command finds the folder that `run` was given as its cache."""
+    return CACHE if sandboxed else cache or frozen.cache(arm)
+
+
+def words(ended: Finished) -> str:
+    """How a command ended, and its last words."""
+    how = ended.killed or f"ended with status {ended.status}"
+    return f"{how}: {ended.output[-_LAST_WORDS:].decode(errors='replace').strip()}"
+
+
+def _beside(tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float) -> Finished:
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder, tempfile.TemporaryFile() as log:
+        trees = Trees.at({"arm": tree}, Path(folder))
+        running = Running(
+            "arm", command, tree, trees.place("arm"), environment, log=log.fileno(), namespaces=trees.namespaces
+        )
+        start = time.perf_counter()
+        try:
+            running.release()
+            ended = running.wait(timeout_s)
+            status, left, killed = ended.status, ended.left, ""
+        except ArmError as problem:
+            status, left, killed = -9, 0, problem.words
+        finally:
+            seconds = time.perf_counter() - start
+            running.end()
+        log.seek(max(0, log.seek(0, os.SEEK_END) - sandbox.TAIL))
+        return Finished(status, log.read(), seconds, left, killed)

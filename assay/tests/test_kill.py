@@ -1,0 +1,111 @@
+"""A judge that is killed at any moment: completed stages keep their rows, nothing runs on, and the end is the same."""
+
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from assay import sandbox
+from small_project import FASTER, assay, candidate, edited, environment, project
+
+KILLS = 20
+STAGES = ["prepare", "build", "tests", "equivalence", "provenance", "measure"]
+
+
+def rows(store: Path, table: str) -> list[tuple[Any, ...]]:
+    if not (store / "ledger.sqlite").exists():
+        return []
+    with sqlite3.connect(store / "ledger.sqlite") as ledger:
+        if not ledger.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (table,)).fetchall():
+            return []
+        return ledger.execute(f"SELECT * FROM {table} ORDER BY rowid").fetchall()
+
+
+def unborn(process: Path) -> bool:
+    """Whether this is the inner half of bubblewrap, whose outer half was killed before it told it to go on.
+
+    It waits for that for ever and runs nothing of ours or of a patch: it has no child and its program is still bwrap.
+    """
+    try:
+        state = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        children = (process / "task" / process.name / "children").read_text()
+        return state["Name"].strip() == "bwrap" and state["PPid"].strip() == "1" and not children.strip()
+    except (OSError, KeyError):
+        return False
+
+
+def processes(mark: str, store: Path) -> list[str]:
+    """Everything that has the mark in its environment, names the store, or has a folder of it mounted."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or int(folder.name) == os.getpid():
+            continue
+        try:
+            texts = [(folder / name).read_bytes() for name in ("cmdline", "environ", "mountinfo")]
+        except OSError:
+            continue
+        ours = texts[0] and str(store).encode() in texts[0]
+        if ours and unborn(folder):
+            os.kill(int(folder.name), signal.SIGKILL)
+            continue
+        if texts[0] and (mark.encode() in texts[1] or any(str(store).encode() in text for text in texts)):
+            found.append(texts[0].replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def test_twenty_kills(tmp_path: Path) -> None:
+    task = edited(project(tmp_path), "rounds = 2, calls = 2", "rounds = 2, calls = 8")
+    tree, store = candidate(task, "fast", {"pkg/__init__.py": FASTER}), tmp_path / "store"
+    options = [] if sandbox.refusal() is None else ["--no-sandbox"]
+    command = [sys.executable, "-m", "assay", "judge", str(task), "--tree", str(tree), "--store", str(store), *options]
+    mark = f"ASSAY_TEST_{os.getpid()}_{time.time_ns()}"
+    seed = int(os.environ.get("ASSAY_TEST_SEED", time.time_ns() % 10**6))
+    print("seed", seed)
+    moments = random.Random(seed)
+    done: list[tuple[Any, ...]] = []
+    finished, kills, longest, reached = 0, 0, 2.0, set()
+    while kills < KILLS:
+        started = time.monotonic()
+        judge = subprocess.Popen(
+            command, env=environment(MARK=mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            status = judge.wait(moments.uniform(0.05, longest))
+        except subprocess.TimeoutExpired:
+            judge.send_signal(signal.SIGKILL)
+            judge.wait()
+            kills += 1
+            longest = min(20.0, longest * 1.15)
+        else:
+            assert status in (0, 3), status  # a loaded machine may be void, and is never anything else
+            finished += 1
+            longest = max(0.5, 0.6 * (time.monotonic() - started))
+        stop = time.monotonic() + 10
+        while running := processes(mark, store):
+            assert time.monotonic() < stop, running
+            time.sleep(0.05)
+        now = rows(store, "done")
+        assert now[: len(done)] == done  # what was done is as it was, and nothing is done twice
+        done = now
+        reached |= {stage for _, stage, _ in rows(store, "begun")}
+    last = subprocess.run(command, env=environment(), check=False, capture_output=True, text=True)
+    assert last.returncode in (0, 3), last.stderr
+    attempts, begun, done = (rows(store, table) for table in ("attempts", "begun", "done"))
+    final = rows(store, "final")
+    assert len(attempts) == len(final) == finished + 1 and {row[0] for row in attempts} == {row[0] for row in final}
+    assert [row[5] for row in attempts] == list(range(1, finished + 2))
+    for attempt in attempts:
+        stages = [row[1] for row in begun if row[0] == attempt[0]]
+        assert stages == [row[1] for row in done if row[0] == attempt[0]] == STAGES
+        raw = (store / "attempts" / attempt[0] / "raw/squares.jsonl").read_text()
+        numbers = [line for line in raw.splitlines() if '"kind": "block"' in line]
+        assert [f'"number": {i}, ' in line for i, line in enumerate(numbers)] == [True] * len(numbers)
+    assert list((store / "tmp").iterdir()) == [] and "measure" in reached
+    assert not [path for path in store.glob("attempts/*/*-*") if path.is_dir()]
+    shown = assay("ledger", "--store", store).stdout
+    assert len(shown.splitlines()) == finished + 1 and "not finished" not in shown

@@ -1,0 +1,100 @@
+"""What the README promises: a repository judged by its words alone, and a 50 ms workload within a minute."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from assay import sandbox
+from small_project import candidate, edited, environment, files, git, project, verdict
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_judge_your_own_repository_in_five_minutes(tmp_path: Path) -> None:
+    """The README's files and commands, in a fresh directory, as they stand there."""
+    section = README.read_text().split("## Judge your own repository in five minutes")[1].split("\n## ")[0]
+    blocks = re.findall(r"```(\w+) *([\w./-]*)\n(.*?)```", section, flags=re.DOTALL)
+    assert {kind for kind, _, _ in blocks} == {"python", "toml", "sh"}
+    for kind, name, text in blocks:
+        if kind != "sh":
+            beside = "\n[budget]\nmost_foreign = 1e9\n"  # other tests run beside this one
+            files(tmp_path, {name: text + beside * (kind == "toml")})
+    (commands,) = (text for kind, _, text in blocks if kind == "sh")
+    git(tmp_path, "init", "--quiet", "words")
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    more = "" if sandbox.refusal() is None else " --no-sandbox"
+    (bin_ / "assay").write_text(f'#!/bin/sh\nexec {sys.executable} -m assay "$@"\n')
+    (bin_ / "assay").chmod(0o755)
+    named = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    path = os.pathsep.join([str(bin_), os.environ["PATH"]])
+    commands = commands.replace("assay judge task.toml", f"assay judge task.toml{more}")
+    start = time.monotonic()
+    done = subprocess.run(
+        ["sh", "-ec", commands],
+        cwd=tmp_path,
+        env=environment(PATH=path, **named),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    print(f"{time.monotonic() - start:.0f} s")
+    assert done.stdout.splitlines()[1].startswith("faster: the interval lies above 0"), done.stdout + done.stderr
+    assert done.returncode == 0 and list(tmp_path.glob(".assay/attempts/*/report.html"))
+
+
+SLEEPLESS = """def work(n):
+    total = 0
+    for i in range(n):
+        total += i * i % 7
+    return total
+"""
+
+
+@pytest.mark.parametrize("change", ["faster", "equal"])
+def test_a_workload_of_50_ms_within_a_minute(change: str, tmp_path: Path) -> None:
+    """All gates, 40 examples, 12 to 40 blocks. A loaded machine takes longer, so processor time is what is asserted."""
+    task = edited(project(tmp_path), "rounds = 2, calls = 2", "rounds = 2, calls = 2, warmups = 1")
+    edited(task, "examples = 10", "examples = 40")
+    once = time.process_time()
+    scope: dict[str, object] = {}
+    exec(SLEEPLESS, scope)
+    scope["work"](1000000)  # type: ignore[operator]
+    size = int(1000000 * 0.05 / (time.process_time() - once))
+    files(tmp_path / "repo", {"pkg/__init__.py": SLEEPLESS, "tests/test_work.py": "from pkg import work\n\n\n" + _TEST})
+    files(tmp_path, {"inputs.py": f"def squares(seed):\n    return ({size} + seed % 100,)\n"})
+    files(tmp_path, {"strategies.py": _STRATEGY})
+    git(tmp_path / "repo", "commit", "--all", "-m", "50 ms")
+    text = SLEEPLESS.replace("range(n)", "range(0, n)")
+    if change == "faster":
+        text = "def work(n):\n    k, r = divmod(n, 7)\n    return 14 * k + sum(i * i % 7 for i in range(r))\n"
+        text += "def _unused(n):\n    return sum(range(n // 3))\n_work = work\n"
+        text += "def work(n):\n    _unused(n)\n    return _work(n)\n"
+    tree = candidate(task, change, {"pkg/__init__.py": text})
+    more = [] if sandbox.refusal() is None else ["--no-sandbox"]
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    found = verdict(task, "--tree", tree, "--store", tmp_path / "store", *more)
+    after, seconds = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - start
+    used = sum(getattr(after, name) - getattr(before, name) for name in ("ru_utime", "ru_stime"))
+    blocks = found["workloads"][0]["blocks"]
+    print(f"{found['outcome']}: {blocks} blocks, {seconds:.1f} s, {used:.1f} s of a processor")
+    assert used <= 60
+    if change == "faster":
+        assert found["outcome"] == "faster" and blocks == 12
+    else:
+        assert found["outcome"] in ("equivalent", "undecided", "void") or not found["workloads"][0]["material"]
+
+
+_TEST = "def test_work():\n    assert work(10) == sum(i * i % 7 for i in range(10))\n"
+_STRATEGY = """from hypothesis import strategies
+
+
+def arguments():
+    return strategies.tuples(strategies.integers(0, 2000))
+"""
