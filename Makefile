@@ -19,14 +19,14 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: expected 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]' --editable ./assay
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]' --editable './assay[judge]'
 	touch $@
 
 demo: .venv/ready ## run the seed workload and print a table
 	$(BIN)/moeyard bench --workload seed
 
-test: .venv/ready ## every test this machine can run, in at most 12 minutes on two cores
-	$(RUN) 720 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+test: .venv/ready ## every test this machine can run, in at most 30 minutes on two cores
+	$(RUN) 1800 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
 
 test-full: .venv/ready ## the longer tests too
 	$(BIN)/python -m pytest -n 2 --dist loadfile

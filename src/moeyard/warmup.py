@@ -70,9 +70,10 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "shuffle_rows", lambda: shuffle_rows(rows, counts)
     yield "combine", lambda: combine(rows, layout)
     yield "moe_sum", lambda: moe_sum(rows[:2].view(1, 2, 8))
-    weights = ExpertWeights(rows.new_ones(3, 16, 8), rows.new_ones(3, 8, 8))
+    wide = torch.ones(2, 16, dtype=torch.bfloat16, device=device)  # what every implementation of experts takes
+    weights = ExpertWeights(wide.new_ones(3, 32, 16), wide.new_ones(3, 16, 16))
     routing = Routing(torch.ones(2, 2, device=device), ids)
     yield "route", lambda: route(rows[:2, :3], top_k=2)
-    yield "grouped_gemm", lambda: grouped_gemm(rows[:2], weights.w13, layout=layout)
+    yield "grouped_gemm", lambda: grouped_gemm(wide, weights.w13, layout=layout)
     yield "activate", lambda: activate(rows)
-    yield "fused_experts", lambda: fused_experts(rows[:2], routing, weights)
+    yield "fused_experts", lambda: fused_experts(wide, routing, weights)
