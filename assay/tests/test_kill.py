@@ -26,19 +26,6 @@ def rows(store: Path, table: str) -> list[tuple[Any, ...]]:
         return ledger.execute(f"SELECT * FROM {table} ORDER BY rowid").fetchall()
 
 
-def unborn(process: Path) -> bool:
-    """Whether this is the inner half of bubblewrap, whose outer half was killed before it told it to go on.
-
-    It waits for that for ever and runs nothing of ours or of a patch: it has no child and its program is still bwrap.
-    """
-    try:
-        state = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        children = (process / "task" / process.name / "children").read_text()
-        return state["Name"].strip() == "bwrap" and state["PPid"].strip() == "1" and not children.strip()
-    except (OSError, KeyError):
-        return False
-
-
 def processes(mark: str, store: Path) -> list[str]:
     """Everything that has the mark in its environment, names the store, or has a folder of it mounted."""
     found = []
@@ -48,10 +35,6 @@ def processes(mark: str, store: Path) -> list[str]:
         try:
             texts = [(folder / name).read_bytes() for name in ("cmdline", "environ", "mountinfo")]
         except OSError:
-            continue
-        ours = texts[0] and str(store).encode() in texts[0]
-        if ours and unborn(folder):
-            os.kill(int(folder.name), signal.SIGKILL)
             continue
         if texts[0] and (mark.encode() in texts[1] or any(str(store).encode() in text for text in texts)):
             found.append(texts[0].replace(b"\0", b" ").decode(errors="replace"))

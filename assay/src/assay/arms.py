@@ -90,6 +90,8 @@ class Running:
         self._told: dict[str, Any] = {}
         self._frozen: list[int] = []
         self._layers = 2 if namespaces or wrap else 1
+        if wrap and not os.getuid():
+            self._layers = 3  # see _confine
         if self._layers == 1:
             place.unlink(missing_ok=True)
             place.symlink_to(tree.resolve(), target_is_directory=True)
@@ -158,7 +160,9 @@ class Running:
 
     def members(self) -> list[int]:
         """All processes of the arm below its supervisor, the command's own first."""
-        supervisors = [self.root] if self._layers == 1 else children(self.root)
+        supervisors = [self.root]
+        for _ in range(self._layers - 1):
+            supervisors = [child for one in supervisors for child in children(one)]
         return [process for one in supervisors for process in below(one)]
 
     def cpu_seconds(self) -> float:
@@ -201,7 +205,7 @@ class Running:
             while children(self.root, dead=True):
                 time.sleep(0.0005)  # until the supervisor has reaped them, so that their time counts as ours
             _kill(self.root, signal.SIGKILL)
-        while os.waitpid(self.root, os.WNOHANG if self._layers == 2 else 0)[0] == 0:
+        while os.waitpid(self.root, os.WNOHANG if self._layers > 1 else 0)[0] == 0:
             for child in children(self.root):  # there may be none yet
                 _kill(child, signal.SIGKILL)  # process 1: the kernel ends its namespace
             time.sleep(0.0005)
@@ -222,25 +226,46 @@ def _start(order: Order, tree: Path, namespaces: bool, wrap: Wrap | None) -> Non
     try:
         check("prctl", LIBC.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
         if wrap is not None:
+            _confine(order)
             _enter(order, wrap)
         if not namespaces:
             check("prctl", LIBC.prctl(SUBREAPER, 1, 0, 0, 0))
             order.supervise()
         _unshare()
         _mount(str(tree.resolve()), order.place, None, _BIND | _RECURSIVE)
-        inner = os.fork()
-        if inner == 0:
-            check("prctl", LIBC.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
-            _mount("proc", "/proc", "proc", 0)
-            order.supervise()
+        _become_process_1(order)
+        _mount("proc", "/proc", "proc", 0)
+        order.supervise()
     except (OSError, RuntimeError) as problem:
         order.tell(error=f"cannot be supervised: {problem}")
         os._exit(1)
-    os.close(order.status)
-    for fd in order.fds:
-        os.close(fd)
-    os.waitpid(inner, 0)
-    os._exit(0)
+
+
+def _confine(order: Order) -> None:
+    """Goes on as process 1 of a pid namespace, in which bubblewrap makes its own.
+
+    If the judge is killed while bubblewrap divides, its inner half would wait for the outer one for ever; here the
+    kernel ends both. An ordinary user may not make one without a user namespace, of which bubblewrap needs the first.
+    """
+    if not os.getuid():
+        check("unshare", LIBC.unshare(_NEW_PIDS))
+        _become_process_1(order)
+
+
+def _become_process_1(order: Order) -> None:
+    """Goes on in a child, the first of a new pid namespace; this process waits for it and ends."""
+    inner = os.fork()
+    if inner:
+        os.close(order.status)
+        for fd in order.fds:
+            os.close(fd)
+        os.waitpid(inner, 0)
+        os._exit(0)
+    check("prctl", LIBC.prctl(PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    gate = select.poll()
+    gate.register(order.gate, select.POLLHUP)
+    if gate.poll(0):  # the judge died before this process could hear of it
+        os._exit(1)
 
 
 def _enter(order: Order, wrap: Wrap) -> NoReturn:
