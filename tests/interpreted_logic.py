@@ -14,7 +14,7 @@ from support import CPU, guard_broken, poisoned, same_bits
 
 def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tensor | None) -> tuple[Any, int]:
     plan = experts._experts_plan.__wrapped__(
-        CPU, torch.bfloat16, *ids.shape, (local, 16, 16), num_experts, Activation(), True, False,
+        CPU, torch.bfloat16, ids.dtype, *ids.shape, (local, 16, 16), num_experts, Activation(), True, False,
         16, (512, 16), (256, 16), 0, 0,
     )  # fmt: skip
     return experts._lay_out(plan, ids, mapping), plan.gate_up.constants["ROWS"]
@@ -123,3 +123,13 @@ def test_more_than_one_launch_of_layout(most_alone: int) -> None:
     got = moeyard.fused_experts(rows, routing, weights, impl="triton")
     experts._experts_plan.cache_clear()
     assert torch.allclose(got, moeyard.fused_experts(rows, routing, weights, impl="torch"), atol=1e-5)
+
+
+def test_ids_of_both_widths_in_turn() -> None:
+    """Plans are kept by the dtype of ids: wide ids read as narrow ones would be other routes."""
+    rows, weights = torch.randn(9, 16), moeyard.ExpertWeights(torch.randn(4, 32, 16) / 4, torch.randn(4, 16, 16) / 4)
+    ids = torch.randint(-1, 5, (9, 2), dtype=torch.int32)
+    for given in (ids, ids.long(), ids.long() + 2**32):
+        routing = moeyard.Routing(torch.rand(9, 2), given)
+        got = moeyard.fused_experts(rows, routing, weights, impl="triton")
+        assert torch.allclose(got, moeyard.fused_experts(rows, routing, weights, impl="torch"), atol=1e-5)

@@ -136,7 +136,8 @@ def plan_of(
     monkeypatch.setattr(experts, "card", lambda _: card)
     monkeypatch.setattr(experts, "_programmatic", lambda _: card.capability >= (9, 0))
     return experts._experts_plan.__wrapped__(
-        torch.device("cpu"), dtype, tokens, top_k, (count, hidden, size), count, activation or Activation(), True, True,
+        torch.device("cpu"), dtype, torch.int32, tokens, top_k, (count, hidden, size), count,
+        activation or Activation(), True, True,
         hidden, (2 * size * hidden, hidden), (hidden * size, size), 2 * size, hidden,
     )  # fmt: skip
 
