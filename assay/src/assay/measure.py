@@ -222,7 +222,7 @@ def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -
     So base's figure is the median of its rounds (each the median of its calls), and another arm's is that times the
     median, over rounds, of its ratio to base in the round. The difference of two logarithms whose noise is alike is
     symmetric about what the arms differ by, however skewed the noise, so nothing is shifted. (Times relative to the
-    median of a round's arms are shifted: that median depends on which arms differ. By 0.4 to 0.5 % of 5 % here.)
+    median of a round's arms are shifted, since that median depends on which arms differ: 5 % came out as 4.5 %.)
     """
     times = np.log(np.asarray(calls, float).reshape(len(arms), rounds, -1))
     each = np.median(times, axis=2)
