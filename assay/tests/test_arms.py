@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from assay import sandbox
+from assay import sandbox, sense
 from assay.arms import ArmError, Running, namespaces_work
 
 DOUBLE_FORK = """
@@ -113,6 +113,19 @@ def test_frozen_arms_use_nothing(folder: Path, mode: str) -> None:
         assert running.cpu_seconds() > before
         running.freeze()
         running.end()  # the frozen die, too
+
+
+def test_the_time_of_arms_counts_as_the_judges(folder: Path, mode: str) -> None:
+    """What is not counted so would be taken for foreign load, and every block be contaminated."""
+    begun = sense.own_seconds()
+    with tempfile.TemporaryFile() as log:
+        running = start(folder, mode, python(SPIN), log.fileno())
+        running.release()
+        time.sleep(0.6)
+        running.freeze()
+        used = running.cpu_seconds()
+        running.end()
+    assert used > 0.1 and sense.own_seconds() - begun >= used - 0.02
 
 
 def test_nothing_outlives_a_killed_judge(folder: Path, mode: str) -> None:

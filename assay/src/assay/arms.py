@@ -13,6 +13,7 @@ import json
 import os
 import select
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, Order, below, check, ch
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
+PYTHON, PREFIX = os.path.normpath(sys.executable), os.path.normpath(sys.prefix)
+"""The interpreter and its environment; a sandbox has no folders to go back through that `..` in a path may name."""
 _WATCH_S, _START_S = 0.2, 60.0
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
@@ -160,10 +163,23 @@ class Running:
 
     def members(self) -> list[int]:
         """All processes of the arm below its supervisor, the command's own first."""
-        supervisors = [self.root]
+        return [process for one in self._supervisors()[-1] for process in below(one)]
+
+    def _supervisors(self) -> list[list[int]]:
+        """Those of each layer, `root` first; a layer may have none yet."""
+        layers = [[self.root]]
         for _ in range(self._layers - 1):
-            supervisors = [child for one in supervisors for child in children(one)]
-        return [process for one in supervisors for process in below(one)]
+            layers.append([child for one in layers[-1] for child in children(one)])
+        return layers
+
+    def _innermost(self) -> list[int]:
+        """The supervisors of the last layer that has any yet; `root` itself only if it is the only layer.
+
+        Those around them reap them and end by themselves. If one of those were killed first, the kernel would end what
+        is inside without counting its processor time as the judge's, and it would look foreign.
+        """
+        layers = self._supervisors()
+        return next((layer for layer in reversed(layers[1:]) if layer), [] if layers[1:] else [self.root])
 
     def cpu_seconds(self) -> float:
         """Processor seconds of all living members and of their children that have ended, in steps of 10 ms."""
@@ -200,14 +216,12 @@ class Running:
         """Kills whatever is left, and returns when it is gone. May be called twice."""
         if self.root < 0:
             return
-        self._signal(signal.SIGKILL)  # _children leaves the dead out, so this ends
-        if self._layers == 1:
-            while children(self.root, dead=True):
-                time.sleep(0.0005)  # until the supervisor has reaped them, so that their time counts as ours
-            _kill(self.root, signal.SIGKILL)
-        while os.waitpid(self.root, os.WNOHANG if self._layers > 1 else 0)[0] == 0:
-            for child in children(self.root):  # there may be none yet
-                _kill(child, signal.SIGKILL)  # process 1: the kernel ends its namespace
+        self._signal(signal.SIGKILL)  # `children` leaves the dead out, so this ends
+        while any(children(one, dead=True) for one in self._supervisors()[-1]):
+            time.sleep(0.0005)  # until the supervisor has reaped them, so that their time counts as ours
+        while os.waitpid(self.root, os.WNOHANG)[0] == 0:
+            for process in self._innermost():
+                _kill(process, signal.SIGKILL)
             time.sleep(0.0005)
         self.root = -1
         self.group.end()

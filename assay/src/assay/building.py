@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from assay import sandbox
-from assay.arms import ArmError, Running
+from assay.arms import PYTHON, ArmError, Running
 from assay.frozen import Frozen
 from assay.measure import Trees
 from assay.sandbox import CACHE, Finished
@@ -57,7 +56,7 @@ def run(
         return sandbox.run(frozen.box(arm, writable=writable, cache=cache), command, timeout_s=timeout_s)
     environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
     environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)])
+    environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
     return _beside(frozen.tree(arm), command, environment, timeout_s)
 
 

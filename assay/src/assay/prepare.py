@@ -6,13 +6,13 @@ import platform
 import secrets
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from assay import __version__, frozen, sandbox
+from assay.arms import PREFIX, PYTHON
 from assay.experiment import machine
 from assay.git import Store
 from assay.guards import CACHES, Judged, Source, judged
@@ -166,11 +166,11 @@ def api_breaks(read: Read, plan: frozen.Frozen, *, sandboxed: bool) -> list[str]
     if not wanted.packages and not wanted.native:
         return []
     stdin = json.dumps(asdict(wanted)).encode()
-    command = [sys.executable, "-m", "assay.api"]
+    command = [PYTHON, "-m", "assay.api"]
     if sandboxed:
         package = Path(__file__).parent
         box = plan.box("base")
-        source = () if package.is_relative_to(sys.prefix) else (package.parent,)
+        source = () if package.is_relative_to(PREFIX) else (package.parent,)
         box = replace(box, readable=(*box.readable, *source, plan.tree("candidate")), memory_bytes=4 << 30)
         box = replace(box, environment={**box.environment, "PYTHONPATH": str(package.parent)})
         command += [str(sandbox.PLACE), str(plan.tree("candidate"))]

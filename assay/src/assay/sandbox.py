@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from assay.arms import ArmError, Running
+from assay.arms import PREFIX, PYTHON, ArmError, Running
 from assay.limits import Limits
 
 PLACE = Path("/assay/tree")
@@ -100,7 +100,7 @@ def refusal() -> str | None:
 
 def environment(box: Box, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """All of the environment inside: the same for all arms that were declared alike."""
-    folders = dict.fromkeys([str(Path(sys.executable).parent), "/usr/local/bin", "/usr/bin", "/bin"])
+    folders = dict.fromkeys([str(Path(PYTHON).parent), "/usr/local/bin", "/usr/bin", "/bin"])
     own = {
         "PATH": os.pathsep.join(folders),
         "HOME": str(HOME),
@@ -126,7 +126,7 @@ class Entry:
     box: Box
 
     def __call__(self, arguments: list[str], environment: Mapping[str, str]) -> list[str]:
-        supervisor = [sys.executable, "-I", "-S", "/assay/supervisor.py"]
+        supervisor = [PYTHON, "-I", "-S", "/assay/supervisor.py"]
         return [*_entry(self.box, environment), "--as-pid-1", "--", *supervisor, *arguments]
 
 
@@ -158,7 +158,7 @@ def _entry(box: Box, environment: Mapping[str, str]) -> list[str]:
         made += ["--dir", str(CACHE / folder)] if folder and not box.cache else []
     for name in (*_SYSTEM, _CPUS):
         made += ["--ro-bind-try", name, name]
-    for name in dict.fromkeys([sys.base_prefix, sys.prefix, *map(str, box.readable)]):
+    for name in dict.fromkeys([sys.base_prefix, PREFIX, *map(str, box.readable)]):
         if not Path(name).is_relative_to("/usr"):
             made += ["--ro-bind", name, name]
     for name in _PARTS:

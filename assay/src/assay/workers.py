@@ -4,7 +4,6 @@ import fcntl
 import marshal
 import os
 import select
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from assay.arms import ArmError, Running, Wrap
+from assay.arms import PYTHON, ArmError, Running, Wrap
 from assay.limits import Limits
 from assay.plan import Workload
 from assay.wire import HEAD, frame
@@ -61,7 +60,7 @@ class Worker:
         try:
             self.running = Running(
                 arm,
-                [workload.python or sys.executable, str(worker)],
+                [workload.python or PYTHON, str(worker)],
                 tree,
                 place,
                 environment,

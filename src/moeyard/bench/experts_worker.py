@@ -45,7 +45,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     peers = results.peers(results.peer_version("vllm") if device.type == "cuda" else "")
     if device.type == "cuda" and results.peer_version("deep_gemm"):
         peers["deep_gemm"] = results.peer_version("deep_gemm")
-    return {"machine": {**machine, "matrix_tflops": round(rate, 1)}, "peers": peers}
+    return {"machine": {**machine, "matrix_tflops": float(f"{rate:.4g}")}, "peers": peers}
 
 
 def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[who.Provider]:
