@@ -16,7 +16,7 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.cuda import compile as building
 from moeyard.cuda.experts import expert_defines
-from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, shared_bytes, stage_bytes
+from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, shared_bytes, stage_bytes
 from moeyard.cuda.plan import Card
 from moeyard.cuda.tensor_map import weight_boxes
 
@@ -166,6 +166,30 @@ def test_options_spill_nothing(rows: int, options: dict[str, bool], tmp_path: Pa
     plan = next(plan for plan in plans() if plan.rows == rows)
     half = options.get("dtype") == torch.float16
     assert_sound(plan, *examined(plan, tmp_path, **options), dtype="F16" if half else "BF16")
+
+
+WAYS = {
+    "runs": (Way(rows=8, run=4), {"gated": True, "gather": True, "curve": "SILU"}),
+    "pairs": (Way("copied", 256, cluster=2), {"gated": True, "curve": "SILU", "ready": True}),
+    "pairs that copy": (Way("copying", 256, cluster=2), {"gated": True, "curve": "SILU", "copying": True}),
+    "192": (Way("copied", 192), {"gated": True, "curve": "SILU", "ready": True}),
+    "192, pairs that copy": (
+        Way("copying", 192, cluster=2),
+        {"gated": True, "curve": "SILU", "copying": True, "clamped": True, "biased": True},
+    ),
+    "192, pairs, second product": (Way("copied", 192, cluster=2), {"ready": True, "biased": True}),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_spill_nothing(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    way, options = WAYS[name]
+    plan = expert_plan(65536, 128, 768, options.get("gated", False), False, H200, way)
+    code, used, text = examined(plan, tmp_path, **options)
+    assert_sound(plan, code, used, text)
+    assert (plan.cluster, plan.run, plan.rows) == (way.cluster, way.run, way.rows)
+    assert ("MULTICAST" in text) == (way.cluster > 1) and plan.grid % way.cluster == 0
 
 
 # Ports of the kernel's index arithmetic. Names are those of experts.cu and its headers.

@@ -19,7 +19,7 @@ import torch
 from moeyard import GPT_OSS_ACTIVATION, Activation
 from moeyard.cuda import compile as building
 from moeyard.cuda.experts import expert_defines
-from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, expert_plan
+from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, Way, expert_plan, progress_words
 from moeyard.cuda.plan import Card
 from moeyard.cuda.router import float_bits
 from moeyard.cuda.tensor_map import weight_boxes
@@ -60,7 +60,7 @@ def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: 
 PLAIN: dict[str, Any] = {
     "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
     "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
-    "plan": {"stages": 3},
+    "copying": False, "plan": {"stages": 3},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"tiles": 8},
@@ -85,13 +85,36 @@ CASES: dict[str, dict[str, Any]] = {
     "half": {"tiles": 8, "dtype": torch.float16, "gated": False, "activation": Activation("relu2"), "columns": 144},
     "more experts than threads": {"tiles": 8, "counts": [3, 0, 0, 9, 1] * 60, "size": 16, "columns": 16, "blocks": 5},
     "gelu": {"tiles": 64, "counts": [9, 40], "activation": Activation("gelu", limit=1.0)},
+    "runs of weights": {"tiles": 8, "counts": [9, 3, 1], "size": 464, "plan": {"stages": 4, "run": 2}},
+    "long runs of weights": {
+        "tiles": 16, "counts": [20, 3], "size": 464, "gated": False, "gather": False, "activation": None, "ready": True,
+        "columns": 160, "plan": {"stages": 5, "run": 4},
+    },
+    "pairs": {
+        "tiles": 256, "counts": [290, 0, 33], "size": 176, "gather": False, "blocks": 4, "columns": 208,
+        "plan": {"stages": 3, "cluster": 2},
+    },
+    "pairs, second product": {
+        "tiles": 192, "counts": [230, 10], "size": 336, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 400, "blocks": 2, "plan": {"stages": 3, "cluster": 2},
+    },
+    "192 rows, copying": {
+        "tiles": 192, "counts": [200, 0, 70], "size": 208, "gather": False, "copying": True, "columns": 144,
+        "blocks": 2, "plan": {"stages": 3},
+    },
+    "pairs, copying": {
+        "tiles": 256, "counts": [0, 45, 300, 5], "size": 1104, "gather": False, "copying": True, "columns": 144,
+        "blocks": 4, "plan": {"stages": 4, "cluster": 2},
+    },
 }  # fmt: skip
 
 
 def planned(case: dict[str, Any]) -> ExpertPlan:
     card = Card(132, 232448, True)
     gated, by_route = case["gated"], case["by_route"]
-    plan = expert_plan(sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, case["tiles"])
+    plan = expert_plan(
+        sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, Way(rows=case["tiles"])
+    )
     return replace(plan, grid=case["blocks"], **case["plan"])
 
 
@@ -101,6 +124,7 @@ def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         planned(case), case["dtype"], "IDENTITY" if activation is None else activation.name.upper(),
         gated=case["gated"], clamped=activation is not None and activation.limit is not None, gather=case["gather"],
         by_route=case["by_route"], biased=case["bias"], weighted=case["weighted"], ready=case["ready"],
+        copying=case["copying"],
     )  # fmt: skip
 
 
@@ -109,27 +133,34 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     plan, dtype, size, columns, gated = planned(case), case["dtype"], case["size"], case["columns"], case["gated"]
     counts = torch.tensor(case["counts"], dtype=torch.int32)
     experts, total, wide = len(counts), int(counts.sum()), columns * (2 if gated else 1)
-    divisor = 3 if case["gather"] else 1
+    moved = case["gather"] or case["copying"]
+    divisor = 3 if moved else 1
     tokens = total // divisor + 2
     rows = torch.randn(tokens, size).to(dtype)
     weight = (torch.randn(experts, wide, size) / size**0.5).to(dtype)
     bias = torch.randn(experts, wide).to(dtype) if case["bias"] else None
     routes = torch.randperm(tokens * divisor)[:total].int()
     factors = torch.rand(tokens * divisor) if case["weighted"] else None
-    first_rows = (counts.cumsum(0) - counts).long()
+    first_rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    ordered = poisoned((total, size), dtype)
+    progress = torch.zeros(progress_words(total), dtype=torch.int32)
     out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, gated)
     maps = map_of(weight.data_ptr(), *boxes)
-    maps += map_of(rows.data_ptr(), (size, tokens), (2 * size,), (STEP_VALUES, plan.step))
-    tensors = (rows, bias, factors, routes if case["gather"] else None, first_rows, counts, out)
-    pointers = (ctypes.c_void_p * 7)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
+    boxed = ordered if case["copying"] else rows
+    maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, plan.step))
+    tensors = (rows, bias, factors, routes if moved or case["by_route"] else None, first_rows, counts, out)
+    tensors += (ordered, progress) if case["copying"] else (None, None)
+    pointers = (ctypes.c_void_p * 9)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     activation = case["activation"] or Activation()
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
     sizes = (ctypes.c_int64 * 8)(experts, columns, size, 2 * size, divisor, *map(float_bits, constants))
     failure = library.run(plan.grid, int(at_once), torch.initial_seed() % 2**31, maps, pointers, sizes)
     if failure is not None:
         return str(failure.decode())
-    taken = rows[routes.long() // divisor] if case["gather"] else rows[:total]
+    taken = rows[routes.long() // divisor] if moved else rows[:total]
+    if guard_broken(ordered) or (case["copying"] and not torch.equal(ordered, taken)):
+        return "copied wrongly"
     owner = torch.repeat_interleave(torch.arange(experts), counts)
     target = routes.long() if case["by_route"] else torch.arange(total)
     exact, honest = (
@@ -181,6 +212,20 @@ MUTANTS = {
     "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),
     "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
     "results before all have come": ("by route", "        sync_warpgroup(group);\n        for", "        for"),
+    "rows of a tile before they are there": ("192 rows, copying", "missing |= there[i] <", "missing |= 0 *"),
+    "the rows of one block alone": ("pairs", "row += CLUSTER * STEP", "row += 2 * CLUSTER * STEP"),
+    "a stage is given to one block alone": ("pairs", "{lane < CLUSTER, STAGGERS", "{lane == 0, STAGGERS"),
+    "a stage is taken when one block has read it": (
+        "pairs, second product", "4 * CONSUMERS * CLUSTER", "4 * CONSUMERS"
+    ),
+    "a block leaves its peer alone": (
+        "pairs", "if constexpr (CLUSTER > 1) sync_cluster();  // the other", "// the other"
+    ),
+    "the weights of both blocks": ("pairs, second product", "weight_tile * CLUSTER + rank", "weight_tile * CLUSTER"),
+    "weights of a run too early": (
+        "runs of weights", "    await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n    load_weights(map",
+        "    load_weights(map",
+    ),
     "weights of the last step missing": ("gpt-oss", "step < a.steps; ++step) {\n      await_phase(room.empty",
                                          "step < a.steps - 1; ++step) {\n      await_phase(room.empty"),
 }  # fmt: skip

@@ -16,7 +16,7 @@ import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
 from moeyard.bench.routing import ROUTINGS
 from moeyard.cuda import experts
-from moeyard.cuda.experts_plan import expert_plan
+from moeyard.cuda.experts_plan import Way
 from support import guard_broken, largest_and_rms, poisoned, same_bits
 from test_experts import plain_experts, wide_weights
 
@@ -24,7 +24,16 @@ CUDA = torch.device("cuda")
 LIMIT_S = 20
 FIRST_LIMIT_S = 60
 """Of the first case, which waits for the device and for compilers beside it."""
-TILES = (8, 16, 32, 64, 128, 256)
+WAYS = {
+    **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192, 256)},
+    "tiles of 8, runs of 4": Way(rows=8, run=4),
+    "tiles of 32, runs of 2": Way(rows=32, run=2),
+    "tiles of 256, copied": Way("copied", 256),
+    "tiles of 256, copying": Way("copying", 256),
+    "tiles of 256, copied, pairs": Way("copied", 256, cluster=2),
+    "tiles of 192, copying, pairs": Way("copying", 192, cluster=2),
+    "tiles of 128, copying, pairs": Way("copying", 128, cluster=2),
+}
 
 
 def draw_weights(
@@ -82,9 +91,9 @@ def layer(
     return run
 
 
-def with_tiles(rows: int) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Layers at one size of tiles, whatever the plan would choose, from one product to many tiles a block."""
-    experts.expert_plan = lambda *sizes: expert_plan(*sizes, rows)  # type: ignore[assignment]
+def with_way(way: Way) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Layers in one way, whatever would be chosen, from one product to many tiles a block."""
+    experts.way_of = lambda *_: way  # type: ignore[assignment]
     yield "one step", layer(3, 4, 2, 64, 64)
     yield "short rows", layer(5, 3, 1, 80, 16)
     yield "few", layer(40, 8, 2, 512, 256)
@@ -204,7 +213,7 @@ def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
 
 GROUPS: dict[str, Callable[[], Iterator[tuple[str, Callable[[], dict[str, Any]]]]]] = {
-    **{f"tiles of {rows}": (lambda rows=rows: with_tiles(rows)) for rows in TILES},  # type: ignore[misc]
+    **{name: (lambda way=way: with_way(way)) for name, way in WAYS.items()},  # type: ignore[misc]
     "products": products,
     "repeated": repeated,
 }

@@ -15,11 +15,15 @@ u32 shared_address(const void* pointer);
 void open_barrier(u32 barrier, u32 count);
 void publish_barriers();
 void arrive(u32 barrier);
+void arrive_at(u32 barrier, u32 block);
+void sync_cluster();
 void arrive_and_expect(u32 barrier, u32 bytes);
 void arrive_after_copies(u32 barrier);
 void await_phase(u32 barrier, u32 parity);
 void sync_warpgroup(u32 group);
 void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);
+void copy_box_to(
+    u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);
 void copy_16_bytes(u32 to, const u8* from, u32 bytes);
 void await_copies();
 void store_transposed(u32 address, u32 values);

@@ -43,10 +43,48 @@ def decode(case: Case) -> Runs:
     ]
 
 
+_WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "prefill": {
+        "gathered": {},
+        "copied": {"order": "copied"},
+        "copying": {"order": "copying"},
+        "copied, pairs": {"order": "copied", "cluster": 2},
+        "copying, pairs": {"order": "copying", "cluster": 2},
+        "192, copied": {"order": "copied", "rows": 192},
+        "192, copied, pairs": {"order": "copied", "rows": 192, "cluster": 2},
+        "192, copying, pairs": {"order": "copying", "rows": 192, "cluster": 2},
+        "128, copied, pairs": {"order": "copied", "rows": 128, "cluster": 2},
+    },
+    "batches": {
+        "default": {},
+        "runs of 2": {"run": 2},
+        "runs of 4": {"run": 4},
+        "8": {"rows": 8},
+        "16": {"rows": 16},
+        "32": {"rows": 32},
+        "32, runs of 2": {"rows": 32, "run": 2},
+        "64": {"rows": 64},
+        "128": {"rows": 128},
+    },
+}
+"""Label -> what of a `Way` (moeyard.cuda.experts_plan) is not as by default."""
+
+
 def prefill(case: Case) -> Runs:
-    """The first product's rows gathered, and copied into the order of experts before."""
+    """Many rows an expert: how they come into the order of experts, tiles, clusters."""
+    return ways("prefill", case)
+
+
+def batches(case: Case) -> Runs:
+    """Few rows an expert, where reading weights is the limit: tiles, and how weights are asked for."""
+    return ways("batches", case)
+
+
+def ways(which: str, case: Case) -> Runs:
+    """fused_experts in ways that are not chosen by sizes."""
     launch = importlib.import_module("moeyard.cuda.experts").fused_experts_launch
-    return [(label, launched(launch, case, copies=copies)) for label, copies in (("gathered", False), ("copied", True))]
+    way = importlib.import_module("moeyard.cuda.experts_plan").Way
+    return [(label, launched(launch, case, way=way(**options))) for label, options in _WAYS[which].items()]
 
 
 def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callable[[Any], Tensor]:

@@ -14,6 +14,14 @@
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
 // no exchange. Rows come by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
 //
+// Blocks may come in clusters of two (CLUSTER) that take tiles of the same rows and of weights side by side: each then
+// loads every other box of rows for both, half of what reading rows takes of the L2 cache. A stage is free when both
+// have read it.
+//
+// With COPYING rows are put into the order of experts by this very launch: three warps of the warpgroup that loads copy
+// portions of rows, whoever is free the next one, and a tile waits until its rows have been copied. Nobody waits for a
+// block that has not begun, so the grid may be any.
+//
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
 // rows waits for that launch, and the first stages' weights are on their way before.
 
@@ -23,13 +31,18 @@
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
-constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY;
+constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, COPIES_ROWS = COPYING;
+constexpr int CLUSTER = BLOCKS_A_CLUSTER;
+constexpr u32 RUN = STEPS_A_RUN;  // stages whose weights are asked for together: 128 bytes of a weight row each
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;
-constexpr int GROUP = BN == 256 ? 8 : 16;
+constexpr int GROUP = BN > 128 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
-constexpr bool MOVES_REGISTERS = BN * TALL == 256;  // 128 sums a lane: more registers than an even share
+constexpr int SUMS = TALL * BN / 2;  // of a lane
+constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
+constexpr int LOADERS_REGISTERS = SUMS == 128 ? 80 : COPIES_ROWS || GATHERS ? 48 : 32;
+constexpr int MULTIPLIERS_REGISTERS = (512 - LOADERS_REGISTERS) / 2;  // 65536 in all
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
@@ -38,6 +51,12 @@ constexpr int CHUNK_BYTES = CHUNK * PITCH;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
+constexpr u32 PORTION = 8, SPAN = 64;  // rows that a warp copies at a time, rows that are waited for together
+constexpr int SPANS = BN / SPAN + 1;   // that a tile may reach into
+using Work = Tiles<BN, STEP, GROUP, CLUSTER>;
+static_assert(RUN < DEPTH || RUN == 1, "a stage is given back when the one after it has been multiplied");
+static_assert(!GATHERS || (CLUSTER == 1 && !COPIES_ROWS), "rows are gathered by each block for itself");
+static_assert(!COPIES_ROWS || !READY_BEFORE, "what to copy is in the layout");
 
 struct Stage {
   u32 number, parity;
@@ -65,7 +84,9 @@ struct Arguments {
   const float* factors;
   const int* sorted_token_ids;
   u16* out;
-  u32 columns, steps, weight_tiles, size, divisor;
+  u8* ordered;    // rows in the order of experts, and
+  u32* progress;  // portions that warps have taken, then of each SPAN of those rows how many there are (COPYING)
+  u32 columns, steps, size, divisor, total_rows;
   i64 row_pitch;  // in bytes
   Curve curve;
 };
@@ -102,36 +123,101 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
 }
 
 __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
-                                          u32 stage) {
-  const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES;
-  for (u32 row = 0; row < tile.rows; row += STEP) {
-    copy_box(to + row * BK * 2, map, room.full + 8 * stage, step * BK, tile.first_row + row);
+                                          u32 stage, u32 rank) {
+  const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES, barrier = room.full + 8 * stage;
+  for (u32 row = rank * STEP; row < tile.rows; row += CLUSTER * STEP) {
+    if constexpr (CLUSTER == 1) copy_box(to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
+    else copy_box_to((1 << CLUSTER) - 1, to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
+  }
+}
+
+// The weights of a tile, asked for RUN stages at a time.
+struct Weights {
+  const TensorMap& map;
+  const Room& room;
+  Stage stage = {0, 0};  // the next one
+  u32 ahead = 0;         // stages whose weights are on their way already, those of the present step with them
+
+  __device__ __forceinline__ void ask(const Tile& tile, u32 step) {
+    await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+    load_weights(map, room, tile, step, stage.number);
+    stage.advance();
+    ++ahead;
+  }
+  __device__ __forceinline__ void come_to(const Tile& tile, u32 step, u32 steps) {
+    if (ahead == 0) {
+      while (ahead < min(RUN, steps - step)) ask(tile, step + ahead);
+    }
+    --ahead;
+  }
+};
+
+// Waits until all rows of a tile have been copied into the order of experts, by whatever blocks.
+__device__ __forceinline__ void await_rows(const Arguments& a, const Tile& tile) {
+  const u32 first = tile.first_row / SPAN, last = (tile.first_row + tile.rows - 1) / SPAN;
+  bool missing = true;
+  while (missing) {
+    u32 there[SPANS];
+#pragma unroll
+    for (int i = 0; i < SPANS; ++i) there[i] = look_at(a.progress + 1 + min(first + i, last));
+    missing = false;
+#pragma unroll
+    for (int i = 0; i < SPANS; ++i) missing |= there[i] < min(SPAN, a.total_rows - min(first + i, last) * SPAN);
+  }
+  see_what_others_wrote();
+  show_memory_to_copies();
+}
+
+// One warp of several, of whatever blocks.
+__device__ __forceinline__ void copy_rows(const Arguments& a) {
+  constexpr int AT_ONCE = 4;
+  const u32 lane = threadIdx.x & 31, words = a.row_pitch / 16;
+  while (true) {
+    const u32 first = PORTION * __shfl_sync(ALL, lane == 0 ? atomicAdd(a.progress, 1) : 0, 0);
+    if (first >= a.total_rows) return;
+    const u32 rows = min(PORTION, a.total_rows - first);
+    const u32 token = lane < rows ? __ldcg(a.sorted_token_ids + first + lane) / a.divisor : 0;
+    for (u32 row = 0; row < rows; ++row) {
+      const u8* from = a.rows + __shfl_sync(ALL, token, row) * a.row_pitch;
+      uint4* to = reinterpret_cast<uint4*>(a.ordered + (first + row) * a.row_pitch);
+      for (u32 word = lane; word < words; word += 32 * AT_ONCE) {
+        uint4 held[AT_ONCE];
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+          if (word + 32 * i < words) load_word(held[i], reinterpret_cast<u64>(from + (word + 32 * i) * 16));
+        }
+#pragma unroll
+        for (u32 i = 0; i < AT_ONCE; ++i) {
+          if (word + 32 * i < words) to[word + 32 * i] = held[i];
+        }
+      }
+    }
+    show_memory_to_copies();
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) add_for_others(a.progress + 1 + first / SPAN, rows);
   }
 }
 
 // One thread loads everything by the copy engine.
 __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
-                                              const Arguments& a, Tiles<BN, STEP, GROUP> tiles, u32 total) {
+                                              const Arguments& a, Work tiles, u32 total) {
   Stage stage = {0, 0};
-  u32 ahead = 0;  // stages whose weights are on their way already
+  Weights weights = {weight_map, room};
   if (READY_BEFORE) {
-    if (blockIdx.x < total) {
-      const Tile tile = tiles.find(blockIdx.x);
-      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead);
+    if (const u32 first = Walk<CLUSTER>().number(); first < total) {
+      const Tile tile = tiles.find(first);
+      while (weights.ahead < min(a.steps, u32(DEPTH))) weights.ask(tile, weights.ahead);
     }
     wait_for_previous_launch();
     show_memory_to_copies();
   }
-  for (Walk walk; walk.number() < total; walk.advance()) {
+  for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
     const Tile tile = tiles.find(walk.number());
     for (u32 step = 0; step < a.steps; ++step) {
-      if (ahead > 0) {
-        --ahead;
-      } else {
-        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-        load_weights(weight_map, room, tile, step, stage.number);
-      }
-      load_rows(row_map, room, tile, step, stage.number);
+      weights.come_to(tile, step, a.steps);
+      if (COPIES_ROWS && step == 0) await_rows(a, tile);
+      load_rows(row_map, room, tile, step, stage.number, tiles.rank);
       stage.advance();
     }
   }
@@ -139,11 +225,12 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
 
 // Thread t of the warpgroup brings piece t % 8 of rows t / 8, t / 8 + 16, ..., to where the swizzle wants it.
 __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, const Room& room, const Arguments& a,
-                                                  Tiles<BN, STEP, GROUP> tiles, u32 total) {
+                                                  Work tiles, u32 total) {
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
   const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
   Stage stage = {0, 0};
-  for (Walk walk; walk.number() < total; walk.advance()) {
+  Weights weights = {weight_map, room};
+  for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
     const Tile tile = tiles.find(walk.number());
     const u32 used = used_rows(tile.rows);
     u32 token[COPIES];
@@ -154,7 +241,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
     }
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number);
+      if (threadIdx.x == 0) weights.come_to(tile, step, a.steps);
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;
@@ -178,9 +265,15 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
 
 // What one thread of a warp tells others while it multiplies.
 struct Signals {
-  bool releases;  // stages that the warp has read
+  bool releases;  // stages that the warp has read, to the block of the cluster that has the lane's number
   u32 lead;       // the step after which the other warpgroup may begin, or one that never comes
 };
+
+// A stage has been read by this warp.
+__device__ __forceinline__ void release(const Room& room, u32 stage) {
+  if constexpr (CLUSTER == 1) arrive(room.empty + 8 * stage);
+  else arrive_at(room.empty + 8 * stage, threadIdx.x & 31);
+}
 
 // All products of a tile for N of its rows.
 template <int N>
@@ -203,12 +296,12 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
     commit_products();
     if (STAGGERS && step == signals.lead) arrive(room.lead);
     await_products<1>();  // those of the step before have ended
-    if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
+    if (step > 0 && signals.releases) release(room, before);
     before = stage.number;
     stage.advance();
   }
   await_products<0>();
-  if (signals.releases) arrive(room.empty + 8 * before);
+  if (signals.releases) release(room, before);
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
 #pragma unroll
@@ -254,8 +347,7 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
   return bias;
 }
 
-__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Tiles<BN, STEP, GROUP> tiles,
-                                                   u32 total) {
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Work tiles, u32 total) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
   const u32 chunks = room.chunks + group * 2 * CHUNK_BYTES;
   const u32 in_chunk = (lane & 7) * PITCH + (warp * COLUMNS_A_WARP + (GATED_RESULT ? 0 : lane & 8)) * 2;
@@ -266,9 +358,9 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Stage stage = {0, 0};
   u32 turn = 0;
   float sums[TALL][BN / 2] = {};
-  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
-  if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
-  for (Walk walk; walk.number() < total; walk.advance()) {
+  Signals signals = {lane < CLUSTER, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
+  if (STAGGERS && group == 1 && Walk<CLUSTER>().number() < total) await_phase(room.lead, 0);
+  for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
     const Tile tile = tiles.find(walk.number());
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
@@ -319,21 +411,17 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
-    u16* out, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta, i64 limit) {
+    u16* out, u8* ordered, u32* progress, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta, i64 limit) {
   extern __shared__ u8 memory[];
   const Room room = divide(memory);
-  constexpr u32 OF_GROUP = GATED_RESULT ? BM / 2 : BM;
-  const u32 weight_tiles = (columns + OF_GROUP - 1) / OF_GROUP;
-  const Arguments a = {rows, bias, factors, sorted_token_ids, out, static_cast<u32>(columns),
-                       static_cast<u32>((size + BK - 1) / BK), weight_tiles, static_cast<u32>(size),
-                       static_cast<u32>(divisor), row_pitch,
-                       {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
+  constexpr u32 OF_CLUSTER = CLUSTER * (GATED_RESULT ? BM / 2 : BM);
+  const u32 weight_tiles = (columns + OF_CLUSTER - 1) / OF_CLUSTER;
   if (threadIdx.x == 0) {
     prefetch_map(weight_map);
     if (!GATHERS) prefetch_map(row_map);
     for (u32 i = 0; i < DEPTH; ++i) {
       open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
-      open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
+      open_barrier(room.empty + 8 * i, 4 * CONSUMERS * CLUSTER);
     }
     open_barrier(room.lead, 4);
     publish_barriers();
@@ -341,13 +429,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
   if (!READY_BEFORE) wait_for_previous_launch();
   const u32 total = make_table<BN>(room.table, room.sums, first_rows, row_counts, experts) * weight_tiles;
-  const Tiles<BN, STEP, GROUP> tiles = {room.table, weight_tiles};
+  const u32 total_rows = COPIES_ROWS ? __ldcg(first_rows + experts) : 0;
+  const Arguments a = {rows, bias, factors, sorted_token_ids, out, ordered, progress, static_cast<u32>(columns),
+                       static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
+                       total_rows, row_pitch,
+                       {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
+  const Work tiles = {room.table, weight_tiles, CLUSTER == 1 ? 0 : cluster_rank()};
+  if constexpr (CLUSTER > 1) sync_cluster();  // barriers of both blocks are open
   if (threadIdx.x < 128) {
-    if constexpr (MOVES_REGISTERS) keep_registers<72>();
+    if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
     else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
+    else if (COPIES_ROWS && threadIdx.x >= 32) copy_rows(a);
   } else {
-    if constexpr (MOVES_REGISTERS) take_registers<216>();
+    if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
     multiply_and_write(room, a, tiles, total);
   }
+  if constexpr (CLUSTER > 1) sync_cluster();  // the other block reports to barriers of this one
 }

@@ -1,5 +1,6 @@
 """Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
 
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from moeyard.cuda import experts_decode
 from moeyard.cuda.experts_decode import ExpertSizes
-from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, permutes
+from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, progress_words, way_of
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
 from moeyard.cuda.router import float_bits
@@ -69,7 +70,7 @@ def grouped_gemm_launch(
     out: Tensor,
 ) -> None:
     """Results by route gather their rows through `sorted_token_ids`, or have them copied into that order first where
-    `permutes` says so; others are read and written where they lie.
+    `way_of` says so; others are read and written where they lie.
     """
     if not out.shape[0]:
         return
@@ -82,13 +83,15 @@ def grouped_gemm_launch(
             )  # fmt: skip
         return
     by_route = gather = sorted_token_ids is not None
-    if sorted_token_ids is not None and permutes(out.shape[0], weight.shape[0], out.shape[1]):
+    way = way_of(out.shape[0], weight.shape[0], out.shape[1])
+    if sorted_token_ids is not None and way.order != "gathered":
         gather = False
         source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
         shuffle_rows_launch(source, sorted_token_ids // row_divisor, out=rows)
     _product(
         rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
         slots=sorted_token_ids, divisor=row_divisor, gather=gather, factors=topk_weights, by_route=by_route,
+        way=way,
     )  # fmt: skip
 
 
@@ -103,13 +106,13 @@ def fused_experts_launch(
     num_experts: int,
     weight_on_input: bool,
     out: Tensor,
-    copies: bool | None = None,
+    way: Way | None = None,
 ) -> None:
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
-    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. Where `permutes`
-    says so (or `copies`), rows are copied into the second of these before the first product, a fifth launch. A few
-    tokens go another way (experts_decode.py).
+    What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
+    these first holds the rows in the order of experts where `way` (that of `way_of` unless given) is not to gather
+    them: copied by a fifth launch, or by the first product itself. A few tokens go another way (experts_decode.py).
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
@@ -119,7 +122,7 @@ def fused_experts_launch(
         with torch.cuda.device(device):
             fused_experts_launch(
                 hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
-                num_experts=num_experts, weight_on_input=weight_on_input, out=out, copies=copies,
+                num_experts=num_experts, weight_on_input=weight_on_input, out=out, way=way,
             )  # fmt: skip
         return
     if _by_route(hidden_states, topk_ids, weights, out):
@@ -128,24 +131,28 @@ def fused_experts_launch(
             num_experts=num_experts, weight_on_input=weight_on_input, out=out,
         )  # fmt: skip
         return
+    way = way or way_of(num_routes, weights.num_local_experts, weights.w13.shape[1])
+    progress = None
+    if way.order == "copying":
+        progress = topk_ids.new_zeros(progress_words(num_routes), dtype=torch.int32)
     layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts)
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
-    if copies is None:
-        copies = permutes(num_routes, weights.num_local_experts, weights.w13.shape[1])
-    if copies:
+    if way.order == "copied":
         permute_launch(
             hidden_states, None, sorted_token_ids=layout.sorted_token_ids, route_rows=layout.route_rows, top_k=top_k,
             rows=rows, row_scales=None, programmatic=True,
         )  # fmt: skip
+    copied = way.order == "copied"
     _product(
-        rows if copies else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
-        slots=None if copies else layout.sorted_token_ids, divisor=1 if copies else top_k, gather=not copies,
-        activation=activation, gated=weights.gated, ready=copies,
+        rows if copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
+        slots=None if copied else layout.sorted_token_ids, divisor=1 if copied else top_k,
+        gather=way.order == "gathered", ordered=rows if progress is not None else None, progress=progress,
+        activation=activation, gated=weights.gated, ready=copied, way=way,
     )  # fmt: skip
-    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True)
+    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way)
     combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
@@ -185,8 +192,12 @@ def _product(
     activation: Activation | None = None,
     gated: bool = False,
     ready: bool = False,
+    ordered: Tensor | None = None,
+    progress: Tensor | None = None,
+    way: Way,
 ) -> None:
-    """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
+    """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`; with
+    `progress`, zeros, the launch copies that one to row r of `ordered` and takes it from there.
 
     Results go to row r of `out`, or `by_route` to row `slots[r]`. `ready` says that the launch ahead did not write the
     layout.
@@ -198,13 +209,14 @@ def _product(
         factors = factors.contiguous()
     key = (
         out.shape, experts, size, rows.dtype, gather, divisor, factors is None, by_route, activation, gated,
-        bias is None, ready, current_device(),
+        bias is None, ready, progress is not None, way, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
     weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, gated)
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
-        boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.step)
+        boxed = rows if ordered is None else ordered
+        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, plan.step)
     launch.with_maps(
         current_stream(current_device()),
         (weights, boxes),
@@ -215,6 +227,8 @@ def _product(
         first_rows.data_ptr(),
         row_counts.data_ptr(),
         out.data_ptr(),
+        0 if ordered is None else ordered.data_ptr(),
+        0 if progress is None else progress.data_ptr(),
     )
 
 
@@ -223,12 +237,18 @@ _READY: dict[tuple[Any, ...], tuple[Launch, ExpertPlan]] = {}
 
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
-    shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, device = key
-    plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device))
+    (
+        shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, copying,
+        way, device,
+    ) = key  # fmt: skip
+    if gather:
+        way = replace(way, cluster=1)
+    plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device), way)
     clamped = activation is not None and activation.limit is not None
     defines = expert_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
+        copying=copying,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     launch = Launch(
@@ -237,11 +257,12 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
         defines,
         device,
         maps=2,
-        pointers=7,
+        pointers=9,
         sizes=(experts, shape[1], size, size * dtype.itemsize, divisor, *map(float_bits, curve)),
         grid=plan.grid,
         threads=plan.threads,
         shared_bytes=plan.shared_bytes,
+        cluster=plan.cluster,
         overlapping=True,
         suffix="a",
     )
@@ -261,12 +282,13 @@ def expert_defines(
     biased: bool,
     weighted: bool,
     ready: bool,
+    copying: bool = False,
 ) -> tuple[tuple[str, str], ...]:
     """What a product is compiled for."""
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),
@@ -274,6 +296,8 @@ def expert_defines(
         ("PRODUCTS_A_GROUP", str(plan.tall)),
         ("STAGES", str(plan.stages)),
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
+        ("BLOCKS_A_CLUSTER", str(plan.cluster)),
+        ("STEPS_A_RUN", str(plan.run)),
         ("ROW_KIND", kind),
         ("ELEMENT", element),
         ("ACTIVATION", curve),

@@ -11,14 +11,29 @@ STEP_VALUES = 64
 """Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
 _WEIGHT_ROWS = 64
 """Weight rows of a warpgroup's product."""
-_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 256: (2, 1, 1)}
+_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1), 256: (2, 1, 1)}
 """Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
-_ROWS = tuple(_SHAPES)
+_ROWS = (8, 16, 32, 64, 128, 256)
 _RESERVED = 1024
 """Bytes of shared memory that the system keeps of every block's, and that alignment may take."""
 _SEGMENT = 16
 """Bytes of an expert in the table of tiles."""
 _MOST_STAGES = 12
+
+
+@dataclass(frozen=True)
+class Way:
+    """What the products of a layer leave open: `way_of` answers, unless benchmarks and tests do."""
+
+    order: str = "gathered"
+    """How rows come to be in the order of experts: "gathered" by cp.async for every tile, "copied" by a launch before
+    the first product, or "copying" while it runs."""
+    rows: int = 0
+    """Of a tile at most; 0: as many as most experts have."""
+    cluster: int = 1
+    """Blocks that share the rows of their tiles; rows that are gathered are not shared."""
+    run: int = 1
+    """Stages whose weights are asked for together."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +51,8 @@ class ExpertPlan:
     """Blocks that share a multiprocessor."""
     grid: int
     shared_bytes: int
+    cluster: int = 1
+    run: int = 1
 
     @property
     def threads(self) -> int:
@@ -55,10 +72,9 @@ class ExpertPlan:
 
 @lru_cache(maxsize=4096)
 def expert_plan(
-    num_rows: int, experts: int, columns: int, gated: bool, by_route: bool, card: Card, rows: int = 0
+    num_rows: int, experts: int, columns: int, gated: bool, by_route: bool, card: Card, way: Way | None = None
 ) -> ExpertPlan:
-    """The launch for so many rows, spread over so many experts, each with weights of so many columns of results; with
-    tiles of `rows` rows if given.
+    """The launch for so many rows, spread over so many experts, each with weights of so many columns of results.
 
     How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
     at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
@@ -70,9 +86,10 @@ def expert_plan(
     taller, 128 weight rows for 32 rows and 256 for up to 128. At 256 rows the tensor cores are the limit, and 128
     weight rows leave them the most of the shared memory's bandwidth: 48 KiB a stage for 1024 cycles of products.
     """
+    way = way or Way()
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     wanted = mean + 2 * math.sqrt(mean)
-    rows = rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
+    rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
@@ -83,22 +100,32 @@ def expert_plan(
             if stages >= 3 or (blocks == 1 and stages == 2):
                 used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
-                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // columns_a_tile)
-                grid = max(1, min(card.processors * blocks, tiles))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used)
+                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (columns_a_tile * way.cluster))
+                grid = way.cluster * max(1, min(card.processors * blocks // way.cluster, tiles))
+                run = max(1, min(way.run, stages - 1))
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
-        rows //= 2
+        rows = max(size for size in _ROWS if size < rows)
 
 
-def permutes(num_rows: int, experts: int, columns: int) -> bool:
-    """Whether rows are better copied into the order of experts first than gathered while they are multiplied.
+def way_of(num_rows: int, experts: int, columns: int) -> Way:
+    """The way of a layer, or of one product, with so many columns of weights in the first.
 
     Where products are the limit, gathering by `cp.async` costs some 30 % of their time, which grows with the columns of
     the weights; copying costs a row's bytes written once, at 3.2 TB/s as much as 700 columns. Where reading weights is
     the limit gathering costs nothing (benchmarks/results/h200/experts_bf16.json).
     """
-    return num_rows >= _COPIED_ROWS * _touched(num_rows, experts) and columns >= _COPIED_COLUMNS
+    copied = num_rows >= _COPIED_ROWS * _touched(num_rows, experts) and columns >= _COPIED_COLUMNS
+    return Way("copied" if copied else "gathered")
+
+
+def progress_words(num_rows: int) -> int:
+    """int32 zeros that a product which copies its rows needs: what experts.cu counts by, a word and one a SPAN."""
+    return 1 + -(-num_rows // _SPAN)
+
+
+_SPAN = 64
 
 
 _COPIED_ROWS = 128

@@ -50,11 +50,12 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* 
 //
 // Tiles of an expert come in groups of at most GROUP row tiles: inside a group all row tiles take the same tile of
 // weights before the next, so that what runs at a time reads about as many rows as weights and finds most of both in
-// the L2 cache. A block asks for ascending numbers.
-template <int BN, int STEP, int GROUP>
+// the L2 cache. A cluster asks for ascending numbers; its blocks take tiles of weights that lie side by side.
+template <int BN, int STEP, int GROUP, int CLUSTER>
 struct Tiles {
   const Segment* place;
-  u32 weight_tiles;
+  u32 weight_tiles;  // of a cluster
+  u32 rank;          // of the block in its cluster
 
   __device__ __forceinline__ Tile find(u32 number) {
     while (place[1].first_tile * weight_tiles <= number) ++place;
@@ -64,19 +65,21 @@ struct Tiles {
     const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
     const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
-    return {segment.expert, weight_tile, segment.first_row + row, min(share, segment.rows - row)};
+    return {segment.expert, weight_tile * CLUSTER + rank, segment.first_row + row, min(share, segment.rows - row)};
   }
 };
 
-// The tiles of a block: one of every round of gridDim.x. Its place in the round moves on by SHIFT, since tiles of an
-// expert may differ in rows, and do so regularly: a block that always had the last ones would have less to do.
+// The tiles of a cluster: one of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of an
+// expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
+template <int CLUSTER>
 struct Walk {
   static constexpr u32 SHIFT = 37;
-  u32 round = 0, place = blockIdx.x;
+  u32 round = 0, place = blockIdx.x / CLUSTER;
 
   __device__ __forceinline__ u32 number() const { return round + place; }
   __device__ __forceinline__ void advance() {
-    round += gridDim.x;
-    place = (place + SHIFT) % gridDim.x;
+    const u32 clusters = gridDim.x / CLUSTER;
+    round += clusters;
+    place = (place + SHIFT) % clusters;
   }
 };

@@ -53,6 +53,22 @@ __device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
   }
 }
 
+// Arrives at the barrier that lies at this place in a block of the cluster.
+__device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
+  asm volatile(
+      "{\n\t.reg .b32 there;\n\t"
+      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "r"(block)
+      : "memory");
+}
+
+// A barrier of all threads of a cluster, who may come to it lane by lane.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // A barrier of the 128 threads of one of two warpgroups. The block's barriers are named by constants: of a number in a
 // register the compiler would take all 16 for a block.
 __device__ __forceinline__ void sync_warpgroup(u32 group) {
@@ -87,6 +103,16 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w)
+      : "memory");
+}
+
+// A box into the same place of all blocks of the cluster whose bits are set in `blocks`; the barrier at the same place of
+// each sees the bytes.
+__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
       : "memory");
 }
 
