@@ -178,6 +178,9 @@ WAYS = {
         {"gated": True, "curve": "SILU", "copying": True, "clamped": True, "biased": True},
     ),
     "192, pairs, second product": (Way("copied", 192, cluster=2), {"ready": True, "biased": True}),
+    "straight": (Way("copied", 256, direct=True), {"ready": True, "biased": True}),
+    "192, straight": (Way("copied", 192, direct=True), {"ready": True, "curve": "RELU2", "clamped": True}),
+    "8, straight": (Way(rows=8, direct=True), {"ready": True}),
 }
 
 
@@ -222,10 +225,10 @@ def test_gathered_rows_lie_where_the_tensor_cores_look(rows: int) -> None:
                 assert seen[int(swizzled(np.array(linear)))] == (row, step * 2 + half)
 
 
-def boxed(weights: np.ndarray, box_rows: int, gated: bool, corner: tuple[int, ...]) -> np.ndarray:
+def boxed(weights: np.ndarray, box_rows: int, turn: str, corner: tuple[int, ...]) -> np.ndarray:
     """The box at `corner` of contiguous weights [experts, rows, size], zeros outside: [rows of the box, 64]."""
     experts, rows, size = weights.shape
-    sizes, strides, box = weight_boxes(experts, rows, size, weights.itemsize, box_rows, gated)
+    sizes, strides, box = weight_boxes(experts, rows, size, weights.itemsize, box_rows, turn)
     view = np.lib.stride_tricks.as_strided(weights, sizes[::-1], (weights.itemsize, *strides)[::-1])
     out = np.zeros(box[::-1], weights.dtype)
     cut = tuple(slice(c, min(c + b, n)) for c, b, n in zip(corner, box, sizes, strict=True))[::-1]
@@ -241,7 +244,7 @@ def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int)
     weights = np.random.default_rng().integers(1, 2**31, (experts, 2 * size, hidden))
     for tile in range(-(-2 * size // bm)):
         for step in range(-(-hidden // BK)):
-            got = boxed(weights, bm, True, (step * BK, 0, 0, tile * (bm // 16), 1))
+            got = boxed(weights, bm, "halves", (step * BK, 0, 0, tile * (bm // 16), 1))
             assert got.shape == (bm, BK)
             for row in range(bm):
                 column = tile * (bm // 2) + row // 16 * 8 + row % 8
@@ -255,8 +258,16 @@ def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int)
 
 def test_boxes_of_plain_weights_hold_rows() -> None:
     weights = np.random.default_rng().integers(1, 2**31, (2, 100, 80))
-    got = boxed(weights, 64, False, (64, 64, 0))
+    got = boxed(weights, 64, "", (64, 64, 0))
     assert (got[:36, :16] == weights[0, 64:, 64:]).all() and not got[36:].any() and not got[:, 16:].any()
+
+
+def test_boxes_of_pairs_hold_even_and_odd_rows_in_turn() -> None:
+    weights = np.random.default_rng().integers(1, 2**31, (2, 112, 64))
+    got = boxed(weights, 64, "pairs", (0, 0, 0, 4, 1))
+    for row in range(48):
+        assert (got[row] == weights[1, 64 + row // 16 * 16 + row % 8 * 2 + row // 8 % 2]).all()
+    assert not got[48:].any()
 
 
 def fragments(product: np.ndarray) -> np.ndarray:

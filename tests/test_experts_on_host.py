@@ -98,6 +98,19 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 192, "counts": [230, 10], "size": 336, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 400, "blocks": 2, "plan": {"stages": 3, "cluster": 2},
     },
+    "straight to memory": {
+        "tiles": 256, "counts": [300, 7, 97], "size": 176, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 272, "bias": True, "plan": {"stages": 3, "direct": True},
+    },
+    "straight, taller, pairs": {
+        "tiles": 192, "counts": [230, 0, 10, 1], "size": 336, "gated": False, "gather": False, "ready": True,
+        "activation": Activation("relu2"), "columns": 304, "blocks": 2,
+        "plan": {"stages": 3, "direct": True, "cluster": 2},
+    },
+    "straight, few rows": {
+        "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 144, "dtype": torch.float16, "plan": {"stages": 3, "direct": True},
+    },
     "192 rows, copying": {
         "tiles": 192, "counts": [200, 0, 70], "size": 208, "gather": False, "copying": True, "columns": 144,
         "blocks": 2, "plan": {"stages": 3},
@@ -145,7 +158,8 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     ordered = poisoned((total, size), dtype)
     progress = torch.zeros(progress_words(total), dtype=torch.int32)
     out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
-    boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, gated)
+    turn = "halves" if gated else "pairs" if plan.direct else ""
+    boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, turn)
     maps = map_of(weight.data_ptr(), *boxes)
     boxed = ordered if case["copying"] else rows
     maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, plan.step))
@@ -213,6 +227,8 @@ MUTANTS = {
     "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
     "results before all have come": ("by route", "        sync_warpgroup(group);\n        for", "        for"),
     "rows of a tile before they are there": ("192 rows, copying", "missing |= there[i] <", "missing |= 0 *"),
+    "odd columns where even ones belong": ("straight to memory", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
+    "a row too few": ("straight to memory", "start + first + odd >= tile.rows", "start + first + 1 >= tile.rows"),
     "the rows of one block alone": ("pairs", "row += CLUSTER * STEP", "row += 2 * CLUSTER * STEP"),
     "a stage is given to one block alone": ("pairs", "{lane < CLUSTER, STAGGERS", "{lane == 0, STAGGERS"),
     "a stage is taken when one block has read it": (

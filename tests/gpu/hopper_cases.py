@@ -33,6 +33,10 @@ WAYS = {
     "tiles of 256, copied, pairs": Way("copied", 256, cluster=2),
     "tiles of 192, copying, pairs": Way("copying", 192, cluster=2),
     "tiles of 128, copying, pairs": Way("copying", 128, cluster=2),
+    "tiles of 8, straight": Way(rows=8, direct=True),
+    "tiles of 64, straight": Way(rows=64, direct=True),
+    "tiles of 256, copying, pairs, straight": Way("copying", 256, cluster=2, direct=True),
+    "tiles of 192, copied, straight": Way("copied", 192, direct=True),
 }
 
 

@@ -12,7 +12,9 @@
 //
 // Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
-// no exchange. Rows come by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
+// no exchange. Without a gate it may take 8 even and 8 odd rows (DIRECT): a lane then holds two columns side by side,
+// and 8 lanes a sector of a row of results, which goes straight to memory; else results are transposed in shared
+// memory. Rows come by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
 //
 // Blocks may come in clusters of two (CLUSTER) that take tiles of the same rows and of weights side by side: each then
 // loads every other box of rows for both, half of what reading rows takes of the L2 cache. A stage is free when both
@@ -31,7 +33,7 @@
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
-constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, COPIES_ROWS = COPYING;
+constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, COPIES_ROWS = COPYING, STRAIGHT = DIRECT;
 constexpr int CLUSTER = BLOCKS_A_CLUSTER;
 constexpr u32 RUN = STEPS_A_RUN;  // stages whose weights are asked for together: 128 bytes of a weight row each
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
@@ -47,7 +49,7 @@ constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * CO
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of a chunk: no two of 8 rows in one bank
-constexpr int CHUNK_BYTES = CHUNK * PITCH;
+constexpr int CHUNK_BYTES = STRAIGHT ? 0 : CHUNK * PITCH;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
@@ -56,6 +58,7 @@ constexpr int SPANS = BN / SPAN + 1;   // that a tile may reach into
 using Work = Tiles<BN, STEP, GROUP, CLUSTER>;
 static_assert(RUN < DEPTH || RUN == 1, "a stage is given back when the one after it has been multiplied");
 static_assert(!GATHERS || (CLUSTER == 1 && !COPIES_ROWS), "rows are gathered by each block for itself");
+static_assert(!STRAIGHT || !(GATED_RESULT || BY_ROUTE), "results of a lane are side by side, and so are rows");
 static_assert(!COPIES_ROWS || !READY_BEFORE, "what to copy is in the layout");
 
 struct Stage {
@@ -118,7 +121,7 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
                                              u32 stage) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : used_rows(tile.rows) * BK * 2));
-  if constexpr (GATED_RESULT) copy_box(to, map, barrier, step * BK, 0, 0, tile.weight_tile * (BM / 16), tile.expert);
+  if constexpr (GATED_RESULT || STRAIGHT) copy_box(to, map, barrier, step * BK, 0, 0, tile.weight_tile * (BM / 16), tile.expert);
   else copy_box(to, map, barrier, step * BK, tile.weight_tile * BM, tile.expert);
 }
 
@@ -335,13 +338,41 @@ __device__ __forceinline__ void put_results(const float* sums, const float2 bias
   }
 }
 
-// The biases of the two weight rows that a lane has: gate and up, or rows 8 apart.
+// Results of all rows of a tile, of the two columns side by side that a lane has in each product.
+__device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                              const Arguments& a, const Tile& tile, u32 column) {
+  const u32 first = 2 * (threadIdx.x & 3);
+  u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
+#pragma unroll
+  for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
+    if (start >= tile.rows) break;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      if (start + first + odd >= tile.rows) continue;
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const float* of_lane = sums[m] + start / 2 + odd;
+        const u32 pair = narrow_pair<KIND>(bend<CURVE, CLAMPS>(of_lane[0] + bias[m].x, a.curve),
+                                           bend<CURVE, CLAMPS>(of_lane[2] + bias[m].y, a.curve));
+        u16* to = of_row + odd * a.columns + m * COLUMNS_A_PRODUCT;
+        if (column + m * COLUMNS_A_PRODUCT < a.columns) *reinterpret_cast<u32*>(to) = pair;
+      }
+    }
+  }
+}
+
+// The column of the first of the two weight rows that a lane has in a product.
+__device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
+  return warp * COLUMNS_A_WARP + lane / 4 * (STRAIGHT ? 2 : 1);
+}
+
+// The biases of those: gate and up, columns side by side, or 8 apart.
 __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
   float2 bias = {0.0f, 0.0f};
   if constexpr (BIASES) {
     const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
     if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
-    const u32 second = column + (GATED_RESULT ? a.columns : 8);
+    const u32 second = column + (GATED_RESULT ? a.columns : STRAIGHT ? 1 : 8);
     if (GATED_RESULT ? column < a.columns : second < a.columns) bias.y = widen<KIND>(__ldg(of_expert + second));
   }
   return bias;
@@ -366,7 +397,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     float2 bias[TALL];
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
-      bias[m] = load_bias(a, tile, first_column + m * COLUMNS_A_PRODUCT + warp * COLUMNS_A_WARP + lane / 4);
+      bias[m] = load_bias(a, tile, first_column + m * COLUMNS_A_PRODUCT + column_of(warp, lane));
     }
     if constexpr (BY_ROUTE) {
       sync_warpgroup(group);  // the routes of the tile before have been read
@@ -379,6 +410,10 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     }
     multiply_used(sums, room, stage, a.steps, group, signals, used_rows(tile.rows));
     signals.lead = ALL;
+    if constexpr (STRAIGHT) {
+      write_results(sums, bias, a, tile, first_column + column_of(warp, lane));
+      continue;
+    }
     const u32 column = first_column + piece * 8;
 #pragma unroll
     for (int start = 0; start < BN; start += CHUNK) {

@@ -212,7 +212,8 @@ def _product(
         bias is None, ready, progress is not None, way, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
-    weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, gated)
+    turn = "halves" if gated else "pairs" if plan.direct else ""
+    weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn)
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
         boxed = rows if ordered is None else ordered
@@ -288,7 +289,7 @@ def expert_defines(
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying, "DIRECT": plan.direct,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

@@ -34,6 +34,8 @@ class Way:
     """Blocks that share the rows of their tiles; rows that are gathered are not shared."""
     run: int = 1
     """Stages whose weights are asked for together."""
+    direct: bool = False
+    """Whether results without a gate go straight to memory where they lie side by side."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class ExpertPlan:
     shared_bytes: int
     cluster: int = 1
     run: int = 1
+    direct: bool = False
 
     @property
     def threads(self) -> int:
@@ -87,6 +90,7 @@ def expert_plan(
     weight rows leave them the most of the shared memory's bandwidth: 48 KiB a stage for 1024 cycles of products.
     """
     way = way or Way()
+    direct = way.direct and not gated and not by_route
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     wanted = mean + 2 * math.sqrt(mean)
     rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
@@ -95,15 +99,15 @@ def expert_plan(
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route, direct)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route, direct)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (columns_a_tile * way.cluster))
                 grid = way.cluster * max(1, min(card.processors * blocks // way.cluster, tiles))
                 run = max(1, min(way.run, stages - 1))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run)
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run, direct)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)
@@ -137,9 +141,11 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
+def shared_bytes(
+    rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool, direct: bool = False
+) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * (64 if gated else 128) + 16)
+    chunk = 0 if direct else min(rows, 32 // tall) * (tall * (64 if gated else 128) + 16)
     fixed = _RESERVED + groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 

@@ -13,9 +13,9 @@ _ALIGNMENT = 64
 
 
 @lru_cache(maxsize=4096)
-def weight_map(address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, gated: bool) -> bytes:
+def weight_map(address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str) -> bytes:
     """Of contiguous weights [experts, rows, size] of 16-bit floats; a box is 64 values of `box` rows of an expert."""
-    return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, gated))
+    return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn))
 
 
 @lru_cache(maxsize=4096)
@@ -25,18 +25,21 @@ def row_map(address: int, rows: int, size: int, dtype: torch.dtype, box: int) ->
 
 
 def weight_boxes(
-    experts: int, rows: int, size: int, item: int, box: int, gated: bool
+    experts: int, rows: int, size: int, item: int, box: int, turn: str
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(sizes, strides in bytes of all but the first, box) of weights, the fastest dimension first.
 
-    With a gate the dimensions are size, 8 rows, half, groups of 8 rows of a half, expert: the rows of a box are 8 of
-    the gate half and the same 8 of the up half, in turn.
+    The rows of a box are taken as they come, or by `turn`: 8 of the gate half and the same 8 of the up half ("halves"),
+    8 even and 8 odd ones ("pairs"). Then the dimensions are size, 8 rows, which of the two, groups of 16, expert.
     """
-    pitch = size * item
-    if not gated:
-        return (size, rows, experts), (pitch, rows * pitch), (STEP_VALUES, box, 1)
-    half = rows // 2
-    strides = (pitch, half * pitch, 8 * pitch, rows * pitch)
+    pitch, half = size * item, rows // 2
+    strides = {
+        "": (pitch, rows * pitch),
+        "halves": (pitch, half * pitch, 8 * pitch, rows * pitch),
+        "pairs": (2 * pitch, pitch, 16 * pitch, rows * pitch),
+    }[turn]
+    if not turn:
+        return (size, rows, experts), strides, (STEP_VALUES, box, 1)
     return (size, 8, 2, half // 8, experts), strides, (STEP_VALUES, 8, 2, box // 16, 1)
 
 
