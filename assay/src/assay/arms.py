@@ -38,11 +38,14 @@ class ArmError(RuntimeError):
     """A run did not end with status 0 in time; `arm` says whose.
 
     `killed`: it took too long or too much. `infra`: not its own doing, there was no supervisor or sandbox for it.
+    `forged`: it said what the judge's own part of it never says.
     """
 
-    def __init__(self, arm: str, words: str, *, killed: bool = False, infra: bool = False) -> None:
+    def __init__(
+        self, arm: str, words: str, *, killed: bool = False, infra: bool = False, forged: bool = False
+    ) -> None:
         super().__init__(f"{arm}: {words}")
-        self.arm, self.words, self.killed, self.infra = arm, words, killed, infra
+        self.arm, self.words, self.killed, self.infra, self.forged = arm, words, killed, infra, forged
 
 
 @dataclass(frozen=True)

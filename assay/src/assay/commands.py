@@ -253,8 +253,7 @@ def _decide(given: argparse.Namespace, _: Any) -> int:
     from assay.ledger import Attempt, Ledger
     from assay.measuring import written
 
-    gates = [{"name": name, "outcome": "", "words": "not run: prepared, measured and decided apart"} for name in _GATES]
-    found = decide(given.raw, gates)
+    found = decide(given.raw)
     if given.store is not None:
         ledger = Ledger(given.store.resolve())
         try:
@@ -286,9 +285,6 @@ def again(given: argparse.Namespace) -> int:
         return 0
     except (OSError, ValueError) as problem:
         return _sorry(given.command, str(problem), 2, None)
-
-
-_GATES = ("tests", "equivalence", "provenance")
 
 
 def _ledger(given: argparse.Namespace, _: Any) -> int:

@@ -23,15 +23,19 @@ SCHEMA = 1
 FAMILY = sum(look.alpha for look in LOOKS)
 _RESAMPLED, _SEED = 2000, 20240501
 REJECTED = ("incorrect", "out_of_scope", "api_break", "build_failed", "tests_failed", "tampered", "no_patch", "slower")
+GATES = ("tests", "equivalence", "provenance")
 DECIDED = ("faster", "slower", "equivalent", "undecided")
 
 
-def decide(raw: Path, gates: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]:
+def decide(raw: Path, gates: Sequence[Mapping[str, str]] | None = None) -> dict[str, Any]:
     """The verdict (verdict.schema.json) that a folder of RAW leads to. ValueError if measuring is not finished.
 
     `gates` are what else was tried, {"name", "outcome", "words"} each; the first outcome that is not "" is the verdict.
+    Without them the commands were used apart, and no gate was run.
     """
     frozen = Frozen.read(raw / FILE)
+    if gates is None:
+        gates = [{"name": name, **not_run(frozen, name, "judged in three commands")} for name in GATES]
     found, headers = [], []
     for name in frozen.plans():
         rows = whole_rows(raw / f"{name}.jsonl")
@@ -41,6 +45,16 @@ def decide(raw: Path, gates: Sequence[Mapping[str, str]] = ()) -> dict[str, Any]
         headers += [row for row in rows if row["kind"] == "header"]
     _holm(found)
     return verdict(frozen, gates, found, headers)
+
+
+def not_run(frozen: Frozen, name: str, why: str) -> dict[str, str]:
+    """What is known of a gate that was not run: nothing is evaluated if the task asks for it and does not waive it."""
+    wanted = frozen.content["gates"][name]
+    if wanted == "none":
+        return {"outcome": "", "words": "nothing to look at"}
+    if wanted == "waived":
+        return {"outcome": "", "words": f"not run, {why}; waived by the task"}
+    return {"outcome": "not_evaluated", "words": f"{name} was not run, {why}; `waived` in the task does without"}
 
 
 def verdict(
@@ -138,7 +152,7 @@ def together(workloads: Sequence[Mapping[str, Any]], margin: float) -> tuple[str
         for name in [one["verdict"]]
     }
     infra = [name for name in by if name.startswith("infra.")]
-    for name in ("incorrect", "task_invalid", *infra, "slower", "void"):
+    for name in ("tampered", "incorrect", "task_invalid", *infra, "slower", "void"):
         if name in by:
             return name, _because(workloads, name)
     if "faster" in by:
@@ -215,7 +229,7 @@ def replayed(folder: Path) -> tuple[dict[str, Any], Path]:
     earlier = read(folder / "verdict.json") if (folder / "verdict.json").exists() else None
     if earlier is not None and not earlier["workloads"]:
         return earlier, raw
-    found = decide(raw, earlier["gates"] if earlier else [])
+    found = decide(raw, earlier["gates"] if earlier else None)
     if earlier is not None:
         found |= {name: earlier[name] for name in ("attempt", "environment") if name in earlier}
     return found, raw

@@ -1,4 +1,5 @@
-"""Does a candidate still do the same? Inputs that hypothesis draws, to base and candidate in their sandboxes.
+"""Does a candidate still do the same? Inputs that hypothesis draws, to base and candidate, in their sandboxes if there
+are any.
 
 Strategies are the task's own and run in the judge; callables run in workers, and what comes back is decoded, never run.
 Base is looked at first: it must agree with itself, and its distance from a wider type is what a candidate may have.
@@ -8,6 +9,8 @@ outputs must stay what they were when later calls are made and when the caller o
 
 import hashlib
 import importlib.util
+import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +37,7 @@ SHRINKING_S = 30.0
 
 @dataclass(frozen=True)
 class Equivalence:
-    """What was found. `outcome`: "", "incorrect", "task_invalid" or "infra.equivalence"; `words` say why."""
+    """What was found. `outcome`: "", "incorrect", "tampered", "task_invalid", "infra.equivalence"; `words` say why."""
 
     outcome: str
     words: str
@@ -56,36 +59,37 @@ class _Enough(BaseException):
     """Looked long enough for a smaller example."""
 
 
-def check(read: Read, base: Box, candidate: Box, *, seed: int) -> Equivalence:
-    """Every property of a task, until one fails. ValueError if there can be no sandbox here."""
+def check(read: Read, base: Box, candidate: Box, *, seed: int, sandboxed: bool = True) -> Equivalence:
+    """Every property of a task, until one fails. ValueError if there can be no sandbox here, and one is wanted."""
     refused = sandbox.refusal()
-    if refused:
+    if sandboxed and refused:
         raise ValueError(refused)
     examples = 0
     tolerances = {}
-    for one in read.task.property:
-        drawn = _Drawn(read, one, base, candidate, seed)
-        try:
-            found = drawn.check()
-        finally:
-            drawn.end()
-        examples += drawn.given
-        tolerances[one.name] = drawn.rounding.summary()
-        if found is not None:
-            return Equivalence(found.outcome, f"{one.name}: {found.words}", examples, tolerances)
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        for one in read.task.property:
+            drawn = _Drawn(read, one, base, candidate, seed, None if sandboxed else Path(folder))
+            try:
+                found = drawn.check()
+            finally:
+                drawn.end()
+            examples += drawn.given
+            tolerances[one.name] = drawn.rounding.summary()
+            if found is not None:
+                return Equivalence(found.outcome, f"{one.name}: {found.words}", examples, tolerances)
     return Equivalence("", "", examples, tolerances)
 
 
 class _Drawn:
     """One property: the same inputs first to base, then to base and candidate."""
 
-    def __init__(self, read: Read, one: Property, base: Box, candidate: Box, seed: int) -> None:
+    def __init__(self, read: Read, one: Property, base: Box, candidate: Box, seed: int, outside: Path | None) -> None:
         self.one, self.seed = one, int(hashlib.sha256(f"{seed}:{one.name}".encode()).hexdigest()[:8], 16)
         self.strategy = str(read.own(one.strategy)), one.strategy.partition(":")[2]
         timeout_s = read.task.budget.timeout_s
-        self.base = _Side("base", read, one.target, base, timeout_s)
-        self.candidate = _Side("candidate", read, one.target, candidate, timeout_s)
-        self.wide = _Side("base", read, one.wide, base, timeout_s) if one.wide else None
+        self.base = _Side("base", read, one.target, base, timeout_s, outside and outside / "left")
+        self.candidate = _Side("candidate", read, one.target, candidate, timeout_s, outside and outside / "next")
+        self.wide = _Side("base", read, one.wide, base, timeout_s, outside and outside / "wide") if one.wide else None
         self.rounding = Rounding()
         self.given = 0
         self.shares = False
@@ -116,7 +120,8 @@ class _Drawn:
                 raise
             except ArmError as problem:
                 since.append(time.monotonic())
-                smallest.append((0, _FoundError("infra.equivalence", str(problem))))
+                outcome = "tampered" if problem.forged and problem.arm == "candidate" else "infra.equivalence"
+                smallest.append((0, _FoundError(outcome, str(problem))))
                 raise _Enough from None
 
         try:
@@ -218,14 +223,17 @@ class _Answer:
 
 
 class _Side:
-    """A callable in a box. Its worker is started when it is needed, and again after it has died."""
+    """A callable in a box. Its worker is started when it is needed, and again after it has died.
 
-    def __init__(self, arm: str, read: Read, target: str, box: Box, timeout_s: float) -> None:
+    With a place `outside` there is no sandbox, and the tree is linked to there.
+    """
+
+    def __init__(self, arm: str, read: Read, target: str, box: Box, timeout_s: float, outside: Path | None) -> None:
         own = read.own(target)
         if own is not None:
             target = f"{own}:{target.partition(':')[2]}"
             box = replace(box, readable=(*box.readable, own))
-        self.arm, self.box, self.timeout_s = arm, box, timeout_s
+        self.arm, self.box, self.timeout_s, self.outside = arm, box, timeout_s, outside
         self.workload = Workload("call", target=target)
         self.worker: Worker | None = None
         self.last = b""
@@ -243,7 +251,7 @@ class _Side:
             return _Answer(output, after, lasts)
         except ArmError as problem:
             self.end()
-            if problem.infra:
+            if problem.infra or problem.forged:
                 raise
             return f"failed: {problem.words.splitlines()[-1] if problem.words else problem}"
         except UNREADABLE as problem:
@@ -251,16 +259,21 @@ class _Side:
             return f"sent what is no value: {type(problem).__name__}: {problem}"
 
     def _started(self) -> Worker:
-        environment = sandbox.environment(self.box, {"PYTHONHASHSEED": "0"})
+        if self.outside is not None:
+            environment = {**os.environ, **self.box.environment, "PYTHONHASHSEED": "0", "PWD": str(self.outside)}
+            place, wrap = self.outside, None
+        else:
+            environment = sandbox.environment(self.box, {"PYTHONHASHSEED": "0"})
+            place, wrap = sandbox.PLACE, sandbox.Entry(self.box)
         return Worker(
             self.arm,
             self.workload,
             self.box.tree,
-            sandbox.PLACE,
+            place,
             environment,
             timeout_s=self.timeout_s,
             namespaces=False,
-            wrap=sandbox.Entry(self.box),
+            wrap=wrap,
             limits=self.box.limits,
         )
 

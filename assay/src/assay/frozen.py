@@ -14,7 +14,7 @@ from typing import Any
 from assay.plan import Plan
 from assay.sandbox import Box
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "plan.json"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from assay import building, devices, equivalence, gates, prepare, provenance, sandbox, verdict_report
 from assay.arms import ArmError
-from assay.decide import decide, verdict
+from assay.decide import decide, not_run, verdict
 from assay.frozen import FILE, Frozen
 from assay.git import Store
 from assay.guards import Source
@@ -23,6 +23,7 @@ from assay.task import Read
 
 Told = Callable[[dict[str, Any]], None]
 RAW, VERDICT = "raw", "verdict.json"
+_COMPARED = ("base", "candidate")
 
 
 class NoSandboxError(RuntimeError):
@@ -129,13 +130,11 @@ class _Judging:
         return found._asdict()
 
     def equivalence(self, frozen: Frozen) -> dict[str, str]:
-        """The task's properties; workers of a sandbox only."""
+        """The task's properties."""
         if not self.read.task.property:
             return {"outcome": "", "words": "the task has no properties; outputs of timed calls are compared"}
-        if not self.sandboxed:
-            return {"outcome": "", "words": "not looked at without a sandbox; outputs of timed calls are compared"}
-        seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
-        found = equivalence.check(self.read, frozen.box("base"), frozen.box("candidate"), seed=seed)
+        seed, boxes = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed, map(frozen.box, _COMPARED)
+        found = equivalence.check(self.read, *boxes, seed=seed, sandboxed=self.sandboxed)
         return {"outcome": found.outcome, "words": found.words or f"{found.examples} examples"}
 
     def provenance(self, frozen: Frozen) -> dict[str, str]:
@@ -143,7 +142,7 @@ class _Judging:
         changed = frozen.content["patch"]["changed"]
         sources = provenance.compiled(changed)
         if not self.sandboxed and sources:
-            return {"outcome": "", "words": f"not looked at without a sandbox: {', '.join(sources)}"}
+            return not_run(frozen, "provenance", "without a sandbox")
         if not sources:
             return {"outcome": "", "words": "no compiled source was changed"}
         store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]

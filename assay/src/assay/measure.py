@@ -284,6 +284,7 @@ def _kept(reply: Reply, workload: Workload) -> bytes:
 
 
 def _close(worker: Worker, sample: Sample) -> None:
+    worker.check_silent()
     sample.figures.setdefault("steady", statistics.median(sample.calls))
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()

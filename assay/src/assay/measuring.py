@@ -36,7 +36,8 @@ def measure(
     """Measures what is not decided yet, for `seconds` at most; whether everything is. ValueError as in `run`.
 
     `environment` is set in every arm beside the task's own.
-    A run that fails is a last row of RAW: the candidate's is `incorrect`, another arm's `infra.run`.
+    A run that fails is a last row of RAW: the candidate's is `incorrect`, or `tampered` if it forged replies; another
+    arm's is `infra.run`.
     """
     stop = time.monotonic() + seconds
     if sandboxed and sandbox.refusal():
@@ -94,7 +95,8 @@ class _OverBudgetError(Exception):
 def _failed(problem: Exception) -> dict[str, Any]:
     outcome = "task_invalid"
     if isinstance(problem, ArmError):
-        outcome = "incorrect" if problem.arm == "candidate" and not problem.infra else "infra.run"
+        own = problem.arm == "candidate" and not problem.infra
+        outcome = "infra.run" if not own else "tampered" if problem.forged else "incorrect"
     elif isinstance(problem, _OverBudgetError):
         outcome = "infra.budget"
     return {"kind": "failed", "outcome": outcome, "words": str(problem)}

@@ -6,12 +6,13 @@ import platform
 import secrets
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from assay import __version__, frozen, sandbox
+from assay import __version__, frozen, provenance, sandbox
 from assay.arms import PREFIX, PYTHON
 from assay.experiment import machine
 from assay.git import Store
@@ -115,6 +116,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool) -> 
         "trees": {arm: frozen.of_folder(folder / "trees" / arm) for arm in commits},
         "drivers": frozen.of_folder(folder / "drivers"),
         "commands": json.loads(json.dumps(asdict(task.commands))),
+        "gates": _gates(read, result.changed),
         "budget_s": task.budget.seconds,
         "sandbox": {
             "wanted": sandboxed,
@@ -135,6 +137,18 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool) -> 
             content |= {"outcome": "task_invalid", "words": [str(problem)]}
     written(folder / frozen.FILE, json.dumps(content, indent=1) + "\n")
     return frozen.Frozen(folder, content)
+
+
+def _gates(read: Read, changed: Sequence[str]) -> dict[str, str]:
+    """Which gates the task asks for, of this patch: `none`, `asked` or `waived`."""
+    asked = {
+        "tests": bool(read.task.tests.command),
+        "equivalence": bool(read.task.property),
+        "provenance": bool(provenance.compiled(changed)),
+    }
+    return {
+        name: "none" if not some else "waived" if name in read.task.waived else "asked" for name, some in asked.items()
+    }
 
 
 def write_trees(store: Store, trees: dict[str, str], folder: Path) -> None:

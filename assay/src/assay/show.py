@@ -12,7 +12,8 @@ _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
 
 
 class Progress:
-    """Follows RAW's rows on stderr: a bar where rich is installed, else one line; nothing without a terminal.
+    """Follows RAW's rows on stderr: a bar where rich is installed, else one line; without a terminal
+    it only says when another judge is waited for.
 
     It shows how far the campaign is and never an estimate: what is seen early must not tempt anybody to stop.
     """
@@ -42,6 +43,8 @@ class Progress:
         elif row["kind"] in ("stage", "workload", "waiting"):
             self.clean = self.left_out = 0
             self.stage = row["name"] if row["kind"] != "waiting" else f"another judge has {row['name']}"
+            if row["kind"] == "waiting" and not self.shows:
+                line(f"waiting: {self.stage}", sys.stderr)
         if self.shows:
             look = next((look.blocks for look in LOOKS if look.blocks > self.clean), LOOKS[-1].blocks)
             words = f"block {self.clean}, next look at {look}" + f", {self.left_out} left out" * bool(self.left_out)

@@ -175,6 +175,8 @@ class Task:
     budget: Budget = Budget()
     sandbox: Sandbox = Sandbox()
     prompt: Prompt = Prompt()
+    waived: tuple[Literal["tests", "equivalence", "provenance"], ...] = ()
+    """Gates that may be left out where they cannot be run; without it the outcome is then `not_evaluated`."""
     delta: Positive = 0.02
     """The margin of `equivalent`, `material` and `not_slower`, as a fraction."""
     require: Literal["faster", "not_slower", "any"] = "faster"

@@ -87,7 +87,8 @@ class Worker:
             raise
 
     def ask(self, letter: bytes, number: float = 0.0, body: Sequence[bytes | bytearray | memoryview] = ()) -> Reply:
-        """One request and its reply. Raises ArmError if the worker dies, is too late, or reports an error."""
+        """One request and its reply. ArmError if the worker dies, is too late, reports an error, or says more."""
+        self.check_silent()
         data = frame(letter, number, [bytes(part) if isinstance(part, bytearray) else part for part in body])
         whole = memoryview(b"".join(data))
         stop = time.monotonic() + self.timeout_s
@@ -101,7 +102,9 @@ class Worker:
             head = self._read(HEAD.size, stop)
             size, kind, inner = HEAD.unpack(head)
             if size > _MOST_BYTES:
-                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {_MOST_BYTES}")
+                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {_MOST_BYTES}", forged=True)
+            if kind not in (b"r", b"x"):
+                raise ArmError(self.arm, f"broke the protocol: a frame {kind!r}", forged=True)
             reply = self._read(size, stop)
         except (BrokenPipeError, EOFError):
             raise self._last_words() from None
@@ -109,6 +112,16 @@ class Worker:
         if kind != b"r":
             raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
         return Reply(seconds, inner, reply)
+
+    def check_silent(self) -> None:
+        """ArmError if there is a reply that nobody asked for: a worker answers once, when its answer is whole."""
+        if self._readable.poll(0):
+            try:
+                more = os.read(self._replies, 64)
+            except BlockingIOError:
+                return
+            if more:
+                raise ArmError(self.arm, "broke the protocol: it sent a reply that nobody asked for", forged=True)
 
     def _read(self, size: int, stop: float) -> bytearray:
         data = bytearray(size)

@@ -12,7 +12,7 @@ def work(x):
     return list(known[key])
 """
 )
-FORGED = (
+FORGED = (  # the real reply follows, and is taken for the next one
     WORK
     + """
 import json, os, struct

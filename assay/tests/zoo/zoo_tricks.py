@@ -32,6 +32,7 @@ from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS,
 from assay import arms, equivalence, experiment, gates, guards, measure, provenance
 from assay.frozen import Frozen
 from assay.measure import Trees
+from assay.workers import Worker
 
 OUTPUTS = "every timed output is compared with base's"
 OUTSIDE = "clock and comparison are in another process, and one input is sent at a time"
@@ -164,6 +165,11 @@ def _never_frozen(setting: Setting) -> None:
     setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
 
 
+def _unheard(setting: Setting) -> None:
+    setting.remove(Worker, "check_silent", lambda _: None)
+    _unseen(setting)
+
+
 def _named_arms(setting: Setting) -> None:
     environment = Trees.environment
     setting.remove(Trees, "environment", lambda trees, arm, seed: environment(trees, arm, seed) | {"ASSAY_ARM": arm})
@@ -196,7 +202,13 @@ TRICKS = [
         {"work.py": CACHED.replace("KEY", "len(x)")},
         control=_constant,
     ),
-    Trick("forged reply", "rejected:incorrect", OUTPUTS, {"work.py": FORGED}, control=_unseen),
+    Trick(
+        "forged reply",
+        "rejected:tampered",
+        "a worker answers once; more than one reply is seen before the next request and at the end",
+        {"work.py": FORGED},
+        control=_unheard,
+    ),
     Trick("right only on the last call", "rejected:incorrect", OUTPUTS, {"work.py": LAST}, control=_last_only),
     Trick("batching across requests", "rejected:incorrect", OUTSIDE, {"work.py": BATCHED}, control=naive),
     Trick("late work in a thread", "rejected:incorrect", OUTSIDE, {"work.py": THREAD}, control=naive),
