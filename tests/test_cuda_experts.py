@@ -178,6 +178,8 @@ WAYS = {
         {"gated": True, "curve": "SILU", "copying": True, "clamped": True, "biased": True},
     ),
     "192, pairs, second product": (Way("copied", 192, cluster=2), {"ready": True, "biased": True}),
+    "small steps": (Way("copied", 256, fine=True), {"gated": True, "curve": "SILU", "ready": True}),
+    "192, small steps": (Way("copied", 192, cluster=2, fine=True, direct=True), {"ready": True}),
     "straight": (Way("copied", 256, direct=True), {"ready": True, "biased": True}),
     "192, straight": (Way("copied", 192, direct=True), {"ready": True, "curve": "RELU2", "clamped": True}),
     "8, straight": (Way(rows=8, direct=True), {"ready": True}),

@@ -111,6 +111,14 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 144, "dtype": torch.float16, "plan": {"stages": 3, "direct": True},
     },
+    "small steps": {
+        "tiles": 256, "counts": [140, 263, 33], "size": 144, "gather": False, "columns": 144, "ready": True,
+        "plan": {"stages": 3, "fine": True},
+    },
+    "small steps, gathered, taller": {
+        "tiles": 128, "counts": [70, 40], "size": 144, "columns": 272, "gated": False, "activation": None,
+        "plan": {"stages": 3, "fine": True},
+    },
     "192 rows, copying": {
         "tiles": 192, "counts": [200, 0, 70], "size": 208, "gather": False, "copying": True, "columns": 144,
         "blocks": 2, "plan": {"stages": 3},
@@ -162,7 +170,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, turn)
     maps = map_of(weight.data_ptr(), *boxes)
     boxed = ordered if case["copying"] else rows
-    maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, plan.step))
+    maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, plan.box))
     tensors = (rows, bias, factors, routes if moved or case["by_route"] else None, first_rows, counts, out)
     tensors += (ordered, progress) if case["copying"] else (None, None)
     pointers = (ctypes.c_void_p * 9)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
@@ -220,7 +228,7 @@ MUTANTS = {
     "a stage is given away before it is read": ("taller, two stages", "await_products<1>()", "await_products<2>()"),
     "the second warpgroup waits too long": ("taller, two stages", "DEPTH > 2 ? 2 : 1", "2"),
     "an arrival too few": ("decode", "GATHERS ? 129 : 1", "GATHERS ? 130 : 1"),
-    "boxes that are not there are waited for": ("second product", "used_rows(tile.rows) * BK * 2", "ROW_BYTES + 2"),
+    "boxes that are not there are waited for": ("second product", "boxed_rows(tile.rows) * BK * 2", "ROW_BYTES + 2"),
     "pieces where the swizzle does not look": ("decode", "(piece ^ (first & 7)) << 4", "piece << 4"),
     "up where gate is": ("decode", "bias.x, sums[2] + bias.y", "bias.y, sums[3] + bias.y"),
     "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),

@@ -37,6 +37,8 @@ WAYS = {
     "tiles of 64, straight": Way(rows=64, direct=True),
     "tiles of 256, copying, pairs, straight": Way("copying", 256, cluster=2, direct=True),
     "tiles of 192, copied, straight": Way("copied", 192, direct=True),
+    "tiles of 256, small steps": Way(rows=256, fine=True),
+    "tiles of 192, copying, pairs, straight, small steps": Way("copying", 192, cluster=2, direct=True, fine=True),
 }
 
 

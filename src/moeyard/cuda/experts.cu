@@ -5,7 +5,7 @@
 // A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles (BM
 // weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
 // round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
-// has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of STEP.
+// has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of FINE.
 //
 // The second warpgroup that multiplies begins some steps after the first and stays behind it, as far as stages reach:
 // so one has products under way while the other writes results.
@@ -38,7 +38,8 @@ constexpr int CLUSTER = BLOCKS_A_CLUSTER;
 constexpr u32 RUN = STEPS_A_RUN;  // stages whose weights are asked for together: 128 bytes of a weight row each
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
-constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;
+constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
+constexpr int FINE = ROWS_A_STEP;                         // and what multiplied rows are a multiple of
 constexpr int GROUP = BN > 128 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
 constexpr int SUMS = TALL * BN / 2;  // of a lane
@@ -55,7 +56,8 @@ constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup afte
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 constexpr u32 PORTION = 8, SPAN = 64;  // rows that a warp copies at a time, rows that are waited for together
 constexpr int SPANS = BN / SPAN + 1;   // that a tile may reach into
-using Work = Tiles<BN, STEP, GROUP, CLUSTER>;
+using Work = Tiles<BN, FINE, GROUP, CLUSTER>;
+static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(RUN < DEPTH || RUN == 1, "a stage is given back when the one after it has been multiplied");
 static_assert(!GATHERS || (CLUSTER == 1 && !COPIES_ROWS), "rows are gathered by each block for itself");
 static_assert(!STRAIGHT || !(GATED_RESULT || BY_ROUTE), "results of a lane are side by side, and so are rows");
@@ -114,13 +116,13 @@ __device__ __forceinline__ Room divide(u8* memory) {
   return room;
 }
 
-__device__ __forceinline__ u32 used_rows(u32 rows) { return (rows + STEP - 1) / STEP * STEP; }
+__device__ __forceinline__ u32 boxed_rows(u32 rows) { return (rows + STEP - 1) / STEP * STEP; }
 
 // The weights of one stage, and how many bytes the stage's barrier has to see: boxes count whole, zeros included.
 __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
                                              u32 stage) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
-  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : used_rows(tile.rows) * BK * 2));
+  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
   if constexpr (GATED_RESULT || STRAIGHT) copy_box(to, map, barrier, step * BK, 0, 0, tile.weight_tile * (BM / 16), tile.expert);
   else copy_box(to, map, barrier, step * BK, tile.weight_tile * BM, tile.expert);
 }
@@ -235,7 +237,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   Weights weights = {weight_map, room};
   for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
     const Tile tile = tiles.find(walk.number());
-    const u32 used = used_rows(tile.rows);
+    const u32 used = boxed_rows(tile.rows);
     u32 token[COPIES];
 #pragma unroll
     for (int i = 0; i < COPIES; ++i) {
@@ -314,9 +316,9 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
 
 template <int N = BN>
 __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
-                                              u32 group, const Signals& signals, u32 used) {
-  if constexpr (N > STEP) {
-    if (used < N) return multiply_used<N - STEP>(sums, room, stage, steps, group, signals, used);
+                                              u32 group, const Signals& signals, u32 rows) {
+  if constexpr (N > FINE) {
+    if (rows <= N - FINE) return multiply_used<N - FINE>(sums, room, stage, steps, group, signals, rows);
   }
   multiply_tile<N>(sums, room, stage, steps, group, signals);
 }
@@ -408,7 +410,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
       }
       sync_warpgroup(group);
     }
-    multiply_used(sums, room, stage, a.steps, group, signals, used_rows(tile.rows));
+    multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     signals.lead = ALL;
     if constexpr (STRAIGHT) {
       write_results(sums, bias, a, tile, first_column + column_of(warp, lane));

@@ -217,7 +217,7 @@ def _product(
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
         boxed = rows if ordered is None else ordered
-        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, plan.step)
+        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, plan.box)
     launch.with_maps(
         current_stream(current_device()),
         (weights, boxes),
@@ -299,6 +299,7 @@ def expert_defines(
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
         ("BLOCKS_A_CLUSTER", str(plan.cluster)),
         ("STEPS_A_RUN", str(plan.run)),
+        ("ROWS_A_STEP", str(plan.step)),
         ("ROW_KIND", kind),
         ("ELEMENT", element),
         ("ACTIVATION", curve),

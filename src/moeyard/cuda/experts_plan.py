@@ -34,6 +34,8 @@ class Way:
     """Blocks that share the rows of their tiles; rows that are gathered are not shared."""
     run: int = 1
     """Stages whose weights are asked for together."""
+    fine: bool = False
+    """Whether rows that are multiplied are a multiple of 16 even in large tiles, not of 32."""
     direct: bool = False
     """Whether results without a gate go straight to memory where they lie side by side."""
 
@@ -56,6 +58,7 @@ class ExpertPlan:
     cluster: int = 1
     run: int = 1
     direct: bool = False
+    fine: bool = False
 
     @property
     def threads(self) -> int:
@@ -68,9 +71,14 @@ class ExpertPlan:
         return _WEIGHT_ROWS * self.groups * self.tall
 
     @property
-    def step(self) -> int:
-        """What the rows of a tile that are multiplied are a multiple of, and the rows of a box of them."""
+    def box(self) -> int:
+        """Rows of a box."""
         return self.rows if self.rows <= 16 else 16 if self.rows <= 64 else 32
+
+    @property
+    def step(self) -> int:
+        """What the rows of a tile that are multiplied are a multiple of."""
+        return min(self.box, 16) if self.fine else self.box
 
 
 @lru_cache(maxsize=4096)
@@ -107,7 +115,7 @@ def expert_plan(
                 tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (columns_a_tile * way.cluster))
                 grid = way.cluster * max(1, min(card.processors * blocks // way.cluster, tiles))
                 run = max(1, min(way.run, stages - 1))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run, direct)
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run, direct, way.fine)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)

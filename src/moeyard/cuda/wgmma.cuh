@@ -106,8 +106,8 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       : "memory");
 }
 
-// A box into the same place of all blocks of the cluster whose bits are set in `blocks`; the barrier at the same place of
-// each sees the bytes.
+// A box into the same place of all blocks of the cluster whose bits are set in `blocks`; in each the barrier at this
+// place sees the bytes.
 __device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -183,18 +183,18 @@ __device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)
 #define NUMBERS_4 NUMBERS_2 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define NUMBERS_6 NUMBERS_4 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define NUMBERS_8 NUMBERS_6 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define NUMBERS_12 \
-  NUMBERS_8 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
-#define NUMBERS_16 \
-  NUMBERS_12 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define NUMBERS_20 \
-  NUMBERS_16 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define NUMBERS_24 \
-  NUMBERS_20 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define NUMBERS_28 \
-  NUMBERS_24 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define NUMBERS_32 \
-  NUMBERS_28 ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define NUMBERS_10 NUMBERS_8 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define NUMBERS_12 NUMBERS_10 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define NUMBERS_14 NUMBERS_12 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define NUMBERS_16 NUMBERS_14 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define NUMBERS_18 NUMBERS_16 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NUMBERS_20 NUMBERS_18 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define NUMBERS_22 NUMBERS_20 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define NUMBERS_24 NUMBERS_22 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define NUMBERS_26 NUMBERS_24 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define NUMBERS_28 NUMBERS_26 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define NUMBERS_30 NUMBERS_28 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define NUMBERS_32 NUMBERS_30 ", %120, %121, %122, %123, %124, %125, %126, %127"
 // N, the numbers of its N / 2 values, of the operands that follow, and the values.
 #define PRODUCT(N, NUMBERS, A, B, ADDS, ...)                                                                      \
   asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " ADDS ", 0;\n\t"                                       \
@@ -212,11 +212,19 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, u32 ad
   if constexpr (N == 32) PRODUCT(32, NUMBERS_4, "%16", "%17", "%18", VALUES_4(0));
   if constexpr (N == 48) PRODUCT(48, NUMBERS_6, "%24", "%25", "%26", VALUES_4(0), VALUES_2(4));
   if constexpr (N == 64) PRODUCT(64, NUMBERS_8, "%32", "%33", "%34", VALUES_8(0));
+  if constexpr (N == 80) PRODUCT(80, NUMBERS_10, "%40", "%41", "%42", VALUES_8(0), VALUES_2(8));
   if constexpr (N == 96) PRODUCT(96, NUMBERS_12, "%48", "%49", "%50", VALUES_8(0), VALUES_4(8));
+  if constexpr (N == 112) PRODUCT(112, NUMBERS_14, "%56", "%57", "%58", VALUES_8(0), VALUES_4(8), VALUES_2(12));
   if constexpr (N == 128) PRODUCT(128, NUMBERS_16, "%64", "%65", "%66", VALUES_16(0));
+  if constexpr (N == 144) PRODUCT(144, NUMBERS_18, "%72", "%73", "%74", VALUES_16(0), VALUES_2(16));
   if constexpr (N == 160) PRODUCT(160, NUMBERS_20, "%80", "%81", "%82", VALUES_16(0), VALUES_4(16));
+  if constexpr (N == 176) PRODUCT(176, NUMBERS_22, "%88", "%89", "%90", VALUES_16(0), VALUES_4(16), VALUES_2(20));
   if constexpr (N == 192) PRODUCT(192, NUMBERS_24, "%96", "%97", "%98", VALUES_16(0), VALUES_8(16));
+  if constexpr (N == 208) PRODUCT(208, NUMBERS_26, "%104", "%105", "%106", VALUES_16(0), VALUES_8(16), VALUES_2(24));
   if constexpr (N == 224) PRODUCT(224, NUMBERS_28, "%112", "%113", "%114", VALUES_16(0), VALUES_8(16), VALUES_4(24));
+  if constexpr (N == 240) {
+    PRODUCT(240, NUMBERS_30, "%120", "%121", "%122", VALUES_16(0), VALUES_8(16), VALUES_4(24), VALUES_2(28));
+  }
   if constexpr (N == 256) PRODUCT(256, NUMBERS_32, "%128", "%129", "%130", VALUES_16(0), VALUES_16(16));
 }
 
