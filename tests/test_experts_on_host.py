@@ -98,6 +98,9 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 192, "counts": [230, 10], "size": 336, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 400, "blocks": 2, "plan": {"stages": 3, "cluster": 2},
     },
+    "few rows, copying": {
+        "tiles": 32, "counts": [60, 1, 0, 70, 9], "size": 80, "gather": False, "copying": True, "columns": 80,
+    },
     "straight to memory": {
         "tiles": 256, "counts": [300, 7, 97], "size": 176, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 272, "bias": True, "plan": {"stages": 3, "direct": True},

@@ -2,8 +2,8 @@
 // side of the tensor cores' products and the rows are their N side, which may be as small as 8: so one kernel serves
 // batches of any size.
 //
-// A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles (BM
-// weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
+// A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles
+// (BM weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
 // round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
 // has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of FINE.
 //
@@ -55,7 +55,7 @@ constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 constexpr u32 PORTION = 8, SPAN = 64;  // rows that a warp copies at a time, rows that are waited for together
-constexpr int SPANS = BN / SPAN + 1;   // that a tile may reach into
+constexpr int SPANS = (BN + SPAN - 2) / SPAN + 1;      // that a tile may reach into
 using Work = Tiles<BN, FINE, GROUP, CLUSTER>;
 static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(RUN < DEPTH || RUN == 1, "a stage is given back when the one after it has been multiplied");
@@ -123,8 +123,9 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
                                              u32 stage) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
-  if constexpr (GATED_RESULT || STRAIGHT) copy_box(to, map, barrier, step * BK, 0, 0, tile.weight_tile * (BM / 16), tile.expert);
-  else copy_box(to, map, barrier, step * BK, tile.weight_tile * BM, tile.expert);
+  const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
+  if constexpr (GATED_RESULT || STRAIGHT) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
+  else copy_box(to, map, barrier, column, tile.weight_tile * BM, tile.expert);
 }
 
 __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
@@ -324,8 +325,8 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
 }
 
 // Results of 8 rows: bias, activation and factor, then 16 bits, transposed to `to`: rows with columns side by side.
-__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const float2 factor, const Curve& curve,
-                                            u32 to) {
+__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const float2 factor,
+                                            const Curve& curve, u32 to) {
   if constexpr (GATED_RESULT) {
     const float even = bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, curve);
     const float odd = bend<CURVE, CLAMPS>(sums[1] + bias.x, sums[3] + bias.y, curve);
@@ -448,7 +449,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
-    u16* out, u8* ordered, u32* progress, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta, i64 limit) {
+    u16* out, u8* ordered, u32* progress, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha,
+    i64 beta, i64 limit) {
   extern __shared__ u8 memory[];
   const Room room = divide(memory);
   constexpr u32 OF_CLUSTER = CLUSTER * (GATED_RESULT ? BM / 2 : BM);

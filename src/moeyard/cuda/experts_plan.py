@@ -126,10 +126,14 @@ def way_of(num_rows: int, experts: int, columns: int) -> Way:
 
     Where products are the limit, gathering by `cp.async` costs some 30 % of their time, which grows with the columns of
     the weights; copying costs a row's bytes written once, at 3.2 TB/s as much as 700 columns. Where reading weights is
-    the limit gathering costs nothing (benchmarks/results/h200/experts_bf16.json).
+    the limit gathering costs nothing. In benchmarks/results/h200/prefill_ways.json copying is the faster way from 128
+    rows an expert and 2^18 rows times columns on, but for one of ten cells.
     """
-    copied = num_rows >= _COPIED_ROWS * _touched(num_rows, experts) and columns >= _COPIED_COLUMNS
-    return Way("copied" if copied else "gathered")
+    rows = num_rows / max(1.0, _touched(num_rows, experts))
+    return Way("copied" if rows >= _COPIED_ROWS and rows * columns >= _COPIED_RESULTS else "gathered")
+
+
+_COPIED_ROWS, _COPIED_RESULTS = 128, 1 << 18
 
 
 def progress_words(num_rows: int) -> int:
@@ -138,10 +142,6 @@ def progress_words(num_rows: int) -> int:
 
 
 _SPAN = 64
-
-
-_COPIED_ROWS = 128
-_COPIED_COLUMNS = 1024
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:

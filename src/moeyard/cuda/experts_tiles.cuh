@@ -69,8 +69,8 @@ struct Tiles {
   }
 };
 
-// The tiles of a cluster: one of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of an
-// expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
+// The tiles of a cluster: one of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of
+// an expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
 template <int CLUSTER>
 struct Walk {
   static constexpr u32 SHIFT = 37;
