@@ -121,6 +121,7 @@ def expert_plan(
         rows = max(size for size in _ROWS if size < rows)
 
 
+@lru_cache(maxsize=4096)
 def way_of(num_rows: int, experts: int, columns: int) -> Way:
     """The way of a layer, or of one product, with so many columns of weights in the first.
 
