@@ -1,193 +1,200 @@
-"""Deciding: what a task requires and the exit status, several workloads under Holm's procedure, budgets, locks."""
+"""From made-up blocks to outcome and exit status, through the plan, RAW and the command that decides again."""
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import threading
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from assay import devices, frozen
-from assay.decide import FAMILY, decide
-from assay.experiment import SCHEMA, Blocks, verdict_row
+from assay import outcomes
+from assay.__main__ import main
+from assay.decide import decide
+from assay.experiment import SCHEMA as RAW_SCHEMA
+from assay.frozen import FILE, SCHEMA, Frozen, plan_as_json
+from assay.outcomes import Gate
 from assay.plan import Plan, Workload
-from assay.stats import LOOKS, p_value
-from small_project import BASE, FASTER, candidate, edited, environment, project, verdict
-
-DELTA = 0.02
+from assay.stats import p_value
 
 
-def folder_of(folder: Path, workloads: Mapping[str, Sequence[float]], require: str = "faster") -> Path:
-    """RAW as measuring leaves it, of workloads whose candidates are faster by these log-ratios."""
-    plan = Plan(Workload("command", command=("true",)), delta=DELTA, workloads=len(workloads))
+def raw(
+    folder: Path,
+    ratios: Mapping[str, Sequence[float]],
+    *,
+    require: str = "faster",
+    asked: Sequence[str] = (),
+    skipped: Sequence[str] = (),
+    found: Mapping[str, Gate] | None = None,
+    **block: Any,
+) -> Path:
+    """A folder of RAW: by workload the log-ratios of its blocks, base over candidate. A' takes as long as base."""
+    plan = Plan(Workload("command", ("true",)), workloads=len(ratios)).checked()
     content = {
-        "kind": "plan", "schema": frozen.SCHEMA, "assay": "0", "attempt": {"id": "a", "number": 1},
-        "task": {"name": "t", "digest": "0" * 16, "delta": DELTA, "require": require},
+        "kind": "plan",
+        "schema": SCHEMA,
+        "attempt": {"id": "0" * 12, "number": 1},
+        "task": {"name": "t", "digest": "0" * 16, "delta": plan.delta, "require": require},
         "patch": {"digest": "0" * 16, "bytes": 1, "changed": ["a"], "restored": [], "left": []},
-        "protocol": "0" * 16, "outcome": "", "words": [], "trees": {},
-        "gates": dict.fromkeys(("tests", "equivalence", "provenance"), "none"),
+        "protocol": "0" * 16,
+        "gates": {"asked": list(asked), "skipped": list(skipped)},
+        "outcome": "",
+        "words": [],
         "sandbox": {"wanted": True},
-        "workloads": dict.fromkeys(workloads, frozen.plan_as_json(plan)),
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / frozen.FILE).write_text(json.dumps(content))
-    draw = np.random.default_rng(5)
-    for name, ratios in workloads.items():
+        "workloads": {name: plan_as_json(plan) for name in ratios},
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).write_text(json.dumps(content))
+    frozen = Frozen.read(folder / FILE)
+    for name, gate in (found or {}).items():
+        outcomes.note(frozen, name, gate)
+    for name, values in ratios.items():
         rows: list[dict[str, Any]] = [
             {
                 "kind": "header",
-                "schema": SCHEMA,
-                "plan": frozen.plan_as_json(plan),
+                "schema": RAW_SCHEMA,
+                "plan": plan_as_json(plan),
                 "isolation": "sandbox",
                 "clock": "judge",
             }
         ]
-        blocks = Blocks(len(workloads))
-        for ratio in ratios:
-            primary = {"base": 1.0, "candidate": math.exp(-ratio), "control": math.exp(draw.normal(0, 0.005))}
-            rows.append({"kind": "block", "reasons": [], "differing": [], "primary": primary, "elapsed_s": 1.0})
-            blocks.add(rows[-1])
-            seen = blocks.decision(DELTA)
-            if seen is not None and seen.verdict != "continue":
-                rows.append(verdict_row(seen))
-                break
+        for value in values:
+            primary = {"base": 1.0, "candidate": math.exp(-value), "control": 1.0}
+            rows.append({"kind": "block", "differing": [], "compared": 1, "reasons": [], "primary": primary, **block})
+        rows.append({"kind": "verdict"})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-def drawn(centre: float, spread: float, seed: int = 1) -> list[float]:
-    """Log-ratios of 40 blocks with exactly this centre."""
-    values = np.random.default_rng(seed).normal(0, spread, 40)
-    shifted: list[float] = (values - np.median(values) + centre).tolist()
-    return shifted
+def about(centre: float, spread: float) -> list[float]:
+    """40 log-ratios, evenly spread about their centre, in an order of no meaning."""
+    values = [centre + spread * (i - 19.5) / 19.5 for i in range(40)]
+    random.Random(1).shuffle(values)
+    return values
 
 
-@pytest.mark.parametrize(
-    ("centre", "spread", "outcome", "statuses"),
-    [
-        (0.10, 0.01, "faster", {"faster": 0, "not_slower": 0, "any": 0}),
-        (0.00, 0.01, "equivalent", {"faster": 1, "not_slower": 0, "any": 0}),
-        (-0.10, 0.01, "slower", {"faster": 1, "not_slower": 1, "any": 0}),
-        (0.02, 0.06, "undecided", {"faster": 5, "not_slower": 0, "any": 0}),
-        (0.00, 0.08, "undecided", {"faster": 5, "not_slower": 5, "any": 0}),
-    ],
-)
-def test_what_a_task_requires(
-    centre: float, spread: float, outcome: str, statuses: dict[str, int], tmp_path: Path
-) -> None:
-    """`not_slower` holds without a verdict where the interval lies above minus the margin."""
-    for require, wanted in statuses.items():
-        found = decide(folder_of(tmp_path / require, {"w": drawn(centre, spread)}, require))
-        assert (found["outcome"], found["status"]) == (outcome, wanted), found["workloads"]
-        low = found["workloads"][0]["interval"][0]
-        assert outcome != "undecided" or (low > -math.log1p(DELTA)) == (statuses["not_slower"] == 0)
+FASTER, SLOWER, EQUIVALENT = about(0.1, 0.01), about(-0.1, 0.01), about(0.0, 0.01)
+BOUNDED, UNBOUNDED = about(0.012, 0.05), about(0.0, 0.2)
+"""Both undecided: the first is shown to be no worse than 2 %, the second is not."""
+OUTCOMES = {
+    "faster": (FASTER, {"faster": 0, "not_slower": 0, "any": 0}),
+    "slower": (SLOWER, {"faster": 1, "not_slower": 1, "any": 0}),
+    "equivalent": (EQUIVALENT, {"faster": 1, "not_slower": 0, "any": 0}),
+    "undecided, bounded": (BOUNDED, {"faster": 5, "not_slower": 0, "any": 0}),
+    "undecided, unbounded": (UNBOUNDED, {"faster": 5, "not_slower": 5, "any": 0}),
+}
 
 
-def between(low: float, high: float) -> list[float]:
-    """Log-ratios above 0 whose p-value after 40 blocks lies between these, and which no earlier look calls."""
-    for seed in range(2000):
-        values = np.random.default_rng(seed).normal(0.006, 0.012, 40)
-        p = [p_value(values[: look.blocks].tolist()) for look in LOOKS]
-        if low < p[2] < high and all(one > look.alpha for one, look in zip(p, LOOKS[:2], strict=False)):
-            found: list[float] = values.tolist()
-            return found
-    raise AssertionError("no such values")
+@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_what_a_task_may_require(name: str, require: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios, statuses = OUTCOMES[name]
+    assert main(["replay", str(raw(tmp_path, {"w": ratios}, require=require))]) == statuses[require]
+    shown = capsys.readouterr().out
+    words = {0: "met", 1: "not met", 5: "not shown"}[statuses[require]]
+    assert shown.startswith(f"{name.partition(',')[0]}: ") and f"require {require}: {words}; sandboxed" in shown
 
 
-def test_several_workloads(tmp_path: Path) -> None:
-    """The levels are divided among them, and Holm's procedure gives back what the others do not need."""
-    last = LOOKS[-1].alpha
-    values, nothing, much = between(last / 2 * 1.1, last * 0.9), drawn(0, 0.008, 2), drawn(0.2, 0.01, 3)
-    alone = decide(folder_of(tmp_path / "alone", {"w": values}))
+@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+def test_what_meets_no_requirement(require: str, tmp_path: Path) -> None:
+    def status(folder: str, **more: Any) -> tuple[str, int]:
+        found = decide(raw(tmp_path / folder, {"w": FASTER}, require=require, **more))
+        return found["outcome"], found["status"]
+
+    assert status("1", differing=[3]) == ("incorrect", 1)
+    assert status("2", reasons=["foreign"]) == ("void", 3)
+    assert status("3", found={"tests": Gate("tests_failed", "one")}) == ("tests_failed", 1)
+    assert status("4", found={"provenance": Gate("not_evaluated", "unused")}) == ("not_evaluated", 5)
+    assert status("5", found={"equivalence": Gate("infra.equivalence", "no box")}) == ("infra.equivalence", 3)
+    assert status("6", found={"build": Gate("task_invalid", "base: no")}) == ("task_invalid", 4)
+    assert status("7", reasons=["frozen"], escapes={"candidate": ["woke"]}) == ("tampered", 1)
+
+
+def test_no_workload_may_be_worse_than_the_margin(tmp_path: Path) -> None:
+    for other, outcome, status in (
+        (BOUNDED, "faster", 0),
+        (UNBOUNDED, "undecided", 5),
+        (SLOWER, "slower", 1),
+        (EQUIVALENT, "faster", 0),
+    ):
+        for require in ("faster", "not_slower"):
+            found = decide(raw(tmp_path, {"one": FASTER, "two": other}, require=require))
+            assert (found["outcome"], found["status"]) == (outcome, status), found
+
+
+def signed(p: float) -> list[float]:
+    """40 log-ratios whose exact p-value is at most p and nearly so, of which 24 show nothing yet."""
+    ranks, negative = list(range(1, 41)), []
+    for rank in reversed(ranks):
+        if p_value([-r if r in (*negative, rank) else r for r in ranks]) <= p:
+            negative.append(rank)
+    values = [0.01 * (-rank if rank in negative else rank) for rank in ranks]
+    order = random.Random(0)
+    while min(p_value(values[:12]), p_value(values[:24])) < 0.05:
+        order.shuffle(values)
+    return values
+
+
+def test_holm_overturns_a_single_look(tmp_path: Path) -> None:
+    """At its last look 0.2 % suffice alone (0.3 %), not beside a null (0.15 %), and do beside a sure effect."""
+    close = signed(0.002)
+    assert 0.0015 < p_value(close) <= 0.002
+    alone = decide(raw(tmp_path / "1", {"close": close}))
     assert (alone["outcome"], alone["workloads"][0]["holm"]) == ("faster", False)
-    beside = decide(folder_of(tmp_path / "beside", {"w": values, "null": nothing}))
-    assert beside["outcome"] != "faster" and {one["verdict"] for one in beside["workloads"]} <= {
-        "equivalent",
-        "undecided",
-    }
-    strong = decide(folder_of(tmp_path / "strong", {"w": values, "much": much}))
-    one, other = strong["workloads"]
-    assert one["holm"] and one["verdict"] == "faster" and FAMILY / 2 < one["p"] < FAMILY, one
-    assert one["reason"] == "Holm's procedure over all workloads rejects no change"
-    assert (other["verdict"], other["holm"]) == ("faster", False) and strong["outcome"] == "faster"
-    assert strong["joint"]["interval"][0] < strong["joint"]["estimate"] < strong["joint"]["interval"][1]
+    found = decide(raw(tmp_path / "2", {"close": close, "null": EQUIVALENT}))
+    one = found["workloads"][0]
+    assert found["outcome"] == "undecided" and found["status"] == 5, found
+    assert (one["verdict"], one["holm"], one["alpha"]) == ("undecided", False, 0.0015)
+    assert one["p"] == pytest.approx(p_value(close) * 0.005 / 0.003) and 0.0025 < one["p"] < 0.005
+    found = decide(raw(tmp_path / "3", {"close": close, "sure": FASTER}))
+    assert [(one["verdict"], one["holm"]) for one in found["workloads"]] == [("faster", True), ("faster", False)]
+    assert (found["outcome"], found["status"]) == ("faster", 0)
+    worse = [-value for value in close]
+    found = decide(raw(tmp_path / "4", {"close": worse, "sure": FASTER}))
+    assert (found["outcome"], found["status"], found["workloads"][0]["holm"]) == ("slower", 1, True)
 
 
-def test_one_faster_and_one_that_may_be_worse(tmp_path: Path) -> None:
-    found = decide(folder_of(tmp_path / "raw", {"fast": drawn(0.2, 0.01), "wild": drawn(0, 0.08)}))
-    assert (found["outcome"], found["status"]) == ("undecided", 5)
-    assert found["words"] == ["fast: faster; wild: may be worse by the margin"]
+ASKED = ("tests", "equivalence", "provenance")
+PASSED = {"build": Gate("", "3 arms"), **{name: Gate("", "well") for name in ASKED}}
 
 
-def test_a_budget_that_does_not_suffice(tmp_path: Path) -> None:
-    task = edited(project(tmp_path), "[budget]\n", "[budget]\nseconds = 0.5\n")
-    tree = candidate(task, "fast", {"pkg/__init__.py": FASTER})
-    found = verdict(task, "--tree", tree, "--store", tmp_path / "store", "--no-sandbox")
-    assert (found["outcome"], found["status"]) == ("infra.budget", 3), found
-    assert found["words"] == ["expected to be decided within the task's 0.5 s of measuring"]
-    mark = str(tmp_path).encode()
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(os.getpid())]
-    assert not [path for path in left if path.exists() and mark in path.read_bytes()]
+def test_a_gate_that_was_asked_for_and_not_run(tmp_path: Path) -> None:
+    """It takes away what speaks for the patch; what speaks against it stands."""
+    assert decide(raw(tmp_path / "0", {"w": FASTER}, asked=ASKED, found=PASSED))["outcome"] == "faster"
+    for i, missing in enumerate(ASKED):
+        run = {name: gate for name, gate in PASSED.items() if name != missing}
+        found = decide(raw(tmp_path / f"a{i}", {"w": FASTER}, asked=ASKED, found=run))
+        assert (found["outcome"], found["status"]) == ("not_evaluated", 5)
+        assert found["words"] == [f"{missing}: asked for and not run"] and found["workloads"][0]["verdict"] == "faster"
+        others = [name for name in ASKED if name != missing]
+        assert decide(raw(tmp_path / f"b{i}", {"w": FASTER}, asked=others, found=run))["outcome"] == "faster"
+        for ratios, require, outcome in (
+            (SLOWER, "faster", "slower"),
+            (SLOWER, "any", "not_evaluated"),
+            (UNBOUNDED, "faster", "not_evaluated"),
+            (EQUIVALENT, "not_slower", "not_evaluated"),
+        ):
+            place = tmp_path / f"{i}{require}{outcome}"
+            found = decide(raw(place, {"w": ratios}, asked=ASKED, found=run, require=require))
+            assert found["outcome"] == outcome
+    wrong = decide(raw(tmp_path / "d", {"w": FASTER}, asked=ASKED, differing=[1]))
+    assert (wrong["outcome"], wrong["status"]) == ("incorrect", 1)
 
 
-HOLD = """
-import sys, time
-from assay import devices
-with devices.held("cpu", alone=True):
-    print("held", flush=True)
-    time.sleep(60)
-"""
+def test_a_gate_that_was_left_out_on_request(tmp_path: Path) -> None:
+    skipped = ("tests", "equivalence")
+    run = {name: gate for name, gate in PASSED.items() if name not in skipped}
+    found = decide(raw(tmp_path, {"w": FASTER}, asked=ASKED[:2], skipped=ASKED, found=run))
+    assert (found["outcome"], found["status"]) == ("faster", 0)
+    assert found["trust"] == ["sandboxed", "left out on request: tests, equivalence"]
+    gates = [(gate["name"], gate["outcome"]) for gate in found["gates"]]
+    assert gates == [("build", ""), ("tests", "skipped"), ("equivalence", "skipped"), ("provenance", "")]
 
 
-def test_a_measurement_has_its_processors_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who builds waits as well; who was killed holds nothing."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    with devices.held("cpu", alone=False), devices.held("cpu", alone=False, waiting=lambda name: pytest.fail(name)):
-        pass  # several may build
-    heard, got = threading.Event(), threading.Event()
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env=environment(TMPDIR=str(tmp_path))
-    ) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-
-        def wait() -> None:
-            with devices.held("cpu", alone=False, waiting=lambda _: heard.set()):
-                got.set()
-
-        thread = threading.Thread(target=wait)
-        thread.start()
-        assert heard.wait(10) and not got.wait(0.3)
-        other.send_signal(signal.SIGKILL)
-        assert got.wait(10)
-        thread.join()
-
-
-def test_a_judge_waits_for_one_that_measures(tmp_path: Path) -> None:
-    task = project(tmp_path)
-    tree = candidate(task, "c", {"pkg/__init__.py": "import os\nos._exit(0)\n" + BASE})
-    store = tmp_path / "store"
-    (tmp_path / "tmp").mkdir()
-    where = environment(TMPDIR=str(tmp_path / "tmp"))
-    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True, env=where) as other:
-        assert other.stdout is not None and other.stdout.readline() == "held\n"
-        command = [sys.executable, "-m", "assay", "judge", str(task), "--tree", str(tree), "--store", str(store)]
-        with subprocess.Popen(
-            [*command, "--no-sandbox", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=where
-        ) as one:
-            assert one.stderr is not None
-            said = ""
-            while "another judge has cpu" not in said:
-                line = one.stderr.readline()
-                assert line, said
-                said += line
-            assert one.poll() is None and not list(store.glob("attempts/*/built.json"))
-            other.kill()
-            found = json.loads(one.communicate(timeout=120)[0])
-    assert found["outcome"] == "tests_failed"
+def test_gates_of_another_plan(tmp_path: Path) -> None:
+    place = raw(tmp_path, {"w": FASTER}, asked=ASKED, found=PASSED)
+    content = json.loads((place / outcomes.FILE).read_text())
+    (place / outcomes.FILE).write_text(json.dumps({**content, "plan": "1" * 16}))
+    with pytest.raises(ValueError, match="GATES: expected those of plan"):
+        decide(place)

@@ -1,10 +1,12 @@
 """Candidates that do something else than base, each rejected for what it does; and honest ones that pass."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from assay import equivalence, sandbox, task
+from assay.measure import Trees
 from assay.sandbox import Box
 
 pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))
@@ -53,8 +55,9 @@ def judged(
     for i, one in enumerate(properties):
         text += f'[[property]]\nname = "p{i}"\nexamples = {examples}\n{PROPERTIES.get(one, one)}\n'
     (folder / "task.toml").write_text(text)
-    boxes = [Box(folder / name) for name in ("base", "candidate")]
-    return equivalence.check(task.read(folder / "task.toml"), *boxes, seed=7)
+    with tempfile.TemporaryDirectory(dir=folder) as places:
+        boxes = {name: Box(folder / name) for name in ("base", "candidate")}
+        return equivalence.check(task.read(folder / "task.toml"), Trees.boxed(boxes, Path(places)), seed=7)
 
 
 def test_the_same_and_an_honest_reordering_pass(tmp_path: Path) -> None:

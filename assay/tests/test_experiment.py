@@ -17,6 +17,7 @@ from assay import sense
 from assay.__main__ import main
 from assay.arms import Running
 from assay.experiment import replay
+from assay.supervisor import cpu_seconds
 
 WORK = "total = 0\nfor i in range({units} * 10000): total += i * i\n"
 CALL = "def work(n):\n    total = n\n    for i in range({units} * 10000): total += i * i\n    return total\n"
@@ -157,14 +158,28 @@ def test_too_short_unless_chained(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().out.startswith("slower") and rows(tmp_path / "raw3")[-1]["blocks"] == 12
 
 
-def test_what_outlives_its_arm_is_killed_and_its_block_left_out(tmp_path: Path) -> None:
+OUTLIVES = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-S', '-c', {code!r}])\n"
+SPINS, WAITS = (OUTLIVES.format(code=code) for code in ("while True: pass", "import time; time.sleep(60)"))
+
+
+@pytest.mark.parametrize(
+    ("more", "verdict", "status"),
+    [(("", SPINS), "tampered", 1), (("", WAITS), "void", 3), ((SPINS, SPINS), "void", 3)],
+    ids=["works on", "waits", "base does so, too"],
+)
+def test_what_outlives_its_arm_is_killed_and_its_block_left_out(
+    more: tuple[str, str], verdict: str, status: int, tmp_path: Path
+) -> None:
     """A process that spins while others run would slow them: none is alive when the next arm starts."""
-    spins = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-    a, b = tree(tmp_path / "a", 1), tree(tmp_path / "b", 1, spins)
-    assert ab(a, b, tmp_path / "raw", *ANY_LOAD) == 3
-    blocks = [row for row in rows(tmp_path / "raw") if row["kind"] == "block"]
-    assert all(row["left"] == {"base": 0, "candidate": 1, "control": 0} for row in blocks)
-    assert rows(tmp_path / "raw")[-1]["verdict"] == "void"
+    a, b = tree(tmp_path / "a", 1, more[0]), tree(tmp_path / "b", 1, more[1])
+    assert ab(a, b, tmp_path / "raw", *ANY_LOAD) == status
+    found = rows(tmp_path / "raw")
+    left = {"base": int(bool(more[0])), "candidate": 1, "control": int(bool(more[0]))}
+    assert all(row["left"] == left for row in found if row["kind"] == "block")
+    assert found[-1]["verdict"] == verdict
+    if verdict == "tampered":
+        words = "candidate: a process went on working after the end, in 14 of 14 blocks, and in no other arm"
+        assert found[-1]["reason"] == words
 
 
 def test_foreign_load_is_seen() -> None:
@@ -296,8 +311,8 @@ for _ in range(4): subprocess.Popen([sys.executable, "-S", "-c", "while True: pa
 
 def _only_looks(running: Running) -> float:
     """What freezing does, without the stop."""
-    running._frozen = running.members()
-    return running.cpu_seconds()
+    running._frozen = {process: cpu_seconds(process) for process in running.members()}
+    return sum(running._frozen.values())
 
 
 def _hogged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezing: bool) -> tuple[float, float, list[str]]:

@@ -81,13 +81,7 @@ def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
 
 
 SLOWER = BASE.replace("    return total", "    for i in range(3 * n):\n        total = total + 0\n    return total")
-FORGED = FASTER.replace(
-    "    total = 0\n",
-    "    import os, struct, sys\n"
-    "    if n > 1000 and sys.argv[0].endswith('worker.py'):\n"
-    "        os.write(4, struct.pack('<Qcd', 0, b'r', 0.0))\n"
-    "    total = 0\n",
-)
+WRONG = FASTER.replace("(n - 1) * n", "(n - 1) * n * (n != 60007)")  # only on inputs that no test and no strategy has
 
 
 @pytest.mark.parametrize(
@@ -100,7 +94,6 @@ FORGED = FASTER.replace(
         ({"pkg/__init__.py": "import os\nos._exit(0)\n" + BASE}, "tests_failed", 1, "4 of 4 tests were not reported"),
         ({"pkg/__init__.py": SLOWER}, "slower", 1, "the interval lies below 0"),
         ({"pkg/__init__.py": BASE.replace("range(n)", "range(n + (n > 1000))")}, "incorrect", 1, "differ from base's"),
-        ({"pkg/__init__.py": FORGED}, "tampered", 1, "it sent a reply that nobody asked for"),
         ({"pkg/__init__.py": BASE + "import time\n_t = time.time()\nwork_ = lambda: _t\n"}, "", None, ""),
     ],
 )
@@ -139,7 +132,7 @@ def test_a_property_that_fails_and_a_build_that_does(tmp_path: Path) -> None:
 
 def test_three_commands_apart(tmp_path: Path) -> None:
     """Measured in slices, in another folder, by an interpreter that has numpy and nothing else of ours."""
-    task = edited(project(tmp_path), 'require = "faster"', 'require = "faster"\nwaived = ["tests", "equivalence"]')
+    task = project(tmp_path)
     tree = candidate(task, "fast", {"pkg/__init__.py": FASTER})
     done = assay("prepare", task, "--tree", tree, "--store", tmp_path / "store", "--no-sandbox")
     assert done.returncode == 0 and done.stdout.startswith("prepared: "), done.stderr
@@ -176,16 +169,9 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     found = json.loads(decided.stdout)
     valid("verdict", found)
     assert (found["outcome"], decided.returncode) == ("faster", 0) and found["trust"][0] == "unsandboxed"
-    words = [gate["words"] for gate in found["gates"]]
-    assert words == [*["not run, judged in three commands; waived by the task"] * 2, "nothing to look at"]
-    plan.write_text(plan.read_text().replace('"equivalence": "waived"', '"equivalence": "asked"'))
-    shutil.copytree(raw, tmp_path / "strict")
-    shutil.copy(plan, tmp_path / "strict")
-    (tmp_path / "strict/verdict.json").unlink()
-    strict = json.loads(assay("decide", tmp_path / "strict", "--json").stdout)
-    valid("verdict", strict)
-    assert (strict["outcome"], strict["status"]) == ("not_evaluated", 5), strict
-    assert strict["words"] == ["equivalence was not run, judged in three commands; `waived` in the task does without"]
+    gates = [(gate["name"], gate["outcome"], gate["words"]) for gate in found["gates"]]
+    assert gates[0] == ("build", "", "3 arms") and gates[2] == ("equivalence", "", "10 examples"), gates
+    assert gates[1][:2] == ("tests", "") and gates[1][2].startswith("4 tests passed") and len(gates) == 3
     assert (raw / "report.html").exists() and assay("replay", raw).returncode == 0
     assert assay("ledger", "--store", tmp_path / "store").stdout.rstrip().endswith("faster unsandboxed")
     (moved / "trees/candidate/pkg/__init__.py").write_text(BASE)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from assay import provenance, sandbox
-from assay.frozen import FILE, Frozen, plan_as_json
+from assay.frozen import FILE, SCHEMA, Frozen, plan_as_json
 from assay.plan import Plan, Workload
 
 pytestmark = [
@@ -46,7 +46,7 @@ def frozen(folder: Path, work: str, build: list[list[str]], run: Workload) -> Fr
     assert sandbox.run(sandbox.Box(folder / "trees" / "base", writable=True), BUILD, timeout_s=60).status == 0
     content = {
         "kind": "plan",
-        "schema": 1,
+        "schema": SCHEMA,
         "trees": {"base": "", "candidate": ""},
         "commands": {"setup": [], "build": build, "timeout_s": 60},
         "sandbox": {"readable": [], "devices": [], "environment": {}, "memory_bytes": None, "processes": None},

@@ -16,7 +16,7 @@ from assay.plan import Kind, Plan, Workload
 from assay.simulate import SCENARIOS, failures, simulate
 
 _EFFECTS = (0.0, 0.02, 0.05)
-STATUS = {"faster": 0, "slower": 1, "equivalent": 1, "incorrect": 1, "undecided": 5, "void": 3}
+STATUS = {"faster": 0, "slower": 1, "equivalent": 1, "incorrect": 1, "tampered": 1, "undecided": 5, "void": 3}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +160,7 @@ def _here(target: str) -> str:
 
 
 def _ab(arguments: argparse.Namespace, command: list[str]) -> int:
-    """Exit status 0 faster; 1 slower, equivalent or incorrect; 2 usage; 3 void or a failing run; 5 undecided."""
+    """Exit status 0 faster; 1 slower, equivalent, incorrect, tampered; 2 usage; 3 void or a failed run; 5 undecided."""
     raw = arguments.out
     if raw is None:
         raw = Path(tempfile.mkdtemp(prefix="assay-")) / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"

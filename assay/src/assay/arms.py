@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from assay.limits import Group, Limits
-from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, Order, below, check, children, cpu_seconds
+from assay.supervisor import LIBC, PDEATHSIG, SUBREAPER, TICK, Order, below, check, children, cpu_seconds, stat
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
 PYTHON, PREFIX = os.path.normpath(sys.executable), os.path.normpath(sys.prefix)
 """The interpreter and its environment; a sandbox has no folders to go back through that `..` in a path may name."""
+MOST_FROZEN_S = 2 / TICK
+"""Processor seconds that a frozen arm may seem to use: two steps of their count."""
 _WATCH_S, _START_S = 0.2, 60.0
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
@@ -38,14 +40,14 @@ class ArmError(RuntimeError):
     """A run did not end with status 0 in time; `arm` says whose.
 
     `killed`: it took too long or too much. `infra`: not its own doing, there was no supervisor or sandbox for it.
-    `forged`: it said what the judge's own part of it never says.
+    `tampered`: it did what is no mistake.
     """
 
     def __init__(
-        self, arm: str, words: str, *, killed: bool = False, infra: bool = False, forged: bool = False
+        self, arm: str, words: str, *, killed: bool = False, infra: bool = False, tampered: bool = False
     ) -> None:
         super().__init__(f"{arm}: {words}")
-        self.arm, self.words, self.killed, self.infra, self.forged = arm, words, killed, infra, forged
+        self.arm, self.words, self.killed, self.infra, self.tampered = arm, words, killed, infra, tampered
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class Running:
         """
         self.arm, self._text = arm, b""
         self._told: dict[str, Any] = {}
-        self._frozen: list[int] = []
+        self._frozen: dict[int, float] = {}
+        self.woken = False
+        """Whether a member that had been stopped was found at work, ever."""
         self._layers = 2 if namespaces or wrap else 1
         if wrap and not os.getuid():
             self._layers = 3  # see _confine
@@ -197,15 +201,20 @@ class Running:
 
         Returns their processor seconds: `thaw` finds the same, if they were stopped indeed.
         """
-        self._frozen = self._signal(signal.SIGSTOP)
-        return sum(cpu_seconds(process) for process in self._frozen)
+        self._frozen = {process: cpu_seconds(process) for process in self._signal(signal.SIGSTOP)}
+        return sum(self._frozen.values())
 
     def thaw(self) -> float:
-        """Lets every member go on; their processor seconds just before."""
-        used = sum(cpu_seconds(process) for process in self._frozen)
-        for process in self._frozen:
+        """Lets every member go on; the processor seconds of all just before, of those that came meanwhile, too.
+
+        A stopped process can be slow to stop inside the kernel. One that has used time since and is not stopped even
+        now was woken: `woken` remembers it.
+        """
+        used = {process: cpu_seconds(process) for process in self.members()}
+        for process, seconds in used.items():
+            self.woken |= seconds - self._frozen.get(process, seconds) > MOST_FROZEN_S and _awake(process)
             _kill(process, signal.SIGCONT)
-        return used
+        return sum(used.values())
 
     def _signal(self, what: signal.Signals) -> list[int]:
         done: list[int] = []
@@ -333,6 +342,12 @@ def namespaces_work() -> bool:
 def _kill(process: int, what: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, what)
+
+
+def _awake(process: int) -> bool:
+    """Whether a process runs or sleeps of its own accord: it is not stopped, not ending, not held up in the kernel."""
+    fields = stat(process)
+    return fields is not None and fields[0] in "RS"
 
 
 def _peak_kib(process: int) -> int:

@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from assay import sandbox
@@ -41,6 +42,27 @@ def built(frozen: Frozen, *, sandboxed: bool) -> None:
     mark.write_text(json.dumps({"sandboxed": sandboxed}) + "\n")
 
 
+def placed(
+    frozen: Frozen,
+    folder: Path,
+    *,
+    sandboxed: bool,
+    isolation: str = "auto",
+    more: Mapping[str, str] | None = None,
+) -> Trees:
+    """All arms as they run: in their sandboxes, or beside each other, shown in an empty folder. ValueError as in Trees.
+
+    `more` is set in every arm beside the task's own environment.
+    """
+    if not sandboxed:
+        own = {**frozen.content["sandbox"]["environment"], **(more or {})}
+        return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, isolation, own)
+    boxes = {arm: frozen.box(arm) for arm in frozen.arms}
+    return Trees.boxed(
+        {arm: replace(box, environment={**box.environment, **(more or {})}) for arm, box in boxes.items()}, folder
+    )
+
+
 def run(
     frozen: Frozen,
     arm: str,
@@ -50,14 +72,17 @@ def run(
     timeout_s: float,
     writable: bool = False,
     cache: Path | None = None,
+    tree: Path | None = None,
 ) -> Finished:
-    """A command in an arm's tree, in its sandbox or, where that is not wanted, beside it."""
+    """A command in an arm's tree, or in `tree`, in its sandbox or, where that is not wanted, beside it."""
+    tree = tree or frozen.tree(arm)
     if sandboxed:
-        return sandbox.run(frozen.box(arm, writable=writable, cache=cache), command, timeout_s=timeout_s)
+        box = replace(frozen.box(arm, writable=writable, cache=cache), tree=tree)
+        return sandbox.run(box, command, timeout_s=timeout_s)
     environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
     environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
-    return _beside(frozen.tree(arm), command, environment, timeout_s)
+    return _beside(tree, command, environment, timeout_s)
 
 
 def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: bool) -> Path:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from assay import show
+from assay.outcomes import OPTIONAL
 
 _INSTALL = "judging needs more packages than measuring: pip install 'assay[judge]'"
 _SANDBOX = "run the patch's code beside the judge, unprotected; ledger, report and verdict say so"
+_SKIP = f"gates to leave out, of {', '.join(OPTIONAL)}; ledger, report and verdict say so"
 _STORE = Path(".assay")
 SCHEMAS = ("raw", "plan", "verdict", "task")
 NAMES = ("task", "prepare", "measure", "decide", "judge", "ledger")
@@ -32,7 +34,7 @@ def arguments(commands: Any) -> None:
     what.add_parser("check", help="read a task strictly").add_argument("task", type=Path, metavar="TASK")
     for name, words in (
         ("judge", "from a task and a patch to a typed outcome"),
-        ("prepare", "guard a patch and freeze a plan, to be measured elsewhere"),
+        ("prepare", "guard and test a patch and freeze a plan, to be measured elsewhere"),
     ):
         one = commands.add_parser(name, help=words, description=words.capitalize() + ".", epilog=_EPILOG)
         one.add_argument("task", type=Path, metavar="TASK", help="a task's TOML file")
@@ -43,6 +45,7 @@ def arguments(commands: Any) -> None:
         one.add_argument("--base", default="", metavar="REV", help="start from another commit than the task's")
         one.add_argument("--store", type=Path, default=_STORE, help="ledger and attempts (%(default)s)")
         one.add_argument("--no-sandbox", action="store_true", help=_SANDBOX)
+        one.add_argument("--skip", type=_gates, default=(), metavar="GATE,GATE", help=_SKIP)
         if name == "judge":
             one.add_argument("--jobs", type=int, default=1, metavar="N", help="judges beside each other (%(default)s)")
             one.add_argument("--json", action="store_true", help="print the verdict as JSON")
@@ -62,13 +65,21 @@ def arguments(commands: Any) -> None:
 _PATCH = "a patch file, or a folder of *.diff and *.patch; repeatable"
 _EPILOG = (
     "Exit status: 0 what the task requires was shown; 1 rejected, slower or refuted; 2 wrong usage; 3 infrastructure "
-    "or void; 4 the task makes no sense; 5 undecided."
+    "or void; 4 the task makes no sense; 5 undecided or not evaluated."
 )
+
+
+def _gates(text: str) -> tuple[str, ...]:
+    """Names of gates, in one order whatever they are given in."""
+    names = text.split(",")
+    if wrong := [name for name in names if name not in OPTIONAL]:
+        raise argparse.ArgumentTypeError(f"expected some of {', '.join(OPTIONAL)}, got {', '.join(wrong)}")
+    return tuple(name for name in OPTIONAL if name in names)
 
 
 def main(given: argparse.Namespace) -> int:
     """Runs one of them. Exit status as in the epilog."""
-    progress = show.Progress() if given.command in ("judge", "measure") else None
+    progress = show.Progress() if given.command in ("judge", "prepare", "measure") else None
     try:
         return int(globals()[f"_{given.command}"](given, progress))
     except ModuleNotFoundError as problem:
@@ -139,7 +150,8 @@ def _judge(given: argparse.Namespace, progress: show.Progress) -> int:
     if len(sources) > 1:
         progress.end()
         return _many(given, sources)
-    found, folder = judge(read, sources[0], given.store.resolve(), sandboxed=not given.no_sandbox, told=progress.told)
+    options = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
+    found, folder = judge(read, sources[0], given.store.resolve(), **options)
     progress.end()
     return _told(found, folder, given.json)
 
@@ -165,6 +177,7 @@ def _many(given: argparse.Namespace, sources: list[Any]) -> int:
         str(given.store),
         "--json",
         *(["--no-sandbox"] if given.no_sandbox else []),
+        *(["--skip", ",".join(given.skip)] if given.skip else []),
     ]
     waiting, statuses = list(sources), []
     running: dict[str, subprocess.Popen[str]] = {}
@@ -196,32 +209,22 @@ def _many(given: argparse.Namespace, sources: list[Any]) -> int:
     return max(statuses)
 
 
-def _prepare(given: argparse.Namespace, _: Any) -> int:
-    from assay import prepare, sandbox, task
-    from assay.frozen import FILE, Frozen
-    from assay.ledger import Ledger
+def _prepare(given: argparse.Namespace, progress: show.Progress) -> int:
+    from assay import task
+    from assay.frozen import FILE
+    from assay.judge import prepared
 
     read, sources = task.read(given.task, given.base), _sources(given)
     if len(sources) > 1:
         raise _UsageError(f"--patch: expected one, got {len(sources)}")
-    if not given.no_sandbox and sandbox.refusal():
-        raise _UsageError(f"{sandbox.refusal()}; --no-sandbox prepares without")
-    ledger = Ledger(given.store.resolve())
-    try:
-        with ledger.temporary() as folder:
-            handed = prepare.handed_in(read, sources[0], folder)
-            key = prepare.key(read, handed, "measured elsewhere")
-            facts = {"task": read.task.name, "source": sources[0].kind, "changed": len(handed.judged.changed)}
-            with ledger.attempt(key, sandboxed=not given.no_sandbox, facts=facts) as attempt:
-                if ledger.begin(attempt, "prepare") is None:
-                    frozen = prepare.freeze(read, handed, attempt, sandboxed=not given.no_sandbox)
-                    ledger.finish(attempt, "prepare", {"plan": frozen.digest, "outcome": frozen.content["outcome"]})
-                frozen = Frozen.read(attempt.folder / FILE)
-    finally:
-        ledger.close()
-    content = frozen.content
-    show.line(f"{content['outcome'] or 'prepared'}: {'; '.join(content['words']) or frozen.folder / FILE}")
-    return 4 if content["outcome"] == "task_invalid" else 1 if content["outcome"] else 0
+    options = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
+    frozen, found = prepared(read, sources[0], given.store.resolve(), **options)
+    progress.end()
+    if found is not None:
+        show.line(f"{found['outcome']}: {'; '.join(found['words'])}")
+        return int(found["status"])
+    show.line(f"prepared: {frozen.folder / FILE}")
+    return 0
 
 
 def _measure(given: argparse.Namespace, progress: show.Progress) -> int:
@@ -250,8 +253,8 @@ def _measure(given: argparse.Namespace, progress: show.Progress) -> int:
 def _decide(given: argparse.Namespace, _: Any) -> int:
     from assay import verdict_report
     from assay.decide import decide
+    from assay.frozen import written
     from assay.ledger import Attempt, Ledger
-    from assay.measuring import written
 
     found = decide(given.raw)
     if given.store is not None:
@@ -295,8 +298,9 @@ def _ledger(given: argparse.Namespace, _: Any) -> int:
     ledger = Ledger(given.store.resolve())
     for row in ledger.listing():
         outcome = row["outcome"] or "not finished"
-        mark = "" if row["sandboxed"] else " unsandboxed"
         facts = json.loads(row["facts"])
+        mark = "" if row["sandboxed"] else " unsandboxed"
+        mark += f" without {', '.join(facts['skipped'])}" if facts.get("skipped") else ""
         show.line(f"{row['started']} {row['id']} {facts['task']} patch {row['patch']} #{row['number']} {outcome}{mark}")
     ledger.close()
     return 0

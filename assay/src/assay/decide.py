@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from assay import __version__
+from assay import __version__, outcomes
 from assay.experiment import Blocks, verdict_row
 from assay.frozen import FILE, Frozen
 from assay.measuring import whole_rows
@@ -23,19 +23,16 @@ SCHEMA = 1
 FAMILY = sum(look.alpha for look in LOOKS)
 _RESAMPLED, _SEED = 2000, 20240501
 REJECTED = ("incorrect", "out_of_scope", "api_break", "build_failed", "tests_failed", "tampered", "no_patch", "slower")
-GATES = ("tests", "equivalence", "provenance")
 DECIDED = ("faster", "slower", "equivalent", "undecided")
 
 
-def decide(raw: Path, gates: Sequence[Mapping[str, str]] | None = None) -> dict[str, Any]:
-    """The verdict (verdict.schema.json) that a folder of RAW leads to. ValueError if measuring is not finished.
-
-    `gates` are what else was tried, {"name", "outcome", "words"} each; the first outcome that is not "" is the verdict.
-    Without them the commands were used apart, and no gate was run.
-    """
+def decide(raw: Path) -> dict[str, Any]:
+    """The verdict (verdict.schema.json) that a folder of RAW leads to. ValueError if measuring is not finished."""
     frozen = Frozen.read(raw / FILE)
-    if gates is None:
-        gates = [{"name": name, **not_run(frozen, name, "judged in three commands")} for name in GATES]
+    noted = outcomes.noted(frozen, raw)
+    gates = outcomes.complete(frozen, noted)
+    if not all(outcomes.passed(one) for one in noted.values()):
+        return verdict(frozen, gates)
     found, headers = [], []
     for name in frozen.plans():
         rows = whole_rows(raw / f"{name}.jsonl")
@@ -47,34 +44,30 @@ def decide(raw: Path, gates: Sequence[Mapping[str, str]] | None = None) -> dict[
     return verdict(frozen, gates, found, headers)
 
 
-def not_run(frozen: Frozen, name: str, why: str) -> dict[str, str]:
-    """What is known of a gate that was not run: nothing is evaluated if the task asks for it and does not waive it."""
-    wanted = frozen.content["gates"][name]
-    if wanted == "none":
-        return {"outcome": "", "words": "nothing to look at"}
-    if wanted == "waived":
-        return {"outcome": "", "words": f"not run, {why}; waived by the task"}
-    return {"outcome": "not_evaluated", "words": f"{name} was not run, {why}; `waived` in the task does without"}
-
-
 def verdict(
     frozen: Frozen,
     gates: Sequence[Mapping[str, str]],
     workloads: Sequence[dict[str, Any]] = (),
     headers: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The verdict of a plan whose gates and workloads gave this; no workloads if it was rejected before."""
+    """The verdict of a plan whose gates and workloads gave this; no workloads if it was rejected before.
+
+    `gates`: {"name", "outcome", "words"} each. The first that rejects is the verdict. One that is `not_evaluated` takes
+    away what would speak for the patch or nothing; what speaks against it stands.
+    """
     plan = frozen.content
-    rejected = [gate for gate in gates if gate["outcome"]]
-    margin = math.log1p(plan["task"]["delta"])
+    rejected = [gate for gate in gates if gate["outcome"] not in ("", outcomes.SKIPPED, "not_evaluated")]
+    open_ = [gate["words"] for gate in gates if gate["outcome"] == "not_evaluated"]
+    margin, require = math.log1p(plan["task"]["delta"]), plan["task"]["require"]
     if plan["outcome"]:
         outcome, words = plan["outcome"], list(plan["words"])
     elif rejected:
         outcome, words = rejected[0]["outcome"], [rejected[0]["words"]]
     else:
-        outcome, reason = together(workloads, margin)
+        outcome, reason = together(workloads, margin) if workloads else ("not_evaluated", "")
         words = [reason]
-    require = plan["task"]["require"]
+        if open_ and status(outcome, require, workloads, margin) in (0, 5):
+            outcome, words = "not_evaluated", open_
     return {
         "kind": "verdict",
         "schema": SCHEMA,
@@ -213,6 +206,8 @@ def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]]) -> list[str]:
     isolations = {header["isolation"] for header in headers}
     inside = frozen.content["sandbox"]["wanted"] and isolations <= {"sandbox"}
     found = ["sandboxed" if inside else "unsandboxed"]
+    if skipped := outcomes.left_out(frozen):
+        found.append(f"left out on request: {', '.join(skipped)}")
     if any(header["clock"] == "cooperative" for header in headers):
         found.append("clock: cooperative; no tamper resistance is claimed")
     if frozen.content["patch"]["restored"]:
@@ -221,7 +216,7 @@ def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def replayed(folder: Path) -> tuple[dict[str, Any], Path]:
-    """Decides again, from an attempt's folder or from a folder of RAW, with what the gates gave; and where RAW lies.
+    """Decides again, from an attempt's folder or from a folder of RAW; and where RAW lies.
 
     What was rejected before anything was measured has no RAW: its verdict is taken as it is.
     """
@@ -229,7 +224,7 @@ def replayed(folder: Path) -> tuple[dict[str, Any], Path]:
     earlier = read(folder / "verdict.json") if (folder / "verdict.json").exists() else None
     if earlier is not None and not earlier["workloads"]:
         return earlier, raw
-    found = decide(raw, earlier["gates"] if earlier else None)
+    found = decide(raw)
     if earlier is not None:
         found |= {name: earlier[name] for name in ("attempt", "environment") if name in earlier}
     return found, raw

@@ -1,5 +1,4 @@
-"""Does a candidate still do the same? Inputs that hypothesis draws, to base and candidate, in their sandboxes if there
-are any.
+"""Does a candidate still do the same? Inputs that hypothesis draws, to base and candidate, each as it runs elsewhere.
 
 Strategies are the task's own and run in the judge; callables run in workers, and what comes back is decoded, never run.
 Base is looked at first: it must agree with itself, and its distance from a wider type is what a candidate may have.
@@ -9,8 +8,6 @@ outputs must stay what they were when later calls are made and when the caller o
 
 import hashlib
 import importlib.util
-import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,11 +19,11 @@ import numpy as np
 from hypothesis.errors import HypothesisException
 from hypothesis.strategies import SearchStrategy
 
-from assay import sandbox, wire
+from assay import wire
 from assay.arms import ArmError
 from assay.compare import UNREADABLE
+from assay.measure import Trees, started
 from assay.plan import Workload
-from assay.sandbox import Box
 from assay.task import Property, Read
 from assay.tolerance import Rounding, brief_arguments, judged, positions
 from assay.workers import Worker
@@ -59,37 +56,33 @@ class _Enough(BaseException):
     """Looked long enough for a smaller example."""
 
 
-def check(read: Read, base: Box, candidate: Box, *, seed: int, sandboxed: bool = True) -> Equivalence:
-    """Every property of a task, until one fails. ValueError if there can be no sandbox here, and one is wanted."""
-    refused = sandbox.refusal()
-    if sandboxed and refused:
-        raise ValueError(refused)
+def check(read: Read, trees: Trees, *, seed: int) -> Equivalence:
+    """Every property of a task, until one fails; `trees` has base and candidate, in sandboxes or not."""
     examples = 0
     tolerances = {}
-    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
-        for one in read.task.property:
-            drawn = _Drawn(read, one, base, candidate, seed, None if sandboxed else Path(folder))
-            try:
-                found = drawn.check()
-            finally:
-                drawn.end()
-            examples += drawn.given
-            tolerances[one.name] = drawn.rounding.summary()
-            if found is not None:
-                return Equivalence(found.outcome, f"{one.name}: {found.words}", examples, tolerances)
+    for one in read.task.property:
+        drawn = _Drawn(read, one, trees, seed)
+        try:
+            found = drawn.check()
+        finally:
+            drawn.end()
+        examples += drawn.given
+        tolerances[one.name] = drawn.rounding.summary()
+        if found is not None:
+            return Equivalence(found.outcome, f"{one.name}: {found.words}", examples, tolerances)
     return Equivalence("", "", examples, tolerances)
 
 
 class _Drawn:
     """One property: the same inputs first to base, then to base and candidate."""
 
-    def __init__(self, read: Read, one: Property, base: Box, candidate: Box, seed: int, outside: Path | None) -> None:
+    def __init__(self, read: Read, one: Property, trees: Trees, seed: int) -> None:
         self.one, self.seed = one, int(hashlib.sha256(f"{seed}:{one.name}".encode()).hexdigest()[:8], 16)
         self.strategy = str(read.own(one.strategy)), one.strategy.partition(":")[2]
         timeout_s = read.task.budget.timeout_s
-        self.base = _Side("base", read, one.target, base, timeout_s, outside and outside / "left")
-        self.candidate = _Side("candidate", read, one.target, candidate, timeout_s, outside and outside / "next")
-        self.wide = _Side("base", read, one.wide, base, timeout_s, outside and outside / "wide") if one.wide else None
+        self.base = _Side("base", read, one.target, trees, timeout_s)
+        self.candidate = _Side("candidate", read, one.target, trees, timeout_s)
+        self.wide = _Side("base", read, one.wide, trees, timeout_s) if one.wide else None
         self.rounding = Rounding()
         self.given = 0
         self.shares = False
@@ -120,8 +113,8 @@ class _Drawn:
                 raise
             except ArmError as problem:
                 since.append(time.monotonic())
-                outcome = "tampered" if problem.forged and problem.arm == "candidate" else "infra.equivalence"
-                smallest.append((0, _FoundError(outcome, str(problem))))
+                own = problem.tampered and problem.arm == "candidate"
+                smallest.append((0, _FoundError("tampered" if own else "infra.equivalence", str(problem))))
                 raise _Enough from None
 
         try:
@@ -223,23 +216,23 @@ class _Answer:
 
 
 class _Side:
-    """A callable in a box. Its worker is started when it is needed, and again after it has died.
+    """A callable in an arm's tree. Its worker is started when it is needed, and again after it has died."""
 
-    With a place `outside` there is no sandbox, and the tree is linked to there.
-    """
-
-    def __init__(self, arm: str, read: Read, target: str, box: Box, timeout_s: float, outside: Path | None) -> None:
+    def __init__(self, arm: str, read: Read, target: str, trees: Trees, timeout_s: float) -> None:
         own = read.own(target)
         if own is not None:
             target = f"{own}:{target.partition(':')[2]}"
-            box = replace(box, readable=(*box.readable, own))
-        self.arm, self.box, self.timeout_s, self.outside = arm, box, timeout_s, outside
+            if trees.boxes:
+                box = trees.boxes[arm]
+                boxes = {**trees.boxes, arm: replace(box, readable=(*box.readable, own))}
+                trees = replace(trees, boxes=boxes)
+        self.arm, self.trees, self.timeout_s = arm, trees, timeout_s
         self.workload = Workload("call", target=target)
         self.worker: Worker | None = None
         self.last = b""
 
     def call(self, arguments: Any) -> _Answer | str:
-        """The answer, or in words why there is none. ArmError if that is nobody's fault."""
+        """The answer, or in words why there is none. ArmError if that is nobody's fault, or no mistake."""
         try:
             if self.worker is None:
                 self.worker, self.last = self._started(), b""
@@ -251,7 +244,7 @@ class _Side:
             return _Answer(output, after, lasts)
         except ArmError as problem:
             self.end()
-            if problem.infra or problem.forged:
+            if problem.infra or problem.tampered:
                 raise
             return f"failed: {problem.words.splitlines()[-1] if problem.words else problem}"
         except UNREADABLE as problem:
@@ -259,23 +252,7 @@ class _Side:
             return f"sent what is no value: {type(problem).__name__}: {problem}"
 
     def _started(self) -> Worker:
-        if self.outside is not None:
-            environment = {**os.environ, **self.box.environment, "PYTHONHASHSEED": "0", "PWD": str(self.outside)}
-            place, wrap = self.outside, None
-        else:
-            environment = sandbox.environment(self.box, {"PYTHONHASHSEED": "0"})
-            place, wrap = sandbox.PLACE, sandbox.Entry(self.box)
-        return Worker(
-            self.arm,
-            self.workload,
-            self.box.tree,
-            place,
-            environment,
-            timeout_s=self.timeout_s,
-            namespaces=False,
-            wrap=wrap,
-            limits=self.box.limits,
-        )
+        return started(self.arm, self.workload, self.trees, 0, self.timeout_s)
 
     def end(self) -> None:
         if self.worker is not None:

@@ -39,7 +39,11 @@ PATIENCE_S = 5.0
 """How long a block waits for others to be gone, after one that was left out."""
 ARMS = ("base", "candidate", "control")
 """Every block has these. A fourth one, "reference", is shown and never judged."""
-_TOO_MANY = MOST_CONTAMINATED * LOOKS[-1].blocks / (1 - MOST_CONTAMINATED)
+
+
+def _too_many(clean: int) -> float:
+    """Beside so many clean blocks no more than this may be left out."""
+    return MOST_CONTAMINATED * clean / (1 - MOST_CONTAMINATED)
 
 
 class NotRepeatableError(ValueError):
@@ -54,6 +58,10 @@ class Blocks:
     """How many are judged together: as in Plan."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     contaminated: int = 0
+    escapes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
+    """Blocks in which an arm's processes worked outside its turn."""
+    escaped: str = ""
+    """How the candidate's did it last, in words."""
     incorrect: str = ""
     grown: bool = False
     """Whether the last block was clean."""
@@ -65,6 +73,9 @@ class Blocks:
             self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
         elif block["reasons"]:
             self.contaminated += 1
+            for arm, words in block.get("escapes", {}).items():
+                self.escapes[arm] = self.escapes.get(arm, 0) + bool(words)
+                self.escaped = words[0] if words and arm == "candidate" else self.escaped
         else:
             for arm, figure in block["primary"].items():
                 self.seconds.setdefault(arm, []).append(figure)
@@ -74,11 +85,14 @@ class Blocks:
         clean = len(self.seconds["base"])
         if self.incorrect:
             return _without_times("incorrect", self.incorrect, clean)
-        if self.contaminated > _TOO_MANY:
-            return _without_times(
-                "void", f"{self.contaminated} of {clean + self.contaminated} blocks contaminated", clean
-            )
-        if not self.grown or clean not in [look.blocks for look in LOOKS]:
+        candidates, all_ = self.escapes["candidate"], clean + self.contaminated
+        due = self.grown and clean in [look.blocks for look in LOOKS]
+        if candidates > _too_many(clean if due else LOOKS[-1].blocks) and candidates == sum(self.escapes.values()):
+            words = f"candidate: {self.escaped}, in {candidates} of {all_} blocks, and in no other arm"
+            return _without_times("tampered", words, clean)
+        if self.contaminated > _too_many(LOOKS[-1].blocks):
+            return _without_times("void", f"{self.contaminated} of {all_} blocks contaminated", clean)
+        if not due:
             return None
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
         looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
@@ -229,6 +243,7 @@ class _Series:
             "figures": {arm: _rounded(samples[arm].figures) for arm in samples},
             "cpu_s": {arm: samples[arm].cpu_s for arm in samples},
             "left": {arm: samples[arm].left for arm in samples},
+            "escapes": {arm: samples[arm].escapes for arm in samples},
             "calls": {arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
             "gpus": {arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
             "inputs": hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",

@@ -99,6 +99,15 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     return found
 
 
+def written(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(file)
+
+
 def of_folder(folder: Path) -> str:
     """Digest of a folder's files: paths, whether they are executable, contents; of links, where they lead."""
     digest = hashlib.sha256()

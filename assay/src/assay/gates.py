@@ -6,22 +6,15 @@ away from it, reports fewer. It could write a report itself: the gate is necessa
 
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from assay import building
 from assay.frozen import Frozen
+from assay.outcomes import Gate
 
 _REPORT = "tests.xml"
 _MOST_REPORT = 64 << 20
 _SHOWN = 5
-
-
-class Gate(NamedTuple):
-    """What a gate found: "" as outcome if it was passed."""
-
-    outcome: str
-    words: str
 
 
 def tests(frozen: Frozen, command: list[str], timeout_s: float, *, sandboxed: bool) -> Gate:

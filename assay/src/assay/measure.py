@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from assay import gpu, sandbox, wire
-from assay.arms import ArmError, Running, Wrap, namespaces_work
+from assay.arms import MOST_FROZEN_S, ArmError, Running, Wrap, namespaces_work
 from assay.compare import same
 from assay.limits import Limits
 from assay.plan import Plan, Workload
@@ -24,8 +24,8 @@ _SPAN_S = 0.02
 _MOST_BYTES = 256 << 20
 TOO_SHORT = 0.1
 """The largest share of a call that the transport may take."""
-_STEP_S = 0.01
-"""Processor time is counted in steps of this."""
+_LATE_S = 0.1
+"""How long what a command has left behind is looked at: whether it works."""
 
 
 class TooShortError(ValueError):
@@ -43,6 +43,8 @@ class Sample:
     """Processes that still ran at the end."""
     frozen_cpu_s: float = 0.0
     """Processor time that advanced while the arm was frozen."""
+    escapes: list[str] = field(default_factory=list)
+    """What its processes did outside the arm's turn that none does by mistake, in words."""
     calls: list[float] = field(default_factory=list)
     """Seconds of every timed call."""
     outputs: list[bytes] = field(default_factory=list)
@@ -59,9 +61,13 @@ class Trees:
     namespaces: bool
     boxes: Mapping[str, sandbox.Box] | None = None
     """With them every process of an arm runs in its sandbox, and nowhere else."""
+    more: Mapping[str, str] = field(default_factory=dict)
+    """What is set in the environment of arms that have no sandbox, beside the judge's own."""
 
     @classmethod
-    def at(cls, trees: Mapping[str, Path], folder: Path, isolation: str = "auto") -> "Trees":
+    def at(
+        cls, trees: Mapping[str, Path], folder: Path, isolation: str = "auto", more: Mapping[str, str] | None = None
+    ) -> "Trees":
         """Makes the place. ValueError if namespaces are asked for and not to be had."""
         if isolation not in ("auto", "namespaces", "links"):
             raise ValueError(f"--isolation: expected auto, namespaces or links, got {isolation}")
@@ -72,7 +78,7 @@ class Trees:
             )
         if able:
             (folder / "tree").mkdir()
-        return cls(trees, folder, able)
+        return cls(trees, folder, able, more=more or {})
 
     @classmethod
     def boxed(cls, boxes: Mapping[str, sandbox.Box], folder: Path) -> "Trees":
@@ -105,7 +111,7 @@ class Trees:
         """The sandbox's or the judge's own, with what must be equal in the arms of a block."""
         if self.boxes:
             return sandbox.environment(self.boxes[arm], {"PYTHONHASHSEED": str(hash_seed)})
-        return dict(os.environ, PYTHONHASHSEED=str(hash_seed), PWD=str(self.place(arm)))
+        return {**os.environ, **self.more, "PYTHONHASHSEED": str(hash_seed), "PWD": str(self.place(arm))}
 
 
 def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample:
@@ -127,13 +133,25 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             start = running.release()
             ended = running.wait(plan.timeout_s)
             seconds = time.perf_counter() - start
+            escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
         finally:
             running.end()
         if ended.status:
             log.seek(0)
             words = log.read()[-2000:].decode(errors="replace").strip()
             raise ArmError(arm, f"ended with status {ended.status}: {words}")
-    return Sample({"wall": seconds, "memory": ended.rss_kib}, ended.cpu_s, ended.left, gpus=gpu.states())
+    figures = {"wall": seconds, "memory": float(ended.rss_kib)}
+    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
+
+
+def _works(running: Running) -> bool:
+    """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
+    used, stop = running.cpu_seconds(), time.monotonic() + _LATE_S
+    while time.monotonic() < stop:  # a look in the end would not see what has ended by then
+        time.sleep(_LATE_S / 20)
+        if running.cpu_seconds() - used > MOST_FROZEN_S:
+            return True
+    return False
 
 
 class Inputs:
@@ -232,14 +250,18 @@ def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -
 
 
 def _worker(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Worker:
-    environment = trees.environment(arm, hash_seed)
+    return started(arm, plan.workload, trees, hash_seed, plan.timeout_s)
+
+
+def started(arm: str, workload: Workload, trees: Trees, hash_seed: int, timeout_s: float) -> Worker:
+    """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
     return Worker(
         arm,
-        plan.workload,
+        workload,
         trees.trees[arm],
         trees.place(arm),
-        environment,
-        timeout_s=plan.timeout_s,
+        trees.environment(arm, hash_seed),
+        timeout_s=timeout_s,
         namespaces=trees.namespaces,
         wrap=trees.wrap(arm),
         limits=trees.limits(arm),
@@ -258,7 +280,7 @@ def _started(
     except ArmError:
         worker.end()
         raise
-    sample = Sample({"import": worker.import_s, "first": first[0].seconds}, 0.0)
+    sample = Sample({"import": _told(worker, worker.import_s), "first": first[0].seconds}, 0.0)
     sample.outputs = [_kept(reply, plan.workload) for reply in first]
     samples[arm] = sample
     return worker
@@ -266,7 +288,14 @@ def _started(
 
 def _call(worker: Worker, workload: Workload, given: bytes) -> Reply:
     reply = worker.ask(b"g") if workload.constant else worker.ask(b"c", 0.0, [given])
-    return reply if workload.clock == "judge" else replace(reply, seconds=reply.inner)
+    return reply if workload.clock == "judge" else replace(reply, seconds=_told(worker, reply.inner))
+
+
+def _told(worker: Worker, seconds: float) -> float:
+    """A time that only the worker can tell. ArmError for none at all, of which no logarithm can be taken."""
+    if not seconds:
+        raise ArmError(worker.arm, "said that something took no time", tampered=True)
+    return seconds
 
 
 def _calls(worker: Worker, workload: Workload, inputs: list[bytes], sample: Sample) -> None:
@@ -284,7 +313,9 @@ def _kept(reply: Reply, workload: Workload) -> bytes:
 
 
 def _close(worker: Worker, sample: Sample) -> None:
-    worker.check_silent()
+    worker.ask(b"p")  # the last call has not sent more than its reply
+    if worker.running.woken:
+        sample.escapes.append("a frozen process woke itself")
     sample.figures.setdefault("steady", statistics.median(sample.calls))
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
@@ -342,4 +373,4 @@ def inputs_of_nothing() -> list[bytes]:
 
 def too_busy_while_frozen(samples: Mapping[str, Sample]) -> bool:
     """Whether an arm's processor time advanced by more than a step of its count while it was frozen."""
-    return any(sample.frozen_cpu_s > 2 * _STEP_S for sample in samples.values())
+    return any(sample.frozen_cpu_s > MOST_FROZEN_S for sample in samples.values())

@@ -12,14 +12,14 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from assay import __version__, frozen, provenance, sandbox
+from assay import __version__, frozen, outcomes, sandbox
 from assay.arms import PREFIX, PYTHON
 from assay.experiment import machine
 from assay.git import Store
 from assay.guards import CACHES, Judged, Source, judged
 from assay.ledger import Attempt, Key
-from assay.measuring import written
 from assay.positions import line_of
+from assay.provenance import compiled
 from assay.task import Read, TaskError, Timed, functions_of
 
 _API_S = 120.0
@@ -59,10 +59,10 @@ def handed_in(read: Read, source: Source, folder: Path) -> Handed:
     return Handed(store, base, judged(store, base, folder / "base", read.task.scope, source, read.repository))
 
 
-def protocol(read: Read) -> str:
-    """Identity of how everything is measured: plans without their seeds, and assay's version."""
+def protocol(read: Read, skipped: Sequence[str]) -> str:
+    """Identity of how everything is judged: plans without their seeds, gates that are left out, assay's version."""
     plans = [read.plan(timed, 0).digest() for timed in read.task.workload]
-    return _digest([__version__, frozen.SCHEMA, read.task.require, plans])
+    return _digest([__version__, frozen.SCHEMA, read.task.require, plans, list(skipped)])
 
 
 def environment() -> dict[str, Any]:
@@ -76,13 +76,16 @@ def _driver() -> str:
     return version.read_text().splitlines()[0] if version.exists() else ""
 
 
-def key(read: Read, handed: Handed, where: Any) -> Key:
+def key(read: Read, handed: Handed, where: Any, skipped: Sequence[str]) -> Key:
     """The key of an attempt; `where` is the environment, or a word if it is not known yet."""
-    return Key(read.digest, handed.judged.digest, _digest(where), protocol(read))
+    return Key(read.digest, handed.judged.digest, _digest(where), protocol(read, skipped))
 
 
-def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool) -> frozen.Frozen:
-    """Writes an attempt's folder: trees, the task's own files, the patch and, at last, plan.json."""
+def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, skipped: Sequence[str]) -> frozen.Frozen:
+    """Writes an attempt's folder: trees, the task's own files, the patch and, at last, plan.json.
+
+    `skipped`: gates that are left out on request.
+    """
     folder, task = attempt.folder, read.task
     for name in ("git", "trees", "drivers", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -109,14 +112,14 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool) -> 
             "restored": list(result.restored),
             "left": list(result.left),
         },
-        "protocol": protocol(read),
+        "protocol": protocol(read, skipped),
+        "gates": {"asked": asked(read, result), "skipped": list(skipped)},
         "outcome": result.outcome,
         "words": list(result.words),
         "commits": commits,
         "trees": {arm: frozen.of_folder(folder / "trees" / arm) for arm in commits},
         "drivers": frozen.of_folder(folder / "drivers"),
         "commands": json.loads(json.dumps(asdict(task.commands))),
-        "gates": _gates(read, result.changed),
         "budget_s": task.budget.seconds,
         "sandbox": {
             "wanted": sandboxed,
@@ -135,20 +138,14 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool) -> 
             content |= {"outcome": "api_break" if breaks else "", "words": breaks}
         except TaskError as problem:
             content |= {"outcome": "task_invalid", "words": [str(problem)]}
-    written(folder / frozen.FILE, json.dumps(content, indent=1) + "\n")
+    frozen.written(folder / frozen.FILE, json.dumps(content, indent=1) + "\n")
     return frozen.Frozen(folder, content)
 
 
-def _gates(read: Read, changed: Sequence[str]) -> dict[str, str]:
-    """Which gates the task asks for, of this patch: `none`, `asked` or `waived`."""
-    asked = {
-        "tests": bool(read.task.tests.command),
-        "equivalence": bool(read.task.property),
-        "provenance": bool(provenance.compiled(changed)),
-    }
-    return {
-        name: "none" if not some else "waived" if name in read.task.waived else "asked" for name, some in asked.items()
-    }
+def asked(read: Read, found: Judged) -> list[str]:
+    """The gates, of those that may be left out, that the task or the patch makes necessary."""
+    wanted = (bool(read.task.tests.command), bool(read.task.property), bool(compiled(found.changed)))
+    return [name for name, one in zip(outcomes.OPTIONAL, wanted, strict=True) if one]
 
 
 def write_trees(store: Store, trees: dict[str, str], folder: Path) -> None:

@@ -16,8 +16,8 @@ from assay import building, sandbox
 from assay.arms import ArmError
 from assay.frozen import Frozen
 from assay.measure import Inputs, Trees, command_sample, worker_samples
+from assay.outcomes import Gate
 from assay.plan import Plan
-from assay.sandbox import Box
 
 _C = b'#error "assay: is this source used?"\n'
 _POISON = {
@@ -33,7 +33,7 @@ _POISON = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was found. `outcome`: "", "not_evaluated" or "infra.provenance"; `words` say why."""
+    """What was found. `outcome`: "", "not_evaluated", "tampered" or "infra.provenance"; `words` say why."""
 
     outcome: str
     words: str
@@ -46,8 +46,16 @@ def compiled(changed: Sequence[str]) -> list[str]:
     return [path for path in changed if PurePosixPath(path).suffix.lower() in _POISON]
 
 
-def check(frozen: Frozen, changed: Sequence[str], write: Callable[[Path], None]) -> Provenance:
-    """Poisons every changed source. ValueError if there can be no sandbox here.
+def gate(frozen: Frozen, write: Callable[[Path], object], *, sandboxed: bool) -> Gate:
+    """The gate: `check` of what the plan's patch changes."""
+    found = check(frozen, frozen.content["patch"]["changed"], write, sandboxed=sandboxed)
+    return Gate(found.outcome, found.words)
+
+
+def check(
+    frozen: Frozen, changed: Sequence[str], write: Callable[[Path], object], *, sandboxed: bool = True
+) -> Provenance:
+    """Poisons every changed source. ValueError if there is to be a sandbox and there can be none here.
 
     Args:
         frozen: says how the candidate is built and run.
@@ -55,7 +63,7 @@ def check(frozen: Frozen, changed: Sequence[str], write: Callable[[Path], None])
         write: puts the candidate's files, as they were handed in, into a folder that is not there yet.
     """
     refused = sandbox.refusal()
-    if refused:
+    if sandboxed and refused:
         raise ValueError(refused)
     sources = compiled(changed)
     if not sources:
@@ -71,11 +79,10 @@ def check(frozen: Frozen, changed: Sequence[str], write: Callable[[Path], None])
             if source:
                 (tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
                 looked.append(source)
-            box = replace(frozen.box("candidate"), tree=tree, cache=cache)
             try:
-                failed = _tried(frozen, box, Path(folder))
-            except _NobodysFaultError as problem:
-                return Provenance("infra.provenance", str(problem), tuple(looked))
+                failed = _Copy(frozen, tree, cache, Path(folder), sandboxed).tried()
+            except _StoppedError as problem:
+                return Provenance(problem.outcome, str(problem), tuple(looked))
             if not source and failed:
                 return Provenance("infra.provenance", f"a second build of the candidate: {failed}")
             if source and not failed:
@@ -87,37 +94,68 @@ def check(frozen: Frozen, changed: Sequence[str], write: Callable[[Path], None])
     )
 
 
-class _NobodysFaultError(RuntimeError):
-    """A sandbox or base failed."""
+class _StoppedError(RuntimeError):
+    """Nothing can be said of a source: a sandbox or base failed, or the candidate did what is no mistake."""
+
+    def __init__(self, problem: ArmError) -> None:
+        super().__init__(str(problem))
+        self.outcome = "tampered" if problem.tampered and problem.arm == "candidate" else "infra.provenance"
 
 
-def _tried(frozen: Frozen, box: Box, folder: Path) -> str:
-    """Builds the tree and runs every workload once: what failed, in words, or ""."""
-    commands = frozen.content["commands"]
-    for command in [*commands["setup"], *commands["build"]]:
-        ended = sandbox.run(replace(box, writable=True), command, timeout_s=commands["timeout_s"])
-        if ended.status:
-            return f"{' '.join(command)}: {building.words(ended)}"
-    for name, plan in frozen.plans().items():
+@dataclass(frozen=True)
+class _Copy:
+    """One copy of the candidate, with caches of its own."""
+
+    frozen: Frozen
+    tree: Path
+    cache: Path
+    folder: Path
+    sandboxed: bool
+
+    def tried(self) -> str:
+        """Builds the tree and runs every workload once: what failed, in words, or ""."""
+        commands = self.frozen.content["commands"]
+        for command in [*commands["setup"], *commands["build"]]:
+            ended = building.run(
+                self.frozen,
+                "candidate",
+                command,
+                sandboxed=self.sandboxed,
+                writable=True,
+                timeout_s=commands["timeout_s"],
+                cache=self.cache,
+                tree=self.tree,
+            )
+            if ended.status:
+                return f"{' '.join(command)}: {building.words(ended)}"
+        for name, plan in self.frozen.plans().items():
+            try:
+                with tempfile.TemporaryDirectory(dir=self.folder) as place:
+                    self.once(plan, Path(place))
+            except ArmError as problem:
+                if problem.infra or problem.tampered or problem.arm != "candidate":
+                    raise _StoppedError(problem) from None
+                return f"{name}: {problem.words}"
+        return ""
+
+    def once(self, plan: Plan, place: Path) -> None:
+        """One run, or a first call, of a workload in the copy. ArmError if it fails."""
+        alone = self.trees("candidate", self.tree, self.cache, place / "candidate")
+        if not plan.workload.worker:
+            command_sample("candidate", plan, alone, 0)
+            return
+        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"), place / "base"))
         try:
-            _once(plan, frozen.box("base"), box, folder)
-        except ArmError as problem:
-            if problem.infra or problem.arm != "candidate":
-                raise _NobodysFaultError(str(problem)) from None
-            return f"{name}: {problem.words}"
-    return ""
+            made = inputs.make([plan.seed])
+        finally:
+            inputs.end()
+        short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
+        worker_samples(short, alone, random.Random(0), made * 2, 0)
 
-
-def _once(plan: Plan, base: Box, box: Box, folder: Path) -> None:
-    """One run, or a first call, of a workload in the box. ArmError if it fails."""
-    alone = Trees.boxed({"candidate": box}, folder)
-    if not plan.workload.worker:
-        command_sample("candidate", plan, alone, 0)
-        return
-    inputs = Inputs(plan, Trees.boxed({"base": base}, folder))
-    try:
-        made = inputs.make([plan.seed])
-    finally:
-        inputs.end()
-    short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
-    worker_samples(short, alone, random.Random(0), made * 2, 0)
+    def trees(self, arm: str, tree: Path, cache: Path, place: Path) -> Trees:
+        """One arm as it runs."""
+        place.mkdir()
+        if self.sandboxed:
+            return Trees.boxed({arm: replace(self.frozen.box(arm, cache=cache), tree=tree)}, place)
+        own = {**self.frozen.content["sandbox"]["environment"], **sandbox.caches(cache)}
+        return Trees.at({arm: tree}, place, more=own)

@@ -20,7 +20,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 800px; margin: 2.5em auto; padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.1em; margin: 2em 0 .3em }
 .verdict { display: inline-block; padding: .1em .6em; border-radius: .3em; color: #fff; background: #5b6570 }
-.faster { background: #2c7a4b } .slower, .incorrect { background: #b3261e } .void, .undecided { background: #8a6d1d }
+.slower, .incorrect, .tampered { background: #b3261e }
+.faster { background: #2c7a4b } .void, .undecided { background: #8a6d1d }
 table { border-collapse: collapse; margin: .5em 0 }
 td, th { text-align: right; padding: .15em .8em; border-bottom: 1px solid #e3e6e9 }
 td:first-child, th:first-child { text-align: left } p { margin: .3em 0 } .dim { color: #5b6570 }

@@ -110,8 +110,12 @@ def environment(box: Box, more: Mapping[str, str] | None = None) -> dict[str, st
         "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
         "PWD": str(PLACE),
     }
-    caches = {name: str(CACHE / folder) for name, folder in _CACHES.items()}
-    return own | dict(box.environment) | caches | dict(more or {})
+    return own | dict(box.environment) | caches(CACHE) | dict(more or {})
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """Environment variables that put every cache we know of below a folder."""
+    return {name: str(folder / below) for name, below in _CACHES.items()}
 
 
 def wrapped(box: Box, argv: Sequence[str], environment_: Mapping[str, str] | None = None) -> list[str]:

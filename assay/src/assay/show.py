@@ -12,8 +12,7 @@ _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
 
 
 class Progress:
-    """Follows RAW's rows on stderr: a bar where rich is installed, else one line; without a terminal
-    it only says when another judge is waited for.
+    """Follows RAW's rows on stderr: a bar where rich is there, else a line; without a terminal only what is waited for.
 
     It shows how far the campaign is and never an estimate: what is seen early must not tempt anybody to stop.
     """

@@ -129,7 +129,7 @@ class Budget:
     """What a judgement may use."""
 
     seconds: Positive = 3600.0
-    """Of measuring."""
+    """Of measuring, all workloads together."""
     timeout_s: Positive = 600.0
     """Of one run or call."""
     memory_bytes: Count | None = None
@@ -175,8 +175,6 @@ class Task:
     budget: Budget = Budget()
     sandbox: Sandbox = Sandbox()
     prompt: Prompt = Prompt()
-    waived: tuple[Literal["tests", "equivalence", "provenance"], ...] = ()
-    """Gates that may be left out where they cannot be run; without it the outcome is then `not_evaluated`."""
     delta: Positive = 0.02
     """The margin of `equivalent`, `material` and `not_slower`, as a fraction."""
     require: Literal["faster", "not_slower", "any"] = "faster"

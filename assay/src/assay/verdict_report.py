@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from assay import report, show
 from assay.decide import DECIDED
 from assay.measuring import whole_rows
+from assay.outcomes import SKIPPED
 from assay.report import text
 
 _MET = {0: "met", 1: "not met", 3: "not judged", 4: "not judged", 5: "not shown"}
@@ -148,7 +149,7 @@ def _tag(outcome: str, status: int | None) -> str:
         return {0: "", 1: "failure", 3: "error", 4: "error", 5: "skipped"}[status]
     if outcome.startswith("infra.") or outcome in ("void", "task_invalid"):
         return "error"
-    if outcome in ("undecided", "not_evaluated"):
+    if outcome in ("undecided", "not_evaluated", SKIPPED):
         return "skipped"
     return "" if outcome in ("", *DECIDED) and outcome != "slower" else "failure"
 

@@ -1,9 +1,10 @@
 """Frames and values on the pipes between the judge and its workers. Standard library only; arrays if they are there.
 
-A frame is its length (8 bytes, little endian), one letter, a number (8 bytes, a double) and a body. The body of a value
-is one line of JSON, which describes the structure, and the bytes of its arrays one after another. Nothing is pickled:
-decoding what an untrusted process sent runs none of its code. The judge decodes with numpy alone; a worker gets back
-tensors where tensors were sent.
+A frame is its length (8 bytes, little endian), one letter, a number (8 bytes, a double), a mark (8 bytes) and a body.
+The judge draws a mark for every request, and the reply to it bears the same. The body of a value is one line of JSON,
+which describes the structure, and the bytes of its arrays one after another. Nothing is pickled: decoding what an
+untrusted process sent runs none of its code. The judge decodes with numpy alone; a worker gets back tensors where
+tensors were sent.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # a worker's start is part of every sample's cost
     from typing import Any
 
-HEAD = struct.Struct("<Qcd")
+HEAD = struct.Struct("<Qcd8s")
 _AS_IS = (type(None), bool, int, float, str)
 _NO_NUMPY_DTYPE = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
@@ -24,9 +25,9 @@ _NOTHING = b'21\n{"!":"tuple","of":[]}'
 """What every call without arguments is given."""
 
 
-def frame(letter: bytes, number: float, body: list[bytes | memoryview]) -> list[bytes | memoryview]:
+def frame(letter: bytes, number: float, mark: bytes, body: list[bytes | memoryview]) -> list[bytes | memoryview]:
     """The buffers of one frame."""
-    return [HEAD.pack(sum(len(part) for part in body), letter, number), *body]
+    return [HEAD.pack(sum(len(part) for part in body), letter, number, mark), *body]
 
 
 def encode(value: Any) -> list[bytes | memoryview]:

@@ -238,7 +238,7 @@ def serve(folder: str) -> None:
     workload: Workload | None = None
     with open(3, "rb", buffering=1 << 20) as requests, open(4, "wb", buffering=0) as replies:
         while head := requests.read(wire.HEAD.size):
-            size, letter, number = wire.HEAD.unpack(head)
+            size, letter, number, mark = wire.HEAD.unpack(head)
             body = bytearray(size)
             view, got = memoryview(body), 0
             while got < size:
@@ -247,16 +247,16 @@ def serve(folder: str) -> None:
                 if letter == b"l":
                     start = time.perf_counter()
                     workload = Workload(wire, marshal.loads(body))
-                    reply = wire.frame(b"r", time.perf_counter() - start, wire.encode(None))
+                    reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
                 else:
                     assert workload is not None
                     seconds, value = workload.answer(letter, number, body)
-                    reply = wire.frame(b"r", seconds, wire.encode(value))
+                    reply = wire.frame(b"r", seconds, mark, wire.encode(value))
             except Exception:
                 import traceback
 
                 words = traceback.format_exc().encode(errors="replace")
-                reply = wire.frame(b"x", 0.0, [words])
+                reply = wire.frame(b"x", 0.0, mark, [words])
             data = b"".join(reply) if len(reply) < 4 else None
             for part in reply if data is None else [data]:
                 rest = memoryview(part).cast("B")

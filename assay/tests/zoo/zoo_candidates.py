@@ -12,15 +12,27 @@ def work(x):
     return list(known[key])
 """
 )
-FORGED = (  # the real reply follows, and is taken for the next one
-    WORK
-    + """
-import json, os, struct
-def work(x):
-    tree = json.dumps({"!": "list", "of": [0.0] * len(x)}).encode()
+REPLY = """
+import json, os, struct, sys
+def reply(values):
+    frame = sys._getframe()
+    while "mark" not in frame.f_locals: frame = frame.f_back
+    tree = json.dumps({"!": "list", "of": values}, separators=(",", ":")).encode()
     body = b"%d\\n" % len(tree) + tree
-    os.write(4, struct.pack("<Qcd", len(body), b"r", 0.0) + body)
-    return []
+    return struct.pack("<Qcd8s", len(body), b"r", 1.0, frame.f_locals["mark"]) + body
+"""
+FORGED = WORK + REPLY + "def work(x):\n    os.write(4, reply([0.0] * len(x)))\n    return []\n"
+AHEAD = (
+    WORK
+    + REPLY
+    + """
+slow, calls = work, 0
+def work(x):
+    global calls
+    calls += 1
+    found = slow(x)
+    if calls == 2: os.write(4, reply(found) * 40)
+    return found
 """
 )
 LAST = (
@@ -65,11 +77,18 @@ if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         import time, work
-        for i in range(12): work.work([float(i)] * 150)
+        for i in range(36): work.work([float(i)] * 150)
     os._exit(0)
 os._exit(0)
 """
-CLOCK = SLOW + "\nimport time\nreal = time.perf_counter\ntime.perf_counter = lambda: real() / 10\n"
+CLOCK = (
+    SLOW
+    + """
+import time
+real, zero = time.perf_counter, time.perf_counter()
+time.perf_counter = lambda: zero + (real() - zero) / 10
+"""
+)
 COMPARATOR = ZEROS + "\nimport math, operator\nmath.isclose = operator.eq = lambda *_, **__: True\n"
 PRECISION = (
     WORK
@@ -124,6 +143,17 @@ def work(x):
     finally: working[0] = 0
 """
 )
+WAKES = """
+import ctypes, signal
+def wakes():
+    # Timers of the kernel continue this process; a stop takes away those that are just going off, and leaves the rest.
+    signal.signal(signal.SIGCONT, lambda *_: None)  # a kernel keeps back what is ignored
+    libc = ctypes.CDLL(None)
+    event, timer = (ctypes.c_int * 16)(0, 0, signal.SIGCONT, 0), ctypes.c_void_p()
+    for i in range(40):
+        assert libc.timer_create(1, event, ctypes.byref(timer)) == 0
+        assert libc.timer_settime(timer, 0, (ctypes.c_long * 4)(0, 2 * 10**8, 0, (i + 1) * 5 * 10**6), None) == 0
+""" + HOG.replace("        while True:", "        wakes()\n        while True:")
 DETECTS = (
     SLOW
     + """

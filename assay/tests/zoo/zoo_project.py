@@ -31,7 +31,7 @@ SLOW = WORK.replace("PASSES = 2", "PASSES = 4")
 ZEROS = "\ndef once(x): return [0.0] * len(x)\nwork = once\n"
 BASE = {
     "work.py": WORK,
-    "run.py": "import work\nfor i in range(12): work.work([float(i)] * 150)\n",
+    "run.py": "import work\nfor i in range(36): work.work([float(i)] * 150)\n",
     "other.py": "",
     "tests/test_work.py": "import work\n\ndef test_ones(): assert work.work([1.0, 1.0, 1.0])[1] == 3.0\n",
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo_candidates import (
+    AHEAD,
     BATCHED,
     BUILD,
     CACHED,
@@ -26,15 +27,16 @@ from zoo_candidates import (
     SITE,
     THREAD,
     UPSTREAM,
+    WAKES,
 )
 from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Setting, Trick, naive, naive_git
 
-from assay import arms, equivalence, experiment, gates, guards, measure, provenance
+from assay import arms, equivalence, experiment, gates, guards, measure, provenance, workers
 from assay.frozen import Frozen
 from assay.measure import Trees
-from assay.workers import Worker
 
 OUTPUTS = "every timed output is compared with base's"
+MARKS = "a reply bears the mark that was drawn for its request"
 OUTSIDE = "clock and comparison are in another process, and one input is sent at a time"
 
 
@@ -48,6 +50,15 @@ def _constant(setting: Setting) -> None:
 
 def _last_only(setting: Setting) -> None:
     setting.remove(experiment, "differing", lambda _, one, two: [] if one.outputs[-1] == two.outputs[-1] else [0])
+
+
+def _any_reply(setting: Setting) -> None:
+    setting.remove(workers, "_mark", lambda: bytes(8))
+
+
+def _unmarked(setting: Setting) -> None:
+    _any_reply(setting)
+    _unseen(setting)
 
 
 def _inner_clock(setting: Setting) -> None:
@@ -165,9 +176,8 @@ def _never_frozen(setting: Setting) -> None:
     setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
 
 
-def _unheard(setting: Setting) -> None:
-    setting.remove(Worker, "check_silent", lambda _: None)
-    _unseen(setting)
+def _frozen_or_not(setting: Setting) -> None:
+    setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
 
 
 def _named_arms(setting: Setting) -> None:
@@ -202,20 +212,15 @@ TRICKS = [
         {"work.py": CACHED.replace("KEY", "len(x)")},
         control=_constant,
     ),
-    Trick(
-        "forged reply",
-        "rejected:tampered",
-        "a worker answers once; more than one reply is seen before the next request and at the end",
-        {"work.py": FORGED},
-        control=_unheard,
-    ),
+    Trick("forged reply", "rejected:tampered", MARKS, {"work.py": FORGED}, control=_unmarked),
+    Trick("replies in advance", "rejected:tampered", MARKS, {"work.py": AHEAD}, needs=_constant, control=_any_reply),
     Trick("right only on the last call", "rejected:incorrect", OUTPUTS, {"work.py": LAST}, control=_last_only),
     Trick("batching across requests", "rejected:incorrect", OUTSIDE, {"work.py": BATCHED}, control=naive),
     Trick("late work in a thread", "rejected:incorrect", OUTSIDE, {"work.py": THREAD}, control=naive),
     Trick(
         "late work in a double fork",
-        "neutralised:void",
-        "what a command leaves behind is counted and killed, and the block left out",
+        "rejected:tampered",
+        "what a command leaves behind is counted, looked at and killed, and the block left out",
         {"run.py": DOUBLE_FORK},
         needs=_with(scope=["run.py"], workload=COMMAND),
         control=_no_left,
@@ -370,6 +375,15 @@ TRICKS = [
         base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},  # calls longer than a slice of the scheduler
         needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
         control=_never_frozen,
+    ),
+    Trick(
+        "waking while frozen",
+        "rejected:tampered",
+        "who was stopped and is found at work did it himself; the block is left out",
+        {"work.py": WAKES},
+        base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},
+        needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
+        control=_frozen_or_not,
     ),
     Trick(
         "detection of the benchmark",
