@@ -34,6 +34,7 @@ from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS,
 from assay import arms, equivalence, experiment, gates, guards, measure, provenance, workers
 from assay.frozen import Frozen
 from assay.measure import Trees
+from assay.supervisor import cpu_seconds
 
 OUTPUTS = "every timed output is compared with base's"
 MARKS = "a reply bears the mark that was drawn for its request"
@@ -169,8 +170,8 @@ def _shared_cache(setting: Setting) -> None:
 
 def _never_frozen(setting: Setting) -> None:
     def looks(running: arms.Running) -> float:
-        running._frozen = running.members()
-        return running.cpu_seconds()
+        running._frozen = {process: cpu_seconds(process) for process in running.members()}
+        return sum(running._frozen.values())
 
     setting.remove(arms.Running, "freeze", looks)
     setting.remove(experiment, "too_busy_while_frozen", lambda _: False)

@@ -44,8 +44,8 @@ constexpr int GROUP = BN > 128 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
 constexpr int SUMS = TALL * BN / 2;  // of a lane
 constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
-constexpr int LOADERS_REGISTERS = SUMS == 128 ? 80 : COPIES_ROWS || GATHERS ? 48 : 32;
-constexpr int MULTIPLIERS_REGISTERS = (512 - LOADERS_REGISTERS) / 2;  // 65536 in all
+constexpr int LOADERS_REGISTERS = SUMS > 128 ? (COPIES_ROWS ? 56 : 40) : GATHERS ? 88 : 72;
+constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
@@ -176,7 +176,7 @@ __device__ __forceinline__ void await_rows(const Arguments& a, const Tile& tile)
 
 // One warp of several, of whatever blocks.
 __device__ __forceinline__ void copy_rows(const Arguments& a) {
-  constexpr int AT_ONCE = 4;
+  constexpr int AT_ONCE = SUMS > 128 ? 3 : 8;  // as registers allow
   const u32 lane = threadIdx.x & 31, words = a.row_pitch / 16;
   while (true) {
     const u32 first = PORTION * __shfl_sync(ALL, lane == 0 ? atomicAdd(a.progress, 1) : 0, 0);
@@ -381,6 +381,11 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
   return bias;
 }
 
+__device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Arguments& a, const Tile& tile, u32 column) {
+#pragma unroll
+  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
+}
+
 __device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Work tiles, u32 total) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
   const u32 chunks = room.chunks + group * 2 * CHUNK_BYTES;
@@ -398,10 +403,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     const Tile tile = tiles.find(walk.number());
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
-#pragma unroll
-    for (int m = 0; m < TALL; ++m) {
-      bias[m] = load_bias(a, tile, first_column + m * COLUMNS_A_PRODUCT + column_of(warp, lane));
-    }
+    if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
     if constexpr (BY_ROUTE) {
       sync_warpgroup(group);  // the routes of the tile before have been read
       for (u32 row = thread; row < tile.rows; row += 128) {
@@ -412,6 +414,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
       sync_warpgroup(group);
     }
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
+    if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
     if constexpr (STRAIGHT) {
       write_results(sums, bias, a, tile, first_column + column_of(warp, lane));
