@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
     """The kernel as a library of the host, `change` of its source made first."""
-    for name in ("experts.cu", "experts_tiles.cuh", "experts_results.cuh"):
+    for name in ("experts.cu", *(f"experts_{part}.cuh" for part in ("loads", "stages", "tiles", "results"))):
         text = (SOURCES / name).read_text()
         if change is not None and change[0] in text:
             text, change = text.replace(*change), None

@@ -95,7 +95,7 @@ def test_without_a_sandbox_the_gates_are_tried_as_well(tmp_path: Path) -> None:
     assert (found["outcome"], found["status"]) == ("not_evaluated", 5), found
     assert [gate["name"] for gate in found["gates"]] == ["build", "tests", "equivalence", "provenance"]
     work = (tree / "pkg/__init__.py").read_text()
-    files(tree, {"pkg/__init__.py": work.replace("for i in range(n))", "for i in range(n)) + (base == 3 and n > 99)")})
+    files(tree, {"pkg/__init__.py": work.replace("for i in range(n))", "for i in range(n)) + (base != 2 and n > 10)")})
     found = verdict(*given)
     assert (found["outcome"], found["status"]) == ("incorrect", 1) and found["words"][0].startswith("sums: "), found
 

@@ -148,7 +148,7 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     )
     slices = 0
     while True:
-        given = [moved / "plan.json", "--out", raw, "--seconds", "2", "--no-sandbox"]
+        given = [moved / "plan.json", "--out", raw, "--seconds", "0.5", "--no-sandbox"]
         one = subprocess.run(
             [sys.executable, "-c", code, "measure", *map(str, given)],
             capture_output=True,
