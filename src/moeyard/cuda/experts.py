@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moeyard.cuda import experts_decode
 from moeyard.cuda.experts_decode import ExpertSizes
-from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, progress_words, way_of
+from moeyard.cuda.experts_plan import SPAN_ROWS, ExpertPlan, Way, expert_plan, progress_words, way_of
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
 from moeyard.cuda.router import float_bits
@@ -300,6 +300,7 @@ def expert_defines(
         ("BLOCKS_A_CLUSTER", str(plan.cluster)),
         ("STEPS_A_RUN", str(plan.run)),
         ("ROWS_A_STEP", str(plan.step)),
+        ("ROWS_A_SPAN", str(SPAN_ROWS)),
         ("ROW_KIND", kind),
         ("ELEMENT", element),
         ("ACTIVATION", curve),

@@ -128,7 +128,7 @@ def way_of(num_rows: int, experts: int, columns: int) -> Way:
     Where products are the limit, gathering by `cp.async` costs some 30 % of their time, which grows with the columns of
     the weights; copying costs a row's bytes written once, at 3.2 TB/s as much as 700 columns. Where reading weights is
     the limit gathering costs nothing. In benchmarks/results/h200/prefill_ways.json copying is the faster way from 128
-    rows an expert and 2^18 rows times columns on, but for one of ten cells.
+    rows an expert and 2^18 rows times columns on, but for one of twelve cells.
     """
     rows = num_rows / max(1.0, _touched(num_rows, experts))
     return Way("copied" if rows >= _COPIED_ROWS and rows * columns >= _COPIED_RESULTS else "gathered")
@@ -138,11 +138,12 @@ _COPIED_ROWS, _COPIED_RESULTS = 128, 1 << 18
 
 
 def progress_words(num_rows: int) -> int:
-    """int32 zeros that a product which copies its rows needs: what experts.cu counts by, a word and one a SPAN."""
-    return 1 + -(-num_rows // _SPAN)
+    """int32 zeros that a product which copies its rows needs: what experts.cu counts by, a word and one a span."""
+    return 1 + -(-num_rows // SPAN_ROWS)
 
 
-_SPAN = 64
+SPAN_ROWS = 64
+"""Rows in the order of experts that a tile waits for together."""
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:

@@ -29,9 +29,10 @@ constexpr int CHUNK_BYTES = STRAIGHT ? 0 : CHUNK * PITCH;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
-constexpr u32 PORTION = 8, SPAN = 64;  // rows that a warp copies at a time, rows that are waited for together
+constexpr u32 PORTION = 8, SPAN = ROWS_A_SPAN;  // rows that a warp copies at a time, rows that are waited for together
 constexpr int SPANS = (BN + SPAN - 2) / SPAN + 1;  // that a tile may reach into
 using Work = Tiles<BN, FINE, GROUP, CLUSTER>;
+static_assert(SPAN % PORTION == 0, "a portion is counted in one span");
 static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(RUN < DEPTH || RUN == 1, "a stage is given back when the one after it has been multiplied");
 static_assert(!GATHERS || (CLUSTER == 1 && !COPIES_ROWS), "rows are gathered by each block for itself");
