@@ -207,6 +207,11 @@ WAYS = {
         {"gated": True, "curve": "SILU", "copying": True, "clamped": True, "biased": True},
     ),
     "192, pairs, second product": (Way("copied", 192, cluster=2, direct=True), {"ready": True, "biased": True}),
+    "picked": (Way("picked", 256, fine=True), {"gated": True, "curve": "SILU", "picking": True}),
+    "192, picked": (
+        Way("picked", 192, fine=True),
+        {"gated": True, "curve": "SILU", "picking": True, "clamped": True, "biased": True},
+    ),
     "small steps": (Way("copied", 256, fine=True), {"gated": True, "curve": "SILU", "ready": True}),
     "192, small steps": (Way("copied", 192, cluster=2, fine=True, direct=True), {"ready": True}),
     "straight": (Way("copied", 256, direct=True), {"ready": True, "biased": True}),

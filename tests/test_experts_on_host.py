@@ -60,7 +60,7 @@ def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: 
 PLAIN: dict[str, Any] = {
     "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
     "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
-    "copying": False, "plan": {"stages": 3},
+    "copying": False, "picking": False, "plan": {"stages": 3},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"tiles": 8},
@@ -100,6 +100,11 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "few rows, copying": {
         "tiles": 32, "counts": [60, 1, 0, 70, 9], "size": 80, "gather": False, "copying": True, "columns": 80,
+    },
+    "picked": {"tiles": 8, "counts": [9, 3, 1], "gather": False, "picking": True},
+    "picked, many": {
+        "tiles": 192, "counts": [200, 0, 70], "size": 144, "gather": False, "picking": True, "columns": 144,
+        "blocks": 2, "plan": {"stages": 3, "fine": True},
     },
     "straight to memory": {
         "tiles": 256, "counts": [300, 7, 97], "size": 176, "gated": False, "gather": False, "activation": None,
@@ -148,7 +153,7 @@ def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         planned(case), case["dtype"], "IDENTITY" if activation is None else activation.name.upper(),
         gated=case["gated"], clamped=activation is not None and activation.limit is not None, gather=case["gather"],
         by_route=case["by_route"], biased=case["bias"], weighted=case["weighted"], ready=case["ready"],
-        copying=case["copying"],
+        copying=case["copying"], picking=case["picking"],
     )  # fmt: skip
 
 
@@ -157,7 +162,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     plan, dtype, size, columns, gated = planned(case), case["dtype"], case["size"], case["columns"], case["gated"]
     counts = torch.tensor(case["counts"], dtype=torch.int32)
     experts, total, wide = len(counts), int(counts.sum()), columns * (2 if gated else 1)
-    moved = case["gather"] or case["copying"]
+    moved = case["gather"] or case["copying"] or case["picking"]
     divisor = 3 if moved else 1
     tokens = total // divisor + 2
     rows = torch.randn(tokens, size).to(dtype)
@@ -173,7 +178,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, turn)
     maps = map_of(weight.data_ptr(), *boxes)
     boxed = ordered if case["copying"] else rows
-    maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, plan.box))
+    maps += map_of(boxed.data_ptr(), (size, len(boxed)), (2 * size,), (STEP_VALUES, 1 if case["picking"] else plan.box))
     tensors = (rows, bias, factors, routes if moved or case["by_route"] else None, first_rows, counts, out)
     tensors += (ordered, progress) if case["copying"] else (None, None)
     pointers = (ctypes.c_void_p * 9)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
@@ -238,6 +243,11 @@ MUTANTS = {
     "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
     "results before all have come": ("by route", "        sync_warpgroup(group);\n        for", "        for"),
     "rows of a tile before they are there": ("192 rows, copying", "missing |= there[i] <", "missing |= 0 *"),
+    "another row than the token's": ("picked", "step * BK, token[i]", "step * BK, token[i] + 1"),
+    "more rows than a tile has": ("picked", "row < tile.rows) copy_box(to", "row < BN) copy_box(to"),
+    "a row too early": (
+        "picked", "      await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n      const u32 barrier", "      const u32 barrier"
+    ),
     "odd columns where even ones belong": ("straight to memory", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
     "a row too few": ("straight to memory", "start + first + odd >= tile.rows", "start + first + 1 >= tile.rows"),
     "the rows of one block alone": ("pairs", "row += CLUSTER * STEP", "row += 2 * CLUSTER * STEP"),

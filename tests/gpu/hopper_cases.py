@@ -26,6 +26,10 @@ FIRST_LIMIT_S = 60
 """Of the first case, which waits for the device and for compilers beside it."""
 WAYS = {
     **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192, 256)},
+    "tiles of 8, picked": Way("picked", 8),
+    "tiles of 64, picked": Way("picked", 64),
+    "tiles of 192, picked, straight": Way("picked", 192, direct=True, fine=True),
+    "tiles of 256, picked, pairs": Way("picked", 256, cluster=2),
     "tiles of 8, runs of 4": Way(rows=8, run=4),
     "tiles of 32, runs of 2": Way(rows=32, run=2),
     "tiles of 256, copied": Way("copied", 256),

@@ -329,7 +329,7 @@ void await_phase(u32 barrier, u32 parity) {
   while (barrier_at(block(), barrier).phase == parity) give_way();
 }
 void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w) {
-  if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
+  if (to % (map.box[1] < 8 && map.rank == 2 ? 128 : 1024) || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
   if (blocks & gone) fail("a copy to a block that has ended");
   boxes.push_back({blocks, to, &map, barrier, {x, y, z, v, w}});
   if (at_once) {

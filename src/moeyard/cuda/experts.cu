@@ -242,7 +242,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
-    else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
+    else if (PICKS) {
+      if (threadIdx.x < BN) load_by_picking(weight_map, row_map, room, a, tiles, total);
+    } else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
     else if (COPIES_ROWS && threadIdx.x >= 32) copy_rows(a);
   } else {
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();

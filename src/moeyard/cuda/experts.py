@@ -149,7 +149,7 @@ def fused_experts_launch(
     _product(
         rows if copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
         slots=None if copied else layout.sorted_token_ids, divisor=1 if copied else top_k,
-        gather=way.order == "gathered", ordered=rows if progress is not None else None, progress=progress,
+        gather=way.order == "gathered", picking=way.order == "picked", ordered=rows if progress is not None else None, progress=progress,
         activation=activation, gated=weights.gated, ready=copied, way=way,
     )  # fmt: skip
     _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way)
@@ -187,6 +187,7 @@ def _product(
     slots: Tensor | None = None,
     divisor: int = 1,
     gather: bool = False,
+    picking: bool = False,
     factors: Tensor | None = None,
     by_route: bool = False,
     activation: Activation | None = None,
@@ -208,7 +209,7 @@ def _product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, rows.dtype, gather, divisor, factors is None, by_route, activation, gated,
+        out.shape, experts, size, rows.dtype, gather, picking, divisor, factors is None, by_route, activation, gated,
         bias is None, ready, progress is not None, way, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
@@ -217,7 +218,7 @@ def _product(
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
         boxed = rows if ordered is None else ordered
-        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, plan.box)
+        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, 1 if picking else plan.box)
     launch.with_maps(
         current_stream(current_device()),
         (weights, boxes),
@@ -239,17 +240,17 @@ _READY: dict[tuple[Any, ...], tuple[Launch, ExpertPlan]] = {}
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
     (
-        shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, copying,
+        shape, experts, size, dtype, gather, picking, divisor, unweighted, by_route, activation, gated, unbiased, ready, copying,
         way, device,
     ) = key  # fmt: skip
-    if gather:
+    if gather or picking:
         way = replace(way, cluster=1)
     plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device), way)
     clamped = activation is not None and activation.limit is not None
     defines = expert_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
-        copying=copying,
+        copying=copying, picking=picking,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     launch = Launch(
@@ -284,12 +285,13 @@ def expert_defines(
     weighted: bool,
     ready: bool,
     copying: bool = False,
+    picking: bool = False,
 ) -> tuple[tuple[str, str], ...]:
     """What a product is compiled for."""
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying, "DIRECT": plan.direct,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying, "DIRECT": plan.direct, "PICKING": picking,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

@@ -8,7 +8,7 @@
 __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
                                              u32 stage) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
-  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
+  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : (PICKS ? tile.rows : boxed_rows(tile.rows)) * BK * 2));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
   if constexpr (GATED_RESULT || STRAIGHT) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
   else copy_box(to, map, barrier, column, tile.weight_tile * BM, tile.expert);
@@ -110,6 +110,35 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
       weights.come_to(tile, step, a.steps);
       if (COPIES_ROWS && step == 0) await_rows(a, tile);
       load_rows(row_map, room, tile, step, stage.number, tiles.rank);
+      stage.advance();
+    }
+  }
+}
+
+// The copy engine loads everything, rows from wherever the tokens lie: a box of one row lands where a row of a larger one
+// would, since the swizzle goes by addresses. Every thread asks for one row or two, the first also for the weights. Rows
+// that a tile multiplies and does not have stay as they were.
+__device__ __forceinline__ void load_by_picking(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
+                                                const Arguments& a, Work tiles, u32 total) {
+  Stage stage = {0, 0};
+  Weights weights = {weight_map, room};
+  for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
+    const Tile tile = tiles.find(walk.number());
+    u32 token[PICKS_A_THREAD];
+#pragma unroll
+    for (int i = 0; i < PICKS_A_THREAD; ++i) {
+      const u32 row = threadIdx.x + 128 * i;
+      token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) / a.divisor : 0;
+    }
+    for (u32 step = 0; step < a.steps; ++step) {
+      if (threadIdx.x == 0) weights.come_to(tile, step, a.steps);
+      await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+      const u32 barrier = room.full + 8 * stage.number, to = room.stages + stage.number * STAGE_BYTES + WEIGHT_BYTES;
+#pragma unroll
+      for (int i = 0; i < PICKS_A_THREAD; ++i) {
+        const u32 row = threadIdx.x + 128 * i;
+        if (row < tile.rows) copy_box(to + row * BK * 2, row_map, barrier, step * BK, token[i]);
+      }
       stage.advance();
     }
   }

@@ -8,7 +8,7 @@
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
-constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, COPIES_ROWS = COPYING, STRAIGHT = DIRECT;
+constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, COPIES_ROWS = COPYING, STRAIGHT = DIRECT, PICKS = PICKING;
 constexpr int CLUSTER = BLOCKS_A_CLUSTER;
 constexpr u32 RUN = STEPS_A_RUN;  // stages whose weights are asked for together: 128 bytes of a weight row each
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
@@ -29,6 +29,7 @@ constexpr int CHUNK_BYTES = STRAIGHT ? 0 : CHUNK * PITCH;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
+constexpr int PICKS_A_THREAD = (BN + 127) / 128;         // rows
 constexpr u32 PORTION = 8, SPAN = ROWS_A_SPAN;  // rows that a warp copies at a time, rows that are waited for together
 constexpr int SPANS = (BN + SPAN - 2) / SPAN + 1;  // that a tile may reach into
 using Work = Tiles<BN, FINE, GROUP, CLUSTER>;

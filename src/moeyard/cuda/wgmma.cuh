@@ -53,12 +53,13 @@ __device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
   }
 }
 
-// Arrives at the barrier that lies at this place in a block of the cluster.
+// Arrives at the barrier that lies at this place in a block of the cluster. Reads by tensor cores that have ended need no
+// more; said for the cluster, the order would also take in this thread's writes to memory, and wait for them every time.
 __device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
   asm volatile(
       "{\n\t.reg .b32 there;\n\t"
       "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
       "r"(block)
       : "memory");
 }
