@@ -25,24 +25,9 @@ LIMIT_S = 20
 FIRST_LIMIT_S = 60
 """Of the first case, which waits for the device and for compilers beside it."""
 WAYS = {
-    **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192, 256)},
-    "tiles of 8, picked": Way("picked", 8),
-    "tiles of 64, picked": Way("picked", 64),
-    "tiles of 192, picked, straight": Way("picked", 192, direct=True, fine=True),
-    "tiles of 256, picked, pairs": Way("picked", 256, cluster=2),
-    "tiles of 8, runs of 4": Way(rows=8, run=4),
-    "tiles of 32, runs of 2": Way(rows=32, run=2),
-    "tiles of 256, copied": Way("copied", 256),
-    "tiles of 256, copying": Way("copying", 256),
-    "tiles of 256, copied, pairs": Way("copied", 256, cluster=2),
-    "tiles of 192, copying, pairs": Way("copying", 192, cluster=2),
-    "tiles of 128, copying, pairs": Way("copying", 128, cluster=2),
-    "tiles of 8, straight": Way(rows=8, direct=True),
-    "tiles of 64, straight": Way(rows=64, direct=True),
-    "tiles of 256, copying, pairs, straight": Way("copying", 256, cluster=2, direct=True),
-    "tiles of 192, copied, straight": Way("copied", 192, direct=True),
-    "tiles of 256, small steps": Way(rows=256, fine=True),
-    "tiles of 192, copying, pairs, straight, small steps": Way("copying", 192, cluster=2, direct=True, fine=True),
+    **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192)},
+    **{f"tiles of {rows}, copied": Way(copied=True, rows=rows) for rows in (64, 128, 192)},
+    **{f"tiles of {rows}, pairs": Way(copied=True, rows=rows, cluster=2) for rows in (128, 192)},
 }
 
 

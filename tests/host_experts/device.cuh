@@ -37,12 +37,7 @@ extern Index threadIdx, blockIdx, gridDim, blockDim;
 
 void __syncthreads();
 void __syncwarp();
-u32 __shfl_sync(u32 mask, u32 value, u32 lane);
 u32 cluster_rank();
-u32 look_at(const u32* word);
-void add_for_others(u32* word, u32 value);
-inline void see_what_others_wrote() {}
-inline void __threadfence() {}
 inline u32 atomicAdd(u32* word, u32 value) {
   *word += value;
   return *word - value;

@@ -30,5 +30,3 @@ template <int KIND>
 u32 narrow_pair(float low, float high) {
   return narrow<KIND>(low) | narrow<KIND>(high) << 16;
 }
-
-inline void load_word(uint4& word, u64 from) { std::memcpy(&word, reinterpret_cast<const u8*>(from), 16); }

@@ -51,7 +51,7 @@ int files[CLUSTER];
 ucontext_t scheduler, lanes[MOST];
 char stacks[MOST][1 << 16];
 bool ended[MOST];
-Meeting of_cluster, of_block[CLUSTER], of_group[CLUSTER][2], of_warp[MOST / 32];
+Meeting of_cluster, of_block[CLUSTER], of_group[CLUSTER][3], of_warp[MOST / 32];
 std::map<u32, Barrier> barriers[CLUSTER];
 std::vector<Box> boxes;
 std::deque<Word> words[MOST];
@@ -209,7 +209,7 @@ void run_cluster(u32 first_block) {
   waited = 0;
   for (u32 of = 0; of < CLUSTER; ++of) {
     barriers[of].clear();
-    of_block[of] = of_group[of][0] = of_group[of][1] = {};
+    of_block[of] = of_group[of][0] = of_group[of][1] = of_group[of][2] = {};
     std::memset(views[of], 0xff, ROOM);  // NaN of either kind
   }
   for (Meeting& meeting : of_warp) meeting = {};
@@ -259,14 +259,14 @@ void run_cluster(u32 first_block) {
 }
 
 TensorMap maps[2];
-void* pointers[9];
+void* pointers[8];
 i64 sizes[8];
 
 void run_kernel() {
   experts_kernel(maps[0], maps[1], static_cast<u8*>(pointers[0]), static_cast<u16*>(pointers[1]),
                  static_cast<float*>(pointers[2]), static_cast<int*>(pointers[3]), static_cast<i64*>(pointers[4]),
-                 static_cast<int*>(pointers[5]), static_cast<u16*>(pointers[6]), static_cast<u8*>(pointers[7]),
-                 static_cast<u32*>(pointers[8]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+                 static_cast<int*>(pointers[5]), static_cast<u16*>(pointers[6]), static_cast<u32*>(pointers[7]),
+                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                  sizes[7]);
 }
 
@@ -280,20 +280,9 @@ void sync_warpgroup(u32 group) {
   if (threadIdx.x / 128 != 1 + group) fail("a barrier of another warpgroup");
   meet(of_group[block()][group], 128);
 }
-u32 __shfl_sync(u32, u32 value, u32 lane) {
-  exchanged[self()] = value;
-  __syncwarp();
-  const u32 found = exchanged[(self() & ~31u) + lane];
-  __syncwarp();
-  return found;
-}
-u32 look_at(const u32* word) {
-  give_way();
-  return *word;
-}
-void add_for_others(u32* word, u32 value) {
-  *word += value;
-  idle_turns = 0;
+void sync_loaders() {
+  if (threadIdx.x >= 128) fail("a barrier of another warpgroup");
+  meet(of_group[block()][2], 128);
 }
 void wait_for_previous_launch() { ++waited; }
 
@@ -329,7 +318,7 @@ void await_phase(u32 barrier, u32 parity) {
   while (barrier_at(block(), barrier).phase == parity) give_way();
 }
 void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w) {
-  if (to % (map.box[1] < 8 && map.rank == 2 ? 128 : 1024) || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
+  if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
   if (blocks & gone) fail("a copy to a block that has ended");
   boxes.push_back({blocks, to, &map, barrier, {x, y, z, v, w}});
   if (at_once) {
@@ -393,7 +382,7 @@ void await_products(int pending) {
 // Null, or what went wrong.
 extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* maps_, void** pointers_, i64* sizes_) {
   std::copy(maps_, maps_ + 2, maps);
-  std::copy(pointers_, pointers_ + 9, pointers);
+  std::copy(pointers_, pointers_ + 8, pointers);
   std::copy(sizes_, sizes_ + 8, sizes);
   body = run_kernel;
   at_once = at_once_;

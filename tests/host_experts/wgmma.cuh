@@ -21,6 +21,7 @@ void arrive_and_expect(u32 barrier, u32 bytes);
 void arrive_after_copies(u32 barrier);
 void await_phase(u32 barrier, u32 parity);
 void sync_warpgroup(u32 group);
+void sync_loaders();
 void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);
 void copy_box_to(
     u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);

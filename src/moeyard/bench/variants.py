@@ -46,30 +46,15 @@ def decode(case: Case) -> Runs:
 _WAYS: dict[str, dict[str, dict[str, Any]]] = {
     "prefill": {
         "gathered": {},
-        "copied": {"order": "copied"},
-        "copied, fine, direct": {"order": "copied", "fine": True, "direct": True},
-        "copied, pairs": {"order": "copied", "cluster": 2, "fine": True, "direct": True},
-        "picked, pairs": {"order": "picked", "cluster": 2, "fine": True, "direct": True},
-        "192, copied": {"order": "copied", "rows": 192, "fine": True, "direct": True},
-        "192, copying": {"order": "copying", "rows": 192, "fine": True, "direct": True},
-        "192, picked": {"order": "picked", "rows": 192, "fine": True, "direct": True},
-        "192, copied, pairs": {"order": "copied", "rows": 192, "cluster": 2, "fine": True, "direct": True},
-        "192, copying, pairs": {"order": "copying", "rows": 192, "cluster": 2, "fine": True, "direct": True},
-        "192, picked, pairs": {"order": "picked", "rows": 192, "cluster": 2, "fine": True, "direct": True},
-        "128, copied, pairs": {"order": "copied", "rows": 128, "cluster": 2, "fine": True, "direct": True},
-        "128, picked": {"order": "picked", "rows": 128, "fine": True, "direct": True},
+        "copied": {"copied": True},
+        "128, gathered": {"rows": 128},
+        "128, copied": {"copied": True, "rows": 128},
+        "192, gathered": {"rows": 192},
+        "192, copied": {"copied": True, "rows": 192},
+        "128, pairs": {"copied": True, "rows": 128, "cluster": 2},
+        "192, pairs": {"copied": True, "rows": 192, "cluster": 2},
     },
-    "batches": {
-        "default": {},
-        "direct": {"direct": True},
-        "picked": {"order": "picked", "direct": True},
-        "16, picked": {"rows": 16, "order": "picked", "direct": True},
-        "32": {"rows": 32, "direct": True},
-        "32, picked": {"rows": 32, "order": "picked", "direct": True},
-        "64": {"rows": 64, "direct": True},
-        "64, picked": {"rows": 64, "order": "picked", "direct": True},
-        "128": {"rows": 128, "direct": True},
-    },
+    "batches": {str(rows): {"rows": rows} for rows in (8, 16, 32, 64, 128)},
 }
 """Label -> what of a `Way` (moeyard.cuda.experts_plan) is not as by default."""
 
@@ -85,10 +70,11 @@ def batches(case: Case) -> Runs:
 
 
 def ways(which: str, case: Case) -> Runs:
-    """fused_experts in ways that are not chosen by sizes."""
+    """fused_experts as sizes choose, and in ways that they do not."""
     launch = importlib.import_module("moeyard.cuda.experts").fused_experts_launch
     way = importlib.import_module("moeyard.cuda.experts_plan").Way
-    return [(label, launched(launch, case, way=way(**options))) for label, options in _WAYS[which].items()]
+    made = [(label, launched(launch, case, way=way(**options))) for label, options in _WAYS[which].items()]
+    return [("chosen", launched(launch, case)), *made]
 
 
 def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callable[[Any], Tensor]:

@@ -9,7 +9,8 @@ from moeyard.cuda.compile import check, outside_capture
 
 
 def barrier_for(device: int, stream: int) -> int:
-    """Two zeroed words that no other launch uses at the same time; every launch leaves them ready for the next.
+    """The address of LINE_BYTES zeroed bytes that no other launch uses at the same time; every launch leaves them ready
+    for the next.
 
     Launches on one stream follow each other and share theirs. A captured launch gets its own, for good: its graph may
     be replayed on any stream, but never beside itself.
@@ -34,16 +35,17 @@ def _zeroed() -> Iterator[int]:
     from cuda.bindings import driver
 
     with outside_capture():
-        size = _LINE * _LINES
+        size = LINE_BYTES * _LINES
         _, address = check(driver.cuMemAlloc(size))
         _, stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         check(driver.cuMemsetD8Async(address, 0, size, stream))
         check(driver.cuStreamSynchronize(stream))
         check(driver.cuStreamDestroy(stream))
-    return (int(address) + _LINE * i for i in range(_LINES))
+    return (int(address) + LINE_BYTES * i for i in range(_LINES))
 
 
-_LINE = 256
+LINE_BYTES = 256
+"""Two cache lines of the L2: a kernel's grid meets in the first words, others that may run beside it use later ones."""
 _LINES = 4096
 _LOCK = Lock()
 _BARRIERS: dict[tuple[int, int], int] = {}

@@ -5,24 +5,21 @@
 // A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles
 // (BM weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
 // round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
-// has been read. A tile with fewer rows than BN multiplies only as many as it has, in steps of FINE.
+// has been read. Which tile comes next is known to the warpgroup that loads, and goes through shared memory with the
+// tile's first stage. A tile with fewer rows than BN multiplies only as many as it has, in steps of FINE.
 //
 // The second warpgroup that multiplies begins some steps after the first and stays behind it, as far as stages reach:
 // so one has products under way while the other writes results.
 //
 // Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
-// no exchange. Without a gate it may take 8 even and 8 odd rows (DIRECT): a lane then holds two columns side by side,
-// and 8 lanes a sector of a row of results, which goes straight to memory; else results are transposed in shared
-// memory. Rows come by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
+// no exchange; results are transposed in shared memory. Without a gate a box takes 8 even and 8 odd rows: a lane then
+// holds two columns side by side, and 8 lanes a sector of a row of results, which goes straight to memory. Rows come
+// by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
 //
 // Blocks may come in clusters of two (CLUSTER) that take tiles of the same rows and of weights side by side: each then
 // loads every other box of rows for both, half of what reading rows takes of the L2 cache. A stage is free when both
 // have read it.
-//
-// With COPYING rows are put into the order of experts by this very launch: three warps of the warpgroup that loads copy
-// portions of rows, whoever is free the next one, and a tile waits until its rows have been copied. Nobody waits for a
-// block that has not begun, so the grid may be any.
 //
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
 // rows waits for that launch, and the first stages' weights are on their way before.
@@ -85,41 +82,36 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
   multiply_tile<N>(sums, room, stage, steps, group, signals);
 }
 
-// Results of 8 rows: bias, activation and factor, then 16 bits, transposed to `to`: rows with columns side by side.
-__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const float2 factor,
-                                            const Curve& curve, u32 to) {
-  if constexpr (GATED_RESULT) {
-    const float even = bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, curve);
-    const float odd = bend<CURVE, CLAMPS>(sums[1] + bias.x, sums[3] + bias.y, curve);
-    store_transposed(to, narrow_pair<KIND>(even * factor.x, odd * factor.y));
-  } else {
-    float value[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      value[i] = bend<CURVE, CLAMPS>(sums[i] + (i < 2 ? bias.x : bias.y), curve) * (i & 1 ? factor.y : factor.x);
-    }
-    store_transposed(to, narrow_pair<KIND>(value[0], value[1]), narrow_pair<KIND>(value[2], value[3]));
-  }
+// Results of 8 rows with a gate: bias, activation, then 16 bits, transposed to `to`: rows with columns side by side.
+__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const Curve& curve, u32 to) {
+  const float even = bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, curve);
+  const float odd = bend<CURVE, CLAMPS>(sums[1] + bias.x, sums[3] + bias.y, curve);
+  store_transposed(to, narrow_pair<KIND>(even, odd));
 }
 
-// Results of all rows of a tile, of the two columns side by side that a lane has in each product.
+// Results of all rows of a tile without a gate, of the two columns side by side that a lane has in each product.
 __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                              const Arguments& a, const Tile& tile, u32 column) {
-  const u32 first = 2 * (threadIdx.x & 3);
+                                              const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+  const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
   u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
 #pragma unroll
   for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
     if (start >= tile.rows) break;
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
-      if (start + first + odd >= tile.rows) continue;
+      const u32 row = start + first + odd;
+      if (row >= tile.rows) continue;
+      u16* to = of_row + odd * a.columns;
+      if constexpr (BY_ROUTE) to = a.out + static_cast<i64>(room.routes[group * BN + row]) * a.columns + column;
+      const float factor = WEIGHS ? room.factors[group * BN + row] : 1.0f;
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         const float* of_lane = sums[m] + start / 2 + odd;
-        const u32 pair = narrow_pair<KIND>(bend<CURVE, CLAMPS>(of_lane[0] + bias[m].x, a.curve),
-                                           bend<CURVE, CLAMPS>(of_lane[2] + bias[m].y, a.curve));
-        u16* to = of_row + odd * a.columns + m * COLUMNS_A_PRODUCT;
-        if (column + m * COLUMNS_A_PRODUCT < a.columns) *reinterpret_cast<u32*>(to) = pair;
+        const u32 pair = narrow_pair<KIND>(bend<CURVE, CLAMPS>(of_lane[0] + bias[m].x, a.curve) * factor,
+                                           bend<CURVE, CLAMPS>(of_lane[2] + bias[m].y, a.curve) * factor);
+        if (column + m * COLUMNS_A_PRODUCT < a.columns) {
+          *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = pair;
+        }
       }
     }
   }
@@ -127,17 +119,16 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
 
 // The column of the first of the two weight rows that a lane has in a product.
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
-  return warp * COLUMNS_A_WARP + lane / 4 * (STRAIGHT ? 2 : 1);
+  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);
 }
 
-// The biases of those: gate and up, columns side by side, or 8 apart.
+// The biases of those: gate and up, or columns side by side.
 __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
   float2 bias = {0.0f, 0.0f};
   if constexpr (BIASES) {
     const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
     if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
-    const u32 second = column + (GATED_RESULT ? a.columns : STRAIGHT ? 1 : 8);
-    if (GATED_RESULT ? column < a.columns : second < a.columns) bias.y = widen<KIND>(__ldg(of_expert + second));
+    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : 1)));
   }
   return bias;
 }
@@ -147,74 +138,78 @@ __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Argument
   for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
 }
 
-__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Work tiles, u32 total) {
-  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
-  const u32 chunks = room.chunks + group * 2 * CHUNK_BYTES;
-  const u32 in_chunk = (lane & 7) * PITCH + (warp * COLUMNS_A_WARP + (GATED_RESULT ? 0 : lane & 8)) * 2;
-  u32* routes = room.routes + group * BN;
-  float* factors = room.factors + group * BN;
+// Results of a tile with a gate, `chunk` rows at a time through shared memory.
+__device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                                    const Room& room, const Arguments& a, const Tile& tile,
+                                                    u32 first_column, u32& turn) {
   constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
-  const u32 piece = thread % PIECES;
+  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
+  const u32 in_chunk = (lane & 7) * PITCH + warp * COLUMNS_A_WARP * 2, piece = thread % PIECES;
+  const u32 column = first_column + piece * 8;
+#pragma unroll
+  for (int start = 0; start < BN; start += CHUNK) {
+    if (start >= tile.rows) break;
+    const u32 chunk = room.chunks + (2 * group + (turn & 1)) * CHUNK_BYTES;  // the other may still be read
+    ++turn;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 8) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
+        put_results(sums[m] + (start + i) / 2, bias[m], a.curve, to);
+      }
+    }
+    sync_warpgroup(group);
+    for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
+      if (column < a.columns) {
+        const uint4 word = load_shared(chunk + row * PITCH + piece * 16);
+        *reinterpret_cast<uint4*>(a.out + static_cast<i64>(tile.first_row + start + row) * a.columns + column) = word;
+      }
+    }
+  }
+}
+
+// What a warpgroup has to know of a tile whose results go to routes.
+__device__ __forceinline__ void look_up_routes(const Room& room, const Arguments& a, const Tile& tile) {
+  const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
+  sync_warpgroup(group);  // the routes of the tile before have been read
+  for (u32 row = thread; row < tile.rows; row += 128) {
+    const u32 route = __ldcg(a.sorted_token_ids + tile.first_row + row);
+    room.routes[group * BN + row] = route;
+    if constexpr (WEIGHS) room.factors[group * BN + row] = __ldcg(a.factors + route);
+  }
+  sync_warpgroup(group);
+}
+
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Work tiles, u32 total) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
   Stage stage = {0, 0};
   u32 turn = 0;
   float sums[TALL][BN / 2] = {};
   Signals signals = {lane < CLUSTER, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
-  if (STAGGERS && group == 1 && Walk<CLUSTER>().number() < total) await_phase(room.lead, 0);
-  for (Walk<CLUSTER> walk; walk.number() < total; walk.advance()) {
-    const Tile tile = tiles.find(walk.number());
+  if (STAGGERS && group == 1 && Turns<CLUSTER>::first() < total) await_phase(room.lead, 0);
+  while (true) {
+    await_phase(room.full + 8 * stage.number, stage.parity);
+    const u32 number = room.numbers[stage.number];
+    if (number >= total) return;
+    const Tile tile = tiles.find(number);
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
-    if constexpr (BY_ROUTE) {
-      sync_warpgroup(group);  // the routes of the tile before have been read
-      for (u32 row = thread; row < tile.rows; row += 128) {
-        const u32 route = __ldcg(a.sorted_token_ids + tile.first_row + row);
-        routes[row] = route;
-        if constexpr (WEIGHS) factors[row] = __ldcg(a.factors + route);
-      }
-      sync_warpgroup(group);
-    }
+    if constexpr (BY_ROUTE) look_up_routes(room, a, tile);
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (STRAIGHT) {
-      write_results(sums, bias, a, tile, first_column + column_of(warp, lane));
-      continue;
-    }
-    const u32 column = first_column + piece * 8;
-#pragma unroll
-    for (int start = 0; start < BN; start += CHUNK) {
-      if (start < tile.rows) {
-        const u32 chunk = chunks + (turn & 1) * CHUNK_BYTES;  // the other may still be read
-        ++turn;
-#pragma unroll
-        for (int i = 0; i < CHUNK; i += 8) {
-          float2 factor = {1.0f, 1.0f};
-          if constexpr (WEIGHS) factor = reinterpret_cast<const float2*>(factors + start + i)[lane & 3];
-#pragma unroll
-          for (int m = 0; m < TALL; ++m) {
-            const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
-            put_results(sums[m] + (start + i) / 2, bias[m], factor, a.curve, to);
-          }
-        }
-        sync_warpgroup(group);
-        for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
-          if (column < a.columns) {
-            const u32 target = BY_ROUTE ? routes[start + row] : tile.first_row + start + row;
-            const uint4 word = load_shared(chunk + row * PITCH + piece * 16);
-            *reinterpret_cast<uint4*>(a.out + static_cast<i64>(target) * a.columns + column) = word;
-          }
-        }
-      }
-    }
+    if constexpr (GATED_RESULT) write_gated_results(sums, bias, room, a, tile, first_column, turn);
+    else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
   }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
-    u16* out, u8* ordered, u32* progress, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha,
-    i64 beta, i64 limit) {
+    u16* out, u32* turns, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
+    i64 limit) {
   extern __shared__ u8 memory[];
   const Room room = divide(memory);
   constexpr u32 OF_CLUSTER = CLUSTER * (GATED_RESULT ? BM / 2 : BM);
@@ -232,20 +227,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
   if (!READY_BEFORE) wait_for_previous_launch();
   const u32 total = make_table<BN>(room.table, room.sums, first_rows, row_counts, experts) * weight_tiles;
-  const u32 total_rows = COPIES_ROWS ? __ldcg(first_rows + experts) : 0;
-  const Arguments a = {rows, bias, factors, sorted_token_ids, out, ordered, progress, static_cast<u32>(columns),
+  const Arguments a = {rows, bias, factors, sorted_token_ids, out, turns, static_cast<u32>(columns),
                        static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
-                       total_rows, row_pitch,
+                       row_pitch,
                        {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
   const Work tiles = {room.table, weight_tiles, CLUSTER == 1 ? 0 : cluster_rank()};
   if constexpr (CLUSTER > 1) sync_cluster();  // barriers of both blocks are open
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
-    else if (PICKS) {
-      if (threadIdx.x < BN) load_by_picking(weight_map, row_map, room, a, tiles, total);
-    } else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
-    else if (COPIES_ROWS && threadIdx.x >= 32) copy_rows(a);
+    else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
   } else {
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
     multiply_and_write(room, a, tiles, total);

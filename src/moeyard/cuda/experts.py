@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moeyard.cuda import experts_decode
 from moeyard.cuda.experts_decode import ExpertSizes
-from moeyard.cuda.experts_plan import SPAN_ROWS, ExpertPlan, Way, expert_plan, progress_words, way_of
+from moeyard.cuda.barriers import barrier_for
+from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, way_of
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
 from moeyard.cuda.router import float_bits
@@ -84,14 +85,14 @@ def grouped_gemm_launch(
         return
     by_route = gather = sorted_token_ids is not None
     way = way_of(out.shape[0], weight.shape[0], out.shape[1])
-    if sorted_token_ids is not None and way.order != "gathered":
+    if sorted_token_ids is not None and way.copied:
         gather = False
         source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
         shuffle_rows_launch(source, sorted_token_ids // row_divisor, out=rows)
     _product(
         rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
         slots=sorted_token_ids, divisor=row_divisor, gather=gather, factors=topk_weights, by_route=by_route,
-        way=way,
+        way=way, turns=barrier_for(device, current_stream(device)) + _TURNS[0],
     )  # fmt: skip
 
 
@@ -111,8 +112,8 @@ def fused_experts_launch(
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
     What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
-    these first holds the rows in the order of experts where `way` (that of `way_of` unless given) is not to gather
-    them: copied by a fifth launch, or by the first product itself. A few tokens go another way (experts_decode.py).
+    these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`). A few tokens go
+    by experts_decode.py, unless a `way` is given.
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
@@ -125,37 +126,36 @@ def fused_experts_launch(
                 num_experts=num_experts, weight_on_input=weight_on_input, out=out, way=way,
             )  # fmt: skip
         return
-    if _by_route(hidden_states, topk_ids, weights, out):
+    if way is None and _by_route(hidden_states, topk_ids, weights, out):
         experts_decode.fused_experts_launch(
             hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
             num_experts=num_experts, weight_on_input=weight_on_input, out=out,
         )  # fmt: skip
         return
     way = way or way_of(num_routes, weights.num_local_experts, weights.w13.shape[1])
-    progress = None
-    if way.order == "copying":
-        progress = topk_ids.new_zeros(progress_words(num_routes), dtype=torch.int32)
     layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts)
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
-    if way.order == "copied":
+    turns = barrier_for(device, current_stream(device))
+    if way.copied:
         permute_launch(
             hidden_states, None, sorted_token_ids=layout.sorted_token_ids, route_rows=layout.route_rows, top_k=top_k,
             rows=rows, row_scales=None, programmatic=True,
         )  # fmt: skip
-    copied = way.order == "copied"
     _product(
-        rows if copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
-        slots=None if copied else layout.sorted_token_ids, divisor=1 if copied else top_k,
-        gather=way.order == "gathered", picking=way.order == "picked", ordered=rows if progress is not None else None, progress=progress,
-        activation=activation, gated=weights.gated, ready=copied, way=way,
+        rows if way.copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
+        slots=None if way.copied else layout.sorted_token_ids, divisor=1 if way.copied else top_k,
+        gather=not way.copied, activation=activation, gated=weights.gated, ready=way.copied, way=way,
+        turns=turns + _TURNS[0],
     )  # fmt: skip
-    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way)
+    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way, turns=turns + _TURNS[1])
     combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
+_TURNS = (64, 128)
+"""Where in their line from `barrier_for` products keep their turns: those of a layer, which overlap, in two places."""
 _takes = lru_cache(maxsize=4096)(experts_decode.takes)
 
 
@@ -187,21 +187,18 @@ def _product(
     slots: Tensor | None = None,
     divisor: int = 1,
     gather: bool = False,
-    picking: bool = False,
     factors: Tensor | None = None,
     by_route: bool = False,
     activation: Activation | None = None,
     gated: bool = False,
     ready: bool = False,
-    ordered: Tensor | None = None,
-    progress: Tensor | None = None,
     way: Way,
+    turns: int,
 ) -> None:
-    """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`; with
-    `progress`, zeros, the launch copies that one to row r of `ordered` and takes it from there.
+    """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
 
     Results go to row r of `out`, or `by_route` to row `slots[r]`. `ready` says that the launch ahead did not write the
-    layout.
+    layout. `turns` is the address of two words of zeros, which are left so.
     """
     experts, weight_rows, size = weight.shape
     if bias is not None:
@@ -209,16 +206,15 @@ def _product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, rows.dtype, gather, picking, divisor, factors is None, by_route, activation, gated,
-        bias is None, ready, progress is not None, way, current_device(),
+        out.shape, experts, size, rows.dtype, gather, divisor, factors is None, by_route, activation, gated,
+        bias is None, ready, way, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
-    turn = "halves" if gated else "pairs" if plan.direct else ""
+    turn = "halves" if gated else "pairs"
     weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn)
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
-        boxed = rows if ordered is None else ordered
-        boxes = row_map(boxed.data_ptr(), boxed.shape[0], size, rows.dtype, 1 if picking else plan.box)
+        boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.box)
     launch.with_maps(
         current_stream(current_device()),
         (weights, boxes),
@@ -229,8 +225,7 @@ def _product(
         first_rows.data_ptr(),
         row_counts.data_ptr(),
         out.data_ptr(),
-        0 if ordered is None else ordered.data_ptr(),
-        0 if progress is None else progress.data_ptr(),
+        turns,
     )
 
 
@@ -240,17 +235,16 @@ _READY: dict[tuple[Any, ...], tuple[Launch, ExpertPlan]] = {}
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
     (
-        shape, experts, size, dtype, gather, picking, divisor, unweighted, by_route, activation, gated, unbiased, ready, copying,
-        way, device,
+        shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, way,
+        device,
     ) = key  # fmt: skip
-    if gather or picking:
+    if gather:
         way = replace(way, cluster=1)
     plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device), way)
     clamped = activation is not None and activation.limit is not None
     defines = expert_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready,
-        copying=copying, picking=picking,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     launch = Launch(
@@ -259,7 +253,7 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
         defines,
         device,
         maps=2,
-        pointers=9,
+        pointers=8,
         sizes=(experts, shape[1], size, size * dtype.itemsize, divisor, *map(float_bits, curve)),
         grid=plan.grid,
         threads=plan.threads,
@@ -284,14 +278,12 @@ def expert_defines(
     biased: bool,
     weighted: bool,
     ready: bool,
-    copying: bool = False,
-    picking: bool = False,
 ) -> tuple[tuple[str, str], ...]:
     """What a product is compiled for."""
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready, "COPYING": copying, "DIRECT": plan.direct, "PICKING": picking,
+        "WEIGHTED": weighted, "TABLE_READY": ready,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),
@@ -300,9 +292,6 @@ def expert_defines(
         ("STAGES", str(plan.stages)),
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
         ("BLOCKS_A_CLUSTER", str(plan.cluster)),
-        ("STEPS_A_RUN", str(plan.run)),
-        ("ROWS_A_STEP", str(plan.step)),
-        ("ROWS_A_SPAN", str(SPAN_ROWS)),
         ("ROW_KIND", kind),
         ("ELEMENT", element),
         ("ACTIVATION", curve),

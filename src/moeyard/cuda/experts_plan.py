@@ -11,9 +11,9 @@ STEP_VALUES = 64
 """Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
 _WEIGHT_ROWS = 64
 """Weight rows of a warpgroup's product."""
-_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1), 256: (2, 1, 1)}
+_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
-_ROWS = (8, 16, 32, 64, 128, 256)
+_ROWS = tuple(_SHAPES)
 _RESERVED = 1024
 """Bytes of shared memory that the system keeps of every block's, and that alignment may take."""
 _SEGMENT = 16
@@ -25,19 +25,13 @@ _MOST_STAGES = 12
 class Way:
     """What the products of a layer leave open: `way_of` answers, unless benchmarks and tests do."""
 
-    order: str = "gathered"
-    """How rows come to be in the order of experts: "gathered" by cp.async for every tile, "copied" by a launch before
-    the first product, or "copying" while it runs."""
+    copied: bool = False
+    """Whether rows are put into the order of experts by a launch before the first product, not gathered by cp.async for
+    every tile."""
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
     cluster: int = 1
     """Blocks that share the rows of their tiles; rows that are gathered are not shared."""
-    run: int = 1
-    """Stages whose weights are asked for together."""
-    fine: bool = False
-    """Whether rows that are multiplied are a multiple of 16 even in large tiles, not of 32."""
-    direct: bool = False
-    """Whether results without a gate go straight to memory where they lie side by side."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +50,6 @@ class ExpertPlan:
     grid: int
     shared_bytes: int
     cluster: int = 1
-    run: int = 1
-    direct: bool = False
-    fine: bool = False
 
     @property
     def threads(self) -> int:
@@ -78,7 +69,7 @@ class ExpertPlan:
     @property
     def step(self) -> int:
         """What the rows of a tile that are multiplied are a multiple of."""
-        return min(self.box, 16) if self.fine else self.box
+        return min(self.rows, 16)
 
 
 @lru_cache(maxsize=4096)
@@ -98,7 +89,6 @@ def expert_plan(
     weight rows leave them the most of the shared memory's bandwidth: 48 KiB a stage for 1024 cycles of products.
     """
     way = way or Way()
-    direct = way.direct and not gated and not by_route
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     wanted = mean + 2 * math.sqrt(mean)
     rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
@@ -107,15 +97,14 @@ def expert_plan(
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route, direct)
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route, direct)
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 tiles = _most_tiles(num_rows, experts, rows) * -(-columns // (columns_a_tile * way.cluster))
                 grid = way.cluster * max(1, min(card.processors * blocks // way.cluster, tiles))
-                run = max(1, min(way.run, stages - 1))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster, run, direct, way.fine)
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, way.cluster)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)
@@ -131,19 +120,10 @@ def way_of(num_rows: int, experts: int, columns: int) -> Way:
     rows an expert and 2^18 rows times columns on, but for one of twelve cells.
     """
     rows = num_rows / max(1.0, _touched(num_rows, experts))
-    return Way("copied" if rows >= _COPIED_ROWS and rows * columns >= _COPIED_RESULTS else "gathered")
+    return Way(copied=rows >= _COPIED_ROWS and rows * columns >= _COPIED_RESULTS)
 
 
 _COPIED_ROWS, _COPIED_RESULTS = 128, 1 << 18
-
-
-def progress_words(num_rows: int) -> int:
-    """int32 zeros that a product which copies its rows needs: what experts.cu counts by, a word and one a span."""
-    return 1 + -(-num_rows // SPAN_ROWS)
-
-
-SPAN_ROWS = 64
-"""Rows in the order of experts that a tile waits for together."""
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
@@ -151,11 +131,9 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(
-    rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool, direct: bool = False
-) -> int:
+def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = 0 if direct else min(rows, 32 // tall) * (tall * (64 if gated else 128) + 16)
+    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated else 0
     fixed = _RESERVED + groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 

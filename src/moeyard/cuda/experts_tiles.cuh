@@ -69,17 +69,30 @@ struct Tiles {
   }
 };
 
-// The tiles of a cluster: one of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of
-// an expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
+// Who works on which tile. A lone block begins with the tile of its own number and then takes the next that nobody has:
+// memory serves multiprocessors unequally, some by a third faster, and the last tile would wait for the slowest. `counts`
+// are two words of zeros, left so: tiles taken beyond the first ones, blocks that found none left.
+//
+// A cluster works on one tile of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of an
+// expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
 template <int CLUSTER>
-struct Walk {
+struct Turns {
   static constexpr u32 SHIFT = 37;
-  u32 round = 0, place = blockIdx.x / CLUSTER;
+  u32* counts;
+  u32 round = 0, place = first();
 
-  __device__ __forceinline__ u32 number() const { return round + place; }
-  __device__ __forceinline__ void advance() {
+  static __device__ __forceinline__ u32 first() { return blockIdx.x / CLUSTER; }
+  __device__ __forceinline__ u32 next() {
+    if constexpr (CLUSTER == 1) return gridDim.x + atomicAdd(counts, 1);
     const u32 clusters = gridDim.x / CLUSTER;
     round += clusters;
     place = (place + SHIFT) % clusters;
+    return round + place;
+  }
+  // Once for a block, after its last turn.
+  __device__ __forceinline__ void leave() {
+    if (CLUSTER > 1 || atomicAdd(counts + 1, 1) + 1 < gridDim.x) return;
+    counts[0] = 0;
+    counts[1] = 0;
   }
 };

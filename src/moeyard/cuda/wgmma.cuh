@@ -77,6 +77,9 @@ __device__ __forceinline__ void sync_warpgroup(u32 group) {
   else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
+// A barrier of the 128 threads of the warpgroup that loads.
+__device__ __forceinline__ void sync_loaders() { asm volatile("bar.sync 3, 128;" ::: "memory"); }
+
 // Copies: boxes of a tensor by the copy engine, and 16 bytes by a thread (zeros for `bytes` of 0).
 
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
@@ -88,14 +91,6 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
           to),
       "l"(&map), "r"(barrier), "r"(x), "r"(y)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z)
       : "memory");
 }
 
