@@ -90,9 +90,7 @@ def test_ways_to_be_timed_can_be_planned(which: str) -> None:
     for label, options in variants._WAYS[which].items():
         way = Way(**options)
         plan = expert_plan(65536, 128, 768, True, False, H200, way)
-        assert (
-            plan.cluster == way.cluster and plan.rows == (way.rows or 192)
-        ), label
+        assert plan.cluster == way.cluster and plan.rows == (way.rows or 192), label
 
 
 @cache

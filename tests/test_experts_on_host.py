@@ -212,7 +212,9 @@ MUTANTS = {
     "up where gate is": ("decode", "bias.x, sums[2] + bias.y", "bias.y, sums[3] + bias.y"),
     "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),
     "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
-    "results before all have come": ("decode", "    sync_warpgroup(group);\n    for (u32 row = thread / P", "    for (u32 row = thread / P"),
+    "results before all have come": (
+        "decode", "    sync_warpgroup(group);\n    for (u32 row = thread / P", "    for (u32 row = thread / P",
+    ),
     "odd columns where even ones belong": ("second product", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
@@ -231,8 +233,8 @@ MUTANTS = {
     ),
     "the weights of both blocks": ("pairs, second product", "weight_tile * CLUSTER + rank", "weight_tile * CLUSTER"),
     "weights too early": (
-        "second product, few steps", "        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n        load_w",
-        "        load_w",
+        "second product, few steps",
+        "        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n        load_w", "        load_w",
     ),
     "weights of the last step missing": ("gpt-oss", "step < a.steps; ++step) {\n      await_phase(room.empty",
                                          "step < a.steps - 1; ++step) {\n      await_phase(room.empty"),

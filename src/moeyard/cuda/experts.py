@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda import experts_decode
-from moeyard.cuda.experts_decode import ExpertSizes
 from moeyard.cuda.barriers import barrier_for
+from moeyard.cuda.experts_decode import ExpertSizes
 from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, way_of
 from moeyard.cuda.launch import Launch, current_device, current_stream, make_room
 from moeyard.cuda.layout import align_launch, card_of
@@ -112,8 +112,8 @@ def fused_experts_launch(
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
     What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
-    these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`). A few tokens go
-    by experts_decode.py, unless a `way` is given.
+    these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`). A few tokens
+    go by experts_decode.py, unless a `way` is given.
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
