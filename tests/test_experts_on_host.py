@@ -222,7 +222,7 @@ MUTANTS = {
         "several tiles of rows", "    if (threadIdx.x == 0) room.following[odd] = following;\n    sync_loaders();",
         "    sync_loaders();\n    if (threadIdx.x == 0) room.following[odd] = following;",
     ),
-    "an end that nobody hears of": ("decode", "    tell_end(room, total, stage.number);\n    turns", "    turns"),
+    "an end that nobody hears of": ("decode", "    tell_end(room, stage.number);\n    turns", "    turns"),
     "the rows of one block alone": ("pairs", "row += CLUSTER * STEP", "row += 2 * CLUSTER * STEP"),
     "a stage is given to one block alone": ("pairs", "{lane < CLUSTER, STAGGERS", "{lane == 0, STAGGERS"),
     "a stage is taken when one block has read it": (

@@ -181,7 +181,7 @@ __device__ __forceinline__ void look_up_routes(const Room& room, const Arguments
   sync_warpgroup(group);
 }
 
-__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, Work tiles, u32 total) {
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, u32 total) {
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
   Stage stage = {0, 0};
   u32 turn = 0;
@@ -190,9 +190,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   if (STAGGERS && group == 1 && Turns<CLUSTER>::first() < total) await_phase(room.lead, 0);
   while (true) {
     await_phase(room.full + 8 * stage.number, stage.parity);
-    const u32 number = room.numbers[stage.number];
-    if (number >= total) return;
-    const Tile tile = tiles.find(number);
+    const Tile tile = room.tiles[stage.number];
+    if (tile.rows == 0) return;
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
@@ -239,7 +238,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
   } else {
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
-    multiply_and_write(room, a, tiles, total);
+    multiply_and_write(room, a, total);
   }
   if constexpr (CLUSTER > 1) sync_cluster();  // the other block reports to barriers of this one
 }

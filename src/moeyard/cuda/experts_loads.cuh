@@ -5,11 +5,11 @@
 #include "experts_stages.cuh"
 
 // The weights of one stage, and how many bytes the stage's barrier has to see: boxes count whole, zeros included. With
-// the first step comes the number of the tile.
-__device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 number,
-                                             u32 step, u32 stage) {
+// the first step comes the tile.
+__device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
+                                             u32 stage) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
-  if (step == 0) room.numbers[stage] = number;
+  if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
   copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
@@ -24,9 +24,8 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
   }
 }
 
-// A number that is no tile's, in place of a tile.
-__device__ __forceinline__ void tell_end(const Room& room, u32 total, u32 stage) {
-  room.numbers[stage] = total;
+__device__ __forceinline__ void tell_end(const Room& room, u32 stage) {
+  room.tiles[stage].rows = 0;
   arrive(room.full + 8 * stage);
 }
 
@@ -39,7 +38,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   if (READY_BEFORE) {
     if (number < total) {
       const Tile tile = tiles.find(number);
-      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, number, ahead, ahead);
+      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead);
     }
     wait_for_previous_launch();
     show_memory_to_copies();
@@ -52,7 +51,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
         --ahead;
       } else {
         await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-        load_weights(weight_map, room, tile, number, step, stage.number);
+        load_weights(weight_map, room, tile, step, stage.number);
       }
       load_rows(row_map, room, tile, step, stage.number, tiles.rank);
       stage.advance();
@@ -60,7 +59,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
     number = following;
   }
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-  tell_end(room, total, stage.number);
+  tell_end(room, stage.number);
   turns.leave();
 }
 
@@ -83,7 +82,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
     }
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-      if (threadIdx.x == 0) load_weights(weight_map, room, tile, number, step, stage.number);
+      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number);
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;
@@ -109,7 +108,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
   arrive_after_copies(room.full + 8 * stage.number);
   if (threadIdx.x == 0) {
-    tell_end(room, total, stage.number);
+    tell_end(room, stage.number);
     turns.leave();
   }
   await_copies();  // a thread outlives its copies

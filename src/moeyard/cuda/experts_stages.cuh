@@ -29,6 +29,7 @@ constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 using Work = Tiles<BN, FINE, GROUP, CLUSTER>;
+static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(!GATHERS || CLUSTER == 1, "rows are gathered by each block for itself");
 static_assert(!(GATED_RESULT && BY_ROUTE), "the first product of a layer keeps the order of experts");
@@ -50,7 +51,7 @@ struct Room {
   u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route
   float* factors;  // [CONSUMERS][BN]
   u32* sums;       // 64 words, for the table; after that
-  u32* numbers;    // [DEPTH]: of the tile whose first step is in a stage, and
+  Tile* tiles;     // [DEPTH]: the one whose first step is in a stage, and
   u32* following;  // [2]: what one thread that loads tells the others
   Segment* table;
 };
@@ -78,8 +79,9 @@ __device__ __forceinline__ Room divide(u8* memory) {
   room.empty = room.full + 8 * DEPTH;
   room.lead = room.empty + 8 * DEPTH;
   memory += 16 * DEPTH + 16;
-  room.sums = room.numbers = reinterpret_cast<u32*>(memory);
-  room.following = room.sums + 32;
+  room.sums = reinterpret_cast<u32*>(memory);
+  room.tiles = reinterpret_cast<Tile*>(memory);
+  room.following = room.sums + 4 * DEPTH;
   memory += 256;
   room.routes = reinterpret_cast<u32*>(memory);
   room.factors = reinterpret_cast<float*>(memory) + CONSUMERS * BN;

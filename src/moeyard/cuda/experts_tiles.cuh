@@ -12,8 +12,8 @@ struct Segment {
   u32 rows;
 };
 
-// A tile of the product: `rows` rows from `first_row` on, times a tile of the expert's weight rows.
-struct Tile {
+// A tile of the product: `rows` rows from `first_row` on, times a tile of the expert's weight rows. No rows: the end.
+struct alignas(16) Tile {
   u32 expert, weight_tile, first_row, rows;
 };
 
