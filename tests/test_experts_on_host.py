@@ -88,18 +88,6 @@ CASES: dict[str, dict[str, Any]] = {
     "half": {"tiles": 8, "dtype": torch.float16, "gated": False, "activation": Activation("relu2"), "columns": 144},
     "more experts than threads": {"tiles": 8, "counts": [3, 0, 0, 9, 1] * 60, "size": 16, "columns": 16, "blocks": 5},
     "gelu": {"tiles": 64, "counts": [9, 40], "activation": Activation("gelu", limit=1.0)},
-    "pairs": {
-        "tiles": 192, "counts": [200, 0, 33], "size": 176, "gather": False, "ready": True, "blocks": 4, "columns": 208,
-        "plan": {"stages": 3, "cluster": 2},
-    },
-    "pairs, second product": {
-        "tiles": 192, "counts": [230, 0, 10, 1], "size": 336, "gated": False, "gather": False, "ready": True,
-        "activation": Activation("relu2"), "columns": 304, "blocks": 2, "plan": {"stages": 3, "cluster": 2},
-    },
-    "pairs, few rows": {
-        "tiles": 64, "counts": [64, 0, 70, 9], "size": 208, "gather": False, "ready": True, "columns": 400,
-        "blocks": 4, "plan": {"stages": 4, "cluster": 2},
-    },
     "second product, few rows": {
         "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 144, "dtype": torch.float16,
@@ -218,20 +206,7 @@ MUTANTS = {
     "odd columns where even ones belong": ("second product", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
-    "a tile told before its stage is free": (
-        "several tiles of rows", "    if (threadIdx.x == 0) room.following[odd] = following;\n    sync_loaders();",
-        "    sync_loaders();\n    if (threadIdx.x == 0) room.following[odd] = following;",
-    ),
     "an end that nobody hears of": ("decode", "    tell_end(room, stage.number);\n    turns", "    turns"),
-    "the rows of one block alone": ("pairs", "row += CLUSTER * STEP", "row += 2 * CLUSTER * STEP"),
-    "a stage is given to one block alone": ("pairs", "{lane < CLUSTER, STAGGERS", "{lane == 0, STAGGERS"),
-    "a stage is taken when one block has read it": (
-        "pairs, second product", "4 * CONSUMERS * CLUSTER", "4 * CONSUMERS"
-    ),
-    "a block leaves its peer alone": (
-        "pairs, few rows", "if constexpr (CLUSTER > 1) sync_cluster();  // the other", "// the other"
-    ),
-    "the weights of both blocks": ("pairs, second product", "weight_tile * CLUSTER + rank", "weight_tile * CLUSTER"),
     "weights too early": (
         "second product, few steps",
         "        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n        load_w", "        load_w",

@@ -27,7 +27,6 @@ FIRST_LIMIT_S = 60
 WAYS = {
     **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192)},
     **{f"tiles of {rows}, copied": Way(copied=True, rows=rows) for rows in (64, 128, 192)},
-    **{f"tiles of {rows}, pairs": Way(copied=True, rows=rows, cluster=2) for rows in (128, 192)},
 }
 
 

@@ -36,8 +36,6 @@ struct alignas(8) float2 {
 extern Index threadIdx, blockIdx, gridDim, blockDim;
 
 void __syncthreads();
-void __syncwarp();
-u32 cluster_rank();
 inline u32 atomicAdd(u32* word, u32 value) {
   *word += value;
   return *word - value;

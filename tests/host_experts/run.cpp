@@ -1,20 +1,16 @@
-// Runs experts.cu on a host, cluster after cluster. Copies arrive at once or in a random order, as late as somebody waits;
+// Runs experts.cu on a host, block after block. Copies arrive at once or in a random order, as late as somebody waits;
 // products are computed at once or as late as somebody waits.
 
 #include "experts.cu"
 
-#include <sys/mman.h>
 #include <ucontext.h>
-#include <unistd.h>
 
-#include <cstdlib>
 #include <deque>
 #include <map>
 #include <vector>
 
 Index threadIdx, blockIdx, gridDim, blockDim;
-constexpr u32 ROOM = 1 << 18;
-alignas(4096) u8 memory[ROOM];  // shared memory of the block whose lane runs: one of `views`, shown here
+alignas(1024) u8 memory[1 << 18];
 
 namespace {
 
@@ -25,11 +21,11 @@ struct Barrier {
   i64 bytes = 0;
 };
 struct Box {
-  u32 blocks, to;
+  u32 to;
   const TensorMap* map;
   u32 barrier, corner[5];
 };
-struct Word {  // of a lane's queue: a copy, or the arrival that follows those before it
+struct Word {  // of a thread's queue: a copy, or the arrival that follows those before it
   bool arrival;
   u32 to;
   const u8* from;
@@ -45,20 +41,17 @@ struct Meeting {
   u32 here = 0, held = 0;
 };
 
-constexpr u32 MOST = 1024;  // lanes of a cluster, block by block
-u8* views[CLUSTER];
-int files[CLUSTER];
+constexpr u32 MOST = 512;
 ucontext_t scheduler, lanes[MOST];
 char stacks[MOST][1 << 16];
 bool ended[MOST];
-Meeting of_cluster, of_block[CLUSTER], of_group[CLUSTER][3], of_warp[MOST / 32];
-std::map<u32, Barrier> barriers[CLUSTER];
+Meeting of_block, of_group[3], of_warp[MOST / 32];
+std::map<u32, Barrier> barriers;
 std::vector<Box> boxes;
 std::deque<Word> words[MOST];
 std::deque<std::vector<Product>> groups[MOST];  // committed
 std::vector<Product> open_group[MOST];
-u32 exchanged[MOST], addresses[MOST], random_bits, idle_turns, waited;
-u32 gone;  // blocks that have ended, a bit each
+u32 scanned[MOST], addresses[MOST], random_bits, idle_turns, waited;
 bool at_once;
 const char* failure;
 
@@ -67,9 +60,7 @@ u32 draw(u32 below) {
   return (random_bits >> 8) % below;
 }
 
-u32 block() { return blockIdx.x % CLUSTER; }
-u32 self() { return block() * blockDim.x + threadIdx.x; }
-void give_way() { swapcontext(&lanes[self()], &scheduler); }
+void give_way() { swapcontext(&lanes[threadIdx.x], &scheduler); }
 
 void fail(const char* what) {
   failure = what;
@@ -85,14 +76,14 @@ void meet(Meeting& meeting, u32 of) {
   while (meeting.held == number) give_way();
 }
 
-Barrier& barrier_at(u32 of, u32 address) {
-  const auto found = barriers[of].find(address);
-  if (found == barriers[of].end()) fail("no barrier is there");
+Barrier& barrier_at(u32 address) {
+  const auto found = barriers.find(address);
+  if (found == barriers.end()) fail("no barrier is there");
   return found->second;
 }
 
-void change(u32 of, u32 address, u32 arrivals, i64 bytes) {
-  Barrier& barrier = barrier_at(of, address);
+void change(u32 address, u32 arrivals, i64 bytes) {
+  Barrier& barrier = barrier_at(address);
   if (barrier.pending < arrivals) fail("more arrive than a phase has room for");
   barrier.pending -= arrivals;
   barrier.bytes += bytes;
@@ -102,8 +93,7 @@ void change(u32 of, u32 address, u32 arrivals, i64 bytes) {
   idle_turns = 0;
 }
 
-u8* place(u32 of, u32 address) { return views[of] + address - OFFSET; }
-u8* place(u32 address) { return place(block(), address); }
+u8* place(u32 address) { return memory + address - OFFSET; }
 u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 void deliver(const Box& box) {
@@ -118,28 +108,22 @@ void deliver(const Box& box) {
       inside = inside && at < map.sizes[d];
       from += at * (d == 0 ? 2 : map.strides[d - 1]);
     }
-    for (u32 of = 0; of < CLUSTER; ++of) {
-      if (!(box.blocks >> of & 1)) continue;
-      u8* to = place(of, swizzled(box.to + 2 * i));
-      if (inside) std::memcpy(to, reinterpret_cast<const u8*>(from), 2);
-      else std::memset(to, 0, 2);
-    }
+    u8* to = place(swizzled(box.to + 2 * i));
+    if (inside) std::memcpy(to, reinterpret_cast<const u8*>(from), 2);
+    else std::memset(to, 0, 2);
   }
-  for (u32 of = 0; of < CLUSTER; ++of) {
-    if (box.blocks >> of & 1) change(of, box.barrier, 0, -i64(2 * count));
-  }
+  change(box.barrier, 0, -i64(2 * count));
 }
 
-void deliver_word(u32 lane) {
-  const Word word = words[lane].front();
-  const u32 of = lane / blockDim.x;
-  words[lane].pop_front();
+void deliver_word(u32 thread) {
+  const Word word = words[thread].front();
+  words[thread].pop_front();
   if (word.arrival) {
-    change(of, word.barrier, 1, 0);
+    change(word.barrier, 1, 0);
     return;
   }
-  if (word.bytes) std::memcpy(place(of, word.to), word.from, 16);
-  else std::memset(place(of, word.to), 0, 16);
+  if (word.bytes) std::memcpy(place(word.to), word.from, 16);
+  else std::memset(place(word.to), 0, 16);
 }
 
 // Something that is on its way arrives.
@@ -151,9 +135,9 @@ void progress() {
     deliver(box);
   }
   for (u32 i = 0, first = draw(MOST); i < MOST; ++i) {
-    const u32 lane = (first + i) % MOST;
-    if (words[lane].empty()) continue;
-    for (u32 k = draw(8) + 1; k && !words[lane].empty(); --k) deliver_word(lane);
+    const u32 thread = (first + i) % MOST;
+    if (words[thread].empty()) continue;
+    for (u32 k = draw(8) + 1; k && !words[thread].empty(); --k) deliver_word(thread);
     if (draw(16) == 0) return;
   }
 }
@@ -183,37 +167,18 @@ void compute(const Product& product) {
 void (*body)();
 void run_lane() {
   body();
-  ended[self()] = true;
+  ended[threadIdx.x] = true;
   give_way();
 }
 
-void make_views() {
-  for (u32 of = 0; of < CLUSTER && !views[of]; ++of) {
-    files[of] = memfd_create("shared", 0);
-    if (files[of] < 0 || ftruncate(files[of], ROOM)) std::abort();
-    views[of] = static_cast<u8*>(mmap(nullptr, ROOM, PROT_READ | PROT_WRITE, MAP_SHARED, files[of], 0));
-  }
-}
-
-void show_block(u32 of) {
-  static u32 shown = ~0u;
-  if (shown != of) mmap(memory, ROOM, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, files[of], 0);
-  shown = of;
-}
-
-void run_cluster(u32 first_block) {
-  const u32 count = CLUSTER * blockDim.x;
-  make_views();
+void run_block() {
+  barriers.clear();
   boxes.clear();
-  of_cluster = {};
-  waited = 0;
-  for (u32 of = 0; of < CLUSTER; ++of) {
-    barriers[of].clear();
-    of_block[of] = of_group[of][0] = of_group[of][1] = of_group[of][2] = {};
-    std::memset(views[of], 0xff, ROOM);  // NaN of either kind
-  }
+  of_block = of_group[0] = of_group[1] = of_group[2] = {};
   for (Meeting& meeting : of_warp) meeting = {};
-  for (u32 i = 0; i < count; ++i) {
+  waited = 0;
+  std::memset(memory, 0xff, sizeof memory);  // NaN of either kind
+  for (u32 i = 0; i < blockDim.x; ++i) {
     ended[i] = false;
     words[i].clear();
     groups[i].clear();
@@ -224,37 +189,25 @@ void run_cluster(u32 first_block) {
     lanes[i].uc_link = nullptr;
     makecontext(&lanes[i], run_lane, 0);
   }
-  u32 left = count, left_of[CLUSTER], asleep = CLUSTER;  // one block may rest while the others run
-  for (u32& of : left_of) of = blockDim.x;
+  u32 left = blockDim.x;
   for (idle_turns = 0; left && !failure; ++idle_turns) {
     if (idle_turns > 2000) failure = "lanes wait for ever";
     progress();
-    if (CLUSTER > 1 && draw(32) == 0) asleep = draw(CLUSTER + 1);
-    for (u32 n = 0, of = draw(CLUSTER); n < CLUSTER; ++n, of = (of + 1) % CLUSTER) {
-      if (of == asleep) continue;
-      show_block(of);
-      blockIdx.x = first_block + of;
-      for (u32 k = 0, first = draw(blockDim.x); k < blockDim.x && !failure; ++k) {
-        threadIdx.x = (first + k) % blockDim.x;
-        if (ended[self()]) continue;
-        swapcontext(&scheduler, &lanes[self()]);
-        left -= ended[self()];
-        left_of[of] -= ended[self()];
-      }
-      if (!left_of[of]) gone |= 1 << of;
+    for (u32 k = 0, first = draw(blockDim.x); k < blockDim.x && !failure; ++k) {
+      threadIdx.x = (first + k) % blockDim.x;
+      if (ended[threadIdx.x]) continue;
+      swapcontext(&scheduler, &lanes[threadIdx.x]);
+      left -= ended[threadIdx.x];
     }
   }
-  gone = 0;
   if (failure) return;
   if (!waited) failure = "nobody waited for the launch before";
   if (!boxes.empty()) failure = "a block ended before its copies";
-  for (u32 i = 0; i < count; ++i) {
+  for (u32 i = 0; i < blockDim.x; ++i) {
     if (!words[i].empty() || !groups[i].empty() || !open_group[i].empty()) failure = "a thread ended before its work";
   }
-  for (const auto& of : barriers) {
-    for (const auto& [address, barrier] : of) {
-      if (barrier.pending != barrier.count || barrier.bytes) failure = "a block ended with a barrier still counting";
-    }
+  for (const auto& [address, barrier] : barriers) {
+    if (barrier.pending != barrier.count || barrier.bytes) failure = "a block ended with a barrier still counting";
   }
 }
 
@@ -266,23 +219,19 @@ void run_kernel() {
   experts_kernel(maps[0], maps[1], static_cast<u8*>(pointers[0]), static_cast<u16*>(pointers[1]),
                  static_cast<float*>(pointers[2]), static_cast<int*>(pointers[3]), static_cast<i64*>(pointers[4]),
                  static_cast<int*>(pointers[5]), static_cast<u16*>(pointers[6]), static_cast<u32*>(pointers[7]),
-                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                 sizes[7]);
+                 sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]);
 }
 
 }  // namespace
 
-u32 cluster_rank() { return block(); }
-void sync_cluster() { meet(of_cluster, CLUSTER * blockDim.x); }
-void __syncthreads() { meet(of_block[block()], blockDim.x); }
-void __syncwarp() { meet(of_warp[self() >> 5], 32); }
+void __syncthreads() { meet(of_block, blockDim.x); }
 void sync_warpgroup(u32 group) {
   if (threadIdx.x / 128 != 1 + group) fail("a barrier of another warpgroup");
-  meet(of_group[block()][group], 128);
+  meet(of_group[group], 128);
 }
 void sync_loaders() {
   if (threadIdx.x >= 128) fail("a barrier of another warpgroup");
-  meet(of_group[block()][2], 128);
+  meet(of_group[2], 128);
 }
 void wait_for_previous_launch() { ++waited; }
 
@@ -290,72 +239,54 @@ u32 scan_block(u32 value, u32* sums, u32& total) {
   for (u32 i = 0; i < 32; ++i) {
     if (sums[i] == 0xffffffffu) fail("sums are not cleared");
   }
-  exchanged[self()] = value;
+  scanned[threadIdx.x] = value;
   __syncthreads();
   u32 below = total = 0;
   for (u32 i = 0; i < blockDim.x; ++i) {
     if (i == threadIdx.x) below = total;
-    total += exchanged[block() * blockDim.x + i];
+    total += scanned[i];
   }
   __syncthreads();
   return below;
 }
 
 u32 shared_address(const void* pointer) { return static_cast<const u8*>(pointer) - memory + OFFSET; }
-void open_barrier(u32 barrier, u32 count) { barriers[block()][barrier] = {count, count, 0, 0}; }
+void open_barrier(u32 barrier, u32 count) { barriers[barrier] = {count, count, 0, 0}; }
 void publish_barriers() {}
-void arrive(u32 barrier) { change(block(), barrier, 1, 0); }
-void arrive_at(u32 barrier, u32 of) {
-  if (gone >> of & 1) fail("an arrival at a block that has ended");
-  change(of, barrier, 1, 0);
-}
-void arrive_and_expect(u32 barrier, u32 bytes) { change(block(), barrier, 1, bytes); }
+void arrive(u32 barrier) { change(barrier, 1, 0); }
+void arrive_and_expect(u32 barrier, u32 bytes) { change(barrier, 1, bytes); }
 void arrive_after_copies(u32 barrier) {
-  words[self()].push_back({true, 0, nullptr, 0, barrier});
-  while (at_once && !words[self()].empty()) deliver_word(self());
+  words[threadIdx.x].push_back({true, 0, nullptr, 0, barrier});
+  while (at_once && !words[threadIdx.x].empty()) deliver_word(threadIdx.x);
 }
 void await_phase(u32 barrier, u32 parity) {
-  while (barrier_at(block(), barrier).phase == parity) give_way();
+  while (barrier_at(barrier).phase == parity) give_way();
 }
-void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w) {
+void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w, u64) {
   if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
-  if (blocks & gone) fail("a copy to a block that has ended");
-  boxes.push_back({blocks, to, &map, barrier, {x, y, z, v, w}});
+  boxes.push_back({to, &map, barrier, {x, y, z, v, w}});
   if (at_once) {
     deliver(boxes.back());
     boxes.pop_back();
   }
 }
-void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w) {
-  copy_box_to(1 << block(), to, map, barrier, x, y, z, v, w);
-}
 void copy_16_bytes(u32 to, const u8* from, u32 bytes) {
   if (to % 16 || reinterpret_cast<u64>(from) % 16) fail("a copy that is not a whole word");
-  words[self()].push_back({false, to, from, bytes, 0});
+  words[threadIdx.x].push_back({false, to, from, bytes, 0});
 }
 void await_copies() {
-  while (!words[self()].empty()) give_way();
+  while (!words[threadIdx.x].empty()) give_way();
 }
 
-namespace {
-void store_matrices(u32 address, u32 count, const u32* values) {
-  addresses[self()] = address;
-  __syncwarp();
-  const u32 lane = threadIdx.x & 31, warp = self() - lane;
-  for (u32 matrix = 0; matrix < count; ++matrix) {
-    for (u32 odd = 0; odd < 2; ++odd) {
-      const u16 half = values[matrix] >> 16 * odd;
-      std::memcpy(place(addresses[warp + 8 * matrix + 2 * (lane % 4) + odd] + lane / 4 * 2), &half, 2);
-    }
+void store_transposed(u32 address, u32 values) {
+  addresses[threadIdx.x] = address;
+  meet(of_warp[threadIdx.x >> 5], 32);
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x - lane;
+  for (u32 odd = 0; odd < 2; ++odd) {
+    const u16 half = values >> 16 * odd;
+    std::memcpy(place(addresses[warp + 2 * (lane % 4) + odd] + lane / 4 * 2), &half, 2);
   }
-  __syncwarp();
-}
-}  // namespace
-
-void store_transposed(u32 address, u32 values) { store_matrices(address, 1, &values); }
-void store_transposed(u32 address, u32 first, u32 second) {
-  const u32 values[2] = {first, second};
-  store_matrices(address, 2, values);
+  meet(of_warp[threadIdx.x >> 5], 32);
 }
 uint4 load_shared(u32 address) {
   uint4 word;
@@ -365,18 +296,18 @@ uint4 load_shared(u32 address) {
 void queue_product(int n, float* d, u64 a, u64 b, u32 adds) {
   if (a >> 62 != 1 || b >> 62 != 1) fail("not the 128-byte swizzle");
   if (at_once) compute({n, d, a, b, adds});
-  else open_group[self()].push_back({n, d, a, b, adds});
+  else open_group[threadIdx.x].push_back({n, d, a, b, adds});
 }
 void commit_products() {
-  groups[self()].push_back(open_group[self()]);
-  open_group[self()].clear();
+  groups[threadIdx.x].push_back(open_group[threadIdx.x]);
+  open_group[threadIdx.x].clear();
 }
 void await_products(int pending) {
   give_way();
-  for (auto& mine = groups[self()]; int(mine.size()) > pending; mine.pop_front()) {
+  for (auto& mine = groups[threadIdx.x]; int(mine.size()) > pending; mine.pop_front()) {
     for (const Product& product : mine.front()) compute(product);
   }
-  __syncwarp();  // the lanes of a warp wait together
+  meet(of_warp[threadIdx.x >> 5], 32);  // the lanes of a warp wait together
 }
 
 // Null, or what went wrong.
@@ -390,6 +321,6 @@ extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* 
   failure = nullptr;
   gridDim.x = blocks;
   blockDim.x = THREADS;
-  for (u32 first = 0; first < blocks && !failure; first += CLUSTER) run_cluster(first);
+  for (blockIdx.x = 0; blockIdx.x < blocks && !failure; ++blockIdx.x) run_block();
   return failure;
 }

@@ -15,25 +15,21 @@ u32 shared_address(const void* pointer);
 void open_barrier(u32 barrier, u32 count);
 void publish_barriers();
 void arrive(u32 barrier);
-void arrive_at(u32 barrier, u32 block);
-void sync_cluster();
 void arrive_and_expect(u32 barrier, u32 bytes);
 void arrive_after_copies(u32 barrier);
 void await_phase(u32 barrier, u32 parity);
 void sync_warpgroup(u32 group);
 void sync_loaders();
-void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);
-void copy_box_to(
-    u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0);
+void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0, u32 v = 0, u32 w = 0, u64 policy = 0);
 void copy_16_bytes(u32 to, const u8* from, u32 bytes);
 void await_copies();
 void store_transposed(u32 address, u32 values);
-void store_transposed(u32 address, u32 first, u32 second);
 uint4 load_shared(u32 address);
 void queue_product(int n, float* d, u64 a, u64 b, u32 adds);
 void commit_products();
 void await_products(int pending);
 
+inline u64 soon_forgotten() { return 0; }
 inline void prefetch_map(const TensorMap&) {}
 inline void show_memory_to_copies() {}
 inline void show_writes_to_tensor_cores() {}

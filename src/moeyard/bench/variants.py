@@ -51,8 +51,6 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "128, copied": {"copied": True, "rows": 128},
         "192, gathered": {"rows": 192},
         "192, copied": {"copied": True, "rows": 192},
-        "128, pairs": {"copied": True, "rows": 128, "cluster": 2},
-        "192, pairs": {"copied": True, "rows": 192, "cluster": 2},
     },
     "batches": {str(rows): {"rows": rows} for rows in (8, 16, 32, 64, 128)},
 }
@@ -60,7 +58,7 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def prefill(case: Case) -> Runs:
-    """Many rows an expert: how they come into the order of experts, tiles, clusters."""
+    """Many rows an expert: how they come into the order of experts, and tiles."""
     return ways("prefill", case)
 
 

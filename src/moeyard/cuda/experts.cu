@@ -17,10 +17,6 @@
 // holds two columns side by side, and 8 lanes a sector of a row of results, which goes straight to memory. Rows come
 // by the copy engine too, or (GATHER) by cp.async from wherever the tokens lie.
 //
-// Blocks may come in clusters of two (CLUSTER) that take tiles of the same rows and of weights side by side: each then
-// loads every other box of rows for both, half of what reading rows takes of the L2 cache. A stage is free when both
-// have read it.
-//
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
 // rows waits for that launch, and the first stages' weights are on their way before.
 
@@ -29,15 +25,9 @@
 
 // What one thread of a warp tells others while it multiplies.
 struct Signals {
-  bool releases;  // stages that the warp has read, to the block of the cluster that has the lane's number
+  bool releases;  // stages that the warp has read
   u32 lead;       // the step after which the other warpgroup may begin, or one that never comes
 };
-
-// A stage has been read by this warp.
-__device__ __forceinline__ void release(const Room& room, u32 stage) {
-  if constexpr (CLUSTER == 1) arrive(room.empty + 8 * stage);
-  else arrive_at(room.empty + 8 * stage, threadIdx.x & 31);
-}
 
 // All products of a tile for N of its rows.
 template <int N>
@@ -60,12 +50,12 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
     commit_products();
     if (STAGGERS && step == signals.lead) arrive(room.lead);
     await_products<1>();  // those of the step before have ended
-    if (step > 0 && signals.releases) release(room, before);
+    if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
     before = stage.number;
     stage.advance();
   }
   await_products<0>();
-  if (signals.releases) release(room, before);
+  if (signals.releases) arrive(room.empty + 8 * before);
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
 #pragma unroll
@@ -186,8 +176,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Stage stage = {0, 0};
   u32 turn = 0;
   float sums[TALL][BN / 2] = {};
-  Signals signals = {lane < CLUSTER, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
-  if (STAGGERS && group == 1 && Turns<CLUSTER>::first() < total) await_phase(room.lead, 0);
+  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
+  if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
   while (true) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     const Tile tile = room.tiles[stage.number];
@@ -211,14 +201,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     i64 limit) {
   extern __shared__ u8 memory[];
   const Room room = divide(memory);
-  constexpr u32 OF_CLUSTER = CLUSTER * (GATED_RESULT ? BM / 2 : BM);
-  const u32 weight_tiles = (columns + OF_CLUSTER - 1) / OF_CLUSTER;
+  constexpr u32 OF_TILE = GATED_RESULT ? BM / 2 : BM;
+  const u32 weight_tiles = (columns + OF_TILE - 1) / OF_TILE;
   if (threadIdx.x == 0) {
     prefetch_map(weight_map);
     if (!GATHERS) prefetch_map(row_map);
     for (u32 i = 0; i < DEPTH; ++i) {
       open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
-      open_barrier(room.empty + 8 * i, 4 * CONSUMERS * CLUSTER);
+      open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
     }
     open_barrier(room.lead, 4);
     publish_barriers();
@@ -230,8 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
                        static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
                        row_pitch,
                        {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
-  const Work tiles = {room.table, weight_tiles, CLUSTER == 1 ? 0 : cluster_rank()};
-  if constexpr (CLUSTER > 1) sync_cluster();  // barriers of both blocks are open
+  const Work tiles = {room.table, weight_tiles};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
@@ -240,5 +229,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
     multiply_and_write(room, a, total);
   }
-  if constexpr (CLUSTER > 1) sync_cluster();  // the other block reports to barriers of this one
 }

@@ -1,6 +1,5 @@
 """Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
 
-from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any
 
@@ -211,7 +210,9 @@ def _product(
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
     turn = "halves" if gated else "pairs"
-    weights = weight_map(weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn)
+    weights = weight_map(
+        weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn, plan.reads_ahead
+    )
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
         boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.box)
@@ -238,8 +239,6 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
         shape, experts, size, dtype, gather, divisor, unweighted, by_route, activation, gated, unbiased, ready, way,
         device,
     ) = key  # fmt: skip
-    if gather:
-        way = replace(way, cluster=1)
     plan = expert_plan(shape[0], experts, shape[1], gated, by_route, card_of(device), way)
     clamped = activation is not None and activation.limit is not None
     defines = expert_defines(
@@ -258,7 +257,6 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch, ExpertPlan]:
         grid=plan.grid,
         threads=plan.threads,
         shared_bytes=plan.shared_bytes,
-        cluster=plan.cluster,
         overlapping=True,
         suffix="a",
     )
@@ -283,7 +281,7 @@ def expert_defines(
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "WEIGHTS_READ_ONCE": plan.reads_weights_once,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),
@@ -291,7 +289,6 @@ def expert_defines(
         ("PRODUCTS_A_GROUP", str(plan.tall)),
         ("STAGES", str(plan.stages)),
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
-        ("BLOCKS_A_CLUSTER", str(plan.cluster)),
         ("ROW_KIND", kind),
         ("ELEMENT", element),
         ("ACTIVATION", curve),

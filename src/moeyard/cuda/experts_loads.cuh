@@ -7,20 +7,20 @@
 // The weights of one stage, and how many bytes the stage's barrier has to see: boxes count whole, zeros included. With
 // the first step comes the tile.
 __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
-                                             u32 stage) {
+                                             u32 stage, u64 policy) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
-  copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
+  if constexpr (READ_ONCE) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
+  else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
 }
 
 __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
-                                          u32 stage, u32 rank) {
+                                          u32 stage) {
   const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES, barrier = room.full + 8 * stage;
-  for (u32 row = rank * STEP; row < tile.rows; row += CLUSTER * STEP) {
-    if constexpr (CLUSTER == 1) copy_box(to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
-    else copy_box_to((1 << CLUSTER) - 1, to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
+  for (u32 row = 0; row < tile.rows; row += STEP) {
+    copy_box(to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
   }
 }
 
@@ -33,12 +33,13 @@ __device__ __forceinline__ void tell_end(const Room& room, u32 stage) {
 __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
                                               const Arguments& a, Work tiles, u32 total) {
   Stage stage = {0, 0};
-  Turns<CLUSTER> turns = {a.turns};
-  u32 number = turns.first(), ahead = 0;  // stages whose weights are on their way already
+  Turns turns = {a.turns};
+  const u64 policy = soon_forgotten();
+  u32 number = blockIdx.x, ahead = 0;  // stages whose weights are on their way already
   if (READY_BEFORE) {
     if (number < total) {
       const Tile tile = tiles.find(number);
-      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead);
+      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead, policy);
     }
     wait_for_previous_launch();
     show_memory_to_copies();
@@ -51,9 +52,9 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
         --ahead;
       } else {
         await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-        load_weights(weight_map, room, tile, step, stage.number);
+        load_weights(weight_map, room, tile, step, stage.number, policy);
       }
-      load_rows(row_map, room, tile, step, stage.number, tiles.rank);
+      load_rows(row_map, room, tile, step, stage.number);
       stage.advance();
     }
     number = following;
@@ -69,8 +70,9 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
   const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
   Stage stage = {0, 0};
-  Turns<CLUSTER> turns = {a.turns};
-  u32 number = turns.first(), odd = 0;
+  Turns turns = {a.turns};
+  const u64 policy = soon_forgotten();
+  u32 number = blockIdx.x, odd = 0;
   while (number < total) {
     const Tile tile = tiles.find(number);
     const u32 used = boxed_rows(tile.rows), following = threadIdx.x == 0 ? turns.next() : 0;
@@ -82,7 +84,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
     }
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number);
+      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number, policy);
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;

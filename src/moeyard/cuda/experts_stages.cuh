@@ -8,8 +8,7 @@
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
-constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY;
-constexpr int CLUSTER = BLOCKS_A_CLUSTER;
+constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, READ_ONCE = WEIGHTS_READ_ONCE;
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
@@ -28,10 +27,9 @@ constexpr int CHUNK_BYTES = GATED_RESULT ? CHUNK * PITCH : 0;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
-using Work = Tiles<BN, FINE, GROUP, CLUSTER>;
+using Work = Tiles<BN, FINE, GROUP>;
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
-static_assert(!GATHERS || CLUSTER == 1, "rows are gathered by each block for itself");
 static_assert(!(GATED_RESULT && BY_ROUTE), "the first product of a layer keeps the order of experts");
 
 struct Stage {

@@ -50,12 +50,11 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* 
 //
 // Tiles of an expert come in groups of at most GROUP row tiles: inside a group all row tiles take the same tile of
 // weights before the next, so that what runs at a time reads about as many rows as weights and finds most of both in
-// the L2 cache. A cluster asks for ascending numbers; its blocks take tiles of weights that lie side by side.
-template <int BN, int STEP, int GROUP, int CLUSTER>
+// the L2 cache. Whoever asks does so for ascending numbers.
+template <int BN, int STEP, int GROUP>
 struct Tiles {
   const Segment* place;
-  u32 weight_tiles;  // of a cluster
-  u32 rank;          // of the block in its cluster
+  u32 weight_tiles;
 
   __device__ __forceinline__ Tile find(u32 number) {
     while (place[1].first_tile * weight_tiles <= number) ++place;
@@ -65,33 +64,20 @@ struct Tiles {
     const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
     const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
-    return {segment.expert, weight_tile * CLUSTER + rank, segment.first_row + row, min(share, segment.rows - row)};
+    return {segment.expert, weight_tile, segment.first_row + row, min(share, segment.rows - row)};
   }
 };
 
-// Who works on which tile. A lone block begins with the tile of its own number and then takes the next that nobody has:
-// memory serves multiprocessors unequally, some by a third faster, and the last tile would wait for the slowest. `counts`
-// are two words of zeros, left so: tiles taken beyond the first ones, blocks that found none left.
-//
-// A cluster works on one tile of every round of all clusters. Its place in the round moves on by SHIFT, since tiles of an
-// expert may differ in rows, and do so regularly: a cluster that always had the last ones would have less to do.
-template <int CLUSTER>
+// Who works on which tile: a block begins with the one of its own number and then takes the next that nobody has.
+// Multiprocessors differ by a third in what memory gives them, and tiles differ in rows. `counts` are two words of zeros,
+// left so: tiles taken beyond the first ones, blocks that found none left.
 struct Turns {
-  static constexpr u32 SHIFT = 37;
   u32* counts;
-  u32 round = 0, place = first();
 
-  static __device__ __forceinline__ u32 first() { return blockIdx.x / CLUSTER; }
-  __device__ __forceinline__ u32 next() {
-    if constexpr (CLUSTER == 1) return gridDim.x + atomicAdd(counts, 1);
-    const u32 clusters = gridDim.x / CLUSTER;
-    round += clusters;
-    place = (place + SHIFT) % clusters;
-    return round + place;
-  }
+  __device__ __forceinline__ u32 next() { return gridDim.x + atomicAdd(counts, 1); }
   // Once for a block, after its last turn.
   __device__ __forceinline__ void leave() {
-    if (CLUSTER > 1 || atomicAdd(counts + 1, 1) + 1 < gridDim.x) return;
+    if (atomicAdd(counts + 1, 1) + 1 < gridDim.x) return;
     counts[0] = 0;
     counts[1] = 0;
   }

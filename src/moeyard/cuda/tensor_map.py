@@ -13,15 +13,20 @@ _ALIGNMENT = 64
 
 
 @lru_cache(maxsize=4096)
-def weight_map(address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str) -> bytes:
-    """Of contiguous weights [experts, rows, size] of 16-bit floats; a box is 64 values of `box` rows of an expert."""
-    return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn))
+def weight_map(
+    address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str, ahead: bool
+) -> bytes:
+    """Of contiguous weights [experts, rows, size] of 16-bit floats; a box is 64 values of `box` rows of an expert.
+
+    `ahead` lets the L2 cache bring the next 64 values of a row with them.
+    """
+    return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn), ahead)
 
 
 @lru_cache(maxsize=4096)
 def row_map(address: int, rows: int, size: int, dtype: torch.dtype, box: int) -> bytes:
     """Of contiguous rows [rows, size] of 16-bit floats; a box is 64 values of `box` rows."""
-    return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (STEP_VALUES, box))
+    return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (STEP_VALUES, box), True)
 
 
 def weight_boxes(
@@ -41,7 +46,12 @@ def weight_boxes(
 
 
 def _encode(
-    address: int, dtype: torch.dtype, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    address: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    ahead: bool,
 ) -> bytes:
     """A map whose boxes land in the 128-byte swizzle, zeros where they reach out of the tensor.
 
@@ -51,6 +61,7 @@ def _encode(
     from cuda.bindings import driver
 
     kinds: Any = driver.CUtensorMapDataType
+    promotions: Any = driver.CUtensorMapL2promotion
     kind = {
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -69,7 +80,9 @@ def _encode(
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         ctypes.c_int(int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE)),
         ctypes.c_int(int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B)),
-        ctypes.c_int(int(driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B)),
+        ctypes.c_int(
+            int(promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if ahead else promotions.CU_TENSOR_MAP_L2_PROMOTION_NONE)
+        ),
         ctypes.c_int(int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)),
     )
     if status:

@@ -53,23 +53,6 @@ __device__ __forceinline__ void await_phase(u32 barrier, u32 parity) {
   }
 }
 
-// Arrives at the barrier that lies at this place in a block of the cluster. Reads by tensor cores that have ended need no
-// more; said for the cluster, the order would also take in this thread's writes to memory, and wait for them every time.
-__device__ __forceinline__ void arrive_at(u32 barrier, u32 block) {
-  asm volatile(
-      "{\n\t.reg .b32 there;\n\t"
-      "mapa.shared::cluster.u32 there, %0, %1;\n\t"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(barrier),
-      "r"(block)
-      : "memory");
-}
-
-// A barrier of all threads of a cluster, who may come to it lane by lane.
-__device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
-
 // A barrier of the 128 threads of one of two warpgroups. The block's barriers are named by constants: of a number in a
 // register the compiler would take all 16 for a block.
 __device__ __forceinline__ void sync_warpgroup(u32 group) {
@@ -102,14 +85,20 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       : "memory");
 }
 
-// A box into the same place of all blocks of the cluster whose bits are set in `blocks`; in each the barrier at this
-// place sees the bytes.
-__device__ __forceinline__ void copy_box_to(u16 blocks, u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y) {
+// The same for what nobody reads again while it is in the L2 cache.
+__device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w,
+                                         u64 policy) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-      "[%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(&map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
+      "l"(&map), "r"(barrier), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w), "l"(policy)
       : "memory");
+}
+
+__device__ __forceinline__ u64 soon_forgotten() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
 }
 
 // Orders what ordinary writes left in global memory before what the copy engine reads next.
@@ -127,14 +116,9 @@ __device__ __forceinline__ void show_writes_to_tensor_cores() {
 }
 
 // 8 x 8 values of 16 bits, held as products are (row lane / 4, columns 2 * (lane % 4) and the next), written
-// transposed: lane l gives the address of column l of the first matrix, lane 8 + l of the second.
+// transposed: lane l gives the address of column l.
 __device__ __forceinline__ void store_transposed(u32 address, u32 values) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(values) : "memory");
-}
-
-__device__ __forceinline__ void store_transposed(u32 address, u32 first, u32 second) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(first), "r"(second)
-               : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(u32 address) {
