@@ -182,8 +182,8 @@ def takes(sizes: ExpertSizes, num_experts: int, card: Card) -> bool:
     return repeated * expert_bytes <= _MOST_REPEATED_BYTES * card.processors
 
 
-_MOST_REPEATED_BYTES = 180_000
-"""A multiprocessor: 24 MB on 132, some 5.5 us."""
+_MOST_REPEATED_BYTES = 90_000
+"""A multiprocessor: 12 MB on 132, some 3 us."""
 
 
 def unfit(hidden_states: Tensor, weights: ExpertWeights) -> str | None:

@@ -12,7 +12,7 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
   if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
-  if constexpr (READ_ONCE) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
+  if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
   else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
 }
 

@@ -64,18 +64,13 @@ class ExpertPlan:
         return self.rows if self.rows <= 16 else 16 if self.rows <= 64 else 32
 
     @property
-    def reads_weights_once(self) -> bool:
-        """Whether so few rows come to an expert that one tile of rows has them all as a rule."""
-        return self.rows <= 64
+    def streams(self) -> bool:
+        """Whether weights are read so little at a time that it matters how the L2 cache takes them.
 
-    @property
-    def reads_ahead(self) -> bool:
-        """Whether the L2 cache brings 256 bytes of a weight row where 128 are asked for.
-
-        Blocks of one warpgroup that multiplies are up to 3 % quicker without that (DeepSeek-V3, 16 and 64 tokens),
-        those of two are not.
+        Blocks of one warpgroup that multiplies read up to 4 % quicker where weights may leave the cache first and no
+        more than the 128 bytes of a row that are asked for are brought; those of two warpgroups read up to 3 % slower.
         """
-        return self.groups > 1
+        return self.groups == 1
 
     @property
     def step(self) -> int:
@@ -91,18 +86,20 @@ def expert_plan(
 
     How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
     at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
-    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule.
+    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule. Where
+    it takes several of the largest tiles, it is those that leave the least room over.
 
     Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
     while the other writes results, and the last round leaves little undone. With more rows it is also what rows take
     of the L2 cache's bandwidth, since a tile reads all its rows for every 64 values of its weight rows: so tiles get
-    taller, 128 weight rows for 32 rows and 256 for up to 128. At 256 rows the tensor cores are the limit, and 128
-    weight rows leave them the most of the shared memory's bandwidth: 48 KiB a stage for 1024 cycles of products.
+    taller, 128 weight rows for 32 rows and 256 from 64 rows on. At 192 rows the sums of two warpgroups fill the
+    registers: 56 KiB a stage for 1536 cycles of products.
     """
     way = way or Way()
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     wanted = mean + 2 * math.sqrt(mean)
-    rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
+    large = min(_ROWS[-2:], key=lambda size: (math.ceil(wanted / size) * size, size))
+    rows = way.rows or next((size for size in _ROWS[:-1] if wanted <= size), large)
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
@@ -125,16 +122,15 @@ def expert_plan(
 def way_of(num_rows: int, experts: int, columns: int) -> Way:
     """The way of a layer, or of one product, with so many columns of weights in the first.
 
-    Where products are the limit, gathering by `cp.async` costs some 30 % of their time, which grows with the columns of
-    the weights; copying costs a row's bytes written once, at 3.2 TB/s as much as 700 columns. Where reading weights is
-    the limit gathering costs nothing. In benchmarks/results/h200/prefill_ways.json copying is the faster way from 128
-    rows an expert and 2^18 rows times columns on, but for one of twelve cells.
+    Where products are the limit, gathering by `cp.async` takes 5 to 10 % of their time, which grows with the columns of
+    the weights; copying costs a row's bytes written and read once. Where reading weights is the limit gathering costs
+    nothing. benchmarks/results/h200/prefill_ways.json has both for five models.
     """
     rows = num_rows / max(1.0, _touched(num_rows, experts))
-    return Way(copied=rows >= _COPIED_ROWS and rows * columns >= _COPIED_RESULTS)
+    return Way(copied=rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS)
 
 
-_COPIED_ROWS, _COPIED_RESULTS = 128, 1 << 18
+_COPIED_ROWS, _COPIED_COLUMNS = 128, 2048
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
