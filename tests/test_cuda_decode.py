@@ -176,7 +176,8 @@ def test_where_this_is_the_quicker_way() -> None:
     assert all(chosen(model, 1) for model in MODELS)
     assert not any(chosen(model, 0) or chosen(model, 8) or chosen(model, 33) for model in MODELS if model != "one word")
     assert not chosen("Mixtral", 2), "two tokens share an expert almost every other time"
-    assert chosen("Qwen3-30B", 2) and chosen("Qwen3-Next", 3) and chosen("DeepSeek-V3", 2)
+    assert chosen("Qwen3-30B", 2) and chosen("Qwen3-Next", 3) and chosen("gpt-oss-120b", 2)
+    assert not chosen("DeepSeek-V3", 2), "an expert of 88 MB is too much to read twice in every fourth call"
     assert not chosen("Qwen3-30B", 1, Card(108, 166912, False))
     assert not takes(ExpertSizes(1, 2, 2048, 768, True), 1, H200), "more routes than experts repeat some"
     assert not takes(ExpertSizes(1, 8, 2044, 768, True), 128, H200), "rows of whole words"

@@ -65,24 +65,31 @@ def test_plans_fit_the_card() -> None:
 
 def test_tiles_hold_the_rows_of_most_experts() -> None:
     assert [expert_plan(tokens * 8, 128, 768, True, False, H200).rows for tokens in (1, 64, 256, 512, 1024, 4096)] == [
-        8, 16, 32, 64, 128, 192,
+        8, 16, 32, 64, 128, 128,
     ]  # fmt: skip
+    assert [expert_plan(rows * 128, 128, 768, True, False, H200).rows for rows in (128, 160, 512)] == [192] * 3
 
 
-def test_rows_come_into_order_in_the_way_that_was_measured_to_be_quicker() -> None:
-    """Every cell of prefill_ways.json; in one of them the other way is, by less than 5 %."""
+def test_tiles_and_copying_are_chosen_as_measured() -> None:
+    """Every cell of prefill_ways.json: what is chosen is the quickest of all that was measured, or within 6 % of it."""
     content = results.read(Path(__file__).parents[1] / "benchmarks/results/h200/prefill_ways.json")
     cells: dict[tuple[str, int], dict[str, float]] = {}
     chosen = {}
     for row in content["rows"]:
         sizes, cell = row["sizes"], (row["workload"], row["sizes"]["num_tokens"])
-        if row["provider"] == "moeyard":
+        if row["provider"] == "moeyard" and row["impl"] != "chosen":  # by the rules of that day
             cells.setdefault(cell, {})[row["impl"]] = row["time_us"]
-            routes, columns = sizes["num_tokens"] * sizes["top_k"], 2 * sizes["intermediate_size"]
-            chosen[cell] = way_of(routes, sizes["num_experts"], columns).order
+            routes, experts, columns = (
+                sizes["num_tokens"] * sizes["top_k"],
+                sizes["num_experts"],
+                2 * sizes["intermediate_size"],
+            )
+            rows = expert_plan(routes, experts, columns // 2, True, False, H200).rows
+            how = "copied" if way_of(routes, experts, columns).copied else "gathered"
+            chosen[cell] = f"{rows}, {how}" if rows >= 128 else how
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
-    assert len(lost) == 25 and set(chosen.values()) == {"gathered", "copied"} and max(lost.values()) < 1.05
-    assert [cell for cell, ratio in lost.items() if ratio > 1] == [("deepseek-v3", 16384)]
+    assert len(lost) == 25 and max(lost.values()) < 1.06, lost
+    assert {"gathered", "128, gathered", "192, gathered", "128, copied", "192, copied"} == set(chosen.values())
 
 
 @pytest.mark.parametrize("which", variants._WAYS)

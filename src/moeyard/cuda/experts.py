@@ -211,7 +211,7 @@ def _product(
     launch, plan = _READY.get(key) or _ready(key)
     turn = "halves" if gated else "pairs"
     weights = weight_map(
-        weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn, plan.reads_ahead
+        weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn, not plan.streams
     )
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
