@@ -87,7 +87,8 @@ def expert_plan(
     How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
     at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
     since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule. Where
-    it takes several of the largest tiles, it is those that leave the least room over.
+    it takes several of the largest tiles, it is those that leave the least room over. The smallest tiles have to hold
+    four deviations: 16 rows cost next to nothing more, and less where routing is skewed.
 
     Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
     while the other writes results, and the last round leaves little undone. With more rows it is also what rows take
@@ -97,7 +98,8 @@ def expert_plan(
     """
     way = way or Way()
     mean = num_rows / max(1.0, _touched(num_rows, experts))
-    wanted = mean + 2 * math.sqrt(mean)
+    deviation = math.sqrt(mean)
+    wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
     large = min(_ROWS[-2:], key=lambda size: (math.ceil(wanted / size) * size, size))
     rows = way.rows or next((size for size in _ROWS[:-1] if wanted <= size), large)
     entries = min(experts, num_rows) + 1
