@@ -67,7 +67,7 @@ class ExpertPlan:
     def streams(self) -> bool:
         """Whether weights are read so little at a time that it matters how the L2 cache takes them.
 
-        Blocks of one warpgroup that multiplies read up to 4 % quicker where weights may leave the cache first and no
+        Blocks of one warpgroup that multiplies read up to 3 % quicker where weights may leave the cache first and no
         more than the 128 bytes of a row that are asked for are brought; those of two warpgroups read up to 3 % slower.
         """
         return self.groups == 1
