@@ -51,6 +51,7 @@ def test_kernels_are_timed_by_events(graph: list[str], tmp_path: Path, capsys: p
     header, *rest = (json.loads(line) for line in raw.read_text().splitlines())
     assert header["clock"] == "cooperative" and header["machine"]["gpus"]
     block = rest[0]
+    assert block["reasons"] == [], "the process that makes inputs is not foreign"
     assert (
         block["gpus"]["base"][0]["sm_mhz"] > 0 and 0 < block["primary"]["candidate"] < block["primary"]["base"] < 1e-3
     )

@@ -5,14 +5,20 @@ not: an arm reaches it by its own use, as the others do; it is written down.
 """
 
 import ctypes
+import os
 import time
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
+
+from assay.supervisor import below
 
 _SPOILS = {0x8: "hardware slow-down", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
 _GRAPHICS_CLOCK, _MEMORY_CLOCK, _TEMPERATURE = 0, 2, 0
 _MOST_PROCESSES = 256
+_HELD = Path("/dev/nvidia-uvm")
+"""What a process with a context has open, and one that only asks NVML has not."""
 
 
 class _Process(ctypes.Structure):
@@ -67,18 +73,73 @@ def states() -> list[State]:
 
 
 def foreign(patience_s: float = 2.0) -> list[str]:
-    """Processes on GPUs while no arm runs, in words. Contexts of arms that have just ended get some time to go."""
+    """Processes on GPUs that are not ours while no arm runs, in words.
+
+    What makes inputs is ours: it keeps its context while it is frozen. Contexts of arms that have just ended get some
+    time to go. In a container the driver's process numbers are not those seen here: then as many are taken for ours as
+    processes of ours have contexts and are not listed.
+    """
     stop = time.monotonic() + patience_s
-    while busy := [state for state in states() if state.processes]:
+    while found := _strangers():
         if time.monotonic() > stop:
-            return [f"GPU {state.index}: {state.processes} foreign processes" for state in busy]
+            return [f"GPU {index}: foreign processes {_named(processes)}" for index, processes in found.items()]
         time.sleep(0.05)
     return []
 
 
-def _state(library: Any, index: int) -> State:
-    device, number = ctypes.c_void_p(), ctypes.c_uint()
+def _strangers() -> dict[int, list[int]]:
+    """GPU -> process numbers that are not ours."""
+    listed = _listed()
+    if not any(listed):
+        return {}
+    ours = {os.getpid(), *below(os.getpid())}
+    unlisted = ours.difference(*listed)
+    hidden = sum(map(_has_context, unlisted))
+    found = {index: [one for one in some if one not in ours][hidden:] for index, some in enumerate(listed)}
+    return {index: some for index, some in found.items() if some}
+
+
+def _has_context(process: int) -> bool:
+    try:
+        return any(entry.readlink() == _HELD for entry in Path(f"/proc/{process}/fd").iterdir())
+    except OSError:
+        return False  # it has ended, or is another user's
+
+
+def _named(processes: list[int]) -> str:
+    words = []
+    for process in processes:
+        try:
+            words.append(f"{process} ({Path(f'/proc/{process}/comm').read_text().strip()})")
+        except OSError:
+            words.append(str(process))
+    return ", ".join(words)
+
+
+def _listed() -> list[list[int]]:
+    """Process numbers with contexts, GPU by GPU, as the driver knows them."""
+    library = _library()
+    if library is None:
+        return []
+    count = ctypes.c_uint()
+    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    return [_processes(library, _device(library, index)) for index in range(count.value)]
+
+
+def _device(library: Any, index: int) -> ctypes.c_void_p:
+    device = ctypes.c_void_p()
     library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
+    return device
+
+
+def _processes(library: Any, device: ctypes.c_void_p) -> list[int]:
+    held, number = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
+    seen = library.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(number), held)
+    return [held[i].pid for i in range(number.value)] if seen == 0 else []
+
+
+def _state(library: Any, index: int) -> State:
+    device, number = _device(library, index), ctypes.c_uint()
     name = ctypes.create_string_buffer(96)
     library.nvmlDeviceGetName(device, name, len(name))
     read: list[int] = []
@@ -90,8 +151,5 @@ def _state(library: Any, index: int) -> State:
         read.append(number.value if function(device, kind, ctypes.byref(number)) == 0 else 0)
     bits = ctypes.c_ulonglong()
     library.nvmlDeviceGetCurrentClocksThrottleReasons(device, ctypes.byref(bits))
-    held = (_Process * _MOST_PROCESSES)()
-    number.value = _MOST_PROCESSES
-    seen = library.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(number), held)
-    running = number.value if seen == 0 else 0
+    running = len(_processes(library, device))
     return State(index, name.value.decode(), read[0], read[1], read[2], bits.value, running)

@@ -1,0 +1,53 @@
+"""Whose processes are on a GPU: the judge's own, strangers', and what a container shows of them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from assay import gpu
+
+HOLDS = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """A process of ours that has open what one with a context has."""
+    held = tmp_path / "held"
+    held.touch()
+    monkeypatch.setattr(gpu, "_HELD", held)
+    command = [sys.executable, "-c", HOLDS, str(held)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        yield process.pid
+        process.kill()
+
+
+def listed(monkeypatch: pytest.MonkeyPatch, *processes: list[int]) -> list[str]:
+    monkeypatch.setattr(gpu, "_listed", lambda: list(processes))
+    return gpu.foreign(patience_s=0.0)
+
+
+def test_what_is_ours_is_not_foreign(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listed(monkeypatch) == listed(monkeypatch, [], []) == []
+    assert listed(monkeypatch, [child]) == listed(monkeypatch, [child, os.getpid()], [child]) == []
+
+
+def test_strangers_are_named(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    comm = Path("/proc/1/comm").read_text().strip()
+    assert listed(monkeypatch, [], [child, 1]) == [f"GPU 1: foreign processes 1 ({comm})"]
+    assert listed(monkeypatch, [child, 4194300]) == ["GPU 0: foreign processes 4194300"], "none that is seen here"
+
+
+def test_numbers_of_another_namespace_are_counted(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert listed(monkeypatch, [4194300]) == []
+    assert listed(monkeypatch, [4194300, 4194301]) == ["GPU 0: foreign processes 4194301"]
+
+
+def test_without_a_driver_nobody_is_foreign() -> None:
+    if gpu.states():
+        pytest.skip("there is a GPU")
+    assert gpu.foreign() == []
