@@ -163,9 +163,13 @@ def test_grouped_gemm_of_batches(dtype: torch.dtype) -> None:
         assert got.shape == (4, 50, 33)
         for expert in (0, 3):
             assert torch.allclose(got[expert].double(), wide[expert], rtol=2 * torch.finfo(dtype).eps, atol=2e-5), impl
-    odd = torch.tensor([-5, 60, 40, 9999, 100])  # offsets out of order or range never read outside
+    flat, odd = rows.view(200, 72), torch.tensor([-5, 60, 40, 9999, 100])  # out of order and of range
+    wide = reference_layer.grouped_gemm(
+        flat.double(), weight.double(), expert_offsets=torch.tensor([0, 60, 60, 200, 200])
+    )
     for impl in impls_on("grouped_gemm", CPU, dtype):
-        moeyard.grouped_gemm(rows.view(200, 72), weight, expert_offsets=odd, impl=impl)
+        got = moeyard.grouped_gemm(flat, weight, expert_offsets=odd, impl=impl)
+        assert torch.allclose(got.double(), wide, rtol=2 * torch.finfo(dtype).eps, atol=2e-5), impl
 
 
 CASES = {

@@ -97,6 +97,19 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": None, "columns": 272,
     },
     "nobody's rows": {"counts": [0, 0, 0]},
+    "one step": {"tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2},
+    "one step of boxes": {
+        "tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2, "gated": False, "gather": False,
+        "activation": None, "ready": True,
+    },
+    "in batches": {
+        "tiles": 32, "counts": [40, 0, 9], "size": 144, "gated": False, "gather": False, "activation": None,
+        "columns": 144,
+    },
+    "ordered, results by route": {
+        "tiles": 64, "counts": [70, 5], "size": 144, "gated": False, "gather": False, "by_route": True, "bias": True,
+        "weighted": True, "activation": None, "columns": 272,
+    },
 }  # fmt: skip
 
 
@@ -142,12 +155,15 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     activation = case["activation"] or Activation()
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
     sizes = (ctypes.c_int64 * 8)(experts, columns, size, 2 * size, divisor, *map(float_bits, constants))
-    failure = library.run(plan.grid, int(at_once), torch.initial_seed() % 2**31, maps, pointers, sizes)
+    failure = library.run(plan.grid, int(at_once), int(torch.randint(2**31, ())), maps, pointers, sizes)
     if failure is not None:
         return str(failure.decode())
     taken = rows[routes.long() // divisor] if moved else rows[:total]
     if bool(turns.any()):
         return "turns are not as they were"
+    row_tiles = sum(-(-count // plan.rows) for count in case["counts"])
+    if library.tiles_begun() != row_tiles * -(-wide // plan.weight_rows):
+        return "a tile was worked on twice or not at all"
     if not total:
         return "wrote where it must not" if guard_broken(out) else None
     owner = torch.repeat_interleave(torch.arange(experts), counts)
@@ -206,6 +222,16 @@ MUTANTS = {
     "odd columns where even ones belong": ("second product", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
+    "turns that are given twice": ("several tiles of rows", "gridDim.x + atomicAdd(counts, 1)",
+                                   "gridDim.x + atomicAdd(counts, 1) / 2"),
+    "every block clears the turns": ("several tiles of rows", "+ 1 < gridDim.x) return;", "+ 1 < 0) return;"),
+    "rows before the launch before has ended": (
+        "second product", "    wait_for_previous_launch();\n    show_memory_to_copies();\n  }\n  while", "  }\n  while",
+    ),
+    "a slot written while it is read": ("one step", "    odd ^= 1;", "    //"),
+    "an end in a stage that is not free": (
+        "one step", "  await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n  arrive_after", "  arrive_after",
+    ),
     "an end that nobody hears of": ("decode", "    tell_end(room, stage.number);\n    turns", "    turns"),
     "weights too early": (
         "second product, few steps",

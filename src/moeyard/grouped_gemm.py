@@ -33,7 +33,8 @@ def grouped_gemm(
         topk_weights: [num_tokens, top_k] float32, multiplies product plus bias; with `layout` alone.
         layout: results are by route, [num_tokens * top_k, columns], whatever its block_size.
         expert_offsets: [num_local_experts + 1] int64: rows from offset e to offset e + 1 are those of expert e, as
-            `permute` leaves them with block_size 1.
+            `permute` leaves them with block_size 1. One that is less than one before it counts as that, so that no row
+            has two experts.
         expert_num_tokens: [num_local_experts] int32: the valid rows of each expert's batch.
         out: the result's shape, dtype of `rows`, to overwrite.
 
@@ -98,12 +99,14 @@ def _address(
     if offsets is not None:
         check_tensor("expert_offsets", offsets, dtypes=(torch.int64,), ndim=(1,), device=rows.device)
         check_shape("expert_offsets", offsets, (experts + 1,), "one more than experts")
-        bounds = offsets.clamp(0, rows.shape[0])
-        return None, 1, bounds[:-1].contiguous(), bounds.diff().clamp(min=0).int()
+        bounds = offsets.clamp(0, rows.shape[0]).cummax(0).values
+        held = torch.sub(bounds[1:], bounds[:-1], out=bounds.new_empty(experts, dtype=torch.int32))
+        return None, 1, bounds[:-1], held
     assert counts is not None
     check_tensor("expert_num_tokens", counts, dtypes=(torch.int32,), ndim=(1,), device=rows.device)
     check_shape("expert_num_tokens", counts, (experts,), "one an expert")
     batches, most = rows.shape[:2]
     if batches != experts:
         raise ValueError(f"rows: expected {experts} batches (the experts of weight), got {batches}")
-    return None, 1, torch.arange(experts, device=rows.device) * most, counts.clamp(0, most)
+    firsts = torch.arange(0, experts * max(most, 1), max(most, 1), device=rows.device)
+    return None, 1, firsts, counts.clamp(0, most)

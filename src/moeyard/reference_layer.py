@@ -48,7 +48,7 @@ def grouped_gemm(
             members += [(route, route // divisor, expert) for route in routes]
         result = torch.zeros(layout.num_routes, columns, dtype=rows.dtype)
     elif expert_offsets is not None:
-        bounds = expert_offsets.clamp(0, len(flat)).tolist()
+        bounds = expert_offsets.clamp(0, len(flat)).cummax(0).values.tolist()
         for expert in range(num_experts):
             members += [(row, row, expert) for row in range(bounds[expert], bounds[expert + 1])]
         result = torch.zeros(len(flat), columns, dtype=rows.dtype)

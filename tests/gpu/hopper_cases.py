@@ -102,13 +102,16 @@ def with_way(way: Way) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 def products() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Grouped products with rows by token, by route, by offsets and in batches."""
 
-    def by_layout(tokens: int, count: int, top_k: int, block: int, per_route: bool) -> Callable[[], dict[str, Any]]:
+    def by_layout(
+        tokens: int, count: int, top_k: int, block: int, per_route: bool, columns: int = 272
+    ) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             routes = draw_routing(tokens, count, top_k, "dropped")
             layout = moeyard.moe_align_block_size(routes.topk_ids, num_experts=count, block_size=block)
             rows = torch.randn(tokens * top_k if per_route else tokens, 336, device=CUDA).bfloat16()
-            weight, bias = torch.randn(count, 272, 336, device=CUDA).bfloat16(), torch.randn(count, 272, device=CUDA)
-            out = poisoned((tokens * top_k, 272), torch.bfloat16, CUDA)
+            weight = torch.randn(count, columns, 336, device=CUDA).bfloat16()
+            bias = torch.randn(count, columns, device=CUDA)
+            out = poisoned((tokens * top_k, columns), torch.bfloat16, CUDA)
             options: dict[str, Any] = {"layout": layout, "topk_weights": routes.topk_weights}
             got = moeyard.grouped_gemm(rows, weight, bias=bias.bfloat16(), out=out, impl="cuda", **options)
             wide = moeyard.grouped_gemm(
@@ -149,6 +152,7 @@ def products() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "by token", by_layout(300, 7, 3, 1, False)
     yield "by route, padded", by_layout(77, 5, 2, 16, True)
+    yield "by token, copied", by_layout(700, 4, 2, 1, False, columns=2064)
     yield "by offsets", by_offsets([3, 0, 700, 64, 1, 129])
     yield "in batches", batched([5, 0, 200, 77])
 
@@ -195,6 +199,26 @@ def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             same = same and same_bits(out, moeyard.fused_experts(rows, routes, weights, impl="cuda"))
         return {"same": same}
 
+    def streams() -> dict[str, Any]:
+        """Five streams at once, one of which replays a graph: each has turns of its own."""
+        layers = [draw() for _ in range(5)]
+        wanted = [moeyard.fused_experts(*layer, impl="cuda") for layer in layers]
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            replayed = moeyard.fused_experts(*layers[0], impl="cuda")
+        beside = [torch.cuda.Stream() for _ in layers]
+        torch.cuda.synchronize()
+        got = [replayed] * len(layers)
+        for _ in range(30):
+            for i, stream in enumerate(beside):
+                with torch.cuda.stream(stream):
+                    if i == 0:
+                        captured.replay()
+                    else:
+                        got[i] = moeyard.fused_experts(*layers[i], impl="cuda")
+        torch.cuda.synchronize()
+        return {"same": all(map(same_bits, got, wanted))}
+
     def nobody() -> dict[str, Any]:
         rows, routes, weights = draw()
         routes.topk_ids.fill_(-1)
@@ -203,6 +227,7 @@ def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
 
     yield "100 runs", runs
     yield "graph", graph
+    yield "streams", streams
     yield "nobody", nobody
 
 

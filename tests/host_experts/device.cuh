@@ -36,10 +36,7 @@ struct alignas(8) float2 {
 extern Index threadIdx, blockIdx, gridDim, blockDim;
 
 void __syncthreads();
-inline u32 atomicAdd(u32* word, u32 value) {
-  *word += value;
-  return *word - value;
-}
+u32 atomicAdd(u32* word, u32 value);
 void wait_for_previous_launch();
 u32 scan_block(u32 value, u32* sums, u32& total);
 

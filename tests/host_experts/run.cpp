@@ -52,6 +52,7 @@ std::deque<Word> words[MOST];
 std::deque<std::vector<Product>> groups[MOST];  // committed
 std::vector<Product> open_group[MOST];
 u32 scanned[MOST], addresses[MOST], random_bits, idle_turns, waited;
+u32 begun;  // tiles whose first weights were asked for
 bool at_once;
 const char* failure;
 
@@ -263,6 +264,8 @@ void await_phase(u32 barrier, u32 parity) {
   while (barrier_at(barrier).phase == parity) give_way();
 }
 void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w, u64) {
+  if (map.rank == 5) begun += x == 0;  // of weights
+  else if (!waited) fail("rows are read before the launch before has ended");
   if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
   boxes.push_back({to, &map, barrier, {x, y, z, v, w}});
   if (at_once) {
@@ -310,6 +313,15 @@ void await_products(int pending) {
   meet(of_warp[threadIdx.x >> 5], 32);  // the lanes of a warp wait together
 }
 
+u32 atomicAdd(u32* word, u32 value) {
+  if (!waited) fail("a turn is asked for before the launch before has ended");
+  *word += value;
+  return *word - value;
+}
+
+// How many tiles were begun in the last run.
+extern "C" u32 tiles_begun() { return begun; }
+
 // Null, or what went wrong.
 extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* maps_, void** pointers_, i64* sizes_) {
   std::copy(maps_, maps_ + 2, maps);
@@ -321,6 +333,15 @@ extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* 
   failure = nullptr;
   gridDim.x = blocks;
   blockDim.x = THREADS;
-  for (blockIdx.x = 0; blockIdx.x < blocks && !failure; ++blockIdx.x) run_block();
+  begun = 0;
+  std::vector<u32> order(blocks);  // in which blocks run, one after the other
+  for (u32 i = 0; i < blocks; ++i) {
+    order[i] = i;
+    std::swap(order[i], order[draw(i + 1)]);
+  }
+  for (u32 i = 0; i < blocks && !failure; ++i) {
+    blockIdx.x = order[i];
+    run_block();
+  }
   return failure;
 }

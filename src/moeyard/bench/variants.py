@@ -63,7 +63,7 @@ def prefill(case: Case) -> Runs:
 
 
 def batches(case: Case) -> Runs:
-    """Few rows an expert, where reading weights is the limit: tiles, and how weights are asked for."""
+    """Few rows an expert, where reading weights is the limit: tiles."""
     return ways("batches", case)
 
 

@@ -161,18 +161,3 @@ __device__ __forceinline__ void await_grid(u32* barrier, u32 before) {
   }
   __syncthreads();
 }
-
-// Words by which blocks tell each other what they have written, in whatever order they run.
-
-__device__ __forceinline__ u32 look_at(const u32* word) {
-  u32 value;
-  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
-  return value;
-}
-
-// After `look_at` has found what a block added to a word: what that block had written before may be read.
-__device__ __forceinline__ void see_what_others_wrote() { __threadfence(); }
-
-__device__ __forceinline__ void add_for_others(u32* word, u32 value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
-}

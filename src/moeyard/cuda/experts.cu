@@ -128,7 +128,7 @@ __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Argument
   for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
 }
 
-// Results of a tile with a gate, `chunk` rows at a time through shared memory.
+// Results of a tile with a gate, CHUNK rows at a time through shared memory.
 __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                                     const Room& room, const Arguments& a, const Tile& tile,
                                                     u32 first_column, u32& turn) {

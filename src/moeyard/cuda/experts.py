@@ -91,7 +91,7 @@ def grouped_gemm_launch(
     _product(
         rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
         slots=sorted_token_ids, divisor=row_divisor, gather=gather, factors=topk_weights, by_route=by_route,
-        way=way, turns=barrier_for(device, current_stream(device)) + _TURNS[0],
+        way=way, turns=_turns(device),
     )  # fmt: skip
 
 
@@ -137,7 +137,7 @@ def fused_experts_launch(
     offsets, counts = layout.expert_offsets, layout.expert_counts
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
-    turns = barrier_for(device, current_stream(device))
+    turns = _turns(device)
     if way.copied:
         permute_launch(
             hidden_states, None, sorted_token_ids=layout.sorted_token_ids, route_rows=layout.route_rows, top_k=top_k,
@@ -147,14 +147,17 @@ def fused_experts_launch(
         rows if way.copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
         slots=None if way.copied else layout.sorted_token_ids, divisor=1 if way.copied else top_k,
         gather=not way.copied, activation=activation, gated=weights.gated, ready=way.copied, way=way,
-        turns=turns + _TURNS[0],
+        turns=turns,
     )  # fmt: skip
-    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way, turns=turns + _TURNS[1])
+    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way, turns=turns)
     combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
-_TURNS = (64, 128)
-"""Where in their line from `barrier_for` products keep their turns: those of a layer, which overlap, in two places."""
+def _turns(device: int) -> int:
+    """Where products of the current stream keep their turns (experts_tiles.cuh): behind what alignment uses."""
+    return barrier_for(device, current_stream(device)) + 64
+
+
 _takes = lru_cache(maxsize=4096)(experts_decode.takes)
 
 

@@ -24,10 +24,15 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
   }
 }
 
+// In place of a tile; the stage is free.
 __device__ __forceinline__ void tell_end(const Room& room, u32 stage) {
   room.tiles[stage].rows = 0;
   arrive(room.full + 8 * stage);
 }
+
+// The step of a tile at which the next one is asked for: early enough for the answer, and as late as that allows, since
+// a tile that is taken waits for its block while others may have nothing left.
+__device__ __forceinline__ u32 last_call(u32 steps) { return steps > DEPTH ? steps - DEPTH : 0; }
 
 // One thread loads everything by the copy engine.
 __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
@@ -35,7 +40,8 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   Stage stage = {0, 0};
   Turns turns = {a.turns};
   const u64 policy = soon_forgotten();
-  u32 number = blockIdx.x, ahead = 0;  // stages whose weights are on their way already
+  u32 number = blockIdx.x;
+  u32 ahead = 0;  // stages whose weights are on their way already
   if (READY_BEFORE) {
     if (number < total) {
       const Tile tile = tiles.find(number);
@@ -46,8 +52,9 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   }
   while (number < total) {
     const Tile tile = tiles.find(number);
-    const u32 following = turns.next();
+    u32 following = 0;
     for (u32 step = 0; step < a.steps; ++step) {
+      if (step == last_call(a.steps)) following = turns.next();
       if (ahead) {
         --ahead;
       } else {
@@ -75,7 +82,8 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
   u32 number = blockIdx.x, odd = 0;
   while (number < total) {
     const Tile tile = tiles.find(number);
-    const u32 used = boxed_rows(tile.rows), following = threadIdx.x == 0 ? turns.next() : 0;
+    const u32 used = (tile.rows + FINE - 1) / FINE * FINE;
+    u32 following = 0;
     u32 token[COPIES];
 #pragma unroll
     for (int i = 0; i < COPIES; ++i) {
@@ -84,7 +92,10 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
     }
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-      if (threadIdx.x == 0) load_weights(weight_map, room, tile, step, stage.number, policy);
+      if (threadIdx.x == 0) {
+        if (step == last_call(a.steps)) following = turns.next();
+        load_weights(weight_map, room, tile, step, stage.number, policy);
+      }
       if (step == 0) {
 #pragma unroll
         for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;

@@ -29,6 +29,8 @@ constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup afte
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 using Work = Tiles<BN, FINE, GROUP>;
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
+static_assert(!(GATHERS && READY_BEFORE), "who gathers waits for the layout");
+static_assert(!WEIGHS || BY_ROUTE, "factors are those of routes");
 static_assert(STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && BY_ROUTE), "the first product of a layer keeps the order of experts");
 
@@ -43,7 +45,7 @@ struct Stage {
   }
 };
 
-// Addresses in shared memory, in the order in which it is divided (`shared_bytes` in experts_plan.py).
+// Addresses in shared memory, as `divide` and `shared_bytes` (experts_plan.py) have them.
 struct Room {
   u32 stages, chunks, full, empty, lead;
   u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route

@@ -46,12 +46,12 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* 
 }
 
 // Tiles in the order of experts. An expert's rows are shared out evenly among as few tiles as hold them, in multiples
-// of STEP: two tiles of 144 rows take less than one of 256 and one of 32, which has the same weights to read.
+// of FINE: a tile of few rows would take as long as its weights do, which are those of all.
 //
 // Tiles of an expert come in groups of at most GROUP row tiles: inside a group all row tiles take the same tile of
 // weights before the next, so that what runs at a time reads about as many rows as weights and finds most of both in
 // the L2 cache. Whoever asks does so for ascending numbers.
-template <int BN, int STEP, int GROUP>
+template <int BN, int FINE, int GROUP>
 struct Tiles {
   const Segment* place;
   u32 weight_tiles;
@@ -60,7 +60,7 @@ struct Tiles {
     while (place[1].first_tile * weight_tiles <= number) ++place;
     const Segment segment = place[0];
     const u32 row_tiles = place[1].first_tile - segment.first_tile;
-    const u32 share = ((segment.rows + row_tiles - 1) / row_tiles + STEP - 1) / STEP * STEP;
+    const u32 share = ((segment.rows + row_tiles - 1) / row_tiles + FINE - 1) / FINE * FINE;
     const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
     const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
@@ -70,12 +70,13 @@ struct Tiles {
 
 // Who works on which tile: a block begins with the one of its own number and then takes the next that nobody has.
 // Multiprocessors differ by a third in what memory gives them, and tiles differ in rows. `counts` are two words of zeros,
-// left so: tiles taken beyond the first ones, blocks that found none left.
+// left so: tiles taken beyond the first ones, blocks that found none left. They are used once the launch before has
+// ended, so launches of a stream share them.
 struct Turns {
   u32* counts;
 
   __device__ __forceinline__ u32 next() { return gridDim.x + atomicAdd(counts, 1); }
-  // Once for a block, after its last turn.
+  // Once for a block, after its last turn; what `next` gave it has decided that, so who comes last follows all turns.
   __device__ __forceinline__ void leave() {
     if (atomicAdd(counts + 1, 1) + 1 < gridDim.x) return;
     counts[0] = 0;

@@ -85,7 +85,7 @@ __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barri
       : "memory");
 }
 
-// The same for what nobody reads again while it is in the L2 cache.
+// The same for what is soon read by nobody any more: it leaves the L2 cache first.
 __device__ __forceinline__ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w,
                                          u64 policy) {
   asm volatile(
@@ -171,10 +171,6 @@ __device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)
 #define NUMBERS_20 NUMBERS_18 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define NUMBERS_22 NUMBERS_20 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define NUMBERS_24 NUMBERS_22 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define NUMBERS_26 NUMBERS_24 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define NUMBERS_28 NUMBERS_26 ", %104, %105, %106, %107, %108, %109, %110, %111"
-#define NUMBERS_30 NUMBERS_28 ", %112, %113, %114, %115, %116, %117, %118, %119"
-#define NUMBERS_32 NUMBERS_30 ", %120, %121, %122, %123, %124, %125, %126, %127"
 // N, the numbers of its N / 2 values, of the operands that follow, and the values.
 #define PRODUCT(N, NUMBERS, A, B, ADDS, ...)                                                                      \
   asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " ADDS ", 0;\n\t"                                       \
@@ -200,12 +196,6 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, u32 ad
   if constexpr (N == 160) PRODUCT(160, NUMBERS_20, "%80", "%81", "%82", VALUES_16(0), VALUES_4(16));
   if constexpr (N == 176) PRODUCT(176, NUMBERS_22, "%88", "%89", "%90", VALUES_16(0), VALUES_4(16), VALUES_2(20));
   if constexpr (N == 192) PRODUCT(192, NUMBERS_24, "%96", "%97", "%98", VALUES_16(0), VALUES_8(16));
-  if constexpr (N == 208) PRODUCT(208, NUMBERS_26, "%104", "%105", "%106", VALUES_16(0), VALUES_8(16), VALUES_2(24));
-  if constexpr (N == 224) PRODUCT(224, NUMBERS_28, "%112", "%113", "%114", VALUES_16(0), VALUES_8(16), VALUES_4(24));
-  if constexpr (N == 240) {
-    PRODUCT(240, NUMBERS_30, "%120", "%121", "%122", VALUES_16(0), VALUES_8(16), VALUES_4(24), VALUES_2(28));
-  }
-  if constexpr (N == 256) PRODUCT(256, NUMBERS_32, "%128", "%129", "%130", VALUES_16(0), VALUES_16(16));
 }
 
 // Registers of this warpgroup's threads, taken from or given to the block's other warpgroups.
