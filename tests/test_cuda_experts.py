@@ -207,6 +207,20 @@ def test_options_spill_nothing(rows: int, options: dict[str, bool], tmp_path: Pa
     assert_sound(plan, *examined(plan, tmp_path, **options), dtype="F16" if half else "BF16")
 
 
+@pytest.mark.parametrize("rows", [64, 128, 192])
+@pytest.mark.parametrize("gated", [True, False])
+def test_columns_side_by_side_spill_nothing(rows: int, gated: bool, tmp_path: Path) -> None:
+    pytest.importorskip("cuda.core")
+    plan = expert_plan(65536, 128, 768, gated, False, H200, Way(rows=rows, wide=True))
+    assert plan.wide and not expert_plan(65536, 128, 784, False, False, H200, Way(rows=rows, wide=True)).wide
+    options: dict[str, bool | str] = (
+        {"gated": True, "curve": "SILU", "gather": rows < 192} if gated else {"ready": True}
+    )
+    code, used, text = examined(plan, tmp_path, biased=True, **options)
+    assert_sound(plan, code, used, text)
+    assert "STSM" not in text, "nothing is transposed"
+
+
 # Ports of the kernel's index arithmetic. Names are those of experts.cu and its headers.
 
 BK = 64

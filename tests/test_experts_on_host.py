@@ -60,7 +60,7 @@ def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: 
 PLAIN: dict[str, Any] = {
     "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
     "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
-    "plan": {"stages": 3},
+    "wide": False, "plan": {"stages": 3},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"tiles": 8},
@@ -97,6 +97,26 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": None, "columns": 272,
     },
     "nobody's rows": {"counts": [0, 0, 0]},
+    "wide": {
+        "tiles": 192, "counts": [200, 0, 33], "size": 176, "gather": False, "ready": True, "blocks": 2, "columns": 144,
+        "bias": True, "wide": True,
+    },
+    "wide, gathered": {
+        "tiles": 64, "counts": [100, 0, 30], "size": 336, "wide": True, "columns": 208,
+        "activation": GPT_OSS_ACTIVATION,
+    },
+    "wide, second product": {
+        "tiles": 192, "counts": [220, 7], "size": 80, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 288, "bias": True, "wide": True,
+    },
+    "wide, by route": {
+        "tiles": 128, "counts": [130, 0, 20], "size": 80, "gated": False, "by_route": True, "weighted": True,
+        "activation": None, "columns": 544, "wide": True,
+    },
+    "wide where columns are not": {
+        "tiles": 64, "counts": [70, 5], "size": 80, "gated": False, "gather": False, "activation": None,
+        "columns": 272, "wide": True,
+    },
     "one step": {"tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2},
     "one step of boxes": {
         "tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2, "gated": False, "gather": False,
@@ -117,7 +137,13 @@ def planned(case: dict[str, Any]) -> ExpertPlan:
     card = Card(132, 232448, True)
     gated, by_route = case["gated"], case["by_route"]
     plan = expert_plan(
-        sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, Way(rows=case["tiles"])
+        sum(case["counts"]),
+        len(case["counts"]),
+        case["columns"],
+        gated,
+        by_route,
+        card,
+        Way(rows=case["tiles"], wide=case["wide"]),
     )
     return replace(plan, grid=case["blocks"], **case["plan"])
 
@@ -147,7 +173,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     first_rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     turns = torch.zeros(2, dtype=torch.int32)
     out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
-    boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, "halves" if gated else "pairs")
+    boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, plan.turn)
     maps = map_of(weight.data_ptr(), *boxes)
     maps += map_of(rows.data_ptr(), (size, len(rows)), (2 * size,), (STEP_VALUES, plan.box))
     tensors = (rows, bias, factors, routes if moved or case["by_route"] else None, first_rows, counts, out, turns)
@@ -162,7 +188,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     if bool(turns.any()):
         return "turns are not as they were"
     row_tiles = sum(-(-count // plan.rows) for count in case["counts"])
-    if library.tiles_begun() != row_tiles * -(-wide // plan.weight_rows):
+    if library.tiles_begun() != row_tiles * -(-wide // plan.weight_rows) * (1 + plan.wide):
         return "a tile was worked on twice or not at all"
     if not total:
         return "wrote where it must not" if guard_broken(out) else None
@@ -222,6 +248,8 @@ MUTANTS = {
     "odd columns where even ones belong": ("second product", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
+    "columns of the other product": ("wide", "2 * tile.expert, groups, m)", "2 * tile.expert, groups, 1 - m)"),
+    "the wrong two of four": ("wide, second product", "0, 2 * m, groups", "0, m, groups"),
     "turns that are given twice": ("several tiles of rows", "gridDim.x + atomicAdd(counts, 1)",
                                    "gridDim.x + atomicAdd(counts, 1) / 2"),
     "every block clears the turns": ("several tiles of rows", "+ 1 < gridDim.x) return;", "+ 1 < 0) return;"),

@@ -51,6 +51,10 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "128, copied": {"copied": True, "rows": 128},
         "192, gathered": {"rows": 192},
         "192, copied": {"copied": True, "rows": 192},
+        "128, gathered, wide": {"rows": 128, "wide": True},
+        "128, copied, wide": {"copied": True, "rows": 128, "wide": True},
+        "192, gathered, wide": {"rows": 192, "wide": True},
+        "192, copied, wide": {"copied": True, "rows": 192, "wide": True},
     },
     "batches": {str(rows): {"rows": rows} for rows in (8, 16, 32, 64, 128)},
 }

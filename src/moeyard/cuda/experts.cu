@@ -38,13 +38,13 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_writes_to_tensor_cores();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u64 weights = tile_descriptor(here + group * TALL * 64 * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
+    const u64 weights = tile_descriptor(here + group * NEXT_GROUP * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
     begin_products();
 #pragma unroll
     for (int i = 0; i < BK / 16; ++i) {
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
-        multiply<N>(sums[m], weights + m * (64 * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
+        multiply<N>(sums[m], weights + m * (NEXT_PRODUCT * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
       }
     }
     commit_products();
@@ -79,7 +79,18 @@ __device__ __forceinline__ void put_results(const float* sums, const float2 bias
   store_transposed(to, narrow_pair<KIND>(even, odd));
 }
 
-// Results of all rows of a tile without a gate, of the two columns side by side that a lane has in each product.
+// What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
+// with a gate a value of one.
+__device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
+  return bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, a.curve);
+}
+__device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
+  return narrow_pair<KIND>(bend<CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
+                           bend<CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
+}
+
+// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane, or four columns
+// of both, or with a gate two.
 __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                               const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
@@ -94,13 +105,21 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
       u16* to = of_row + odd * a.columns;
       if constexpr (BY_ROUTE) to = a.out + static_cast<i64>(room.routes[group * BN + row]) * a.columns + column;
       const float factor = WEIGHS ? room.factors[group * BN + row] : 1.0f;
+      const int at = start / 2 + odd;
+      if constexpr (SIDE_BY_SIDE) {
+        if (column >= a.columns) continue;
+        if constexpr (GATED_RESULT) {
+          *reinterpret_cast<u32*>(to) = narrow_pair<KIND>(finish_gated(sums[0] + at, bias[0], a),
+                                                          finish_gated(sums[1] + at, bias[1], a));
+        } else {
+          *reinterpret_cast<uint2*>(to) = {finish_pair(sums[0] + at, bias[0], a, factor),
+                                           finish_pair(sums[1] + at, bias[1], a, factor)};
+        }
+      } else {
 #pragma unroll
-      for (int m = 0; m < TALL; ++m) {
-        const float* of_lane = sums[m] + start / 2 + odd;
-        const u32 pair = narrow_pair<KIND>(bend<CURVE, CLAMPS>(of_lane[0] + bias[m].x, a.curve) * factor,
-                                           bend<CURVE, CLAMPS>(of_lane[2] + bias[m].y, a.curve) * factor);
-        if (column + m * COLUMNS_A_PRODUCT < a.columns) {
-          *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = pair;
+        for (int m = 0; m < TALL; ++m) {
+          if (column + m * NEXT_COLUMN >= a.columns) continue;
+          *reinterpret_cast<u32*>(to + m * NEXT_COLUMN) = finish_pair(sums[m] + at, bias[m], a, factor);
         }
       }
     }
@@ -109,7 +128,7 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
 
 // The column of the first of the two weight rows that a lane has in a product.
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
-  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);
+  return (warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2)) * (SIDE_BY_SIDE ? 2 : 1);
 }
 
 // The biases of those: gate and up, or columns side by side.
@@ -125,7 +144,7 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
 
 __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Arguments& a, const Tile& tile, u32 column) {
 #pragma unroll
-  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
+  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * NEXT_COLUMN);
 }
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
@@ -189,7 +208,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (GATED_RESULT) write_gated_results(sums, bias, room, a, tile, first_column, turn);
+    if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
     else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
   }
 }

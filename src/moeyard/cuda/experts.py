@@ -212,9 +212,8 @@ def _product(
         bias is None, ready, way, current_device(),
     )  # fmt: skip
     launch, plan = _READY.get(key) or _ready(key)
-    turn = "halves" if gated else "pairs"
     weights = weight_map(
-        weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, turn, not plan.streams
+        weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, plan.turn, not plan.streams
     )
     boxes = weights  # where rows are gathered nobody looks at the second map
     if not gather:
@@ -284,7 +283,7 @@ def expert_defines(
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams, "WIDE": plan.wide,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

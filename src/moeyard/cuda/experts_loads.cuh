@@ -11,8 +11,15 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
-  const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);  // of 16 weight rows
-  if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
+  const u32 column = step * BK, groups = tile.weight_tile * (BM / (SIDE_BY_SIDE ? 32 : 16));
+  if constexpr (SIDE_BY_SIDE) {
+#pragma unroll
+    for (u32 m = 0; m < TALL; ++m) {
+      const u32 there = to + m * (WEIGHT_BYTES / TALL);
+      if constexpr (GATED_RESULT) copy_box(there, map, barrier, column, 0, 2 * tile.expert, groups, m);
+      else copy_box(there, map, barrier, column, 0, 2 * m, groups, tile.expert);
+    }
+  } else if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
   else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
 }
 

@@ -30,6 +30,8 @@ class Way:
     every tile."""
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
+    wide: bool = False
+    """Whether a lane's two products have columns side by side, where there are two."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class ExpertPlan:
     """Blocks that share a multiprocessor."""
     grid: int
     shared_bytes: int
+    turn: str
+    """How weight rows lie in a stage (`weight_boxes` in tensor_map.py)."""
 
     @property
     def threads(self) -> int:
@@ -71,6 +75,11 @@ class ExpertPlan:
         more than the 128 bytes of a row that are asked for are brought; those of two warpgroups read up to 3 % slower.
         """
         return self.groups == 1
+
+    @property
+    def wide(self) -> bool:
+        """Whether a lane's two products have columns side by side."""
+        return self.turn in ("couples", "quads")
 
     @property
     def step(self) -> int:
@@ -105,16 +114,19 @@ def expert_plan(
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
+        wide = way.wide and tall == 2 and (gated or columns % 32 == 0)
+        turn = ("couples" if gated else "quads") if wide else "halves" if gated else "pairs"
+        chunks = gated and not wide
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
+            fixed = shared_bytes(rows, groups, tall, 0, entries, chunks, by_route)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
+                used = shared_bytes(rows, groups, tall, stages, entries, chunks, by_route)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 tiles = _most_tiles(num_rows, experts, rows) * -(-columns // columns_a_tile)
                 grid = max(1, min(card.processors * blocks, tiles))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used)
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, turn)
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)
@@ -140,9 +152,9 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
+def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, chunks: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated else 0
+    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if chunks else 0
     fixed = _RESERVED + groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 

@@ -9,6 +9,7 @@
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, STREAMS = STREAMING;
+constexpr bool SIDE_BY_SIDE = WIDE, IN_CHUNKS = GATED && !WIDE;
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
@@ -23,11 +24,16 @@ constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * CO
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of a chunk: no two of 8 rows in one bank
-constexpr int CHUNK_BYTES = GATED_RESULT ? CHUNK * PITCH : 0;
+constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
+// Weight rows of a stage from one product of a warpgroup to its next, and from one warpgroup's to the other's; columns of
+// results from the first of a lane in one product to its first in the next.
+constexpr int NEXT_PRODUCT = SIDE_BY_SIDE ? 64 * CONSUMERS : 64, NEXT_GROUP = SIDE_BY_SIDE ? 64 : 64 * TALL;
+constexpr int NEXT_COLUMN = SIDE_BY_SIDE ? (GATED_RESULT ? 1 : 2) : COLUMNS_A_PRODUCT;
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 using Work = Tiles<BN, FINE, GROUP>;
+static_assert(!SIDE_BY_SIDE || TALL == 2, "columns of two products");
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(!(GATHERS && READY_BEFORE), "who gathers waits for the layout");
 static_assert(!WEIGHS || BY_ROUTE, "factors are those of routes");
