@@ -245,7 +245,7 @@ MUTANTS = {
     "results before all have come": (
         "decode", "    sync_warpgroup(group);\n    for (u32 row = thread / P", "    for (u32 row = thread / P",
     ),
-    "odd columns where even ones belong": ("second product", "sums[m] + start / 2 + odd", "sums[m] + start / 2"),
+    "odd columns where even ones belong": ("second product", "at = start / 2 + odd", "at = start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
     "columns of the other product": ("wide", "2 * tile.expert, groups, m)", "2 * tile.expert, groups, 1 - m)"),
