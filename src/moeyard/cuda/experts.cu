@@ -39,7 +39,8 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_writes_to_tensor_cores();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u64 weights = tile_descriptor(here + group * NEXT_GROUP * BK * 2), rows = tile_descriptor(here + WEIGHT_BYTES);
+    const u64 weights = tile_descriptor(here + group * NEXT_GROUP * BK * 2);
+    const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
     begin_products();
 #pragma unroll
     for (int i = 0; i < BK / 16; ++i) {
@@ -90,8 +91,8 @@ __device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias,
                            bend<CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
 }
 
-// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane, or four columns
-// of both, or with a gate two.
+// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane, or four of
+// both, or with a gate two of both.
 __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                               const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;

@@ -25,8 +25,8 @@ constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of a chunk: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
-// Weight rows of a stage from one product of a warpgroup to its next, and from one warpgroup's to the other's; columns of
-// results from the first of a lane in one product to its first in the next.
+// Weight rows of a stage from one product of a warpgroup to its next, and from one warpgroup's to the other's; columns
+// of results from the first of a lane in one product to its first in the next.
 constexpr int NEXT_PRODUCT = SIDE_BY_SIDE ? 64 * CONSUMERS : 64, NEXT_GROUP = SIDE_BY_SIDE ? 64 : 64 * TALL;
 constexpr int NEXT_COLUMN = SIDE_BY_SIDE ? (GATED_RESULT ? 1 : 2) : COLUMNS_A_PRODUCT;
 constexpr bool STAGGERS = CONSUMERS == 2;
