@@ -69,9 +69,9 @@ struct Tiles {
 };
 
 // Who works on which tile: a block begins with the one of its own number and then takes the next that nobody has.
-// Multiprocessors differ by up to a third in what memory gives them, and tiles differ in rows. `counts` are two words of
-// zeros, left so: tiles taken beyond the first ones, blocks that found none left. They are used once the launch before
-// has ended, so launches of a stream share them.
+// Multiprocessors differ by up to a third in what memory gives them, and tiles differ in rows. `counts` are two words
+// of zeros, left so: tiles taken beyond the first ones, blocks that found none left. They are used once the launch
+// before has ended, so launches of a stream share them.
 struct Turns {
   u32* counts;
 
