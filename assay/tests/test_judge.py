@@ -195,12 +195,16 @@ def test_many_patches_and_a_reference_and_two_workloads(tmp_path: Path) -> None:
     patch = subprocess.run(["git", "-C", repository, "diff", "HEAD~1"], check=True, capture_output=True).stdout
     (tmp_path / "patches/good.diff").write_bytes(patch)
     (tmp_path / "patches/bad.patch").write_text("nonsense\n")
-    given = ["judge", task, "--patch", tmp_path / "patches", "--store", tmp_path / "store", "--no-sandbox", "--jobs", 2]
-    done = assay(*map(str, given))
+    for number in range(3):  # beside other tests two builds of base may scatter: void, and to be judged again
+        store = tmp_path / f"store{number}"
+        given = ["judge", task, "--patch", tmp_path / "patches", "--store", store, "--no-sandbox", "--jobs", 2]
+        done = assay(*map(str, given))
+        if "good.diff: void:" not in done.stdout:
+            break
     lines = sorted(done.stdout.splitlines())
     assert done.returncode == 1 and len(lines) == 2, done.stderr
     assert "bad.patch: no_patch: the patch does not apply" in lines[0] and "good.diff: faster: " in lines[1]
-    (verdict_file,) = (tmp_path / "store").glob("attempts/*/raw/../verdict.json")
+    (verdict_file,) = store.glob("attempts/*/raw/../verdict.json")
     found = json.loads(verdict_file.read_text())
     valid("verdict", found)
     assert [one["verdict"] for one in found["workloads"]] == ["faster", "faster"]
