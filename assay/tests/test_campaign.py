@@ -113,7 +113,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("canary", selftest.CANARIES, ids=lambda canary: canary.name)
 def test_canaries(canary: selftest.Canary) -> None:
-    """With other tests beside it, whose load must not make all blocks void, luck may decide once; a fault always does."""
+    """With other tests beside it, whose load must not make all blocks void, luck may decide once, a fault always."""
     found = [selftest.tried(canary, most_foreign=1e9)]
     if found[0] not in canary.expected:
         found.append(selftest.tried(canary, most_foreign=1e9))
