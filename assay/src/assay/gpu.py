@@ -65,19 +65,15 @@ def _library() -> Any:
 def states() -> list[State]:
     """The present state of every GPU; [] where there is none."""
     library = _library()
-    if library is None:
-        return []
-    count = ctypes.c_uint()
-    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    return [_state(library, index) for index in range(count.value)]
+    return [_state(library, index, device) for index, device in enumerate(_devices(library))]
 
 
 def foreign(patience_s: float = 2.0) -> list[str]:
     """Processes on GPUs that are not ours while no arm runs, in words.
 
     What makes inputs is ours: it keeps its context while it is frozen. Contexts of arms that have just ended get some
-    time to go. In a container the driver's process numbers are not those seen here: then as many are taken for ours as
-    processes of ours have contexts and are not listed.
+    time to go. In a container the driver's process numbers are not those seen here: then as many are taken for ours, on
+    every GPU, as processes of ours have contexts and are not listed.
     """
     stop = time.monotonic() + patience_s
     while found := _strangers():
@@ -119,17 +115,18 @@ def _named(processes: list[int]) -> str:
 def _listed() -> list[list[int]]:
     """Process numbers with contexts, GPU by GPU, as the driver knows them."""
     library = _library()
-    if library is None:
-        return []
-    count = ctypes.c_uint()
-    library.nvmlDeviceGetCount_v2(ctypes.byref(count))
-    return [_processes(library, _device(library, index)) for index in range(count.value)]
+    return [_processes(library, device) for device in _devices(library)]
 
 
-def _device(library: Any, index: int) -> ctypes.c_void_p:
-    device = ctypes.c_void_p()
-    library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device))
-    return device
+def _devices(library: Any) -> list[ctypes.c_void_p]:
+    """Handles; [] without a library."""
+    count, found = ctypes.c_uint(), []
+    if library is not None:
+        library.nvmlDeviceGetCount_v2(ctypes.byref(count))
+    for index in range(count.value):
+        found.append(ctypes.c_void_p())
+        library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(found[-1]))
+    return found
 
 
 def _processes(library: Any, device: ctypes.c_void_p) -> list[int]:
@@ -138,8 +135,8 @@ def _processes(library: Any, device: ctypes.c_void_p) -> list[int]:
     return [held[i].pid for i in range(number.value)] if seen == 0 else []
 
 
-def _state(library: Any, index: int) -> State:
-    device, number = _device(library, index), ctypes.c_uint()
+def _state(library: Any, index: int, device: ctypes.c_void_p) -> State:
+    number = ctypes.c_uint()
     name = ctypes.create_string_buffer(96)
     library.nvmlDeviceGetName(device, name, len(name))
     read: list[int] = []

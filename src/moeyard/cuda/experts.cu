@@ -74,13 +74,6 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
   multiply_tile<N>(sums, room, stage, steps, group, signals);
 }
 
-// Results of 8 rows with a gate: bias, activation, then 16 bits, transposed to `to`: rows with columns side by side.
-__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const Curve& curve, u32 to) {
-  const float even = bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, curve);
-  const float odd = bend<CURVE, CLAMPS>(sums[1] + bias.x, sums[3] + bias.y, curve);
-  store_transposed(to, narrow_pair<KIND>(even, odd));
-}
-
 // What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
 // with a gate a value of one.
 __device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
@@ -89,6 +82,11 @@ __device__ __forceinline__ float finish_gated(const float* sums, const float2 bi
 __device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
   return narrow_pair<KIND>(bend<CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
                            bend<CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
+}
+
+// Results of 8 rows with a gate, transposed to `to`: rows with columns side by side.
+__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const Arguments& a, u32 to) {
+  store_transposed(to, narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a)));
 }
 
 // Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane, or four of
@@ -167,7 +165,7 @@ __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
-        put_results(sums[m] + (start + i) / 2, bias[m], a.curve, to);
+        put_results(sums[m] + (start + i) / 2, bias[m], a, to);
       }
     }
     sync_warpgroup(group);

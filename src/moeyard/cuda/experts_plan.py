@@ -81,11 +81,6 @@ class ExpertPlan:
         """Whether a lane's two products have columns side by side."""
         return self.turn in ("couples", "quads")
 
-    @property
-    def step(self) -> int:
-        """What the rows of a tile that are multiplied are a multiple of."""
-        return min(self.rows, 16)
-
 
 @lru_cache(maxsize=4096)
 def expert_plan(
