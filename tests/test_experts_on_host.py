@@ -60,7 +60,7 @@ def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: 
 PLAIN: dict[str, Any] = {
     "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
     "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
-    "wide": False, "plan": {"stages": 3},
+    "plan": {"stages": 3},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "decode": {"tiles": 8},
@@ -97,26 +97,6 @@ CASES: dict[str, dict[str, Any]] = {
         "activation": None, "columns": 272,
     },
     "nobody's rows": {"counts": [0, 0, 0]},
-    "wide": {
-        "tiles": 192, "counts": [200, 0, 33], "size": 176, "gather": False, "ready": True, "blocks": 2, "columns": 144,
-        "bias": True, "wide": True,
-    },
-    "wide, gathered": {
-        "tiles": 64, "counts": [100, 0, 30], "size": 336, "wide": True, "columns": 208,
-        "activation": GPT_OSS_ACTIVATION,
-    },
-    "wide, second product": {
-        "tiles": 192, "counts": [220, 7], "size": 80, "gated": False, "gather": False, "activation": None,
-        "ready": True, "columns": 288, "bias": True, "wide": True,
-    },
-    "wide, by route": {
-        "tiles": 128, "counts": [130, 0, 20], "size": 80, "gated": False, "by_route": True, "weighted": True,
-        "activation": None, "columns": 544, "wide": True,
-    },
-    "wide where columns are not": {
-        "tiles": 64, "counts": [70, 5], "size": 80, "gated": False, "gather": False, "activation": None,
-        "columns": 272, "wide": True,
-    },
     "one step": {"tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2},
     "one step of boxes": {
         "tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2, "gated": False, "gather": False,
@@ -143,7 +123,7 @@ def planned(case: dict[str, Any]) -> ExpertPlan:
         gated,
         by_route,
         card,
-        Way(rows=case["tiles"], wide=case["wide"]),
+        Way(rows=case["tiles"]),
     )
     return replace(plan, grid=case["blocks"], **case["plan"])
 
@@ -188,7 +168,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     if bool(turns.any()):
         return "turns are not as they were"
     row_tiles = sum(-(-count // plan.rows) for count in case["counts"])
-    if library.tiles_begun() != row_tiles * -(-wide // plan.weight_rows) * (1 + plan.wide):
+    if library.tiles_begun() != row_tiles * -(-wide // plan.weight_rows):
         return "a tile was worked on twice or not at all"
     if not total:
         return "wrote where it must not" if guard_broken(out) else None
@@ -241,15 +221,13 @@ MUTANTS = {
     "pieces where the swizzle does not look": ("decode", "(piece ^ (first & 7)) << 4", "piece << 4"),
     "up where gate is": ("decode", "bias.x, sums[2] + bias.y", "bias.y, sums[3] + bias.y"),
     "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),
-    "rows of the next expert": ("several tiles of rows", "min(share, segment.rows - row)", "share"),
+    "rows of the next expert": ("several tiles of rows", "min(share, rows - row)", "share"),
     "results before all have come": (
         "decode", "    sync_warpgroup(group);\n    for (u32 row = thread / P", "    for (u32 row = thread / P",
     ),
     "odd columns where even ones belong": ("second product", "at = start / 2 + odd", "at = start / 2"),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "turns that the next launch would begin with": ("decode", "    counts[1] = 0;\n", ""),
-    "columns of the other product": ("wide", "2 * tile.expert, groups, m)", "2 * tile.expert, groups, 1 - m)"),
-    "the wrong two of four": ("wide, second product", "0, 2 * m, groups", "0, m, groups"),
     "turns that are given twice": ("several tiles of rows", "gridDim.x + atomicAdd(counts, 1)",
                                    "gridDim.x + atomicAdd(counts, 1) / 2"),
     "every block clears the turns": ("several tiles of rows", "+ 1 < gridDim.x) return;", "+ 1 < 0) return;"),

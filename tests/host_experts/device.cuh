@@ -10,6 +10,7 @@
 #define __device__
 #define __global__
 #define __shared__
+#define __align__(n)
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -39,10 +40,12 @@ struct alignas(8) float2 {
 extern Index threadIdx, blockIdx, gridDim, blockDim;
 
 void __syncthreads();
+void __syncwarp();
 u32 atomicAdd(u32* word, u32 value);
 void wait_for_previous_launch();
 u32 scan_block(u32 value, u32* sums, u32& total);
 
+inline void __trap() { std::abort(); }
 inline float __int_as_float(i64 bits) {
   const u32 low = static_cast<u32>(bits);
   float value;

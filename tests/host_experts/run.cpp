@@ -14,7 +14,7 @@ alignas(1024) u8 memory[1 << 18];
 
 namespace {
 
-constexpr u32 OFFSET = 512;  // the address of the first byte of shared memory
+constexpr u32 OFFSET = 1024;  // the address of the first byte of shared memory
 
 struct Barrier {
   u32 count = 0, pending = 0, phase = 0;
@@ -30,6 +30,11 @@ struct Word {  // of a thread's queue: a copy, or the arrival that follows those
   u32 to;
   const u8* from;
   u32 bytes, barrier;
+};
+struct Out {  // from shared memory
+  u16* to;
+  u32 from, bytes;
+  bool committed;
 };
 struct Product {
   int n;
@@ -49,6 +54,9 @@ Meeting of_block, of_group[3], of_warp[MOST / 32];
 std::map<u32, Barrier> barriers;
 std::vector<Box> boxes;
 std::deque<Word> words[MOST];
+std::deque<Out> outs[MOST];
+bool unshown[MOST];  // wrote to shared memory what only ordinary reads see,
+bool hidden;         // and let others have it
 std::deque<std::vector<Product>> groups[MOST];  // committed
 std::vector<Product> open_group[MOST];
 u32 scanned[MOST], addresses[MOST], random_bits, idle_turns, waited;
@@ -182,6 +190,8 @@ void run_block() {
   for (u32 i = 0; i < blockDim.x; ++i) {
     ended[i] = false;
     words[i].clear();
+    outs[i].clear();
+    unshown[i] = false;
     groups[i].clear();
     open_group[i].clear();
     getcontext(&lanes[i]);
@@ -205,6 +215,7 @@ void run_block() {
   if (!waited) failure = "nobody waited for the launch before";
   if (!boxes.empty()) failure = "a block ended before its copies";
   for (u32 i = 0; i < blockDim.x; ++i) {
+    if (!outs[i].empty()) failure = "a thread ended before its results were read";
     if (!words[i].empty() || !groups[i].empty() || !open_group[i].empty()) failure = "a thread ended before its work";
   }
   for (const auto& [address, barrier] : barriers) {
@@ -228,8 +239,10 @@ void run_kernel() {
 void __syncthreads() { meet(of_block, blockDim.x); }
 void sync_warpgroup(u32 group) {
   if (threadIdx.x / 128 != 1 + group) fail("a barrier of another warpgroup");
+  hidden = hidden || unshown[threadIdx.x];
   meet(of_group[group], 128);
 }
+void __syncwarp() { meet(of_warp[threadIdx.x >> 5], 32); }
 void sync_loaders() {
   if (threadIdx.x >= 128) fail("a barrier of another warpgroup");
   meet(of_group[2], 128);
@@ -281,15 +294,39 @@ void await_copies() {
   while (!words[threadIdx.x].empty()) give_way();
 }
 
-void store_transposed(u32 address, u32 values) {
+namespace {
+void store_all_transposed(u32 address, const u32* values, u32 count) {
   addresses[threadIdx.x] = address;
   meet(of_warp[threadIdx.x >> 5], 32);
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x - lane;
-  for (u32 odd = 0; odd < 2; ++odd) {
-    const u16 half = values >> 16 * odd;
-    std::memcpy(place(addresses[warp + 2 * (lane % 4) + odd] + lane / 4 * 2), &half, 2);
+  for (u32 i = 0; i < 2 * count; ++i) {
+    const u16 half = values[i / 2] >> 16 * (i % 2);
+    const u32 row = addresses[warp + i / 2 * 8 + 2 * (lane % 4) + i % 2];
+    if (row % 16) fail("a row that does not begin where it must");
+    std::memcpy(place(row + lane / 4 * 2), &half, 2);
   }
+  unshown[threadIdx.x] = true;
   meet(of_warp[threadIdx.x >> 5], 32);
+}
+}  // namespace
+
+void store_transposed(u32 address, u32 values) { store_all_transposed(address, &values, 1); }
+void store_transposed(u32 address, const uint4& values) { store_all_transposed(address, &values.x, 4); }
+void show_shared_writes() { unshown[threadIdx.x] = false; }
+void copy_out(u16* to, u32 from, u32 bytes) {
+  if (from % 16 || bytes % 16 || reinterpret_cast<u64>(to) % 16) fail("a copy that is not of whole words");
+  if (hidden) fail("the copy engine does not see what a lane wrote");
+  if (at_once) std::memcpy(to, place(from), bytes);
+  else outs[threadIdx.x].push_back({to, from, bytes, false});
+}
+void commit_copies_out() {
+  for (Out& out : outs[threadIdx.x]) out.committed = true;
+}
+void await_copies_out() {
+  give_way();
+  for (auto& mine = outs[threadIdx.x]; !mine.empty() && mine.front().committed; mine.pop_front()) {
+    std::memcpy(mine.front().to, place(mine.front().from), mine.front().bytes);
+  }
 }
 uint4 load_shared(u32 address) {
   uint4 word;
@@ -334,6 +371,7 @@ extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* 
   gridDim.x = blocks;
   blockDim.x = THREADS;
   begun = 0;
+  hidden = false;
   std::vector<u32> order(blocks);  // in which blocks run, one after the other
   for (u32 i = 0; i < blocks; ++i) {
     order[i] = i;

@@ -24,6 +24,11 @@ void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z = 0
 void copy_16_bytes(u32 to, const u8* from, u32 bytes);
 void await_copies();
 void store_transposed(u32 address, u32 values);
+void store_transposed(u32 address, const uint4& values);
+void show_shared_writes();
+void copy_out(u16* to, u32 from, u32 bytes);
+void commit_copies_out();
+void await_copies_out();
 uint4 load_shared(u32 address);
 void queue_product(int n, float* d, u64 a, u64 b, u32 adds);
 void commit_products();
@@ -32,7 +37,6 @@ void await_products(int pending);
 inline u64 soon_forgotten() { return 0; }
 inline void prefetch_map(const TensorMap&) {}
 inline void show_memory_to_copies() {}
-inline void show_writes_to_tensor_cores() {}
 inline void begin_products() {}
 inline void settle(float&) {}
 inline u64 tile_descriptor(u32 address) {

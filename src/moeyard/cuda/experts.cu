@@ -28,7 +28,15 @@
 struct Signals {
   bool releases;  // stages that the warp has read
   u32 lead;       // the step after which the other warpgroup may begin, or one that never comes
+  u32 held;       // the `empty` barrier of the stage from which results are still being copied, or 0
 };
+
+// The stage from which this warp had results copied is free.
+__device__ __forceinline__ void give_back(const Signals& signals) {
+  await_copies_out();
+  __syncwarp();
+  if (signals.releases) arrive(signals.held);
+}
 
 // All products of a tile for N of its rows.
 template <int N>
@@ -37,20 +45,21 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
   u32 before = 0;
   for (u32 step = 0; step < steps; ++step) {
     await_phase(room.full + 8 * stage.number, stage.parity);
-    if constexpr (GATHERS) show_writes_to_tensor_cores();
+    if constexpr (GATHERS) show_shared_writes();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u64 weights = tile_descriptor(here + group * NEXT_GROUP * BK * 2);
+    const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * 2);
     const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
     begin_products();
 #pragma unroll
     for (int i = 0; i < BK / 16; ++i) {
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
-        multiply<N>(sums[m], weights + m * (NEXT_PRODUCT * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
+        multiply<N>(sums[m], weights + m * (64 * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
       }
     }
     commit_products();
     if (STAGGERS && step == signals.lead) arrive(room.lead);
+    if (IN_STAGES && step == 0 && signals.held) give_back(signals);
     await_products<1>();  // those of the step before have ended
     if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
     before = stage.number;
@@ -79,18 +88,19 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
 __device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
   return bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, a.curve);
 }
-__device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
-  return narrow_pair<KIND>(bend<CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
-                           bend<CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
+__device__ __forceinline__ float finish(float sum, float bias, const Arguments& a, float factor) {
+  return bend<CURVE, CLAMPS>(sum + bias, a.curve) * factor;
 }
 
-// Results of 8 rows with a gate, transposed to `to`: rows with columns side by side.
-__device__ __forceinline__ void put_results(const float* sums, const float2 bias, const Arguments& a, u32 to) {
-  store_transposed(to, narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a)));
+// The same of two rows side by side: 32 bits, to be transposed.
+__device__ __forceinline__ u32 finish_two_gated(const float* sums, const float2 bias, const Arguments& a) {
+  return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
+}
+__device__ __forceinline__ u32 finish_two(const float* sums, float bias, const Arguments& a, float2 factors) {
+  return narrow_pair<KIND>(finish(sums[0], bias, a, factors.x), finish(sums[1], bias, a, factors.y));
 }
 
-// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane, or four of
-// both, or with a gate two of both.
+// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
 __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                               const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
@@ -106,21 +116,11 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
       if constexpr (BY_ROUTE) to = a.out + static_cast<i64>(room.routes[group * BN + row]) * a.columns + column;
       const float factor = WEIGHS ? room.factors[group * BN + row] : 1.0f;
       const int at = start / 2 + odd;
-      if constexpr (SIDE_BY_SIDE) {
-        if (column >= a.columns) continue;
-        if constexpr (GATED_RESULT) {
-          *reinterpret_cast<u32*>(to) = narrow_pair<KIND>(finish_gated(sums[0] + at, bias[0], a),
-                                                          finish_gated(sums[1] + at, bias[1], a));
-        } else {
-          *reinterpret_cast<uint2*>(to) = {finish_pair(sums[0] + at, bias[0], a, factor),
-                                           finish_pair(sums[1] + at, bias[1], a, factor)};
-        }
-      } else {
 #pragma unroll
-        for (int m = 0; m < TALL; ++m) {
-          if (column + m * NEXT_COLUMN >= a.columns) continue;
-          *reinterpret_cast<u32*>(to + m * NEXT_COLUMN) = finish_pair(sums[m] + at, bias[m], a, factor);
-        }
+      for (int m = 0; m < TALL; ++m) {
+        if (column + m * COLUMNS_A_PRODUCT >= a.columns) continue;
+        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = narrow_pair<KIND>(
+            finish(sums[m][at], bias[m].x, a, factor), finish(sums[m][at + 2], bias[m].y, a, factor));
       }
     }
   }
@@ -128,23 +128,23 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
 
 // The column of the first of the two weight rows that a lane has in a product.
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
-  return (warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2)) * (SIDE_BY_SIDE ? 2 : 1);
+  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT || IN_STAGES ? 1 : 2);
 }
 
-// The biases of those: gate and up, or columns side by side.
+// The biases of those: gate and up, or two columns.
 __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
   float2 bias = {0.0f, 0.0f};
   if constexpr (BIASES) {
     const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
     if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
-    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : 1)));
+    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : SECOND_COLUMN)));
   }
   return bias;
 }
 
 __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Arguments& a, const Tile& tile, u32 column) {
 #pragma unroll
-  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * NEXT_COLUMN);
+  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
 }
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
@@ -165,7 +165,7 @@ __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
-        put_results(sums[m] + (start + i) / 2, bias[m], a, to);
+        store_transposed(to, finish_two_gated(sums[m] + (start + i) / 2, bias[m], a));
       }
     }
     sync_warpgroup(group);
@@ -176,6 +176,72 @@ __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN
       }
     }
   }
+}
+
+// Results of a tile into a stage, transposed: rows with columns side by side, PITCH bytes from row to row.
+__device__ __forceinline__ void put_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                            const Room& room, const Arguments& a, const Tile& tile, u32 there) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
+  const u32 row = GATED_RESULT ? lane & 15 : (lane >> 4) * 8 + (lane & 7);
+  const u32 column = warp * COLUMNS_A_WARP + (GATED_RESULT ? (lane >> 4) * COLUMNS_A_PRODUCT : lane & 8);
+  const u32 to = there + row * PITCH + column * 2;
+#pragma unroll
+  for (int start = 0; start < BN; start += 16) {
+    if (start >= tile.rows) break;
+    if constexpr (GATED_RESULT) {
+      const float *first = sums[0] + start / 2, *second = sums[1] + start / 2;
+      const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
+                            finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
+      store_transposed(to + start * PITCH, values);
+    } else {
+      float2 low = {1.0f, 1.0f}, high = {1.0f, 1.0f};  // factors of the lane's rows
+      if constexpr (WEIGHS) {
+        const float* factors = room.factors + group * BN + start + 2 * (lane & 3);
+        low = {factors[0], factors[1]};
+        high = {factors[8], factors[9]};
+      }
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const float* of_rows = sums[m] + start / 2;
+        const uint4 values = {finish_two(of_rows, bias[m].x, a, low), finish_two(of_rows + 2, bias[m].y, a, low),
+                              finish_two(of_rows + 4, bias[m].x, a, high), finish_two(of_rows + 6, bias[m].y, a, high)};
+        store_transposed(to + start * PITCH + m * COLUMNS_A_PRODUCT * 2, values);
+      }
+    }
+  }
+}
+
+// A stage that is lent for the results of the other warpgroup.
+__device__ __forceinline__ void pass_stage(const Room& room, Stage& stage) {
+  await_phase(room.full + 8 * stage.number, stage.parity);
+  if (threadIdx.x % 32 == 0) arrive(room.empty + 8 * stage.number);
+  stage.advance();
+}
+
+// Results of a tile through a stage that is lent for it. Returns the stage's `empty` barrier, which wants to hear when
+// they have been copied.
+__device__ __forceinline__ u32 send_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                            const Room& room, const Arguments& a, const Tile& tile, u32 first_column,
+                                            Stage& stage) {
+  const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
+  if (RESULT_STAGES > 1 && group == 1) pass_stage(room, stage);
+  await_phase(room.full + 8 * stage.number, stage.parity);
+  const u32 held = room.empty + 8 * stage.number;
+  const u32 there = room.stages + stage.number * STAGE_BYTES + (RESULT_STAGES > 1 ? 0 : group * BN * PITCH);
+  stage.advance();
+  put_results(sums, bias, room, a, tile, there);
+  show_shared_writes();
+  sync_warpgroup(group);
+  if (first_column < a.columns) {
+    const u32 bytes = min(u32(COLUMNS_A_GROUP), a.columns - first_column) * 2;
+    for (u32 row = thread; row < tile.rows; row += 128) {
+      const u32 target = BY_ROUTE ? room.routes[group * BN + row] : tile.first_row + row;
+      copy_out(a.out + static_cast<i64>(target) * a.columns + first_column, there + row * PITCH, bytes);
+    }
+  }
+  commit_copies_out();
+  if (RESULT_STAGES > 1 && group == 0) pass_stage(room, stage);
+  return held;
 }
 
 // What a warpgroup has to know of a tile whose results go to routes.
@@ -195,12 +261,12 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Stage stage = {0, 0};
   u32 turn = 0;
   float sums[TALL][BN / 2] = {};
-  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL};
+  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL, 0};
   if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
   while (true) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     const Tile tile = room.tiles[stage.number];
-    if (tile.rows == 0) return;
+    if (tile.rows == 0) break;
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
@@ -208,9 +274,11 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
+    if constexpr (IN_STAGES) signals.held = send_results(sums, bias, room, a, tile, first_column, stage);
+    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
     else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
   }
+  if (IN_STAGES && signals.held) give_back(signals);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
@@ -218,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
     u16* out, u32* turns, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
     i64 limit) {
-  extern __shared__ u8 memory[];
+  extern __shared__ __align__(1024) u8 memory[];
   const Room room = divide(memory);
   constexpr u32 OF_TILE = GATED_RESULT ? BM / 2 : BM;
   const u32 weight_tiles = (columns + OF_TILE - 1) / OF_TILE;
@@ -234,12 +302,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   }
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
   if (!READY_BEFORE) wait_for_previous_launch();
-  const u32 total = make_table<BN>(room.table, room.sums, first_rows, row_counts, experts) * weight_tiles;
+  const u32 total = make_table<BN>(room.table, room.sums, row_counts, experts) * weight_tiles;
   const Arguments a = {rows, bias, factors, sorted_token_ids, out, turns, static_cast<u32>(columns),
                        static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
                        row_pitch,
                        {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
-  const Work tiles = {room.table, weight_tiles};
+  const Work tiles = {room.table, weight_tiles, first_rows, row_counts, 0, 0};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);

@@ -283,7 +283,7 @@ def expert_defines(
     kind, element = _KINDS[dtype]
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
-        "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams, "WIDE": plan.wide,
+        "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

@@ -11,15 +11,8 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
-  const u32 column = step * BK, groups = tile.weight_tile * (BM / (SIDE_BY_SIDE ? 32 : 16));
-  if constexpr (SIDE_BY_SIDE) {
-#pragma unroll
-    for (u32 m = 0; m < TALL; ++m) {
-      const u32 there = to + m * (WEIGHT_BYTES / TALL);
-      if constexpr (GATED_RESULT) copy_box(there, map, barrier, column, 0, 2 * tile.expert, groups, m);
-      else copy_box(there, map, barrier, column, 0, 2 * m, groups, tile.expert);
-    }
-  } else if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
+  const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);
+  if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
   else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
 }
 
@@ -28,6 +21,17 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
   const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES, barrier = room.full + 8 * stage;
   for (u32 row = 0; row < tile.rows; row += STEP) {
     copy_box(to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
+  }
+}
+
+// The stages behind a tile's last step, once they are free, are for its results.
+__device__ __forceinline__ void lend_stages(const Room& room, Stage& stage) {
+#pragma unroll
+  for (int i = 0; i < RESULT_STAGES; ++i) {
+    await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+    arrive(room.full + 8 * stage.number);
+    if (GATHERS && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
+    stage.advance();
   }
 }
 
@@ -71,6 +75,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
       load_rows(row_map, room, tile, step, stage.number);
       stage.advance();
     }
+    lend_stages(room, stage);
     number = following;
   }
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
@@ -120,6 +125,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
       arrive_after_copies(room.full + 8 * stage.number);
       stage.advance();
     }
+    lend_stages(room, stage);
     if (threadIdx.x == 0) room.following[odd] = following;
     sync_loaders();
     number = room.following[odd];

@@ -11,12 +11,14 @@ STEP_VALUES = 64
 """Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
 _WEIGHT_ROWS = 64
 """Weight rows of a warpgroup's product."""
-_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1)}
+_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 176: (2, 2, 1), 192: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
 _ROWS = tuple(_SHAPES)
+_STAGED_ROWS = 128
+"""Rows from which on results leave through stages."""
 _RESERVED = 1024
-"""Bytes of shared memory that the system keeps of every block's, and that alignment may take."""
-_SEGMENT = 16
+"""Bytes of shared memory that the system keeps of every block's."""
+_SEGMENT = 8
 """Bytes of an expert in the table of tiles."""
 _MOST_STAGES = 12
 
@@ -30,8 +32,6 @@ class Way:
     every tile."""
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
-    wide: bool = False
-    """Whether a lane's two products have columns side by side, where there are two."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ExpertPlan:
     @property
     def box(self) -> int:
         """Rows of a box."""
-        return self.rows if self.rows <= 16 else 16 if self.rows <= 64 else 32
+        return self.rows if self.rows <= 16 else 16 if self.rows <= 64 or self.rows % 32 else 32
 
     @property
     def streams(self) -> bool:
@@ -75,11 +75,6 @@ class ExpertPlan:
         more than the 128 bytes of a row that are asked for are brought; those of two warpgroups read up to 3 % slower.
         """
         return self.groups == 1
-
-    @property
-    def wide(self) -> bool:
-        """Whether a lane's two products have columns side by side."""
-        return self.turn in ("couples", "quads")
 
 
 @lru_cache(maxsize=4096)
@@ -109,15 +104,14 @@ def expert_plan(
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
-        wide = way.wide and tall == 2 and (gated or columns % 32 == 0)
-        turn = ("couples" if gated else "quads") if wide else "halves" if gated else "pairs"
-        chunks = gated and not wide
+        staged = rows >= _STAGED_ROWS
+        turn = "halves" if gated else "plain" if staged else "pairs"
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, chunks, by_route)
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
-            if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, chunks, by_route)
+            if stages >= (2 if blocks == 1 and not staged else 3):
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 tiles = _most_tiles(num_rows, experts, rows) * -(-columns // columns_a_tile)
                 grid = max(1, min(card.processors * blocks, tiles))
@@ -147,10 +141,10 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, chunks: bool, by_route: bool) -> int:
+def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if chunks else 0
-    fixed = _RESERVED + groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
+    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows < _STAGED_ROWS else 0
+    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 
 

@@ -4,12 +4,11 @@
 
 #include "device.cuh"
 
-// An entry of the table: the rows of one expert in tiles of BN, numbered through over all experts that have rows.
+// An entry of the table: the rows of one expert in tiles of BN, numbered through over all experts that have rows. Which
+// rows they are is read again from where the table came from: shared memory is for stages.
 struct Segment {
   u32 first_tile;  // of rows
   u32 expert;
-  u32 first_row;
-  u32 rows;
 };
 
 // A tile of the product: `rows` rows from `first_row` on, times a tile of the expert's weight rows. No rows: the end.
@@ -20,27 +19,21 @@ struct alignas(16) Tile {
 // Fills the table and one entry behind it, whose first tile is the number of row tiles; returns that number. All
 // threads call it; `sums` is 64 words that are zero. It begins with a barrier of the block and ends with one.
 template <int BN>
-__device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* first_rows, const int* row_counts,
-                                          u32 experts) {
+__device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const int* row_counts, u32 experts) {
   u32 segments = 0, tiles = 0;
   for (u32 start = 0; start < experts; start += blockDim.x) {
     const u32 expert = start + threadIdx.x;
-    int rows = 0;
-    u32 first_row = 0;
-    if (expert < experts) {
-      rows = max(__ldcg(row_counts + expert), 0);
-      first_row = __ldcg(first_rows + expert);
-    }
+    const int rows = expert < experts ? max(__ldcg(row_counts + expert), 0) : 0;
     const u32 of_expert = (rows + BN - 1) / BN;
     u32 more_segments, more_tiles;
     __syncthreads();  // the sums of the round before have been read
     const u32 segment = segments + scan_block(rows > 0, sums, more_segments);
     const u32 first_tile = tiles + scan_block(of_expert, sums + 32, more_tiles);
-    if (rows > 0) table[segment] = {first_tile, expert, first_row, static_cast<u32>(rows)};
+    if (rows > 0) table[segment] = {first_tile, expert};
     segments += more_segments;
     tiles += more_tiles;
   }
-  if (threadIdx.x == 0) table[segments] = {tiles, 0, 0, 0};
+  if (threadIdx.x == 0) table[segments] = {tiles, 0};
   __syncthreads();
   return tiles;
 }
@@ -50,21 +43,28 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const i64* 
 //
 // Tiles of an expert come in groups of at most GROUP row tiles: inside a group all row tiles take the same tile of
 // weights before the next, so that what runs at a time reads about as many rows as weights and finds most of both in
-// the L2 cache. Whoever asks does so for ascending numbers.
-template <int BN, int FINE, int GROUP>
+// the L2 cache. Whoever asks does so for ascending numbers below that of all tiles.
+template <int FINE, int GROUP>
 struct Tiles {
   const Segment* place;
   u32 weight_tiles;
+  const i64* first_rows;
+  const int* row_counts;
+  u32 rows, first_row;  // of the expert at `place`; no rows: not read yet
 
   __device__ __forceinline__ Tile find(u32 number) {
-    while (place[1].first_tile * weight_tiles <= number) ++place;
+    for (; place[1].first_tile * weight_tiles <= number; ++place) rows = 0;
     const Segment segment = place[0];
+    if (rows == 0) {
+      rows = __ldcg(row_counts + segment.expert);
+      first_row = __ldcg(first_rows + segment.expert);
+    }
     const u32 row_tiles = place[1].first_tile - segment.first_tile;
-    const u32 share = ((segment.rows + row_tiles - 1) / row_tiles + FINE - 1) / FINE * FINE;
+    const u32 share = ((rows + row_tiles - 1) / row_tiles + FINE - 1) / FINE * FINE;
     const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
     const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
-    return {segment.expert, weight_tile, segment.first_row + row, min(share, segment.rows - row)};
+    return {segment.expert, weight_tile, first_row + row, min(share, rows - row)};
   }
 };
 

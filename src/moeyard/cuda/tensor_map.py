@@ -34,23 +34,16 @@ def weight_boxes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(sizes, strides in bytes of all but the first, box) of weights, the fastest dimension first.
 
-    The rows of a box come by `turn`: 8 of the gate half and the same 8 of the up half ("halves"), or 8 even and 8 odd
-    ones ("pairs"); the dimensions are size, 8 rows, which of the two, groups of 16, expert. Two more take every other
-    row of those, so that two boxes fill a stage: 8 even or odd columns of 16, gate and up ("couples"; size, 8 rows,
-    half of an expert, groups of 16 columns, odd), or two rows of every four of 32 ("quads"; size, 8 rows, which of
-    four, groups of 32, expert).
+    The rows of a box come by `turn`: as they are ("plain"), 8 of the gate half and the same 8 of the up half
+    ("halves"), or 8 even and 8 odd ones ("pairs"). The dimensions are size, 8 rows, which of two such, groups of 16,
+    expert.
     """
     pitch, half = size * item, rows // 2
     strides = {
+        "plain": (pitch, 8 * pitch, 16 * pitch, rows * pitch),
         "halves": (pitch, half * pitch, 8 * pitch, rows * pitch),
         "pairs": (2 * pitch, pitch, 16 * pitch, rows * pitch),
-        "couples": (2 * pitch, half * pitch, 16 * pitch, pitch),
-        "quads": (4 * pitch, pitch, 32 * pitch, rows * pitch),
     }[turn]
-    if turn == "couples":
-        return (size, 8, 2 * experts, half // 16, 2), strides, (STEP_VALUES, 8, 2, box // 32, 1)
-    if turn == "quads":
-        return (size, 8, 4, rows // 32, experts), strides, (STEP_VALUES, 8, 2, box // 32, 1)
     return (size, 8, 2, half // 8, experts), strides, (STEP_VALUES, 8, 2, box // 16, 1)
 
 

@@ -110,8 +110,9 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const u8* from, u32 bytes)
 
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Orders what ordinary writes (cp.async too) left in shared memory before what the tensor cores read next.
-__device__ __forceinline__ void show_writes_to_tensor_cores() {
+// Orders what ordinary writes (cp.async too) left in shared memory before what the tensor cores or the copy engine read
+// next.
+__device__ __forceinline__ void show_shared_writes() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
@@ -119,6 +120,25 @@ __device__ __forceinline__ void show_writes_to_tensor_cores() {
 // transposed: lane l gives the address of column l.
 __device__ __forceinline__ void store_transposed(u32 address, u32 values) {
   asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(values) : "memory");
+}
+
+// Four of those: lanes 8 i to 8 i + 7 give the addresses of the columns of number i.
+__device__ __forceinline__ void store_transposed(u32 address, const uint4& values) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(values.x),
+               "r"(values.y), "r"(values.z), "r"(values.w)
+               : "memory");
+}
+
+// From shared to global memory by the copy engine; addresses and `bytes` are multiples of 16. Copies of a thread count
+// from one commit to the next.
+__device__ __forceinline__ void copy_out(u16* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies_out() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Returns when what this thread's committed copies read has been read.
+__device__ __forceinline__ void await_copies_out() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(u32 address) {
