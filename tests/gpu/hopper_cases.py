@@ -25,8 +25,8 @@ LIMIT_S = 20
 FIRST_LIMIT_S = 60
 """Of the first case, which waits for the device and for compilers beside it."""
 WAYS = {
-    **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 176, 192)},
-    **{f"tiles of {rows}, copied": Way(copied=True, rows=rows) for rows in (64, 128, 176, 192)},
+    **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192)},
+    **{f"tiles of {rows}, copied": Way(copied=True, rows=rows) for rows in (64, 128, 192)},
 }
 
 

@@ -46,6 +46,7 @@ void wait_for_previous_launch();
 u32 scan_block(u32 value, u32* sums, u32& total);
 
 inline void __trap() { std::abort(); }
+inline int __clz(u32 bits) { return __builtin_clz(bits); }
 inline float __int_as_float(i64 bits) {
   const u32 low = static_cast<u32>(bits);
   float value;

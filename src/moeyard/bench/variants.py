@@ -49,8 +49,6 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "copied": {"copied": True},
         "128, gathered": {"rows": 128},
         "128, copied": {"copied": True, "rows": 128},
-        "176, gathered": {"rows": 176},
-        "176, copied": {"copied": True, "rows": 176},
         "192, gathered": {"rows": 192},
         "192, copied": {"copied": True, "rows": 192},
     },

@@ -59,7 +59,7 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
     }
     commit_products();
     if (STAGGERS && step == signals.lead) arrive(room.lead);
-    if (IN_STAGES && step == 0 && signals.held) give_back(signals);
+    if (IN_STAGE && step == 0 && signals.held) give_back(signals);
     await_products<1>();  // those of the step before have ended
     if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
     before = stage.number;
@@ -88,16 +88,15 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
 __device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
   return bend<CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, a.curve);
 }
-__device__ __forceinline__ float finish(float sum, float bias, const Arguments& a, float factor) {
-  return bend<CURVE, CLAMPS>(sum + bias, a.curve) * factor;
+
+__device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
+  return narrow_pair<KIND>(bend<CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
+                           bend<CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
 }
 
-// The same of two rows side by side: 32 bits, to be transposed.
+// The same with a gate of two rows: to be transposed.
 __device__ __forceinline__ u32 finish_two_gated(const float* sums, const float2 bias, const Arguments& a) {
   return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
-}
-__device__ __forceinline__ u32 finish_two(const float* sums, float bias, const Arguments& a, float2 factors) {
-  return narrow_pair<KIND>(finish(sums[0], bias, a, factors.x), finish(sums[1], bias, a, factors.y));
 }
 
 // Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
@@ -119,8 +118,7 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         if (column + m * COLUMNS_A_PRODUCT >= a.columns) continue;
-        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = narrow_pair<KIND>(
-            finish(sums[m][at], bias[m].x, a, factor), finish(sums[m][at + 2], bias[m].y, a, factor));
+        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = finish_pair(sums[m] + at, bias[m], a, factor);
       }
     }
   }
@@ -128,16 +126,16 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
 
 // The column of the first of the two weight rows that a lane has in a product.
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
-  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT || IN_STAGES ? 1 : 2);
+  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);
 }
 
-// The biases of those: gate and up, or two columns.
+// The biases of those: gate and up, or columns side by side.
 __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
   float2 bias = {0.0f, 0.0f};
   if constexpr (BIASES) {
     const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
     if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
-    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : SECOND_COLUMN)));
+    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : 1)));
   }
   return bias;
 }
@@ -178,69 +176,36 @@ __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN
   }
 }
 
-// Results of a tile into a stage, transposed: rows with columns side by side, PITCH bytes from row to row.
-__device__ __forceinline__ void put_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                            const Room& room, const Arguments& a, const Tile& tile, u32 there) {
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
-  const u32 row = GATED_RESULT ? lane & 15 : (lane >> 4) * 8 + (lane & 7);
-  const u32 column = warp * COLUMNS_A_WARP + (GATED_RESULT ? (lane >> 4) * COLUMNS_A_PRODUCT : lane & 8);
-  const u32 to = there + row * PITCH + column * 2;
+// Results of a tile with a gate through the stage that is lent for them, transposed to rows with columns side by side;
+// the copy engine takes them from there. Returns the stage's `empty` barrier, which wants to hear when that is done.
+__device__ __forceinline__ u32 send_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                                  const Room& room, const Arguments& a, const Tile& tile,
+                                                  u32 first_column, Stage& stage) {
+  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
+  const u32 held = room.empty + 8 * stage.number;
+  const u32 there = room.stages + stage.number * STAGE_BYTES + group * BN * PITCH;
+  const u32 column = warp * COLUMNS_A_WARP + (lane >> 4) * COLUMNS_A_PRODUCT;
+  const u32 to = there + (lane & 15) * PITCH + column * 2;  // of the lane's row in 16 rows of both products
+  await_phase(room.full + 8 * stage.number, stage.parity);
+  stage.advance();
 #pragma unroll
   for (int start = 0; start < BN; start += 16) {
     if (start >= tile.rows) break;
-    if constexpr (GATED_RESULT) {
-      const float *first = sums[0] + start / 2, *second = sums[1] + start / 2;
-      const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
-                            finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
-      store_transposed(to + start * PITCH, values);
-    } else {
-      float2 low = {1.0f, 1.0f}, high = {1.0f, 1.0f};  // factors of the lane's rows
-      if constexpr (WEIGHS) {
-        const float* factors = room.factors + group * BN + start + 2 * (lane & 3);
-        low = {factors[0], factors[1]};
-        high = {factors[8], factors[9]};
-      }
-#pragma unroll
-      for (int m = 0; m < TALL; ++m) {
-        const float* of_rows = sums[m] + start / 2;
-        const uint4 values = {finish_two(of_rows, bias[m].x, a, low), finish_two(of_rows + 2, bias[m].y, a, low),
-                              finish_two(of_rows + 4, bias[m].x, a, high), finish_two(of_rows + 6, bias[m].y, a, high)};
-        store_transposed(to + start * PITCH + m * COLUMNS_A_PRODUCT * 2, values);
-      }
-    }
+    const float *first = sums[0] + start / 2, *second = sums[1] + start / 2;
+    const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
+                          finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
+    store_transposed(to + start * PITCH, values);
   }
-}
-
-// A stage that is lent for the results of the other warpgroup.
-__device__ __forceinline__ void pass_stage(const Room& room, Stage& stage) {
-  await_phase(room.full + 8 * stage.number, stage.parity);
-  if (threadIdx.x % 32 == 0) arrive(room.empty + 8 * stage.number);
-  stage.advance();
-}
-
-// Results of a tile through a stage that is lent for it. Returns the stage's `empty` barrier, which wants to hear when
-// they have been copied.
-__device__ __forceinline__ u32 send_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                            const Room& room, const Arguments& a, const Tile& tile, u32 first_column,
-                                            Stage& stage) {
-  const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
-  if (RESULT_STAGES > 1 && group == 1) pass_stage(room, stage);
-  await_phase(room.full + 8 * stage.number, stage.parity);
-  const u32 held = room.empty + 8 * stage.number;
-  const u32 there = room.stages + stage.number * STAGE_BYTES + (RESULT_STAGES > 1 ? 0 : group * BN * PITCH);
-  stage.advance();
-  put_results(sums, bias, room, a, tile, there);
   show_shared_writes();
   sync_warpgroup(group);
   if (first_column < a.columns) {
+    u16* out = a.out + static_cast<i64>(tile.first_row) * a.columns + first_column;
     const u32 bytes = min(u32(COLUMNS_A_GROUP), a.columns - first_column) * 2;
     for (u32 row = thread; row < tile.rows; row += 128) {
-      const u32 target = BY_ROUTE ? room.routes[group * BN + row] : tile.first_row + row;
-      copy_out(a.out + static_cast<i64>(target) * a.columns + first_column, there + row * PITCH, bytes);
+      copy_out(out + static_cast<i64>(row) * a.columns, there + row * PITCH, bytes);
     }
   }
   commit_copies_out();
-  if (RESULT_STAGES > 1 && group == 0) pass_stage(room, stage);
   return held;
 }
 
@@ -274,11 +239,11 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (IN_STAGES) signals.held = send_results(sums, bias, room, a, tile, first_column, stage);
+    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, room, a, tile, first_column, stage);
     else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
     else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
   }
-  if (IN_STAGES && signals.held) give_back(signals);
+  if (IN_STAGE && signals.held) give_back(signals);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
@@ -307,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
                        static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
                        row_pitch,
                        {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
-  const Work tiles = {room.table, weight_tiles, first_rows, row_counts, 0, 0};
+  const Work tiles = {room.table, weight_tiles, expert_bits(experts), first_rows, row_counts, 0, 0};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
     if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);

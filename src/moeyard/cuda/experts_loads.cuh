@@ -24,15 +24,12 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
   }
 }
 
-// The stages behind a tile's last step, once they are free, are for its results.
-__device__ __forceinline__ void lend_stages(const Room& room, Stage& stage) {
-#pragma unroll
-  for (int i = 0; i < RESULT_STAGES; ++i) {
-    await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-    arrive(room.full + 8 * stage.number);
-    if (GATHERS && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
-    stage.advance();
-  }
+// The stage behind a tile's last step, once it is free, is for the tile's results.
+__device__ __forceinline__ void lend_stage(const Room& room, Stage& stage) {
+  await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
+  arrive(room.full + 8 * stage.number);
+  if (GATHERS && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
+  stage.advance();
 }
 
 // In place of a tile; the stage is free.
@@ -75,7 +72,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
       load_rows(row_map, room, tile, step, stage.number);
       stage.advance();
     }
-    lend_stages(room, stage);
+    if constexpr (IN_STAGE) lend_stage(room, stage);
     number = following;
   }
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
@@ -125,7 +122,7 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
       arrive_after_copies(room.full + 8 * stage.number);
       stage.advance();
     }
-    lend_stages(room, stage);
+    if constexpr (IN_STAGE) lend_stage(room, stage);
     if (threadIdx.x == 0) room.following[odd] = following;
     sync_loaders();
     number = room.following[odd];

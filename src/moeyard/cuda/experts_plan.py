@@ -11,14 +11,14 @@ STEP_VALUES = 64
 """Values of a row that a stage holds: 128 bytes, what the swizzle spans."""
 _WEIGHT_ROWS = 64
 """Weight rows of a warpgroup's product."""
-_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 176: (2, 2, 1), 192: (2, 2, 1)}
+_SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
 _ROWS = tuple(_SHAPES)
-_STAGED_ROWS = 128
-"""Rows from which on results leave through stages."""
 _RESERVED = 1024
 """Bytes of shared memory that the system keeps of every block's."""
-_SEGMENT = 8
+_TABLE_BITS = 32
+"""Of an entry of the table of tiles: the expert, and above it the number of its first tile."""
+_SEGMENT = 4
 """Bytes of an expert in the table of tiles."""
 _MOST_STAGES = 12
 
@@ -65,7 +65,7 @@ class ExpertPlan:
     @property
     def box(self) -> int:
         """Rows of a box."""
-        return self.rows if self.rows <= 16 else 16 if self.rows <= 64 or self.rows % 32 else 32
+        return self.rows if self.rows <= 16 else 16 if self.rows <= 64 else 32
 
     @property
     def streams(self) -> bool:
@@ -104,18 +104,18 @@ def expert_plan(
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
-        staged = rows >= _STAGED_ROWS
-        turn = "halves" if gated else "plain" if staged else "pairs"
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + _RESERVED) // blocks - _RESERVED
             fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
-            if stages >= (2 if blocks == 1 and not staged else 3):
+            if stages >= 3 or (blocks == 1 and stages == 2):
                 used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
-                tiles = _most_tiles(num_rows, experts, rows) * -(-columns // columns_a_tile)
-                grid = max(1, min(card.processors * blocks, tiles))
-                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, turn)
+                row_tiles = _most_tiles(num_rows, experts, rows)
+                if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
+                    raise ValueError(f"rows: expected fewer, or fewer experts, got {num_rows} for {experts} experts")
+                grid = max(1, min(card.processors * blocks, row_tiles * -(-columns // columns_a_tile)))
+                return ExpertPlan(rows, groups, tall, stages, blocks, grid, used, "halves" if gated else "pairs")
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)
@@ -143,7 +143,7 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
 
 def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows < _STAGED_ROWS else 0
+    chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows <= 128 else 0
     fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 

@@ -11,7 +11,7 @@ constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUT
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, STREAMS = STREAMING;
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
-constexpr int STEP = BN <= 16 ? BN : BN <= 64 || BN % 32 ? 16 : 32;  // rows of a box
+constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
 constexpr int FINE = BN <= 16 ? BN : 16;                  // and what multiplied rows are a multiple of
 constexpr int GROUP = BN > 128 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
@@ -21,21 +21,18 @@ constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
 constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
-constexpr bool IN_STAGES = BN >= 128;                // how results leave: through stages,
-constexpr bool IN_CHUNKS = GATED && !IN_STAGES;      // or through memory of their own, or straight from registers
-constexpr int RESULT_STAGES = IN_STAGES ? GATED ? 1 : CONSUMERS : 0;  // of both warpgroups, or each has its own
+constexpr bool IN_STAGE = GATED && BN > 128;      // how results leave: through a stage,
+constexpr bool IN_CHUNKS = GATED && !IN_STAGE;    // or through memory of their own, or straight from registers
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
 // Weight rows of a stage from one product of a warpgroup to its next, and from one warpgroup's to the other's; columns
 // of results from the first of a lane in one product to its first in the next.
-constexpr int SECOND_COLUMN = IN_STAGES ? 8 : 1;  // from the first column that a lane has in a product without a gate
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 using Work = Tiles<FINE, GROUP>;
-static_assert(!IN_STAGES || (TALL == 2 && DEPTH > RESULT_STAGES), "a tile begins in a stage without results");
-static_assert(BN * PITCH * (RESULT_STAGES == 1 ? CONSUMERS : 1) <= STAGE_BYTES || !IN_STAGES, "a stage holds results");
+static_assert(!IN_STAGE || (TALL == 2 && DEPTH >= 2 && CONSUMERS * BN * PITCH <= STAGE_BYTES), "a stage holds results");
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(!(GATHERS && READY_BEFORE), "who gathers waits for the layout");
 static_assert(!WEIGHS || BY_ROUTE, "factors are those of routes");
@@ -61,7 +58,7 @@ struct Room {
   u32* sums;       // 64 words, for the table; after that
   Tile* tiles;     // [DEPTH]: the one whose first step is in a stage, and
   u32* following;  // [2]: what one thread that loads tells the others
-  Segment* table;
+  u32* table;
 };
 
 struct Arguments {
@@ -94,7 +91,7 @@ __device__ __forceinline__ Room divide(u8* memory) {
   room.routes = reinterpret_cast<u32*>(memory);
   room.factors = reinterpret_cast<float*>(memory) + CONSUMERS * BN;
   if constexpr (BY_ROUTE) memory += CONSUMERS * BN * 8;
-  room.table = reinterpret_cast<Segment*>(memory);
+  room.table = reinterpret_cast<u32*>(memory);
   return room;
 }
 

@@ -4,22 +4,20 @@
 
 #include "device.cuh"
 
-// An entry of the table: the rows of one expert in tiles of BN, numbered through over all experts that have rows. Which
-// rows they are is read again from where the table came from: shared memory is for stages.
-struct Segment {
-  u32 first_tile;  // of rows
-  u32 expert;
-};
-
 // A tile of the product: `rows` rows from `first_row` on, times a tile of the expert's weight rows. No rows: the end.
 struct alignas(16) Tile {
   u32 expert, weight_tile, first_row, rows;
 };
 
+// How many bits of a table's entry are the expert's number. Above them is the number of its first tile: tiles of BN
+// rows, numbered through over all experts that have rows.
+__device__ __forceinline__ u32 expert_bits(u32 experts) { return 32 - __clz(experts - 1 | 1); }
+
 // Fills the table and one entry behind it, whose first tile is the number of row tiles; returns that number. All
 // threads call it; `sums` is 64 words that are zero. It begins with a barrier of the block and ends with one.
 template <int BN>
-__device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const int* row_counts, u32 experts) {
+__device__ __forceinline__ u32 make_table(u32* table, u32* sums, const int* row_counts, u32 experts) {
+  const u32 bits = expert_bits(experts);
   u32 segments = 0, tiles = 0;
   for (u32 start = 0; start < experts; start += blockDim.x) {
     const u32 expert = start + threadIdx.x;
@@ -29,11 +27,11 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const int* 
     __syncthreads();  // the sums of the round before have been read
     const u32 segment = segments + scan_block(rows > 0, sums, more_segments);
     const u32 first_tile = tiles + scan_block(of_expert, sums + 32, more_tiles);
-    if (rows > 0) table[segment] = {first_tile, expert};
+    if (rows > 0) table[segment] = first_tile << bits | expert;
     segments += more_segments;
     tiles += more_tiles;
   }
-  if (threadIdx.x == 0) table[segments] = {tiles, 0};
+  if (threadIdx.x == 0) table[segments] = tiles << bits;
   __syncthreads();
   return tiles;
 }
@@ -46,25 +44,25 @@ __device__ __forceinline__ u32 make_table(Segment* table, u32* sums, const int* 
 // the L2 cache. Whoever asks does so for ascending numbers below that of all tiles.
 template <int FINE, int GROUP>
 struct Tiles {
-  const Segment* place;
-  u32 weight_tiles;
+  const u32* place;
+  u32 weight_tiles, bits;
   const i64* first_rows;
   const int* row_counts;
   u32 rows, first_row;  // of the expert at `place`; no rows: not read yet
 
   __device__ __forceinline__ Tile find(u32 number) {
-    for (; place[1].first_tile * weight_tiles <= number; ++place) rows = 0;
-    const Segment segment = place[0];
+    for (; (place[1] >> bits) * weight_tiles <= number; ++place) rows = 0;
+    const u32 expert = place[0] & (1u << bits) - 1, first_tile = place[0] >> bits;
     if (rows == 0) {
-      rows = __ldcg(row_counts + segment.expert);
-      first_row = __ldcg(first_rows + segment.expert);
+      rows = __ldcg(row_counts + expert);
+      first_row = __ldcg(first_rows + expert);
     }
-    const u32 row_tiles = place[1].first_tile - segment.first_tile;
+    const u32 row_tiles = (place[1] >> bits) - first_tile;
     const u32 share = ((rows + row_tiles - 1) / row_tiles + FINE - 1) / FINE * FINE;
-    const u32 inside = number - segment.first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
+    const u32 inside = number - first_tile * weight_tiles, group = inside / (GROUP * weight_tiles);
     const u32 in_group = inside - group * GROUP * weight_tiles, size = min(u32(GROUP), row_tiles - group * GROUP);
     const u32 weight_tile = in_group / size, row = (group * GROUP + in_group - weight_tile * size) * share;
-    return {segment.expert, weight_tile, first_row + row, min(share, rows - row)};
+    return {expert, weight_tile, first_row + row, min(share, rows - row)};
   }
 };
 

@@ -34,13 +34,11 @@ def weight_boxes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(sizes, strides in bytes of all but the first, box) of weights, the fastest dimension first.
 
-    The rows of a box come by `turn`: as they are ("plain"), 8 of the gate half and the same 8 of the up half
-    ("halves"), or 8 even and 8 odd ones ("pairs"). The dimensions are size, 8 rows, which of two such, groups of 16,
-    expert.
+    The rows of a box come by `turn`: 8 of the gate half and the same 8 of the up half ("halves"), or 8 even and 8 odd
+    ones ("pairs"). The dimensions are size, 8 rows, which of the two, groups of 16, expert.
     """
     pitch, half = size * item, rows // 2
     strides = {
-        "plain": (pitch, 8 * pitch, 16 * pitch, rows * pitch),
         "halves": (pitch, half * pitch, 8 * pitch, rows * pitch),
         "pairs": (2 * pitch, pitch, 16 * pitch, rows * pitch),
     }[turn]
