@@ -65,7 +65,7 @@ def test_plans_fit_the_card() -> None:
 
 def test_tiles_hold_the_rows_of_most_experts() -> None:
     assert [expert_plan(tokens * 8, 128, 768, True, False, H200).rows for tokens in (1, 64, 256, 512, 1024, 4096)] == [
-        8, 16, 32, 64, 128, 128,
+        8, 16, 32, 64, 128, 192,
     ]  # fmt: skip
     assert [expert_plan(rows * 128, 128, 768, True, False, H200).rows for rows in (128, 160, 512)] == [192] * 3
 
@@ -92,7 +92,7 @@ def test_tiles_and_copying_are_chosen_as_measured() -> None:
             chosen[cell] = f"{rows}, {how}" if rows >= 128 else how
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
     assert len(lost) == 25 and max(lost.values()) < 1.06, lost
-    assert {"gathered", "128, gathered", "192, gathered", "128, copied", "192, copied"} == set(chosen.values())
+    assert {"gathered", "128, gathered", "192, gathered", "192, copied"} == set(chosen.values())
 
 
 @pytest.mark.parametrize("which", variants._WAYS)

@@ -63,9 +63,11 @@ def problems(case: dict[str, Any]) -> list[str]:
         found.append(f"{case['case']}: not the same bits")
     if case.get("guard"):
         found.append(f"{case['case']}: wrote where it must not")
-    factor = 1.1 if case.get("count", 0) > 30000 else 3  # of few values the largest errors are not comparable
-    measured = zip(NAMES, case["errors"], case["budget"], strict=True) if "errors" in case else ()
-    for name, error, allowed in measured:
+    # Of few values errors are not comparable, and the largest of inputs that are always new varies with those too:
+    # results files have it at full size.
+    factors = (1.3, 1.1) if case.get("count", 0) > 30000 else (3, 3)
+    measured = list(zip(NAMES, case["errors"], case["budget"], strict=True)) if "errors" in case else []
+    for factor, (name, error, allowed) in zip(factors, measured, strict=False):
         if not error <= factor * allowed + 1e-6 * case["scale"]:  # NaN is wrong too
             found.append(f"{case['case']}: {name} error {error:.3g}, plain torch {allowed:.3g}")
     return found

@@ -132,11 +132,11 @@ def fused_experts_launch(
         )  # fmt: skip
         return
     way = way or way_of(num_routes, weights.num_local_experts, weights.w13.shape[1])
-    layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts)
-    align_launch(topk_ids, expert_map, layout, programmatic=True)
-    offsets, counts = layout.expert_offsets, layout.expert_counts
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
+    layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts, middle, middle if way.copied else rows)
+    align_launch(topk_ids, expert_map, layout, programmatic=True)
+    offsets, counts = layout.expert_offsets, layout.expert_counts
     turns = _turns(device)
     if way.copied:
         permute_launch(
@@ -168,12 +168,17 @@ def _by_route(hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights, o
     return _takes(sizes, weights.num_local_experts, card_of(out.get_device()))
 
 
-def _compact_layout(topk_ids: Tensor, num_experts: int, experts: int) -> Layout:
-    """An uninitialised layout of block_size 1 in one allocation."""
+def _compact_layout(topk_ids: Tensor, num_experts: int, experts: int, middle: Tensor, room: Tensor) -> Layout:
+    """An uninitialised layout of block_size 1: what is read to the end in one allocation.
+
+    `expert_ids`, which nobody reads, and `sorted_token_ids`, which at most the first product does, lie in memory that
+    holds something else later: the former in `middle` behind as much as the latter takes, that in `room`.
+    """
     n = topk_ids.numel()
-    words = topk_ids.new_empty(2 * (experts + 1) + 3 * n + experts + 1, dtype=torch.int32)
-    lengths = [2 * (experts + 1), n, n, n, experts, 1]
-    offsets, slots, blocks, routes, counts, total = words.unsafe_split_with_sizes(lengths)
+    words = topk_ids.new_empty(2 * (experts + 1) + n + experts + 1, dtype=torch.int32)
+    offsets, routes, counts, total = words.unsafe_split_with_sizes([2 * (experts + 1), n, experts, 1])
+    slots = room.view(torch.int32).as_strided((n,), (1,))
+    blocks = middle.view(torch.int32).as_strided((n,), (1,), n)
     tensors = (slots, blocks, total, offsets.view(torch.int64), counts, routes)
     return Layout.of(tensors, (num_experts, experts, 1, topk_ids.shape[1]))
 

@@ -85,9 +85,8 @@ def expert_plan(
 
     How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
     at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
-    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule. Where
-    it takes several of the largest tiles, it is those that leave the least room over. The smallest tiles have to hold
-    four deviations: 16 rows cost next to nothing more, and less where routing is skewed.
+    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule. The
+    smallest tiles have to hold four deviations: 16 rows cost next to nothing more, and less where routing is skewed.
 
     Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
     while the other writes results, and the last round leaves little undone. With more rows it is also what rows take
@@ -99,8 +98,7 @@ def expert_plan(
     mean = num_rows / max(1.0, _touched(num_rows, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
-    large = min(_ROWS[-2:], key=lambda size: (math.ceil(wanted / size) * size, size))
-    rows = way.rows or next((size for size in _ROWS[:-1] if wanted <= size), large)
+    rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
@@ -130,10 +128,11 @@ def way_of(num_rows: int, experts: int, columns: int) -> Way:
     nothing. benchmarks/results/h200/prefill_ways.json has both for five models.
     """
     rows = num_rows / max(1.0, _touched(num_rows, experts))
-    return Way(copied=rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS)
+    enough = rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS
+    return Way(copied=enough and rows * columns >= _COPIED_RESULTS)
 
 
-_COPIED_ROWS, _COPIED_COLUMNS = 128, 2048
+_COPIED_ROWS, _COPIED_COLUMNS, _COPIED_RESULTS = 128, 1280, 300_000
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
