@@ -87,7 +87,7 @@ def layer(
 
 def with_way(way: Way) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Layers in one way, whatever would be chosen, from one product to many tiles a block."""
-    experts.way_of = lambda *_: way  # type: ignore[assignment]
+    experts.way_of = lambda *_, **__: way  # type: ignore[assignment]
     yield "one step", layer(3, 4, 2, 64, 64)
     yield "short rows", layer(5, 3, 1, 80, 16)
     yield "few", layer(40, 8, 2, 512, 256)

@@ -112,8 +112,12 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
       const u32 row = start + first + odd;
       if (row >= tile.rows) continue;
       u16* to = of_row + odd * a.columns;
-      if constexpr (BY_ROUTE) to = a.out + static_cast<i64>(room.routes[group * BN + row]) * a.columns + column;
-      const float factor = WEIGHS ? room.factors[group * BN + row] : 1.0f;
+      float factor = 1.0f;
+      if constexpr (BY_ROUTE) {
+        const u32 route = room.routes[group * BN + row];
+        to = a.out + static_cast<i64>(route) * a.columns + column;
+        if constexpr (WEIGHS) factor = __ldg(a.factors + route);
+      }
       const int at = start / 2 + odd;
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
@@ -214,9 +218,7 @@ __device__ __forceinline__ void look_up_routes(const Room& room, const Arguments
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
   sync_warpgroup(group);  // the routes of the tile before have been read
   for (u32 row = thread; row < tile.rows; row += 128) {
-    const u32 route = __ldcg(a.sorted_token_ids + tile.first_row + row);
-    room.routes[group * BN + row] = route;
-    if constexpr (WEIGHS) room.factors[group * BN + row] = __ldcg(a.factors + route);
+    room.routes[group * BN + row] = __ldcg(a.sorted_token_ids + tile.first_row + row);
   }
   sync_warpgroup(group);
 }

@@ -83,7 +83,7 @@ def grouped_gemm_launch(
             )  # fmt: skip
         return
     by_route = gather = sorted_token_ids is not None
-    way = way_of(out.shape[0], weight.shape[0], out.shape[1])
+    way = way_of(out.shape[0], weight.shape[0], out.shape[1], layer=False)
     if sorted_token_ids is not None and way.copied:
         gather = False
         source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
@@ -134,7 +134,11 @@ def fused_experts_launch(
     way = way or way_of(num_routes, weights.num_local_experts, weights.w13.shape[1])
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
-    layout = _compact_layout(topk_ids, num_experts, weights.num_local_experts, middle, middle if way.copied else rows)
+    inputs = (hidden_states, topk_weights, topk_ids, expert_map)
+    layout = _compact_layout(
+        topk_ids, num_experts, weights.num_local_experts, middle, middle if way.copied else rows,
+        out if _apart(out, *inputs) else None,
+    )  # fmt: skip
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
     turns = _turns(device)
@@ -168,15 +172,30 @@ def _by_route(hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights, o
     return _takes(sizes, weights.num_local_experts, card_of(out.get_device()))
 
 
-def _compact_layout(topk_ids: Tensor, num_experts: int, experts: int, middle: Tensor, room: Tensor) -> Layout:
-    """An uninitialised layout of block_size 1: what is read to the end in one allocation.
+def _apart(out: Tensor, *others: Tensor | None) -> bool:
+    """Whether no other tensor can share memory with `out`, as those that are next to each other in a storage could."""
+    storage = out.untyped_storage().data_ptr()
+    return all(other is None or other.untyped_storage().data_ptr() != storage for other in others)
 
-    `expert_ids`, which nobody reads, and `sorted_token_ids`, which at most the first product does, lie in memory that
-    holds something else later: the former in `middle` behind as much as the latter takes, that in `room`.
+
+def _compact_layout(
+    topk_ids: Tensor, num_experts: int, experts: int, middle: Tensor, room: Tensor, out: Tensor | None
+) -> Layout:
+    """An uninitialised layout of block_size 1: what the sum reads has memory of its own.
+
+    The rest lies in memory that holds something else later: `expert_ids`, which nobody reads, in `middle` behind as
+    much as `sorted_token_ids` take, those, which at most the first product reads, in `room`, and what both products
+    read in `out`, where there is room.
     """
     n = topk_ids.numel()
-    words = topk_ids.new_empty(2 * (experts + 1) + n + experts + 1, dtype=torch.int32)
-    offsets, routes, counts, total = words.unsafe_split_with_sizes([2 * (experts + 1), n, experts, 1])
+    lengths = [2 * (experts + 1), experts, 1]
+    words = sum(lengths)
+    if out is not None and 4 * words <= out.numel() * out.element_size() and not out.storage_offset() % 4:
+        table = out.view(torch.int32).as_strided((words,), (1,))
+        routes = topk_ids.new_empty(n, dtype=torch.int32)
+    else:
+        table, routes = topk_ids.new_empty(words + n, dtype=torch.int32).unsafe_split_with_sizes([words, n])
+    offsets, counts, total = table.unsafe_split_with_sizes(lengths)
     slots = room.view(torch.int32).as_strided((n,), (1,))
     blocks = middle.view(torch.int32).as_strided((n,), (1,), n)
     tensors = (slots, blocks, total, offsets.view(torch.int64), counts, routes)

@@ -120,19 +120,20 @@ def expert_plan(
 
 
 @lru_cache(maxsize=4096)
-def way_of(num_rows: int, experts: int, columns: int) -> Way:
+def way_of(num_rows: int, experts: int, columns: int, layer: bool = True) -> Way:
     """The way of a layer, or of one product, with so many columns of weights in the first.
 
     Where products are the limit, gathering by `cp.async` takes 5 to 10 % of their time, which grows with the columns of
     the weights; copying costs a row's bytes written and read once. Where reading weights is the limit gathering costs
-    nothing. benchmarks/results/h200/prefill_ways.json has both for five models.
+    nothing. benchmarks/results/h200/prefill_ways.json has both for five models. A product alone, `layer` false, also
+    pays for finding where its rows come from.
     """
     rows = num_rows / max(1.0, _touched(num_rows, experts))
-    enough = rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS
+    enough = rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS[layer]
     return Way(copied=enough and rows * columns >= _COPIED_RESULTS)
 
 
-_COPIED_ROWS, _COPIED_COLUMNS, _COPIED_RESULTS = 128, 1280, 300_000
+_COPIED_ROWS, _COPIED_COLUMNS, _COPIED_RESULTS = 128, (2048, 1280), 300_000
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
@@ -143,7 +144,7 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
 def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
     chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows <= 128 else 0
-    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 8 if by_route else 0) + entries * _SEGMENT
+    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 4 if by_route else 0) + entries * _SEGMENT
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
 
 

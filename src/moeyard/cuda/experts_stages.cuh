@@ -54,7 +54,6 @@ struct Stage {
 struct Room {
   u32 stages, chunks, full, empty, lead;
   u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route
-  float* factors;  // [CONSUMERS][BN]
   u32* sums;       // 64 words, for the table; after that
   Tile* tiles;     // [DEPTH]: the one whose first step is in a stage, and
   u32* following;  // [2]: what one thread that loads tells the others
@@ -89,8 +88,7 @@ __device__ __forceinline__ Room divide(u8* memory) {
   room.following = room.sums + 4 * DEPTH;
   memory += 256;
   room.routes = reinterpret_cast<u32*>(memory);
-  room.factors = reinterpret_cast<float*>(memory) + CONSUMERS * BN;
-  if constexpr (BY_ROUTE) memory += CONSUMERS * BN * 8;
+  if constexpr (BY_ROUTE) memory += CONSUMERS * BN * 4;
   room.table = reinterpret_cast<u32*>(memory);
   return room;
 }
