@@ -1,12 +1,18 @@
-"""Workloads on a GPU: events inside the worker, graphs, evidence of clocks, and what the report says about trust."""
+"""Workloads on a GPU: events inside the worker, graphs, evidence of clocks.
 
+What a whole run of that kind says is kept in `proof/judge-align-h200` (test_ab_proof.py).
+"""
+
+import io
 import json
 from pathlib import Path
 
 import pytest
 
 from assay import gpu
-from assay.__main__ import main
+from assay.experiment import measured
+from assay.measure import Trees
+from assay.plan import Plan, Workload
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -21,37 +27,21 @@ def make(seed):
 """
 
 
-@pytest.mark.parametrize("graph", [[], ["--graph"]], ids=["eager", "graph"])
-def test_kernels_are_timed_by_events(graph: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, times in (("quick", 2), ("slow", 8)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "work.py").write_text(TREE.format(times=times))
-    options = [
-        "--call",
-        "work:work",
-        "--inputs",
-        "work:make",
-        "--clock",
-        "cuda",
-        "--links",
-        "20",
-        "--rounds",
-        "2",
-        *graph,
-    ]
-    raw = tmp_path / "raw"
-    assert (
-        main(
-            ["ab", str(tmp_path / "slow"), str(tmp_path / "quick"), "--out", str(raw), "--most-foreign", "9", *options]
-        )
-        == 0
-    )
-    shown = capsys.readouterr().out
-    assert "clock: cooperative" in shown and "trust: benign" in shown and "beyond the margin" in shown
-    header, *rest = (json.loads(line) for line in raw.read_text().splitlines())
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_kernels_are_timed_by_events(graph: bool, tmp_path: Path) -> None:
+    """One block: its figures, and that nothing of its own is taken for a stranger on the GPU."""
+    found = {}
+    for arm, times in (("base", 8), ("candidate", 2), ("control", 8)):
+        found[arm] = tmp_path / arm
+        found[arm].mkdir()
+        (found[arm] / "work.py").write_text(TREE.format(times=times))
+    workload = Workload("call", target="work:work", inputs="work:make", clock="cuda", links=20, graph=graph, rounds=2)
+    raw = io.StringIO()
+    assert measured(Plan(workload, most_foreign=9.0).checked(), Trees.at(found, tmp_path), raw, seconds=1e-9) is None
+    header, block = (json.loads(line) for line in raw.getvalue().splitlines())
     assert header["clock"] == "cooperative" and header["machine"]["gpus"]
-    block = rest[0]
     assert block["reasons"] == [], "the process that makes inputs is not foreign"
+    assert block["compared"] and not block["differing"]
     assert (
         block["gpus"]["base"][0]["sm_mhz"] > 0 and 0 < block["primary"]["candidate"] < block["primary"]["base"] < 1e-3
     )
