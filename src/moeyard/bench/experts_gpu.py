@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeyard.bench import experts_cells, results
+from moeyard.bench import experts_cells, results, timing
 from moeyard.bench.experts_worker import case_to
 from moeyard.bench.workloads import Case
 
@@ -270,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="all of moeyard's implementations but torch's")
     parser.add_argument("--variants", default="", help="MODULE:FUNCTION; a case gives (label, run) pairs to be timed")
     parser.add_argument("--cell-seconds", type=float, default=0.8, help="about how long a case's rounds last")
+    parser.add_argument("--rounds", type=int, default=timing.MOST_ROUNDS, help="at most so many rounds a case")
     parser.add_argument("--shares", type=int, default=2, help="processes a model that compile ahead; 0 for none")
     parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     parser.add_argument("--scale", type=int, default=1, help="divide hidden and intermediate sizes by this")
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     options = {
         "seconds": given.cell_seconds, "seed": given.seed, "variants": given.variants, "providers": given.providers,
-        "all": given.all,
+        "all": given.all, "rounds": given.rounds,
     }  # fmt: skip
     bench = Bench(given.device, given.out, given.name, begin + given.seconds, options)
     try:

@@ -130,6 +130,7 @@ def _timed(
         times = timing.time_graphs_within(
             runs, inputs, calls=calls, seconds=request["seconds"], seed=request["seed"],
             captured=lambda i: say({"at": label_of(right[i][0])}),
+            most_rounds=request.get("rounds", timing.MOST_ROUNDS),
         )  # fmt: skip
     else:
         times = timing.time_in_turn(

@@ -11,7 +11,7 @@ import torch
 
 _LEAST_ROUNDS = 7
 _MOST_US = 15e6
-_FEWEST_ROUNDS, _MOST_ROUNDS = 6, 40  # six pairs are the fewest with an interval of 95 %
+_FEWEST_ROUNDS, MOST_ROUNDS = 6, 40  # six pairs are the fewest with an interval of 95 %
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,9 @@ def time_graphs_within(
     seconds: float,
     captured: Callable[[int], None],
     seed: int = 0,
+    most_rounds: int = MOST_ROUNDS,
 ) -> list[Times]:
-    """Like `time_graphs_in_turn`, with as many rounds as fit into `seconds`, 6 to 40, and hardly any warm-up.
+    """Like `time_graphs_in_turn`, with as many rounds as fit into `seconds`, at least 6, and hardly any warm-up.
 
     For calls that are long and whose kernels are compiled already. `captured` is told which run comes next. Only the
     first two inputs are called on before: runs may keep something for each of two inputs, not of more.
@@ -128,7 +129,7 @@ def time_graphs_within(
         captured(i)
         graphs.append(_capture(run, inputs[:2], calls, over=inputs, replays=0))
     round_us = sum(_replay_us(graph) for graph in graphs)
-    rounds = max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(seconds * 1e6 / max(round_us, 1.0))))
+    rounds = max(_FEWEST_ROUNDS, min(most_rounds, int(seconds * 1e6 / max(round_us, 1.0))))
     return _replay_in_turn(graphs, calls, rounds, lambda: None, seed)
 
 
