@@ -16,6 +16,7 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import results, variants
 from moeyard.cuda import compile as building
+from moeyard.cuda import experts as launches
 from moeyard.cuda.experts import expert_defines
 from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.plan import Card
@@ -101,6 +102,28 @@ def test_ways_to_be_timed_can_be_planned(which: str) -> None:
         way = Way(**options)
         plan = expert_plan(65536, 128, 768, True, False, H200, way)
         assert plan.rows == (way.rows or 192), label
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "hidden"), [(9, 3, 7, 64), (2, 1, 512, 16), (100, 2, 8, 16)])
+@pytest.mark.parametrize("copied", [False, True])
+def test_parts_of_a_layout_share_no_memory(tokens: int, top_k: int, experts: int, hidden: int, copied: bool) -> None:
+    """Nor with what is written while they are read: rows by route by the sum, the table by both products."""
+    ids = torch.zeros(tokens, top_k, dtype=torch.int32)
+    routes = tokens * top_k
+    middle, rows, out = (torch.empty(n, hidden, dtype=torch.bfloat16) for n in (routes, routes, tokens))
+    for given in (out, None):
+        layout = launches._compact_layout(ids, experts, experts, middle, middle if copied else rows, given)
+        parts = [*layout.tensors[:3], layout.expert_offsets, layout.expert_counts, layout.route_rows]
+        spans = sorted((part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()) for part in parts)
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+        assert [part.numel() for part in parts] == [routes, routes, 1, experts + 1, experts, routes]
+        free = {tensor.untyped_storage().data_ptr() for tensor in (middle, rows)}
+        table = [layout.expert_offsets, layout.expert_counts, layout.route_rows]
+        assert not free & {part.untyped_storage().data_ptr() for part in table}
+        fits = given is not None and 4 * (3 * experts + 3) <= 2 * out.numel()
+        assert (layout.expert_offsets.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()) == fits
+        assert layout.route_rows.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+    assert launches._apart(out, rows, None) and not launches._apart(out, rows, out.view(torch.int16)[1:])
 
 
 @cache

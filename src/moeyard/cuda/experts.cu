@@ -13,10 +13,10 @@
 //
 // Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
-// no exchange; results are transposed in shared memory. Without a gate a box takes 8 even and 8 odd rows: a lane then
-// holds two columns side by side, and 8 lanes a sector of a row of results, which goes straight to memory. WIDE has two
-// boxes a stage, so that the two products of a lane have columns side by side, with a gate too. Rows come by the copy
-// engine too, or (GATHER) by cp.async from wherever the tokens lie.
+// no exchange; results are transposed in shared memory, which for the largest tiles is the stage behind a tile's last
+// step. Without a gate a box takes 8 even and 8 odd rows: a lane then holds two columns side by side, and 8 lanes a
+// sector of a row of results, which goes straight to memory. Rows come by the copy engine too, or (GATHER) by cp.async
+// from wherever the tokens lie.
 //
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
 // rows waits for that launch, and the first stages' weights are on their way before.
