@@ -123,6 +123,8 @@ def test_parts_of_a_layout_share_no_memory(tokens: int, top_k: int, experts: int
         fits = given is not None and 4 * (3 * experts + 3) <= 2 * out.numel()
         assert (layout.expert_offsets.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()) == fits
         assert layout.route_rows.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+    one = torch.empty(1, 4097, dtype=torch.bfloat16)[:, :4096]  # contiguous, whatever the stride of its one row
+    assert launches._compact_layout(ids[:1], 4, 4, middle, rows, one).expert_offsets.data_ptr() == one.data_ptr()
     assert launches._apart(out, rows, None) and not launches._apart(out, rows, out.view(torch.int16)[1:])
 
 

@@ -71,6 +71,14 @@ CASES: dict[str, dict[str, Any]] = {
     "prefill": {
         "tiles": 192, "counts": [200, 0, 33], "size": 176, "gather": False, "ready": True, "blocks": 2, "columns": 144,
     },
+    "prefill, gathered": {
+        "tiles": 192, "counts": [200, 0, 33, 1], "size": 336, "blocks": 2, "columns": 144, "bias": True,
+        "activation": GPT_OSS_ACTIVATION, "plan": {"stages": 4},
+    },
+    "prefill, one step": {
+        "tiles": 192, "counts": [380, 7], "size": 48, "gather": False, "ready": True, "blocks": 2, "columns": 144,
+        "plan": {"stages": 2},
+    },
     "gathered, many rows": {"tiles": 128, "counts": [140, 33], "size": 176, "blocks": 2, "columns": 144},
     "second product": {
         "tiles": 16, "counts": [20, 3, 0, 9], "size": 336, "gated": False, "gather": False, "activation": None,

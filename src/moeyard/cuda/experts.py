@@ -191,7 +191,7 @@ def _compact_layout(
     lengths = [2 * (experts + 1), experts, 1]
     words = sum(lengths)
     if out is not None and 4 * words <= out.numel() * out.element_size() and not out.storage_offset() % 4:
-        table = out.view(torch.int32).as_strided((words,), (1,))
+        table = out.as_strided((2 * words,), (1,)).view(torch.int32)  # of rows of any stride, if there is but one
         routes = topk_ids.new_empty(n, dtype=torch.int32)
     else:
         table, routes = topk_ids.new_empty(words + n, dtype=torch.int32).unsafe_split_with_sizes([words, n])

@@ -21,13 +21,11 @@ constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
 constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
-constexpr bool IN_STAGE = GATED && BN > 128;      // how results leave: through a stage,
-constexpr bool IN_CHUNKS = GATED && !IN_STAGE;    // or through memory of their own, or straight from registers
+constexpr bool IN_STAGE = GATED && BN > 128;    // how results leave: through a stage,
+constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their own, or straight from registers
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
-// Weight rows of a stage from one product of a warpgroup to its next, and from one warpgroup's to the other's; columns
-// of results from the first of a lane in one product to its first in the next.
 constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
