@@ -366,6 +366,16 @@ def test_goals(part: str, tokens: int, ours: float, more: dict[str, Any], met: l
     assert [verdict.met for verdict in experts_goals.verdicts({"rows": rows})] == met
 
 
+@pytest.mark.parametrize(("skewed", "met"), [(0.81, True), (0.83, False)])
+def test_goals_of_skew(skewed: float, met: bool) -> None:
+    """What it costs beside what it costs vLLM, whoever is the faster one."""
+    even = result_row("targets", 2048, "moeyard", 50.0, ratio_to={"vllm": [0.8, 0.7, 0.9]})
+    hot = {**even, "routing": "zipf", "ratio_to": {"vllm": [skewed, 0.7, 0.9]}}
+    found = list(experts_goals.verdicts({"rows": [even, hot]}))
+    assert [verdict.met for verdict in found] == [True, True, met] and "skew" in found[-1].wanted
+    assert len(list(experts_goals.verdicts({"rows": [hot]}))) == 1, "nothing to compare with"
+
+
 def test_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = {**result_row("targets", 8, "moeyard", 1.0), "time_us": None, "correct": False, "wrong": "hung"}
     machine = {"gpu": "a GPU"}

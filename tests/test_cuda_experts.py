@@ -72,7 +72,7 @@ def test_tiles_hold_the_rows_of_most_experts() -> None:
 
 
 def test_tiles_and_copying_are_chosen_as_measured() -> None:
-    """Every cell of prefill_ways.json: what is chosen is the quickest that was measured, or within 6 % of it.
+    """Every cell of prefill_ways.json: what is chosen is the quickest that was measured, or within 5 % of it.
 
     With fewer than 128 rows a tile only whether rows are copied.
     """
@@ -92,7 +92,7 @@ def test_tiles_and_copying_are_chosen_as_measured() -> None:
             how = "copied" if way_of(routes, experts, columns).copied else "gathered"
             chosen[cell] = f"{rows}, {how}" if rows >= 128 else how
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
-    assert len(lost) == 25 and max(lost.values()) < 1.06, lost
+    assert len(lost) == 25 and max(lost.values()) < 1.05, lost
     assert {"gathered", "128, gathered", "192, gathered", "192, copied"} == set(chosen.values())
 
 

@@ -125,13 +125,7 @@ def planned(case: dict[str, Any]) -> ExpertPlan:
     card = Card(132, 232448, True)
     gated, by_route = case["gated"], case["by_route"]
     plan = expert_plan(
-        sum(case["counts"]),
-        len(case["counts"]),
-        case["columns"],
-        gated,
-        by_route,
-        card,
-        Way(rows=case["tiles"]),
+        sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, Way(rows=case["tiles"])
     )
     return replace(plan, grid=case["blocks"], **case["plan"])
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_cases import FIRST_LIMIT_S, GROUPS, LIMIT_S
+from hopper_cases import FIRST_LIMIT_S, GROUPS, LIMIT_S, problems, unlucky
 
 from support import SOURCE
 
-NAMES = ("largest", "rms")
 CASES = Path(__file__).parent / "hopper_cases.py"
 
 
@@ -56,23 +55,6 @@ def test_hopper(group: str, results: dict[str, tuple[list[dict[str, Any]], str]]
     assert not wrong and not said, "\n".join([*wrong, f"{len(cases)} cases ended", said])
 
 
-def problems(case: dict[str, Any]) -> list[str]:
-    """What is wrong with a case's result, in words."""
-    found = []
-    if not case["same"]:
-        found.append(f"{case['case']}: not the same bits")
-    if case.get("guard"):
-        found.append(f"{case['case']}: wrote where it must not")
-    # Of few values errors are not comparable, and the largest of inputs that are always new varies with those too:
-    # results files have it at full size.
-    factors = (1.3, 1.1) if case.get("count", 0) > 30000 else (3, 3)
-    measured = list(zip(NAMES, case["errors"], case["budget"], strict=True)) if "errors" in case else []
-    for factor, (name, error, allowed) in zip(factors, measured, strict=False):
-        if not error <= factor * allowed + 1e-6 * case["scale"]:  # NaN is wrong too
-            found.append(f"{case['case']}: {name} error {error:.3g}, plain torch {allowed:.3g}")
-    return found
-
-
 def test_what_is_wrong_is_seen() -> None:
     """The mutants of `problems`."""
     good = {
@@ -90,3 +72,5 @@ def test_what_is_wrong_is_seen() -> None:
         {"errors": [float("nan"), float("nan")]},
     ):  # fmt: skip
         assert len(problems({**good, **change})) >= 1, change
+        assert unlucky({**good, **change}) == (change.get("errors") == [2e-3, 1e-4])
+    assert not unlucky(good)

@@ -31,9 +31,6 @@ struct Index {
 struct alignas(16) uint4 {
   u32 x, y, z, w;
 };
-struct alignas(8) uint2 {
-  u32 x, y;
-};
 struct alignas(8) float2 {
   float x, y;
 };

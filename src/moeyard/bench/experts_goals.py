@@ -19,6 +19,7 @@ _OF_FLOOR, _OF_PEER = 1.05, 1.01
 _SHARD = 2.0
 _PRODUCT = {"deep_gemm": 0.97, "torch": 1.05}
 _SLOWER = 1.02  # a median above it, with an interval wholly above 1, is slower
+_SKEWED = 1.02  # ours / vllm with a skewed routing, over the same with an even one
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ def verdicts(content: dict[str, Any]) -> Iterator[Verdict]:
         if row["mode"] == "graph":
             key = (row["op"], row["workload"], row["routing"], *row["sizes"].values())
             cases.setdefault(key, []).append(row)
+    even = {_sized(row): row["ratio_to"]["vllm"][0] for row in content["rows"] if _is_even(row)}
     for rows in cases.values():
         ours = [row for row in rows if row["provider"] == "moeyard"]
         peers = {row["provider"]: row for row in rows if row["provider"] != "moeyard" and row["correct"]}
@@ -52,6 +54,18 @@ def verdicts(content: dict[str, Any]) -> Iterator[Verdict]:
                 yield from _of_products(label, row)
             else:
                 yield from _of_experts(label, row, peers)
+                if row["routing"] != "uniform" and _sized(row) in even and "vllm" in row.get("ratio_to", {}):
+                    more = row["ratio_to"]["vllm"][0] / even[_sized(row)]
+                    wanted = f"skew costs <= {_SKEWED} x what it costs vllm"
+                    yield Verdict(label, wanted, f"{more:.3f} x", more <= _SKEWED)
+
+
+def _sized(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["op"], row["workload"], *row["sizes"].values()
+
+
+def _is_even(row: dict[str, Any]) -> bool:
+    return row["provider"] == "moeyard" and row["routing"] == "uniform" and "vllm" in row.get("ratio_to", {})
 
 
 def _of_products(label: str, row: dict[str, Any]) -> Iterator[Verdict]:

@@ -133,7 +133,10 @@ def way_of(num_rows: int, experts: int, columns: int, layer: bool = True) -> Way
     return Way(copied=enough and rows * columns >= _COPIED_RESULTS)
 
 
-_COPIED_ROWS, _COPIED_COLUMNS, _COPIED_RESULTS = 128, (2048, 1280), 300_000
+_COPIED_ROWS, _COPIED_RESULTS = 128, 300_000
+"""From how many rows of an expert on, and of how many results of it, rows are copied,"""
+_COPIED_COLUMNS = {False: 2048, True: 1280}
+"""and from how many columns: of a product alone, or of a layer's first."""
 
 
 def stage_bytes(rows: int, groups: int, tall: int) -> int:
