@@ -29,7 +29,7 @@ from moeyard.cpu.products import (
     widen,
 )
 from moeyard.cpu.rows import add_row, store_row
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.threads import count_parts, optional, run_parts
 from moeyard.values import Activation, ExpertWeights, Layout
 
 _SILU, _GELU, _GELU_TANH, _RELU2 = range(4)
@@ -42,8 +42,8 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     num_rows, size = out.shape
     parts = count_parts(rows.nbytes, 1 << 18)
     run_parts(
-        _activate_kernel, parts, num_rows, KINDS[rows.dtype], rows.data_ptr(), rows.stride(0) * rows.element_size(),
-        size, gated, *_code(activation), out.data_ptr(),
+        _activate_kernel, parts, num_rows, KINDS[rows.dtype], rows, rows.stride(0) * rows.element_size(), size, gated,
+        *_code(activation), out,
     )  # fmt: skip
 
 
@@ -77,27 +77,22 @@ def fused_experts_launch(
     middle = hidden_states.new_empty((num_routes, size))
     sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
-    b13, b2 = (None if bias is None else bias.contiguous() for bias in (weights.w13_bias, weights.w2_bias))
     used_bytes = min(num_routes, num_local) * size * hidden_size * width
-    common = (kind, slots.data_ptr(), top_k, factors.data_ptr(), weight_on_input, offsets.data_ptr(), num_local)
+    common = (kind, slots, top_k, factors, weight_on_input, offsets, num_local)
     run_parts(
         _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT), *common,
-        hidden_states.data_ptr(), hidden_states.stride(0) * width, hidden_size, w13.data_ptr(),
-        _address(b13), size, weights.gated, *_code(activation), middle.data_ptr(),
+        hidden_states, hidden_states.stride(0) * width, hidden_size, w13, optional(weights.w13_bias), size,
+        weights.gated, *_code(activation), middle,
     )  # fmt: skip
     run_parts(
-        _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT), *common, middle.data_ptr(),
-        size, w2.data_ptr(), _address(b2), hidden_size, num_tokens, sums.data_ptr(), out.data_ptr(),
+        _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT), *common, middle, size, w2,
+        optional(weights.w2_bias), hidden_size, num_tokens, sums, out,
     )  # fmt: skip
 
 
 def _code(activation: Activation) -> tuple[int, float, float, float]:
     limit = math.inf if activation.limit is None else activation.limit
     return _CODES[activation.name], activation.alpha, activation.beta, limit
-
-
-def _address(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.data_ptr()
 
 
 @kernel

@@ -24,30 +24,32 @@ _APART = 32  # counters between two threads' counters: neighbours on one cache l
 def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout) -> None:
     """Fills the layout of int32 or int64 ids of any shape and strides."""
     unsigned = np.uint64 if topk_ids.dtype == torch.int64 else np.uint32  # negative ids turn large
-    ids = topk_ids.numpy().reshape(-1).view(unsigned)
-    mapping = None if expert_map is None else expert_map.numpy()
+    ids = topk_ids.contiguous().numpy().reshape(-1).view(unsigned)
+    mapping = None if expert_map is None else expert_map.contiguous().numpy()
     num_routes = ids.size
     parts = count_parts(num_routes, _LEAST_ROUTES)
     if parts == 1:
-        _align_kernel(ids, mapping, out.num_experts, num_routes, *_outputs(out))
+        _align_kernel(ids, mapping, out.num_experts, num_routes, *_sizes(out), *_addresses(out))
         return
     firsts = np.empty((parts, out.num_local_experts + 1 + _APART), np.int32)
-    outputs = _outputs(out)
+    outputs = (*_sizes(out), *out.tensors)
     run_parts(_rank_kernel, parts, num_routes, ids, mapping, out.num_experts, firsts, *outputs)
-    _plan_kernel(num_routes, firsts, *outputs)
+    _plan_kernel(num_routes, firsts, *_sizes(out), *_addresses(out))
     run_parts(_place_kernel, parts, num_routes, ids, mapping, out.num_experts, firsts, *outputs)
 
 
 def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:
     """Fills the layout of a batched buffer."""
-    _batched_kernel(expert_num_tokens.numpy(), max_num_tokens, out.route_rows.shape[0], *_outputs(out))
+    counts = expert_num_tokens.contiguous().numpy()
+    _batched_kernel(counts, max_num_tokens, out.route_rows.shape[0], *_sizes(out), *_addresses(out))
 
 
-def _outputs(out: Layout) -> tuple[int, ...]:
+def _sizes(out: Layout) -> tuple[int, int, int]:
+    return out.num_local_experts, out.block_size, out.sorted_token_ids.shape[0]
+
+
+def _addresses(out: Layout) -> tuple[int, ...]:
     return (
-        out.num_local_experts,
-        out.block_size,
-        out.sorted_token_ids.shape[0],
         out.sorted_token_ids.data_ptr(),
         out.expert_ids.data_ptr(),
         out.num_tokens_post_padded.data_ptr(),

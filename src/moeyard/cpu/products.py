@@ -23,7 +23,7 @@ from moeyard.cpu.pointers import (
     kernel,
 )
 from moeyard.cpu.rows import store_row
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.threads import count_parts, optional, run_parts
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -57,17 +57,12 @@ def grouped_gemm_launch(
     """
     num_experts, columns, size = weight.shape
     rows, weight = dense_rows(rows), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    factors = None if topk_weights is None else topk_weights.contiguous()
-    slots = None if sorted_token_ids is None else sorted_token_ids.contiguous()
     first_rows, row_counts = first_rows.contiguous(), row_counts.contiguous()
     parts = share_parts(columns, min(out.shape[0], num_experts) * columns * size * weight.element_size())
     run_parts(
         _grouped_kernel, parts, -(-columns // UNIT), KINDS[rows.dtype],
-        rows.data_ptr(), rows.stride(0) * rows.element_size(), 0 if slots is None else slots.data_ptr(), row_divisor,
-        first_rows.data_ptr(), row_counts.data_ptr(), num_experts,
-        weight.data_ptr(), columns, size, 0 if bias is None else bias.data_ptr(),
-        0 if factors is None else factors.data_ptr(), out.data_ptr(),
+        rows, rows.stride(0) * rows.element_size(), optional(sorted_token_ids), row_divisor, first_rows, row_counts,
+        num_experts, weight, columns, size, optional(bias), optional(topk_weights), out,
     )  # fmt: skip
 
 

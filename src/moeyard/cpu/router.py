@@ -10,7 +10,7 @@ from moeyard.cpu.dots import LANES
 from moeyard.cpu.pointers import float32_at, int32_at, kernel, uint8_at
 from moeyard.cpu.products import FLOAT32, KINDS
 from moeyard.cpu.rows import add_row
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.threads import count_parts, optional, run_parts
 from moeyard.values import Routing
 
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
@@ -32,19 +32,12 @@ def route_launch(
     num_tokens, num_experts = router_logits.shape
     if router_logits.stride(1) != 1:
         router_logits = router_logits.contiguous()
-    bias = None if selection_bias is None else selection_bias.contiguous()
-    padding = None if is_padding is None else is_padding.contiguous()
-    arguments = (
-        KINDS[router_logits.dtype], router_logits.data_ptr(), router_logits.stride(0) * router_logits.element_size(),
-        num_experts, 0 if bias is None else bias.data_ptr(), 0 if padding is None else padding.data_ptr(),
-        out.topk_ids.shape[1], scoring == "softmax", renormalize, num_groups, top_k_groups, routed_scaling_factor,
-        out.topk_weights.data_ptr(), out.topk_ids.data_ptr(),
+    run_parts(
+        _route_kernel, count_parts(num_tokens * num_experts, _LEAST_LOGITS), num_tokens, KINDS[router_logits.dtype],
+        router_logits, router_logits.stride(0) * router_logits.element_size(), num_experts, optional(selection_bias),
+        optional(is_padding), out.topk_ids.shape[1], scoring == "softmax", renormalize, num_groups, top_k_groups,
+        routed_scaling_factor, out.topk_weights, out.topk_ids,
     )  # fmt: skip
-    parts = count_parts(num_tokens * num_experts, _LEAST_LOGITS)
-    if parts == 1:
-        _route_kernel(0, 0, num_tokens, *arguments)
-    else:
-        run_parts(_route_kernel, parts, num_tokens, *arguments)
 
 
 @kernel

@@ -35,7 +35,7 @@ from moeyard.cpu.pointers import (
     stream_halves,
     uint8_at,
 )
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.threads import count_parts, optional, run_parts
 from moeyard.ids import local_expert_ids
 
 _LEAST_BYTES = 1 << 20  # a part smaller than this is not worth the hand-over to a thread
@@ -66,15 +66,7 @@ def _send_rows(source: Tensor, route_rows: Tensor, top_k: int, out: Tensor) -> N
         return
     route_rows = route_rows.contiguous()
     parts = count_parts(route_rows.shape[0] * row_bytes, _LEAST_BYTES)
-    arguments = (
-        source.data_ptr(),
-        stride,
-        route_rows.data_ptr(),
-        top_k,
-        out.data_ptr(),
-        row_bytes,
-        _streams(out, row_bytes),
-    )
+    arguments = (source, stride, route_rows, top_k, out, row_bytes, _streams(out, row_bytes))
     run_parts(_send_kernel, parts, source.shape[0], *arguments)
 
 
@@ -83,15 +75,14 @@ def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> N
     num_rows = input.shape[0]
     input, row_bytes, stride = _as_rows(input)
     dst2src_map = dst2src_map.contiguous()
-    arguments = (input.data_ptr(), stride, num_rows, dst2src_map.data_ptr(), int(dst2src_map.dtype == torch.int64))
+    arguments = (input, stride, num_rows, dst2src_map, int(dst2src_map.dtype == torch.int64))
     parts = count_parts(out.nbytes, _LEAST_BYTES)
-    run_parts(_shuffle_kernel, parts, out.shape[0], *arguments, out.data_ptr(), row_bytes)
+    run_parts(_shuffle_kernel, parts, out.shape[0], *arguments, out, row_bytes)
 
 
 def combine_launch(rows: Tensor, topk_weights: Tensor | None, *, route_rows: Tensor, top_k: int, out: Tensor) -> None:
     """Sums in k order in float32."""
-    weights = None if topk_weights is None else topk_weights.contiguous()
-    _sum_rows(rows, weights, route_rows.contiguous(), top_k, out)
+    _sum_rows(rows, topk_weights, route_rows, top_k, out)
 
 
 def moe_sum_launch(rows: Tensor, topk_ids: Tensor | None, expert_map: Tensor | None, *, out: Tensor) -> None:
@@ -110,13 +101,13 @@ def _sum_rows(rows: Tensor, weights: Tensor | None, row_of_route: Tensor | None,
     parts = count_parts(num_tokens * (top_k + 1) * hidden_size * rows.element_size(), _LEAST_BYTES)
     arguments = (
         _KINDS[rows.dtype],
-        rows.data_ptr(),
+        rows,
         stride,
-        0 if weights is None else weights.data_ptr(),
-        0 if row_of_route is None else row_of_route.data_ptr(),
+        optional(weights),
+        optional(row_of_route),
         top_k,
         hidden_size,
-        out.data_ptr(),
+        out,
         row_bytes,
         _streams(out, row_bytes),
     )
