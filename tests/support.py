@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import moeyard
-from moeyard import Layout, impls
+from moeyard import Layout
+from moeyard.dispatch import table
 
 SOURCE = Path(moeyard.__file__).parents[1]
 GUARD = 64
@@ -21,7 +22,7 @@ DEVICES = [CPU, *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
 def impls_on(op: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
     """The implementations of an op that meet calls on a device, `reference` included."""
-    reasons = impls.explain(op, device, dtype).reasons
+    reasons = table.explain(op, device, dtype).reasons
     return [name for name, reason in reasons.items() if reason.startswith(("chosen", "comes after", "only chosen"))]
 
 

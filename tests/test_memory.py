@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 import moeyard
-from moeyard import ExpertWeights, Layout, Permuted, Routing, impls
+from moeyard import ExpertWeights, Layout, Permuted, Routing
+from moeyard.dispatch import table
 from support import CPU, impls_on, same_bits
 
 Call = Callable[..., Any]
@@ -251,7 +252,7 @@ def test_inputs_lie_anywhere(case: str, tokens: int) -> None:
 def test_inputs_lie_anywhere_for_threads(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A threaded call gives the bits of one thread on dense inputs."""
     op, call, make = CASES[case]
-    if "cpu" not in impls.impl_names(op):
+    if "cpu" not in table.impl_names(op):
         pytest.skip(f"{op} has no cpu implementation")
     given = make(300, torch.bfloat16)
     for at, lie in [(i, lie) for i in range(len(given)) for lie in LIES]:

@@ -10,8 +10,8 @@ from moeyard.cpu.dots import LANES
 from moeyard.cpu.pointers import float32_at, int32_at, kernel, uint8_at
 from moeyard.cpu.products import FLOAT32, KINDS
 from moeyard.cpu.rows import add_row
-from moeyard.cpu.threads import count_parts, optional, run_parts
-from moeyard.values import Routing
+from moeyard.cpu.threads import count_parts, dense, run_parts
+from moeyard.values import Router, Routing
 
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
 
@@ -20,12 +20,8 @@ def route_launch(
     router_logits: Tensor,
     selection_bias: Tensor | None,
     is_padding: Tensor | None,
+    router: Router,
     *,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    routed_scaling_factor: float,
     out: Routing,
 ) -> None:
     """Fills a routing from logits [T, E]."""
@@ -33,10 +29,10 @@ def route_launch(
     if router_logits.stride(1) != 1:
         router_logits = router_logits.contiguous()
     run_parts(
-        _route_kernel, count_parts(num_tokens * num_experts, _LEAST_LOGITS), num_tokens, KINDS[router_logits.dtype],
-        router_logits, router_logits.stride(0) * router_logits.element_size(), num_experts, optional(selection_bias),
-        optional(is_padding), out.topk_ids.shape[1], scoring == "softmax", renormalize, num_groups, top_k_groups,
-        routed_scaling_factor, out.topk_weights, out.topk_ids,
+        _route_kernel, count_parts(num_tokens * num_experts, _LEAST_LOGITS), num_tokens,
+        (router_logits, dense(selection_bias), dense(is_padding), out.topk_weights, out.topk_ids),
+        KINDS[router_logits.dtype], router_logits.stride(0) * router_logits.element_size(), num_experts, router.top_k,
+        router.scoring == "softmax", *router[2:],
     )  # fmt: skip
 
 
@@ -86,9 +82,9 @@ def _choose_groups(
 
 @kernel
 def _route_kernel(
-    part: int, start: int, stop: int, kind: int, logits: int, stride: int, num_experts: int, bias: int, padding: int,
-    top_k: int, softmax: bool, renormalize: bool, num_groups: int, top_k_groups: int, factor: float, weights: int,
-    ids: int,
+    part: int, start: int, stop: int, logits: int, bias: int, padding: int, weights: int, ids: int, kind: int,
+    stride: int, num_experts: int, top_k: int, softmax: bool, renormalize: bool, num_groups: int, top_k_groups: int,
+    factor: float,
 ) -> None:  # fmt: skip
     room = (num_experts + LANES) // LANES * LANES
     values, keys, scores = np.zeros(room, np.float32), np.zeros(room, np.float32), np.zeros(room, np.float32)

@@ -6,7 +6,7 @@ Kernels that release the GIL on a plain pool of threads cost about 70 us per han
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from queue import SimpleQueue
@@ -29,19 +29,21 @@ def count_parts(amount: int, least: int) -> int:
     return 1 if amount < 2 * least else min(torch.get_num_threads(), amount // least)
 
 
-def run_parts(part: Callable[..., object], parts: int, amount: int, *arguments: object) -> None:
-    """Calls `part(i, start, stop, *arguments)` once for every part i of range(amount), on this thread and on helpers.
+def run_parts(
+    part: Callable[..., object], parts: int, amount: int, tensors: Sequence[Tensor | None], *values: object
+) -> None:
+    """Calls `part(i, start, stop, *addresses, *values)` once for every part i of range(amount), here and on helpers.
 
-    A tensor among the arguments stands for its address, since kernels take addresses; `optional` gives one for None.
-    Helpers hold the tensors while they work. This function returns or raises only after the last part has ended.
-    Where no helper can be had (no more threads, a process that is ending), this thread does all parts.
+    The addresses are those of `tensors`, 0 for None. Helpers hold the tensors while they work. This function returns or
+    raises only after the last part has ended. Where no helper can be had (no more threads, a process that is ending),
+    this thread does all parts.
     """
-    values = tuple(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments)
-    cuts = [amount * i // parts for i in range(parts + 1)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     if parts == 1:
-        part(0, 0, amount, *values)
+        part(0, 0, amount, *addresses, *values)
         return
-    job = _Job(lambda i: part(i, cuts[i], cuts[i + 1], *values), parts, arguments)
+    cuts = [amount * i // parts for i in range(parts + 1)]
+    job = _Job(lambda i: part(i, cuts[i], cuts[i + 1], *addresses, *values), parts, tensors)
     try:
         for _ in range(parts - 1):
             _pool().submit(job.help)
@@ -53,9 +55,9 @@ def run_parts(part: Callable[..., object], parts: int, amount: int, *arguments: 
         raise job.problems[0]
 
 
-def optional(tensor: Tensor | None) -> Tensor | int:
-    """A tensor as an argument of `run_parts`: its values one after the other, or the address 0."""
-    return 0 if tensor is None else tensor.contiguous()
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A tensor whose values are one after the other, as kernels read what has no stride beside it."""
+    return None if tensor is None else tensor.contiguous()
 
 
 class _Job:
@@ -66,7 +68,7 @@ class _Job:
     helper first enters, then looks for parts, and leaves when there are none.
     """
 
-    def __init__(self, run: Callable[[int], object], parts: int, held: tuple[object, ...]) -> None:
+    def __init__(self, run: Callable[[int], object], parts: int, held: object) -> None:
         """`held` lives as long as a helper may write into it."""
         self.run, self.held = run, held
         self.todo = deque(range(parts))

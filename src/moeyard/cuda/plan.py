@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from moeyard.tiles import MOST_DECODE_TOKENS
+from moeyard.dispatch.sizes import MOST_FUSED_TOKENS
 
 WARP = 32
 MAX_THREADS = 1024
@@ -265,7 +265,7 @@ def decode_plan(num_tokens: int, top_k: int, num_local_experts: int, capacity: i
     peers, grid, threads = 1, 32, 256 if num_tokens <= 8 else 512
     if num_tokens > 16:
         peers, grid = CLUSTER, CLUSTER
-    if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
+    if num_tokens > MOST_FUSED_TOKENS or (peers > 1 and not card.clusters):
         return None
     aligning = _sized("ALONE", num_routes, grid, 1, threads, num_local_experts)
     if (

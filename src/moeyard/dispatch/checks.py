@@ -5,12 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeyard.values import INT32_MAX, MAX_EXPERTS, ExpertWeights, Routing
+from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, Layout, Router, Routing
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of rows that are computed with."""
 SCORINGS = ("softmax", "sigmoid")
+LAYOUT_DTYPES = (torch.int32, torch.int32, torch.int32, torch.int64, torch.int32, torch.int32)
+"""Of a layout's tensors, in the order of its fields."""
 _ID_SET = frozenset(ID_DTYPES)
 
 
@@ -81,6 +83,45 @@ def check_routes(topk_ids: Tensor, top_k: int | None, expert_map: Tensor | None,
     return top_k
 
 
+def check_sizes(num_experts: int, num_local_experts: int, block_size: int) -> None:
+    """The host integers of a layout are in range."""
+    if type(num_experts) is type(num_local_experts) is type(block_size) is int:
+        in_range = 1 <= num_experts <= MAX_EXPERTS and 1 <= num_local_experts <= MAX_EXPERTS
+        if in_range and 1 <= block_size <= INT32_MAX:
+            return
+    check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
+    check_int("num_local_experts", num_local_experts, low=1, high=MAX_EXPERTS)
+    check_int("block_size", block_size, low=1)
+
+
+def check_layout(layout: object) -> None:
+    """`layout` is a Layout whose tensors fit its sizes and each other: dtypes, lengths, one device, dense.
+
+    Layouts that operators made are known to fit. What the tensors hold is not read.
+    """
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout: expected a Layout, got {type(layout).__name__}")
+    if layout._notes is not None:
+        return
+    check_sizes(layout.num_experts, layout.num_local_experts, layout.block_size)
+    check_int("layout.top_k", layout.top_k, low=1)
+    for name, dtype in zip(Layout.TENSORS, LAYOUT_DTYPES, strict=True):
+        check_tensor(f"layout.{name}", getattr(layout, name), dtypes=(dtype,), ndim=(1,))
+    device, capacity, routes = layout.route_rows.device, layout.capacity, layout.num_routes
+    if routes % layout.top_k:
+        raise ValueError(f"layout.route_rows: expected a multiple of top_k={layout.top_k} routes, got {routes}")
+    if capacity % layout.block_size and layout.block_size > 1:
+        raise ValueError(
+            f"layout.sorted_token_ids: expected a multiple of block_size={layout.block_size} slots, got {capacity}"
+        )
+    experts = layout.num_local_experts
+    lengths = (capacity, capacity // layout.block_size, 1, experts + 1, experts, routes)
+    for name, length, dtype in zip(Layout.TENSORS, lengths, LAYOUT_DTYPES, strict=True):
+        check_out(f"layout.{name}", getattr(layout, name), (length,), dtype, device)
+    if not torch.compiler.is_compiling():
+        layout.trust()
+
+
 def check_experts(weights: object, rows: Tensor) -> None:
     """`weights` are those of experts that take `rows` [num_tokens, hidden_size]."""
     if not isinstance(weights, ExpertWeights):
@@ -102,27 +143,12 @@ def check_experts(weights: object, rows: Tensor) -> None:
             check_shape(f"weights.{name}", bias, (experts, size), "one row an expert")
 
 
-def refuse_gradients(**tensors: Tensor | None) -> None:
-    """None of the tensors needs a gradient that an op without one would lose."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: expected a tensor that needs no gradient (this op has none yet: torch.no_grad()), "
-                "got one with requires_grad=True"
-            )
-
-
-def check_router_options(
-    router_logits: Tensor,
-    top_k: int,
-    scoring: str,
-    selection_bias: Tensor | None,
-    num_groups: int,
-    top_k_groups: int,
-    is_padding: Tensor | None,
+def check_router(
+    router_logits: Tensor, router: Router, selection_bias: Tensor | None, is_padding: Tensor | None
 ) -> None:
     """The options of a router are in range and fit logits [T, E]."""
     num_tokens, num_experts = router_logits.shape
+    top_k, scoring, _, num_groups, top_k_groups, _ = router
     check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
@@ -135,10 +161,6 @@ def check_router_options(
     if selection_bias is not None:
         check_tensor("selection_bias", selection_bias, dtypes=(torch.float32,), ndim=(1,), device=router_logits.device)
         check_shape("selection_bias", selection_bias, (num_experts,), "one an expert")
-        if selection_bias.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                "selection_bias: expected a tensor that needs no gradient, got one with requires_grad=True"
-            )
     if is_padding is not None:
         check_tensor("is_padding", is_padding, dtypes=(torch.bool,), ndim=(1,), device=router_logits.device)
         check_shape("is_padding", is_padding, (num_tokens,), "one a token")
@@ -150,3 +172,12 @@ def check_routing_out(out: object, shape: tuple[int, int], device: torch.device)
         raise TypeError(f"out: expected a Routing, got {type(out).__name__}")
     check_out("out.topk_weights", out.topk_weights, shape, torch.float32, device)
     check_out("out.topk_ids", out.topk_ids, shape, torch.int32, device)
+
+
+def check_activation(activation: Activation | None) -> Activation:
+    """The activation, silu for None; TypeError for anything else."""
+    if activation is None:
+        return Activation()
+    if not isinstance(activation, Activation):
+        raise TypeError(f"activation: expected an Activation, got {type(activation).__name__}")
+    return activation

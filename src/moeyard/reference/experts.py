@@ -1,10 +1,10 @@
-"""The specification of products, activations and experts, as `reference.py` is of the rest: plain, wide, row by row."""
+"""The specification of products, activations and experts: in float64, row by row."""
 
 import torch
 from torch import Tensor
 
-from moeyard.reference import local_experts
-from moeyard.values import Activation, ExpertWeights, Layout, Routing
+from moeyard.reference.layout import host, local_experts
+from moeyard.values import Activation, ExpertCall, ExpertWeights, Layout, Routing, Segments
 
 
 def activate(rows: Tensor, activation: Activation, *, gated: bool = True) -> Tensor:
@@ -114,51 +114,39 @@ def grouped_gemm_launch(
     weight: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    segments: Segments,
     *,
-    sorted_token_ids: Tensor | None,
-    row_divisor: int,
-    first_rows: Tensor,
-    row_counts: Tensor,
     out: Tensor,
 ) -> None:
-    for expert, (first, count) in enumerate(zip(first_rows.tolist(), row_counts.tolist(), strict=True)):
+    rows, weight = rows.detach().cpu(), weight.detach().cpu()
+    bias, topk_weights, ids = map(host, (bias, topk_weights, segments.slots))
+    firsts, counts = segments.first_rows.tolist(), segments.row_counts.tolist()
+    for expert, (first, count) in enumerate(zip(firsts, counts, strict=True)):
         slots = torch.arange(first, first + count)
-        targets = slots if sorted_token_ids is None else sorted_token_ids.cpu()[slots].long()
-        value = rows.detach().cpu()[targets // row_divisor].double() @ weight[expert].detach().cpu().double().t()
+        targets = slots if ids is None else ids[slots].long()
+        value = rows[targets // segments.divisor].double() @ weight[expert].double().t()
         if bias is not None:
-            value = value + bias[expert].detach().cpu().double()
+            value = value + bias[expert].double()
         if topk_weights is not None:
-            value = value * topk_weights.detach().cpu().reshape(-1, 1)[targets].double()
+            value = value * topk_weights.reshape(-1, 1)[targets].double()
         out[targets.to(out.device)] = value.to(out)
 
 
 def fused_experts_launch(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
-    *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
-    out: Tensor,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor
 ) -> None:
-    def host(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().cpu()
-
+    weights = call.weights
     mine = ExpertWeights(
         weights.w13.detach().cpu(), weights.w2.detach().cpu(), host(weights.w13_bias), host(weights.w2_bias),
         weights.gated,
     )  # fmt: skip
-    out.copy_(
-        fused_experts(
-            hidden_states.detach().cpu(),
-            Routing(topk_weights.detach().cpu(), topk_ids.cpu()),
-            mine,
-            activation=activation,
-            num_experts=num_experts,
-            expert_map=host(expert_map),
-            apply_router_weight_on_input=weight_on_input,
-        )
+    result = fused_experts(
+        hidden_states.detach().cpu(),
+        Routing(topk_weights.detach().cpu(), topk_ids.cpu()),
+        mine,
+        activation=call.activation,
+        num_experts=call.num_experts,
+        expert_map=host(call.expert_map),
+        apply_router_weight_on_input=call.weight_on_input,
     )
+    out.copy_(result)
