@@ -13,9 +13,8 @@ import torch
 import moeyard
 from moeyard import Layout
 from moeyard.bench import docs, plots, providers, results, run, suite, workloads
-from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.timing import Times, ratio_interval, summarise, time_in_turn
-from moeyard.bench.verify import fp8_error, layout_error, rows_error, sum_error
+from moeyard.testing import ROUTINGS, fp8_error, layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
 

@@ -29,9 +29,8 @@ from moeyard.bench import (
     workloads,
 )
 from moeyard.bench import variants as bench_variants
-from moeyard.bench.verify import disagreement_error, rows_of_experts
 from moeyard.bench.workloads import Case
-from support import CPU, SOURCE
+from moeyard.testing import CPU, SOURCE, disagreement_error, plain_experts
 
 
 def cell(part: str, tokens: int = 4, scale: int = 32, model: str = "qwen3-30b-a3b") -> Case:
@@ -392,5 +391,5 @@ def test_experts_on_another_dtype_are_checked_too() -> None:
     sizes = tuple({**dict(case.sizes), "dtype": "float16"}.items())
     inputs = layer.make_inputs(replace(case, sizes=sizes), CPU, generator())
     tokens, wide = inputs.checked
-    again = rows_of_experts(inputs.hidden_states, inputs.routing, inputs.weights, Activation())
+    again = plain_experts(inputs.hidden_states, inputs.routing, inputs.weights, dtype=torch.float64)
     assert torch.equal(again[tokens], wide)

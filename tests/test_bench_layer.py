@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import moeyard
 from moeyard import Routing, impls
-from moeyard.__main__ import app
 from moeyard.bench import layer, providers, results, workloads
-from support import CPU
+from moeyard.__main__ import app
+from moeyard.testing import CPU
 
 MODELS = {
     "mixtral-8x7b": (8, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-235b-a22b": (128, 8, 4096, 1536),

@@ -20,8 +20,7 @@ from moeyard.cuda import compile as building
 from moeyard.cuda.experts_decode import ExpertSizes, decode_defines, down_room, expert_plan
 from moeyard.cuda.plan import Card
 from moeyard.cuda.router import float_bits
-from support import guard_broken, no_worse, poisoned
-from test_experts import draw_weights, plain_experts, wide_weights
+from moeyard.testing import draw_weights, guard_broken, no_worse, plain_experts, poisoned, wide_weights
 
 HERE, SOURCES = Path(__file__).parent / "host_cuda", Path(building.__file__).parent
 CARD = Card(4, 232448, True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moeyard import impls
-from support import python
+from moeyard.testing import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -8,8 +8,19 @@ from torch.nn import functional
 
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Routing, reference, reference_layer
-from moeyard.bench.routing import ROUTINGS
-from support import CPU, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
+from moeyard.testing import (
+    CPU,
+    draw_routing,
+    draw_weights,
+    guard_broken,
+    impls_on,
+    largest_and_rms,
+    no_worse,
+    plain_experts,
+    poisoned,
+    same_bits,
+    wide_weights,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [
@@ -21,64 +32,6 @@ ACTIVATIONS = [
     Activation("silu", limit=0.5),
     Activation("relu2", limit=1.5),
 ]
-
-
-def draw_weights(
-    experts: int, hidden: int, size: int, dtype: torch.dtype, *, gated: bool = True, bias: bool = False
-) -> ExpertWeights:
-    wide = size * (1 + gated)
-    return ExpertWeights(
-        (torch.randn(experts, wide, hidden) / max(hidden, 1) ** 0.5).to(dtype),
-        (torch.randn(experts, hidden, size) / max(size, 1) ** 0.5).to(dtype),
-        torch.randn(experts, wide).to(dtype) if bias else None,
-        torch.randn(experts, hidden).to(dtype) if bias else None,
-        gated,
-    )
-
-
-def draw_routing(tokens: int, experts: int, top_k: int, name: str = "dropped") -> Routing:
-    ids = torch.empty(0, top_k, dtype=torch.int32)
-    if tokens:
-        ids = ROUTINGS[name](tokens, experts, top_k, torch.Generator().manual_seed(torch.initial_seed() % 2**31))
-    return Routing(torch.rand(tokens, top_k), ids)
-
-
-def wide_weights(weights: ExpertWeights) -> ExpertWeights:
-    def wide(tensor: Any) -> Any:
-        return None if tensor is None else tensor.double()
-
-    return ExpertWeights(
-        wide(weights.w13), wide(weights.w2), wide(weights.w13_bias), wide(weights.w2_bias), weights.gated
-    )
-
-
-def plain_activation(rows: torch.Tensor, activation: Activation, gated: bool) -> torch.Tensor:
-    gate, up = rows.chunk(2, 1) if gated else (rows, None)
-    if activation.limit is not None:
-        gate = gate.clamp(max=activation.limit)
-        up = None if up is None else up.clamp(-activation.limit, activation.limit)
-    if activation.name == "silu":
-        gate = gate * torch.sigmoid(gate * activation.alpha)
-    elif activation.name == "relu2":
-        gate = functional.relu(gate).square()
-    else:
-        gate = functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
-    return gate if up is None else gate * (up + activation.beta)
-
-
-def plain_experts(
-    hidden: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: Activation | None = None
-) -> torch.Tensor:
-    """What one writes without a library, at the dtype of the rows: a loop over experts."""
-    result = torch.zeros_like(hidden)
-    for expert in range(weights.num_local_experts):
-        token, k = torch.where(routing.topk_ids == expert)
-        b13, b2 = (None if b is None else b[expert] for b in (weights.w13_bias, weights.w2_bias))
-        rows = functional.linear(hidden[token], weights.w13[expert], b13)
-        rows = plain_activation(rows, activation or Activation(), weights.gated)
-        rows = functional.linear(rows, weights.w2[expert], b2)
-        result.index_add_(0, token, (rows * routing.topk_weights[token, k, None]).to(rows.dtype))
-    return result
 
 
 @pytest.mark.parametrize("impl", impls_on("activate", CPU, torch.float32))

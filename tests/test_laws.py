@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 import moeyard
-from support import python
+from moeyard.testing import python
 
+TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 LEAVES = {"values", "tiles"}
 ARROWS = {  # module -> what of moeyard it may import
@@ -37,6 +38,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": {"values", "tiles", "ids", "cpu"},
     "cuda": {"values", "tiles", "ids", "cuda"},
     "triton": {"values", "tiles", "ids", "triton"},
+    "testing": {"", "values", "impls", "cuda", "testing"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
@@ -74,6 +76,16 @@ def test_imports_go_one_way(room: str) -> None:
 def test_every_room_has_its_arrows() -> None:
     rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
     assert rooms - {"__init__", "__main__", "__pycache__", "bench"} == set(ARROWS)
+
+
+def test_tests_import_no_test_modules() -> None:
+    """What several test files need is in moeyard.testing; pytest itself hands over fixtures of conftest.py."""
+    modules = {path.stem: path for path in TESTS.rglob("*.py")}
+    for path in modules.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.split(".")[0] for name in names} & {*modules, "tests"}, path
 
 
 def test_no_host_reads_of_device_values() -> None:

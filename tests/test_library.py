@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeyard
 from moeyard import Layout, library
-from support import layout_difference, same_bits
+from moeyard.testing import layout_difference, same_bits
 
 IDS = torch.tensor([[0, 2, 5], [1, -1, 2], [7, 0, 1], [2, 2, 9]], dtype=torch.int32)
 MAP = torch.tensor([0, -1, 1, 2, 3, 4, -1, 5], dtype=torch.int32)

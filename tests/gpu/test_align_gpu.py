@@ -15,11 +15,9 @@ import torch
 
 import moeyard
 from moeyard import Layout, impls
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import layout_error
 from moeyard.cuda.launch import programmatic_launch
 from moeyard.integrations import vllm
-from support import SOURCE, guard_broken, layout_difference, poisoned_layout, python
+from moeyard.testing import ROUTINGS, SOURCE, guard_broken, layout_difference, layout_error, poisoned_layout, python
 
 REFUSAL = impls.explain("moe_align_block_size", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
@@ -117,7 +115,7 @@ def test_streams_and_threads_at_once_beside_a_running_product() -> None:
 
 FIRST_CALL_IN_A_CAPTURE = """
 import torch, moeyard
-from moeyard.bench.verify import layout_error
+from moeyard.testing import layout_error
 for routes, experts in ((8, 64), (700, 64), (20000, 64), (140000, 33), (2000000, 33)):
     ids = torch.randint(-1, experts + 1, (routes,), dtype=torch.int32)
     given, graph = ids.cuda(), torch.cuda.CUDAGraph()

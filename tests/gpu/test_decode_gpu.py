@@ -12,7 +12,7 @@ from torch.nn import functional
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, impls, reference_layer
 from moeyard.cuda.experts_decode import ExpertSizes, expert_plan, fused_experts_launch, takes
 from moeyard.cuda.layout import card_of
-from support import SOURCE, guard_broken, no_worse, poisoned, same_bits
+from moeyard.testing import SOURCE, guard_broken, no_worse, poisoned, same_bits
 
 REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
 pytestmark = [pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")]

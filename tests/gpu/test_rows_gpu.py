@@ -7,9 +7,8 @@ import torch
 
 import moeyard
 from moeyard import Layout, Permuted, impls, reference
-from moeyard.bench.routing import ROUTINGS
 from moeyard.cuda.launch import programmatic_launch
-from support import guard_broken, poisoned, same_bits
+from moeyard.testing import ROUTINGS, guard_broken, poisoned, same_bits
 
 REFUSAL = impls.explain("permute", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")

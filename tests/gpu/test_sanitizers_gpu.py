@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moeyard import impls
-from support import SOURCE
+from moeyard.testing import SOURCE
 
 REFUSAL = impls.explain("permute", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")

@@ -16,8 +16,8 @@ from moeyard import impls
 from moeyard.bench import layer, products, results, timing
 from moeyard.bench import providers as who
 from moeyard.bench.run import programmatically, row_of
-from moeyard.bench.verify import disagreement_error
 from moeyard.bench.workloads import Case
+from moeyard.testing import disagreement_error
 
 _LARGEST = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """How far a row may be from another provider's, relative to its own root mean square: both round in between."""

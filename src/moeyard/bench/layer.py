@@ -18,9 +18,8 @@ from moeyard import impls
 from moeyard.bench import layer_peers, vllm_peer
 from moeyard.bench.layer_peers import activation
 from moeyard.bench.results import peer_version
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import routing_error, rows_of_experts
 from moeyard.bench.workloads import Case
+from moeyard.testing import ROUTINGS, plain_experts, routing_error
 from moeyard.values import ExpertWeights, Routing
 
 OPS = ("route", "fused_experts", "moe_layer")
@@ -61,13 +60,13 @@ class LayerInputs:
         routing = Routing(self.routing.topk_weights[tokens], self.routing.topk_ids[tokens])
         if self.case.op == "moe_layer":
             routing = moeyard.route(self.logits_of(rows), impl="reference", **router_options(self.case, device))
-        wide = rows_of_experts(rows, routing, self.weights, act)
+        wide = plain_experts(rows, routing, self.weights, act, dtype=torch.float64)
         if self.case.op == "moe_layer" and self.shared is not None:
             factor = torch.ones(len(rows), 1, device=device)
             if self.shared_gate is not None:
                 factor = torch.sigmoid(rows.double() @ self.shared_gate.double().t()).float()
             everyone = Routing(factor, torch.zeros(len(rows), 1, dtype=torch.int32, device=device))
-            wide = wide + rows_of_experts(rows, everyone, self.shared, act)
+            wide = wide + plain_experts(rows, everyone, self.shared, act, dtype=torch.float64)
         return tokens, wide
 
     def logits_of(self, rows: Tensor) -> Tensor:
@@ -172,8 +171,7 @@ def providers(case: Case, device: torch.device) -> list[tuple[str, str, Callable
         if on_gpu and case["dtype"] == "bfloat16":
             found.append(("torch", "grouped_mm", layer_peers.grouped_experts(act), False))
         else:
-            plain = layer_peers.plain_experts
-            found.append(("torch", "plain", lambda x: plain(x.hidden_states, x.routing, x.weights, act), True))
+            found.append(("torch", "plain", lambda x: plain_experts(x.hidden_states, x.routing, x.weights, act), True))
         if on_gpu and peer_version("vllm"):
             found.append(("vllm", peer_version("vllm"), vllm_peer.experts(act), False))
         if not on_gpu:

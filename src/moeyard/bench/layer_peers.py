@@ -47,22 +47,6 @@ def plain_route(
     return Routing(weights * routed_scaling_factor, ids.int())
 
 
-def plain_experts(hidden: Tensor, routing: Routing, weights: ExpertWeights, act: Activation) -> Tensor:
-    """A loop over experts, at the dtype of the rows."""
-    result = torch.zeros_like(hidden)
-    for expert in range(weights.num_local_experts):
-        token, k = torch.where(routing.topk_ids == expert)
-        if not len(token):
-            continue
-        b13, b2 = (None if b is None else b[expert] for b in (weights.w13_bias, weights.w2_bias))
-        gate, up = functional.linear(hidden[token], weights.w13[expert], b13).chunk(2, 1)
-        if act.limit is not None:
-            gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
-        rows = functional.linear(gate * torch.sigmoid(act.alpha * gate) * (up + act.beta), weights.w2[expert], b2)
-        result.index_add_(0, token, (rows * routing.topk_weights[token, k, None]).to(rows.dtype))
-    return result
-
-
 def grouped_experts(act: Activation) -> Callable[[Any], Tensor]:
     """Rows sorted by expert, two grouped products, sums by `index_add_`: torch's own way without a wait. Routes
     of bfloat16 rows, none dropped.

@@ -13,9 +13,8 @@ import moeyard
 from moeyard import impls
 from moeyard.bench.layer import weights_of
 from moeyard.bench.results import peer_version
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import disagreement_error
 from moeyard.bench.workloads import Case
+from moeyard.testing import ROUTINGS, disagreement_error
 from moeyard.values import Layout
 
 OP = "grouped_gemm"

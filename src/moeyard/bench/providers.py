@@ -12,9 +12,8 @@ import moeyard
 from moeyard import impls
 from moeyard.bench import layer, plain, products, vllm_peer
 from moeyard.bench.results import peer_version
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import fp8_error, layout_error, routing_error, rows_error, sum_error
 from moeyard.bench.workloads import Case
+from moeyard.testing import ROUTINGS, fp8_error, layout_error, routing_error, rows_error, sum_error
 from moeyard.values import Layout, RouterOptions
 
 _LARGE_BYTES = 1 << 24  # cases that move more have shorter graphs

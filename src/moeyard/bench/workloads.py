@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeyard.bench.routing import ROUTINGS
+from moeyard.testing import ROUTINGS
 
 FOLDER = Path(__file__).parent / "workloads"
 ALIGN_SIZES = ("num_tokens", "num_experts", "top_k", "block_size")

@@ -7,9 +7,9 @@ import torch
 
 import moeyard
 from moeyard import reference, reference_layer
+from moeyard.testing import CPU, guard_broken, poisoned, same_bits
 from moeyard.triton import experts
 from moeyard.values import Activation
-from support import CPU, guard_broken, poisoned, same_bits
 
 
 def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tensor | None) -> tuple[Any, int]:
