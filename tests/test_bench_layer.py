@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import moeyard
 from moeyard import Routing, impls
 from moeyard.bench import layer, providers, results, workloads
-from moeyard.__main__ import app
+from moeyard.cli import app
 from moeyard.testing import CPU
 
 MODELS = {

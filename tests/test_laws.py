@@ -75,7 +75,7 @@ def test_imports_go_one_way(room: str) -> None:
 
 def test_every_room_has_its_arrows() -> None:
     rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
-    assert rooms - {"__init__", "__main__", "__pycache__", "bench"} == set(ARROWS)
+    assert rooms - {"__init__", "__main__", "__pycache__", "bench", "cli"} == set(ARROWS)
 
 
 def test_tests_import_no_test_modules() -> None:
@@ -86,6 +86,22 @@ def test_tests_import_no_test_modules() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not {name.split(".")[0] for name in names} & {*modules, "tests"}, path
+
+
+OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
+MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
+MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
+
+
+def test_extras_are_imported_where_they_belong() -> None:
+    """At the head of files: what an extra brings is imported by the rooms that the extra is for."""
+    for path in SOURCE.rglob("*.py"):
+        room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        for node in ast.parse(path.read_text()).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            taken = {name.split(".")[0] for name in names} & OPTIONAL
+            assert taken <= MAY_IMPORT.get(room, set()), path
 
 
 def test_no_host_reads_of_device_values() -> None:
@@ -129,6 +145,65 @@ def test_only_the_cpu_implementation_imports_numba(impl: str) -> None:
         "import sys; print(sorted(m for m in ('numba', 'typer', 'rich', 'matplotlib') if m in sys.modules))"
     )
     assert in_fresh_process(call).strip() == "[]"
+
+
+WITHOUT = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+EXTRAS = ("numpy", "numba", "typer", "rich", "matplotlib")
+OPERATORS = """
+import torch, moeyard
+ids = torch.tensor([[0, 2], [1, 2], [2, 0]], dtype=torch.int32)
+weights = moeyard.ExpertWeights(torch.randn(3, 32, 16), torch.randn(3, 16, 16))
+rows, factors = torch.randn(3, 16), torch.rand(3, 2)
+for impl in ("auto", "torch", "reference"):
+    layout = moeyard.moe_align_block_size(ids, num_experts=3, block_size=2, impl=impl)
+    counts = torch.tensor([1, 0, 2], dtype=torch.int32)
+    moeyard.batched_moe_align_block_size(counts, max_num_tokens=2, block_size=2, impl=impl)
+    moeyard.moe_lora_align_block_size(ids, counts[:3], num_experts=3, block_size=2, max_loras=3, impl=impl)
+    moved = moeyard.permute(rows, layout, impl=impl).rows
+    moeyard.permute_to_fp8(rows, layout, impl=impl)
+    moeyard.shuffle_rows(rows, counts, impl=impl)
+    moeyard.moe_sum(moved[:2].view(1, 2, 16), impl=impl)
+    moeyard.combine(moved, layout, factors, impl=impl)
+    routing, _ = moeyard.route_and_align(rows, top_k=2, block_size=2, impl=impl)
+    moeyard.grouped_gemm(rows, weights.w13, layout=layout, impl=impl)
+    moeyard.activate(rows, impl=impl)
+    moeyard.fused_experts(rows, moeyard.Routing(factors, ids), weights, impl=impl)
+    moeyard.moe_layer(rows, torch.randn(3, 16), weights, top_k=2, impl=impl)
+moeyard.warmup("cpu")
+import moeyard.testing, moeyard.bench.workloads
+assert moeyard.testing.layout_error(ids, 3, 2, dict(zip(layout.TENSORS, layout.tensors)), stable=True) is None
+print(moeyard.explain("permute").chosen, sorted(set(sys.modules) & {packages}))
+"""
+
+
+def test_torch_alone_is_enough_for_all_operators() -> None:
+    code = (WITHOUT + OPERATORS).replace("{packages}", str(set(EXTRAS)))
+    assert in_fresh_process(code).splitlines()[-1] == "torch []"
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["bench", "--list"]], ids=str)
+def test_the_command_says_what_to_install(missing: str, arguments: list[str]) -> None:
+    code = WITHOUT + f"sys.argv = ['moeyard', *{arguments}]\nimport moeyard.__main__ as command\ncommand.main()"
+    done = python("-c", code.replace("{packages}", str({missing})))
+    wanted = f"error: the moeyard command needs {missing}; install it with: pip install 'moeyard[cli]'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", wanted)
+
+
+def test_the_command_works_without_what_other_extras_bring() -> None:
+    for arguments in (["--help"], ["doctor"], ["bench", "--list"], ["bench", "-w", "seed", "--rounds", "3"]):
+        code = WITHOUT + f"sys.argv = ['moeyard', *{arguments}]\nimport moeyard.__main__ as command\ncommand.main()"
+        done = python("-c", code.replace("{packages}", "{'numpy', 'numba', 'matplotlib', 'transformers'}"))
+        assert done.returncode == 0, done.stderr
 
 
 def test_works_without_numba() -> None:
