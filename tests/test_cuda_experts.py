@@ -14,11 +14,11 @@ import torch
 
 import moeyard
 from moeyard import ExpertWeights, Routing
-from moeyard.bench import results, variants
+from moeyard.bench import results
 from moeyard.cuda import compile as building
 from moeyard.cuda import experts as launches
 from moeyard.cuda.experts import expert_defines
-from moeyard.cuda.experts_plan import ExpertPlan, Way, expert_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.plan import Card
 from moeyard.cuda.tensor_map import weight_boxes
 
@@ -94,14 +94,6 @@ def test_tiles_and_copying_are_chosen_as_measured() -> None:
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
     assert len(lost) == 25 and max(lost.values()) < 1.05, lost
     assert {"gathered", "128, gathered", "192, gathered", "192, copied"} == set(chosen.values())
-
-
-@pytest.mark.parametrize("which", variants._WAYS)
-def test_ways_to_be_timed_can_be_planned(which: str) -> None:
-    for label, options in variants._WAYS[which].items():
-        way = Way(**options)
-        plan = expert_plan(65536, 128, 768, True, False, H200, way)
-        assert plan.rows == (way.rows or 192), label
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "hidden"), [(9, 3, 7, 64), (2, 1, 512, 16), (100, 2, 8, 16)])

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -14,11 +13,13 @@ from rich.text import Text
 
 import moeyard
 from moeyard import impls
-from moeyard.bench import plots, results, run, workloads
-from moeyard.bench import providers as who
-from moeyard.bench.timing import copy_gb_s
+from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, timing, workloads
+from moeyard.bench.operators import Case, Provider, operators
+from moeyard.bench.tables import EXPLAINED, tables
 
 app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
 _console = Console()
 _errors = Console(stderr=True)
 
@@ -38,8 +39,9 @@ def _main(
     pass
 
 
-@app.command()
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     workload: Annotated[
         list[str] | None,
         typer.Option("--workload", "-w", help="A workload by name, or a TOML file; seed unless given."),
@@ -52,68 +54,112 @@ def bench(
     rounds: Annotated[int, typer.Option(min=3, help="Samples of every provider, taken in turn.")] = 30,
     seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
     scale: Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate sizes of models by this.")] = 1,
-    cold: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CPU).")] = False,
+    cold_: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CPU).")] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a JSON result file.")] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the workloads and stop.")] = False,
 ) -> None:
     """Time every provider of a workload: checked first, then in turn, median and spread."""
+    if context.invoked_subcommand is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            raise _fail(f"bench {context.invoked_subcommand}: expected its own options behind it, got {given} before")
+        return
     if list_:
         for name, description in workloads.names().items():
             _console.print(f"[bold]{name}[/]: {description}")
         return
     place = _device(device)
-    try:
-        cases = [
-            case for name in workload or ["seed"] for case in workloads.load(name, scale) if not op or case.op in op
-        ]
-    except ValueError as problem:
-        raise _fail(str(problem)) from None
-    if not cases:
-        raise _fail(f"--op: expected ops of these workloads, got {op}")
-
-    def wanted(name: str, impl: str) -> bool:
-        return not provider or name in provider or f"{name}:{impl}" in provider
-
-    if provider and not any(wanted(p.name, p.impl) for case in cases for p in who.providers(case, place)):
-        known = sorted({f"{p.name}:{p.impl}" for case in cases for p in who.providers(case, place)})
-        raise _fail(f"--provider: expected some of {known}, got {provider}")
+    cases = _cases(workload or ["seed"], op, scale)
+    everyone = [p for case in cases for p in operators()[case.op].providers(case, place)]
+    if provider and not any(_is_wanted(p, provider) for p in everyone):
+        raise _fail(f"--provider: expected some of {sorted({p.label for p in everyone})}, got {provider}")
+    first = next((case for case in cases if case.op == cold.OP), None)
+    if cold_ and first is None:
+        raise _fail(f"--cold: expected a workload of {cold.OP}, got none")
     rows: list[dict[str, Any]] = []
     with _progress() as progress:
-        steps = rounds * (2 if place.type == "cuda" else 1)
-        cold_rounds = 5 if cold else 0
-        total = len(cases) * steps + run.COLD_KINDS * (cold_rounds + bool(cold))
-        task = progress.add_task("measuring bandwidth", total=total)
-        bandwidth = copy_gb_s(place)
+        steps = len(cases) * rounds * (2 if place.type == "cuda" else 1)
+        cold_rounds = 5
+        task = progress.add_task("measuring rates", total=steps + cold_ * cold.COLD_KINDS * (cold_rounds + 1))
+        rates = timing.rates(place)
         for case in cases:
             progress.update(task, description=str(case))
             rows += run.run_case(
                 case,
                 place,
-                bandwidth=bandwidth,
+                rates=rates,
                 rounds=rounds,
-                wanted=wanted,
+                wanted=lambda p: _is_wanted(p, provider),
                 seed=seed,
                 advance=lambda: progress.advance(task),
             )
-        if cold:
-            first = next((case for case in cases if case.op == "moe_align_block_size"), None)
-            if first is None:
-                raise _fail("--cold: expected a workload of moe_align_block_size, got none")
+        if cold_ and first is not None:
             progress.update(task, description="first calls in fresh processes")
-            rows += run.run_cold(first, place, cold_rounds, lambda: progress.advance(task))
-    facts = results.machine(place, bandwidth)
-    for table in _tables(rows):
+            rows += cold.run_cold(first, place, cold_rounds, lambda: progress.advance(task))
+    facts = results.machine(place, rates)
+    for table in tables(rows):
         _console.print(table)
-    _console.print(f"{facts.get('gpu', facts['cpu'])}, copy bandwidth {bandwidth:.1f} GB/s; floor = bytes / bandwidth")
+    where = f"{facts.get('gpu', facts['cpu'])}, copy bandwidth {rates.copy_gb_s:.1f} GB/s, read {rates.read_gb_s:.1f}"
+    _console.print(f"{where}; {EXPLAINED}")
     if out is not None:
-        results.write(out, results.document(rows, facts, results.peers(results.peer_version("vllm"))))
+        results.write(out, results.document(rows, facts, peers.versions(place)))
         _console.print(f"wrote {out}")
     wrong = [row for row in rows if not row["correct"]]
     for row in wrong:
-        where = f"{row['provider']} {row['impl']}, {row['op']} {row['sizes']} {row['routing']}"
-        _errors.print(f"wrong, not timed: {where}: {row['wrong']}", style="red", highlight=False, markup=False)
+        whose = f"{row['provider']} {row['impl']}, {row['op']} {row['sizes']} {row['routing']}"
+        _errors.print(f"wrong, not timed: {whose}: {row['wrong']}", style="red", highlight=False, markup=False)
     if wrong:
         raise typer.Exit(1)
+
+
+def _cases(names: list[str], ops: list[str] | None, scale: int) -> list[Case]:
+    try:
+        found = [case for name in names for case in workloads.load(name, scale) if not ops or case.op in ops]
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
+    if not found:
+        raise _fail(f"--op: expected ops of these workloads, got {ops}")
+    return found
+
+
+def _is_wanted(provider: Provider, names: list[str] | None) -> bool:
+    return not names or provider.name in names or provider.label in names
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(filter(None, text.split(","))) if text else None
+
+
+@bench_app.command()
+def experts(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result file and of logs/.")],
+    seconds: Annotated[float, typer.Option(help="Everything ends by then.")] = 170.0,
+    name: Annotated[str, typer.Option(help="The result file's name without .json.")] = "experts_bf16",
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(experts_cells.MODELS),
+    tokens: Annotated[str, typer.Option(help="Comma-separated; what each part is made for unless given.")] = "",
+    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted.")] = ",".join(experts_cells.PARTS),
+    providers: Annotated[str, typer.Option(help="Comma-separated; only these: vllm, moeyard:cuda, ...")] = "",
+    all_: Annotated[bool, typer.Option("--all", help="All of moeyard's implementations but torch's.")] = False,
+    variants: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (label, run) pairs for a case.")] = "",
+    cell_seconds: Annotated[float, typer.Option(help="About how long a case's rounds last.")] = 0.8,
+    rounds: Annotated[int, typer.Option(help="At most so many rounds per case.")] = timing.MOST_ROUNDS,
+    shares: Annotated[int, typer.Option(help="Processes per model that compile ahead; 0 for none.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate sizes by this.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+) -> None:
+    """Time experts beside vLLM, torch and DeepGEMM within a time limit, one process per model."""
+    try:
+        wanted = experts_gpu.Options(
+            out, seconds, name, _names(models) or (), tuple(map(int, _names(tokens) or ())) or None,
+            _names(parts) or (), _names(providers), all_, variants, cell_seconds, rounds, shares, seed, scale,
+            _device(device).type,
+        )  # fmt: skip
+        if not experts_gpu.measure(wanted):
+            raise typer.Exit(1)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
 
 
 @app.command()
@@ -126,7 +172,7 @@ def plot(
     target = out or result.with_suffix(".png")
     if target.suffix not in (".png", ".svg"):
         raise _fail(f"--out: expected a .png or .svg file, got {target}")
-    if not impls.installed("matplotlib"):
+    if not peers.installed("matplotlib"):
         raise _fail("matplotlib is not installed (pip install 'moeyard[plot]')")
     try:
         shown = plots.plot(results.read(result), target, mode=mode)
@@ -199,38 +245,3 @@ def _device(name: str) -> torch.device:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=_errors, transient=True)
-
-
-def _tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """One table an op and mode; times relative to the best of a case stand in the last column."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["op"], row["mode"]), []).append(row)
-    tables = []
-    for (name, mode), mine in groups.items():
-        unit, scale = ("ms", 1e3) if mode == "cold" else ("µs", 1.0)
-        table = Table(title=f"{name} ({mode}), {unit} a call", title_justify="left", box=box.SIMPLE)
-        for column in ("sizes", "routing", "provider"):
-            table.add_column(column, no_wrap=column == "provider")
-        for column in ("median", "p10", "p90", "x floor", "x best"):
-            table.add_column(column, justify="right", no_wrap=True)
-        best: dict[str, float] = {}
-        for row in mine:
-            if row["time_us"] is not None:
-                key = f"{row['sizes']} {row['routing']}"
-                best[key] = min(best.get(key, float("inf")), row["time_us"])
-        previous = ""
-        for row in mine:
-            key = f"{row['sizes']} {row['routing']}"
-            sizes = ", ".join(str(value) for value in row["sizes"].values()) if key != previous else ""
-            start = [sizes, row["routing"] if key != previous else "", f"{row['provider']} {row['impl']}"]
-            if row["time_us"] is None:
-                table.add_row(*start, "wrong", style="red")
-            else:
-                floor = f"{row['time_us'] / row['floor_us']:.2f}" if row["floor_us"] else ""
-                times = [f"{row[k] / scale:.1f}" for k in ("time_us", "time_us_p10", "time_us_p90")]
-                table.add_row(*start, *times, floor, f"{row['time_us'] / best[key]:.2f}")
-            previous = key
-        table.caption = "sizes: " + ", ".join(mine[0]["sizes"])
-        tables.append(table)
-    return tables

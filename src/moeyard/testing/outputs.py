@@ -1,6 +1,7 @@
 """Poisoned outputs: what an implementation leaves unwritten, or writes behind the end, is seen."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def guard_broken(tensor: Tensor) -> bool:
 
 def poisoned_layout(like: Layout) -> Layout:
     """A layout of the sizes of another, with every tensor poisoned."""
-    fields = {
+    fields: dict[str, Any] = {
         name: poisoned(tuple(t.shape), t.dtype, t.device) for name, t in zip(Layout.TENSORS, like.tensors, strict=True)
     }
     return dataclasses.replace(like, **fields)
