@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeyard
-from support import python
+from moeyard.testing import python
 
 TINY = """
 description = "tiny"

@@ -17,8 +17,8 @@ from moeyard.cuda.plan import (
     row_plan,
     whole_row_plan,
 )
-from moeyard.tiles import layout_capacity
-from support import python
+from moeyard.dispatch.sizes import layout_capacity
+from moeyard.testing import python
 
 H200 = Card(132, 232448, True)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import torch
 
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference_layer
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference
 from moeyard.cuda import compile as building
 from moeyard.cuda.experts_decode import ExpertSizes, decode_defines, down_room, expert_plan
 from moeyard.cuda.plan import Card
 from moeyard.cuda.router import float_bits
-from support import guard_broken, no_worse, poisoned
-from test_experts import draw_weights, plain_experts, wide_weights
+from moeyard.testing import draw_weights, guard_broken, no_worse, plain_experts, poisoned, wide_weights
 
 HERE, SOURCES = Path(__file__).parent / "host_cuda", Path(building.__file__).parent
 CARD = Card(4, 232448, True)
@@ -126,7 +125,7 @@ def computed(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
         return failure
     options = {"activation": a, "num_experts": num_experts, "expert_map": mapping}
     options["apply_router_weight_on_input"] = case.get("on_input", False)
-    wide = reference_layer.fused_experts(rows.double(), Routing(factors, ids), wide_weights(weights), **options)
+    wide = reference.fused_experts(rows.double(), Routing(factors, ids), wide_weights(weights), **options)
     return None if right(out, wide, rows, Routing(factors, ids), weights, case, mapping) else "wrong values"
 
 

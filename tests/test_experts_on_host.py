@@ -23,8 +23,7 @@ from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, Way, expert_plan
 from moeyard.cuda.plan import Card
 from moeyard.cuda.router import float_bits
 from moeyard.cuda.tensor_map import weight_boxes
-from support import guard_broken, largest_and_rms, poisoned
-from test_experts import plain_activation
+from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned
 
 HERE, SOURCES = Path(__file__).parent / "host_experts", Path(building.__file__).parent
 COMPILER = shutil.which("g++")

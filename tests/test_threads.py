@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from support import python
 
 from moeyard.cpu import threads
-from support import python
 
 SETUP = """
 import os, signal, sys, threading, time, torch, moeyard

@@ -271,13 +271,15 @@ def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_under_the_interpreter() -> None:
-    """The tests of every implementation, and those of interpreted_logic.py, with Triton's interpreter on the CPU."""
+    """The tests of every implementation, and those of interpreted_triton.py, with Triton's interpreter on the CPU."""
     here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(["src", "tests"])}
-    chosen = "interpreted_logic or activations or batches or edges or in_every_way or (fused and not wide and not many)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "src"}
+    chosen = (
+        "interpreted_triton or activations or batches or edges or in_every_way or (fused and not wide and not many)"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "interpreted", "-k", chosen, "-W", "ignore::RuntimeWarning",
-         str(here / "test_experts.py"), str(here / "interpreted_logic.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "moeyard.testing.interpreted", "-k", chosen,
+         "-W", "ignore::RuntimeWarning", str(here / "test_experts.py"), str(here / "interpreted_triton.py")],
         capture_output=True, text=True, check=False, cwd=here.parent, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

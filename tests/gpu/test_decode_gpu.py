@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, impls, reference_layer
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, reference
 from moeyard.cuda.experts_decode import ExpertSizes, expert_plan, fused_experts_launch, takes
 from moeyard.cuda.layout import card_of
-from support import SOURCE, guard_broken, no_worse, poisoned, same_bits
+from moeyard.dispatch import table
+from moeyard.testing import SOURCE, guard_broken, no_worse, poisoned, same_bits
 
-REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
+REFUSAL = table.explain("route", "cuda").reasons["cuda"]
 pytestmark = [pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")]
 CUDA = torch.device("cuda")
 MODELS = {  # top_k, hidden size, intermediate size; experts are as few as the memory of a small card wants
@@ -127,7 +128,7 @@ def by_hand(
             b13, b2 = (None if b is None else b[expert].to(dtype) for b in (weights.w13_bias, weights.w2_bias))
             row = functional.linear(row, weights.w13[expert].to(dtype), b13)
             if dtype == torch.float64:
-                row = reference_layer.activate(row, activation, gated=weights.gated)
+                row = reference.activate(row, activation, gated=weights.gated)
             else:
                 row = plain(row, activation, weights.gated)
             row = functional.linear(row, weights.w2[expert].to(dtype), b2)[0]

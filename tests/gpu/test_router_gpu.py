@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import Routing, impls, reference
-from moeyard.bench.verify import routing_error
+from moeyard import Routing, reference
 from moeyard.cuda.decode import route_and_align_launch
 from moeyard.cuda.launch import programmatic_launch
+from moeyard.dispatch import table
+from moeyard.testing import guard_broken, layout_difference, poisoned, poisoned_layout, routing_error, same_bits
 from moeyard.values import ROUTER_DEFAULTS
-from support import guard_broken, layout_difference, poisoned, poisoned_layout, same_bits
 
-REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
+REFUSAL = table.explain("route", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

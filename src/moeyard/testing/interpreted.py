@@ -1,6 +1,6 @@
-"""A pytest plugin (`-p interpreted`, TRITON_INTERPRET=1): tests of all implementations, for `triton` alone on a CPU.
+"""A pytest plugin (`-p moeyard.testing.interpreted`, TRITON_INTERPRET=1): tests of `impls_on`, for `triton` on a CPU.
 
-It adds what Triton's interpreter lacks for that: bfloat16, and NumPy 2.4.
+It adds what Triton's interpreter lacks for that: bfloat16, and NumPy 2.4. It needs triton and numpy.
 
 Of bfloat16 the interpreter holds the bits as integers. It multiplies those in products, and cuts off instead of
 rounding to it. NumPy 2.4 no longer takes an array of one element, the interpreter's scalar, for an integer.
@@ -9,11 +9,10 @@ rounding to it. NumPy 2.4 no longer takes an array of one element, the interpret
 from typing import Any
 
 import numpy as np
-import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-import support
+from moeyard.testing.implementations import restrict_to
 
 _patch, _builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
 _dot, _cast = _builder.create_dot, _builder.cast_impl
@@ -51,10 +50,5 @@ def install() -> None:
     _builder.create_dot, _builder.cast_impl = _wide_dot, _rounding_cast
 
 
-def only_triton(op: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
-    """`support.impls_on` of tests that are run for this implementation alone."""
-    return [name for name in support_impls(op, device, dtype) if name == "triton"]
-
-
 install()
-support_impls, support.impls_on = support.impls_on, only_triton
+restrict_to("triton")

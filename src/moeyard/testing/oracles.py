@@ -1,10 +1,9 @@
-"""Is an answer right? Each check says what is wrong, in words, or None; a wrong provider is never timed."""
+"""Is an answer right? Each oracle knows properties that only the right one has, and says in words what is wrong."""
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from moeyard.values import Activation, ExpertWeights, Layout, Permuted, Routing
+from moeyard.values import Layout, Permuted, Routing
 
 
 def layout_error(
@@ -16,43 +15,44 @@ def layout_error(
     there; longer ones than needed are judged by what their entries past the end must be. Unless `stable`, routes of
     an expert may be in any order.
     """
-    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in got.items()}
-    ids = topk_ids.detach().cpu().numpy().reshape(-1).astype(np.int64)
-    n = len(ids)
+    found = {name: tensor.detach().cpu().long() for name, tensor in got.items()}
+    ids = topk_ids.detach().cpu().reshape(-1).long()
+    n, experts = len(ids), torch.arange(num_experts)
     valid = (ids >= 0) & (ids < num_experts)
-    counts = np.bincount(ids[valid], minlength=num_experts)
-    blocks = -(-counts // block_size)
-    offsets = np.concatenate(([0], np.cumsum(blocks * block_size)))
+    counts = torch.bincount(ids[valid], minlength=num_experts)
+    blocks = (counts + block_size - 1) // block_size
+    offsets = torch.cat((experts.new_zeros(1), (blocks * block_size).cumsum(0)))
     total = int(offsets[-1])
-    if arrays["num_tokens_post_padded"].tolist() != [total]:
-        return f"num_tokens_post_padded is {arrays['num_tokens_post_padded'].tolist()}, not [{total}]"
-    expert_ids = np.repeat(np.arange(num_experts), blocks)
-    if not np.array_equal(arrays["expert_ids"][: len(expert_ids)], expert_ids):
+    if found["num_tokens_post_padded"].tolist() != [total]:
+        return f"num_tokens_post_padded is {found['num_tokens_post_padded'].tolist()}, not [{total}]"
+    expert_ids = experts.repeat_interleave(blocks)
+    if not torch.equal(found["expert_ids"][: len(expert_ids)], expert_ids):
         return "expert_ids name other experts than the blocks hold"
-    if not (arrays["expert_ids"][len(expert_ids) :] == -1).all():
+    if not bool((found["expert_ids"][len(expert_ids) :] == -1).all()):
         return "expert_ids past the used blocks are not -1"
-    slots = arrays["sorted_token_ids"].astype(np.int64)
+    slots = found["sorted_token_ids"]
     if len(slots) < total:
         return f"sorted_token_ids has {len(slots)} slots, fewer than the {total} used"
-    order = np.argsort(np.where(valid, ids, num_experts), kind="stable")[: counts.sum()]
-    held = np.full(len(slots), n)
-    first = np.repeat(offsets[:-1] - np.concatenate(([0], np.cumsum(counts)[:-1])), counts)
-    held[first + np.arange(len(order))] = order
+    order = torch.where(valid, ids, num_experts).argsort(stable=True)[: int(counts.sum())]
+    place = (offsets[:-1] - counts.cumsum(0) + counts).repeat_interleave(counts) + torch.arange(len(order))
+    held = torch.full((len(slots),), n)
+    held[place] = order
     if not stable:  # sort what each expert got, then it must be the same
-        owner = np.full(len(slots), num_experts)
-        owner[:total] = np.repeat(np.arange(num_experts), blocks * block_size)
-        slots = slots[np.lexsort((slots, owner))]
-    if not np.array_equal(slots, held):
-        where = int(np.flatnonzero(slots != held)[0])
-        return f"sorted_token_ids[{where}] is {slots[where]}, not {held[where]}"
-    if "expert_offsets" in arrays and not np.array_equal(arrays["expert_offsets"], offsets):
+        owner = torch.full((len(slots),), num_experts)
+        owner[:total] = experts.repeat_interleave(blocks * block_size)
+        ascending = slots.argsort(stable=True)
+        slots = slots[ascending[owner[ascending].argsort(stable=True)]]
+    if not torch.equal(slots, held):
+        where = int((slots != held).nonzero()[0])
+        return f"sorted_token_ids[{where}] is {int(slots[where])}, not {int(held[where])}"
+    if "expert_offsets" in found and not torch.equal(found["expert_offsets"], offsets):
         return "expert_offsets are not the first slots of the experts"
-    if "expert_counts" in arrays and not np.array_equal(arrays["expert_counts"], counts):
+    if "expert_counts" in found and not torch.equal(found["expert_counts"], counts):
         return "expert_counts are not the numbers of routes"
-    if "route_rows" in arrays:
-        rows = np.full(n, -1)
-        rows[order] = first + np.arange(len(order))
-        if not np.array_equal(arrays["route_rows"], rows):
+    if "route_rows" in found:
+        rows = torch.full((n,), -1)
+        rows[order] = place
+        if not torch.equal(found["route_rows"], rows):
             return "route_rows is not the inverse of sorted_token_ids"
     return None
 
@@ -151,26 +151,6 @@ def routing_error(
     wide = wide * routed_scaling_factor
     error = ((weights - wide).abs() / wide.clamp(min=1e-30)).amax()
     return None if bool(error <= 1e-5) else f"topk_weights are off by {float(error):.1e} of their value"
-
-
-def rows_of_experts(hidden: Tensor, routing: Routing, weights: ExpertWeights, act: Activation) -> Tensor:
-    """What gated experts with silu give, in float64, by a loop of its own over the experts."""
-    result = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    for expert in sorted(set(routing.topk_ids.reshape(-1).tolist())):
-        if not 0 <= expert < weights.num_local_experts:
-            continue
-        token, k = torch.where(routing.topk_ids == expert)
-        rows = hidden[token].double() @ weights.w13[expert].double().t()
-        if weights.w13_bias is not None:
-            rows = rows + weights.w13_bias[expert].double()
-        gate, up = rows.chunk(2, 1)
-        if act.limit is not None:
-            gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
-        rows = (gate / (1 + (-act.alpha * gate).exp()) * (up + act.beta)) @ weights.w2[expert].double().t()
-        if weights.w2_bias is not None:
-            rows = rows + weights.w2_bias[expert].double()
-        result.index_add_(0, token, rows * routing.topk_weights[token, k, None].double())
-    return result
 
 
 def disagreement_error(first: Tensor, other: Tensor, largest: float) -> str | None:

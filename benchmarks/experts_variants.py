@@ -1,6 +1,7 @@
-"""Plans of one kernel side by side: what `experts_gpu --variants moeyard.bench.variants:FUNCTION` times.
+"""Plans of one kernel side by side, for `moeyard bench experts --variants experts_variants:FUNCTION`.
 
-A function takes a case and gives (label, run) pairs; a run takes the case's inputs and gives the answer.
+This folder has to be on PYTHONPATH. A function takes a case and gives (label, run) pairs; a run takes the case's
+inputs and gives the answer.
 """
 
 import importlib
@@ -10,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.bench import products
-from moeyard.bench.layer_peers import activation
-from moeyard.bench.workloads import Case
+from moeyard.bench.layers import activation
+from moeyard.bench.operators import Case
 
 Runs = list[tuple[str, Callable[[Any], Tensor]]]
 _DECODE: dict[str, dict[str, Any]] = {
@@ -77,7 +77,7 @@ def ways(which: str, case: Case) -> Runs:
 
 def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callable[[Any], Tensor]:
     """A run that calls a launcher of fused_experts, or one of grouped_gemm on compact rows, with `keywords` added."""
-    if case.op == products.OP:
+    if case.op == "grouped_gemm":
 
         def multiply(x: Any) -> Tensor:
             out: Tensor = x.rows.new_empty(x.rows.shape[0], x.weight.shape[1])

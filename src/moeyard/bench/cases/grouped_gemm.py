@@ -1,24 +1,19 @@
-"""Cases of the grouped product alone: rows sorted by expert times gate and up, addressed in every way there is."""
+"""The grouped product alone: rows sorted by expert times gate and up, addressed in every way there is."""
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 import moeyard
-from moeyard import impls
-from moeyard.bench.layer import weights_of
-from moeyard.bench.results import peer_version
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import disagreement_error
-from moeyard.bench.workloads import Case
+from moeyard.bench.layers import SIZES, sets_and_calls, weights_of
+from moeyard.bench.operators import Case, Operator, Provider, Run, able, generator_on
+from moeyard.bench.peers import peer_version
+from moeyard.testing import ROUTINGS, disagreement_error
 from moeyard.values import Layout
 
-OP = "grouped_gemm"
 WAYS = ("offsets", "layout", "counts")
 """How moeyard is told whose a row is: compact rows, tokens through a Layout, a batch an expert."""
 _DEEP_GEMM_ROWS = 128  # an expert's rows begin at multiples of this in its contiguous layout
@@ -92,56 +87,54 @@ class ProductInputs:
         return some, torch.stack(products)
 
 
-def make_inputs(case: Case, device: torch.device, generator: Generator) -> ProductInputs:
+def inputs(case: Case, device: torch.device, generator: Generator) -> ProductInputs:
     """Fresh tokens on the weights of the case's sizes."""
-    if device.type == "cuda":  # drawn where they are needed
-        generator = Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
-    dtype = getattr(torch, case["dtype"])
+    generator = generator_on(device, generator)
     experts, hidden_size = case["num_experts"], case["hidden_size"]
     ids = ROUTINGS[case.routing](case["num_tokens"], experts, case["top_k"], generator)
-    hidden = torch.randn(case["num_tokens"], hidden_size, generator=generator, device=device).to(dtype)
-    weights = weights_of(experts, hidden_size, case["intermediate_size"], dtype, bool(case.model.get("bias")), device)
+    hidden = torch.randn(case["num_tokens"], hidden_size, generator=generator, device=device).to(case.dtype)
+    bias = bool(case.model.get("bias"))
+    weights = weights_of(experts, hidden_size, case["intermediate_size"], case.dtype, bias, device)
     layout = moeyard.moe_align_block_size(ids, num_experts=experts, block_size=1)
     return ProductInputs(case, hidden, layout, weights.w13)
 
 
-def providers(case: Case, device: torch.device) -> list[tuple[str, str, Callable[[Any], Any]]]:
-    """(name, impl, run) of everyone who can answer a case."""
-    found: list[tuple[str, str, Callable[[Any], Any]]] = []
-    reasons = impls.explain(OP, device, getattr(torch, case["dtype"])).reasons
-    for impl in impls.impl_names(OP):
-        if impl != "reference" and (reasons[impl] == "chosen" or reasons[impl].startswith("comes after")):
-            for way in WAYS if _even(case) else WAYS[:2]:
-                found.append(("moeyard", f"{impl} by {way}", _moeyard(impl, way)))
+def providers(case: Case, device: torch.device) -> list[Provider]:
+    """moeyard in each of `WAYS`, torch's grouped product, on a GPU DeepGEMM's."""
+    found = [
+        Provider("moeyard", f"{impl} by {way}", _moeyard(impl, way))
+        for impl in able(case.op, case, device)
+        for way in (WAYS if _even(case) else WAYS[:2])
+    ]
     if case["dtype"] == "bfloat16":
-        found.append(("torch", "grouped_mm", _torch))
+        found.append(Provider("torch", "grouped_mm", _torch))
         if device.type == "cuda" and peer_version("deep_gemm"):
-            found.append(("deep_gemm", peer_version("deep_gemm"), _deep_gemm()))
+            found.append(Provider("deep_gemm", peer_version("deep_gemm"), _deep_gemm()))
     return found
 
 
-def error(inputs: ProductInputs, impl: str, got: Any) -> str | None:
-    """What is wrong with an answer; None if it is right."""
-    answer, (some, wide) = compact(inputs, impl, got), inputs.wide
-    if answer.dtype != inputs.rows.dtype:
-        return f"dtype {answer.dtype}, not {inputs.rows.dtype}"
+def error(_: Case, provider: Provider, given: ProductInputs, got: Tensor) -> str | None:
+    """Some rows against float64."""
+    answer, (some, wide) = compact(provider, given, got), given.wide
+    if answer.dtype != given.rows.dtype:
+        return f"dtype {answer.dtype}, not {given.rows.dtype}"
     return disagreement_error(wide, answer[some], _LARGEST[answer.dtype])
 
 
-def compact(inputs: ProductInputs, impl: str, got: Tensor) -> Tensor:
+def compact(provider: Provider, given: ProductInputs, got: Tensor) -> Tensor:
     """An answer's rows in the compact order."""
-    if impl.endswith(" by layout"):
-        return got[inputs.order]
-    if impl.endswith(" by counts"):
-        return got[inputs.expert, inputs.place]
-    return got[inputs.padded] if len(got) != len(inputs.order) else got
+    if provider.impl.endswith(" by layout"):
+        return got[given.order]
+    if provider.impl.endswith(" by counts"):
+        return got[given.expert, given.place]
+    return got[given.padded] if len(got) != len(given.order) else got
 
 
 def bytes_moved(case: Case) -> int:
     """The bytes that any answer must read and write; all experts are taken to have rows."""
     routes, columns = case["num_tokens"] * case["top_k"], 2 * case["intermediate_size"]
     values = (case["num_experts"] * columns + routes) * case["hidden_size"] + routes * columns
-    return int(values * getattr(torch, case["dtype"]).itemsize)
+    return int(values * case.dtype.itemsize)
 
 
 def operations(case: Case) -> int:
@@ -149,13 +142,25 @@ def operations(case: Case) -> int:
     return int(4 * case["num_tokens"] * case["top_k"] * case["hidden_size"] * case["intermediate_size"])
 
 
+OPERATOR = Operator(
+    SIZES,
+    inputs,
+    providers,
+    error,
+    bytes_moved,
+    operations=operations,
+    calls=lambda case: sets_and_calls(case)[1],
+    rows=compact,
+)
+
+
 def _even(case: Case) -> bool:
     """Whether batches of experts are of even sizes, so that they hold little padding."""
-    rows = case["num_tokens"] * case["top_k"] * case["hidden_size"] * getattr(torch, case["dtype"]).itemsize
+    rows = case["num_tokens"] * case["top_k"] * case["hidden_size"] * case.dtype.itemsize
     return case.routing in ("equal", "uniform") and 2 * rows <= _BATCHES_BYTES
 
 
-def _moeyard(impl: str, way: str) -> Callable[[ProductInputs], Tensor]:
+def _moeyard(impl: str, way: str) -> Run:
     if way == "offsets":
         return lambda x: moeyard.grouped_gemm(x.rows, x.weight, expert_offsets=x.layout.expert_offsets, impl=impl)
     if way == "layout":
@@ -167,7 +172,7 @@ def _torch(x: ProductInputs) -> Tensor:
     return torch._grouped_mm(x.rows, x.weight.transpose(1, 2), offs=x.ends)
 
 
-def _deep_gemm() -> Callable[[ProductInputs], Tensor]:
+def _deep_gemm() -> Run:
     """DeepGEMM's contiguous grouped product; padding its rows is not timed, nor is the allocation of its result."""
     multiply = importlib.import_module("deep_gemm").m_grouped_bf16_gemm_nt_contiguous
     alignment = importlib.import_module("deep_gemm.utils.layout").get_mk_alignment_for_contiguous_layout

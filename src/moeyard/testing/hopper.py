@@ -1,4 +1,4 @@
-"""A group of cases of the Hopper kernels in a process of its own: `hopper_cases.py GROUP` prints a line of JSON a case.
+"""Cases of the Hopper kernels in a process: `python -m moeyard.testing.hopper GROUP` prints one line of JSON per case.
 
 A kernel that waits for what never comes would hold its process for good: so each case has a limit, and the test that
 started the process goes on with the next.
@@ -13,12 +13,18 @@ from typing import Any
 import torch
 
 import moeyard
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
-from moeyard.bench.routing import ROUTINGS
 from moeyard.cuda import experts
 from moeyard.cuda.experts_plan import Way
-from support import guard_broken, largest_and_rms, poisoned, same_bits
-from test_experts import plain_experts, wide_weights
+from moeyard.testing import (
+    draw_routing,
+    draw_weights,
+    guard_broken,
+    largest_and_rms,
+    plain_experts,
+    poisoned,
+    same_bits,
+)
+from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
 
 CUDA = torch.device("cuda")
 NAMES = ("largest", "rms")
@@ -29,27 +35,6 @@ WAYS = {
     **{f"tiles of {rows}": Way(rows=rows) for rows in (8, 16, 32, 64, 128, 192)},
     **{f"tiles of {rows}, copied": Way(copied=True, rows=rows) for rows in (64, 128, 192)},
 }
-
-
-def draw_weights(
-    count: int, hidden: int, size: int, dtype: torch.dtype, gated: bool = True, bias: bool = False
-) -> ExpertWeights:
-    def draw(*shape: int, scale: float) -> torch.Tensor:
-        return (torch.randn(*shape, device=CUDA) * scale).to(dtype)
-
-    wide = size * (1 + gated)
-    return ExpertWeights(
-        draw(count, wide, hidden, scale=hidden**-0.5),
-        draw(count, hidden, size, scale=size**-0.5),
-        draw(count, wide, scale=1) if bias else None,
-        draw(count, hidden, scale=1) if bias else None,
-        gated,
-    )
-
-
-def draw_routing(tokens: int, count: int, top_k: int, name: str) -> Routing:
-    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**31)
-    return Routing(torch.rand(tokens, top_k, device=CUDA), ROUTINGS[name](tokens, count, top_k, generator).cuda())
 
 
 def poison_workspace(routes: int, hidden: int, size: int) -> None:
@@ -65,13 +50,14 @@ def layer(
     """A case of fused_experts: errors against float64 and those of plain torch at the dtype."""
 
     def run() -> dict[str, Any]:
-        weights = draw_weights(count, hidden, size, dtype, gated, bias)
-        rows, routes = torch.randn(tokens, hidden, device=CUDA).to(dtype), draw_routing(tokens, count, top_k, routing)
+        weights = draw_weights(count, hidden, size, dtype, gated=gated, bias=bias, device=CUDA)
+        rows = torch.randn(tokens, hidden, device=CUDA).to(dtype)
+        routes = draw_routing(tokens, count, top_k, routing, device=CUDA)
         out = poisoned((tokens, hidden), dtype, CUDA)
         poison_workspace(tokens * top_k, hidden, size)
         got = moeyard.fused_experts(rows, routes, weights, activation=activation, out=out, impl="cuda")
         torch.cuda.synchronize()
-        wide = plain_experts(rows.double(), routes, wide_weights(weights), activation)
+        wide = plain_experts(rows, routes, weights, activation, dtype=torch.float64)
         plain = plain_experts(rows, routes, weights, activation)
         again = moeyard.fused_experts(rows, routes, weights, activation=activation, impl="cuda")
         return {
@@ -88,7 +74,7 @@ def layer(
 
 def with_way(way: Way) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Layers in one way, whatever would be chosen, from one product to many tiles a block."""
-    experts.way_of = lambda *_, **__: way  # type: ignore[assignment]
+    setattr(experts, "way_of", lambda *_, **__: way)  # noqa: B010 - a name that experts imports
     yield "one step", layer(3, 4, 2, 64, 64)
     yield "short rows", layer(5, 3, 1, 80, 16)
     yield "few", layer(40, 8, 2, 512, 256)
@@ -107,7 +93,7 @@ def products() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         tokens: int, count: int, top_k: int, block: int, per_route: bool, columns: int = 272
     ) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
-            routes = draw_routing(tokens, count, top_k, "dropped")
+            routes = draw_routing(tokens, count, top_k, device=CUDA)
             layout = moeyard.moe_align_block_size(routes.topk_ids, num_experts=count, block_size=block)
             rows = torch.randn(tokens * top_k if per_route else tokens, 336, device=CUDA).bfloat16()
             weight = torch.randn(count, columns, 336, device=CUDA).bfloat16()
@@ -174,8 +160,8 @@ def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     def draw() -> tuple[torch.Tensor, Routing, ExpertWeights]:
         return (
             torch.randn(600, 1024, device=CUDA).bfloat16(),
-            draw_routing(600, 32, 4, "zipf"),
-            draw_weights(32, 1024, 352, torch.bfloat16),
+            draw_routing(600, 32, 4, "zipf", device=CUDA),
+            draw_weights(32, 1024, 352, torch.bfloat16, device=CUDA),
         )
 
     def runs() -> dict[str, Any]:
@@ -194,7 +180,7 @@ def repeated() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
                 out = moeyard.fused_experts(rows, routes, weights, impl="cuda")
         same = True
         for name in ("uniform", "dropped", "one_hot"):
-            routes.copy_(draw_routing(600, 32, 4, name))
+            routes.copy_(draw_routing(600, 32, 4, name, device=CUDA))
             rows.copy_(torch.randn_like(rows))
             captured.replay()
             same = same and same_bits(out, moeyard.fused_experts(rows, routes, weights, impl="cuda"))
@@ -261,7 +247,7 @@ def unlucky(case: dict[str, Any]) -> bool:
 
 
 def main() -> None:
-    experts._takes = lambda *_: False  # a few tokens take this way too
+    experts._takes = lambda *_: False  # type: ignore[assignment]  # a few tokens take this way too
     limit = FIRST_LIMIT_S
     for name, run in GROUPS[sys.argv[1]]():
         faulthandler.dump_traceback_later(limit, exit=True)
@@ -269,7 +255,8 @@ def main() -> None:
         if unlucky(result):  # a fault is there with other inputs, too
             result = {"case": name, **run()}
         torch.cuda.synchronize()
-        print(json.dumps(result), flush=True)
+        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
         limit = LIMIT_S
     faulthandler.cancel_dump_traceback_later()
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import reference, reference_layer
+from moeyard import reference
+from moeyard.testing import CPU, guard_broken, poisoned, same_bits
 from moeyard.triton import experts
 from moeyard.values import Activation
-from support import CPU, guard_broken, poisoned, same_bits
 
 
 def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tensor | None) -> tuple[Any, int]:
@@ -107,7 +107,7 @@ def test_tensors_with_strides_and_offsets(shape: tuple[int, int]) -> None:
     offsets = torch.tensor([0, 3, 3, 20, 28])
     out = poisoned((30, columns), torch.float16)
     moeyard.grouped_gemm(rows, weight, bias=bias, expert_offsets=offsets, out=out, impl="triton")
-    wide = reference_layer.grouped_gemm(rows.double(), weight.double(), bias=bias.double(), expert_offsets=offsets)
+    wide = reference.grouped_gemm(rows.double(), weight.double(), bias=bias.double(), expert_offsets=offsets)
     assert torch.allclose(out[:28].double(), wide[:28], atol=3e-3, rtol=2e-3) and not guard_broken(out)
     turned = weight.transpose(1, 2).contiguous().transpose(1, 2)
     again = moeyard.grouped_gemm(rows, turned, bias=bias, expert_offsets=offsets, impl="triton")
