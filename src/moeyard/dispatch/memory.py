@@ -19,13 +19,13 @@ def refuse_overlap(outputs: Sequence[tuple[str, Tensor]], inputs: Iterable[tuple
     if len(spans) > 1:
         for (_, end, name), (start, _, other) in pairwise(sorted(spans)):
             if 0 < start < end:
-                raise ValueError(f"{other}: expected memory of its own, got some of {name}'s")
+                raise ValueError(f"{other}: expected memory apart from {name}, got a tensor that overlaps it")
     for name, value in inputs:
         if isinstance(value, Tensor):
             low = value.data_ptr()
             for start, end, output in spans:
                 if low < end and overlaps(value, start, end):
-                    raise ValueError(f"{output}: expected memory of its own, got some of {name}'s")
+                    raise ValueError(f"{output}: expected memory apart from {name}, got a tensor that overlaps it")
 
 
 def overlaps(tensor: Tensor, start: int, end: int) -> bool:
