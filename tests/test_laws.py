@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -39,6 +40,13 @@ ARROWS = {  # module -> what of moeyard it may import
     "triton": {"values", "tiles", "ids", "triton"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
+CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
+    "runtime": set(),
+    "align": {"runtime"},
+    "rows": {"runtime"},
+    "route": {"runtime", "align"},
+    "experts": {"runtime", "align", "rows"},
+}
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
 ON_DEVICE = (*OPS, "library", "library_layer", "outputs", "ids", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
@@ -48,8 +56,8 @@ PUBLIC = (
 ).split()
 
 
-def imports_of(path: Path) -> set[str]:
-    """The rooms of moeyard that a file imports; "" for the package itself."""
+def imports_of(path: Path, package: str = "moeyard") -> set[str]:
+    """The rooms of a package that a file imports; "" for the package itself."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -58,28 +66,49 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [node.module or ""]
-            if node.module == "moeyard":
-                names = [f"moeyard.{alias.name}" for alias in node.names]
-        found |= {[*name.split("."), ""][1] for name in names if name.split(".")[0] == "moeyard"}
+            if node.module == package:
+                names = [f"{package}.{alias.name}" for alias in node.names]
+        inside = [name.removeprefix(package) for name in names if f"{name}.".startswith(f"{package}.")]
+        found |= {[*name.split("."), ""][1] for name in inside}
     return found
 
 
 @pytest.mark.parametrize("room", sorted(ARROWS))
 def test_imports_go_one_way(room: str) -> None:
-    paths = list((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]
+    paths = list((SOURCE / room).rglob("*.py")) or [SOURCE / f"{room}.py"]
     for path in paths:
         assert imports_of(path) <= ARROWS[room], path
+
+
+@pytest.mark.parametrize("folder", sorted(CUDA_ARROWS))
+def test_folders_of_cuda_import_one_way(folder: str) -> None:
+    paths = list((SOURCE / "cuda" / folder).rglob("*.py"))
+    assert len(paths) > 1
+    for path in paths:
+        assert imports_of(path, "moeyard.cuda") <= CUDA_ARROWS[folder] | {folder}, path
+
+
+def test_sources_of_cuda_include_one_way() -> None:
+    """Headers of `device` serve all; a folder includes those, its own, and those of folders that it may import."""
+    homes = {path.name: path.parent.name for path in (SOURCE / "cuda").rglob("*.cu*")}
+    for path in (SOURCE / "cuda").rglob("*.cu*"):
+        folder = path.parent.name
+        allowed = {"device", folder} | CUDA_ARROWS.get(folder, set())
+        for name in re.findall(r'#include "(.+)"', path.read_text()):
+            assert homes[name] in allowed, f"{path}: {name}"
 
 
 def test_every_room_has_its_arrows() -> None:
     rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
     assert rooms - {"__init__", "__main__", "__pycache__", "bench"} == set(ARROWS)
+    folders = {path.name for path in (SOURCE / "cuda").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__", "device"} == set(CUDA_ARROWS)
 
 
 def test_no_host_reads_of_device_values() -> None:
     """`.item()`, `.tolist()`, `.nonzero()` and `.cpu()` wait for the device: only the reference may."""
     for room in ON_DEVICE:
-        for path in list((SOURCE / room).glob("*.py")) or [SOURCE / f"{room}.py"]:
+        for path in list((SOURCE / room).rglob("*.py")) or [SOURCE / f"{room}.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Attribute):
                     assert node.attr not in ("item", "tolist", "nonzero", "cpu"), f"{path}:{node.lineno}"

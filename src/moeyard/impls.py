@@ -141,7 +141,7 @@ def _layer(launcher: str, *others: Impl) -> tuple[Impl, ...]:
 
 def _hopper(launcher: str) -> Impl:
     """The row of products and experts on Hopper."""
-    target, function = "moeyard.cuda.experts:", launcher.removesuffix("_launch")
+    target, function = "moeyard.cuda.experts.launchers:", launcher.removesuffix("_launch")
     return Impl("cuda", target + launcher, _cuda_products, unfit=f"{target}unfit_for_{function}")
 
 
@@ -151,25 +151,25 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
         Impl(
             "cuda",
-            "moeyard.cuda.layout:align_launch",
+            "moeyard.cuda.align.launchers:align_launch",
             _cuda,
-            first_outputs="moeyard.cuda.layout:triple_launch",
-            repeater="moeyard.cuda.layout:align_again",
+            first_outputs="moeyard.cuda.align.launchers:triple_launch",
+            repeater="moeyard.cuda.align.launchers:align_again",
         ),
         *_shared("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
         Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", _cuda),
         *_shared("layout:batched_align_launch"),
     ),
     "route": (
         Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
         Impl(
             "cuda",
-            "moeyard.cuda.router:route_launch",
+            "moeyard.cuda.route.launchers:route_launch",
             _cuda_sums,
-            with_layout="moeyard.cuda.decode:route_and_align_launch",
+            with_layout="moeyard.cuda.route.route_align:route_and_align_launch",
         ),
         *_shared("router:route_launch"),
     ),
@@ -179,26 +179,26 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "moe_lora_align_block_size": _shared("layout:lora_align_launch"),
     "permute": (
         Impl("cpu", "moeyard.cpu.rows:permute_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.rows:permute_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.rows.launchers:permute_launch", _cuda),
         *_shared("rows:permute_launch"),
     ),
     "permute_to_fp8": (
-        Impl("cuda", "moeyard.cuda.rows:permute_to_fp8_launch", _cuda_sums),
+        Impl("cuda", "moeyard.cuda.rows.launchers:permute_to_fp8_launch", _cuda_sums),
         *_shared("rows:permute_to_fp8_launch"),
     ),
     "shuffle_rows": (
         Impl("cpu", "moeyard.cpu.rows:shuffle_rows_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.rows:shuffle_rows_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.rows.launchers:shuffle_rows_launch", _cuda),
         *_shared("rows:shuffle_rows_launch"),
     ),
     "combine": (
         Impl("cpu", "moeyard.cpu.rows:combine_launch", _cpu_sums),
-        Impl("cuda", "moeyard.cuda.rows:combine_launch", _cuda_sums),
+        Impl("cuda", "moeyard.cuda.rows.launchers:combine_launch", _cuda_sums),
         *_shared("rows:combine_launch"),
     ),
     "moe_sum": (
         Impl("cpu", "moeyard.cpu.rows:moe_sum_launch", _cpu_sums),
-        Impl("cuda", "moeyard.cuda.rows:moe_sum_launch", _cuda_sums),
+        Impl("cuda", "moeyard.cuda.rows.launchers:moe_sum_launch", _cuda_sums),
         *_shared("rows:moe_sum_launch"),
     ),
 }

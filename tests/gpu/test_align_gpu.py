@@ -17,7 +17,7 @@ import moeyard
 from moeyard import Layout, impls
 from moeyard.bench.routing import ROUTINGS
 from moeyard.bench.verify import layout_error
-from moeyard.cuda.launch import programmatic_launch
+from moeyard.cuda.runtime.launch import programmatic_launch
 from moeyard.integrations import vllm
 from support import SOURCE, guard_broken, layout_difference, poisoned_layout, python
 

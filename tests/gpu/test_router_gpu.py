@@ -8,8 +8,8 @@ import torch
 import moeyard
 from moeyard import Routing, impls, reference
 from moeyard.bench.verify import routing_error
-from moeyard.cuda.decode import route_and_align_launch
-from moeyard.cuda.launch import programmatic_launch
+from moeyard.cuda.route.route_align import route_and_align_launch
+from moeyard.cuda.runtime.launch import programmatic_launch
 from moeyard.values import ROUTER_DEFAULTS
 from support import guard_broken, layout_difference, poisoned, poisoned_layout, same_bits
 

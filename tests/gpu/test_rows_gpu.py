@@ -8,7 +8,7 @@ import torch
 import moeyard
 from moeyard import Layout, Permuted, impls, reference
 from moeyard.bench.routing import ROUTINGS
-from moeyard.cuda.launch import programmatic_launch
+from moeyard.cuda.runtime.launch import programmatic_launch
 from support import guard_broken, poisoned, same_bits
 
 REFUSAL = impls.explain("permute", "cuda").reasons["cuda"]

@@ -117,7 +117,7 @@ def _timed(
 
 
 def programmatically(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    from moeyard.cuda.launch import programmatic_launch
+    from moeyard.cuda.runtime.launch import programmatic_launch
 
     def with_programmatic_launch(inputs: Any) -> Any:
         before = programmatic_launch()
