@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moeyard.bench.layers import activation
 from moeyard.bench.operators import Case
+from moeyard.values import ExpertCall, Segments
 
 Runs = list[tuple[str, Callable[[Any], Tensor]]]
 _DECODE: dict[str, dict[str, Any]] = {
@@ -26,16 +27,16 @@ _DECODE: dict[str, dict[str, Any]] = {
     "4 warps, 48 KB": {"warps": 4, "ring_bytes": 48 << 10},
     "4 warps, 32 KB": {"warps": 4, "ring_bytes": 32 << 10},
 }
-"""Label -> keyword arguments of `expert_plan` of moeyard.cuda.experts_decode."""
+"""Label -> keyword arguments of `few_tokens_plan` of moeyard.cuda.experts.plan."""
 
 
 def decode(case: Case) -> Runs:
     """Plans of the two launches for a few tokens; none for sizes that they do not take."""
-    kernel = importlib.import_module("moeyard.cuda.experts_decode")
-    card = importlib.import_module("moeyard.cuda.layout").card_of(torch.cuda.current_device())
+    kernel = importlib.import_module("moeyard.cuda.experts.few_tokens")
+    card = importlib.import_module("moeyard.cuda.runtime.cards").card_of(torch.cuda.current_device())
     keys = ("num_tokens", "top_k", "hidden_size", "intermediate_size")
     sizes = kernel.ExpertSizes(*(case[key] for key in keys), gated=True)
-    plans = {label: kernel.expert_plan(sizes, card, **options) for label, options in _DECODE.items()}
+    plans = {label: kernel.few_tokens_plan(sizes, card, **options) for label, options in _DECODE.items()}
     return [
         (label, launched(kernel.fused_experts_launch, case, chosen=plan))
         for label, plan in plans.items()
@@ -54,7 +55,7 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "batches": {str(rows): {"rows": rows} for rows in (8, 16, 32, 64, 128)},
 }
-"""Label -> what of a `Way` (moeyard.cuda.experts_plan) is not as by default."""
+"""Label -> what of a `Way` (moeyard.cuda.experts.plan) is not as by default."""
 
 
 def prefill(case: Case) -> Runs:
@@ -69,8 +70,8 @@ def batches(case: Case) -> Runs:
 
 def ways(which: str, case: Case) -> Runs:
     """fused_experts as sizes choose, and in ways that they do not."""
-    launch = importlib.import_module("moeyard.cuda.experts").fused_experts_launch
-    way = importlib.import_module("moeyard.cuda.experts_plan").Way
+    launch = importlib.import_module("moeyard.cuda.experts.launchers").fused_experts_launch
+    way = importlib.import_module("moeyard.cuda.experts.plan").Way
     made = [(label, launched(launch, case, way=way(**options))) for label, options in _WAYS[which].items()]
     return [("chosen", launched(launch, case)), *made]
 
@@ -81,10 +82,8 @@ def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callab
 
         def multiply(x: Any) -> Tensor:
             out: Tensor = x.rows.new_empty(x.rows.shape[0], x.weight.shape[1])
-            launch(
-                x.rows, x.weight, None, None, sorted_token_ids=None, row_divisor=1,
-                first_rows=x.layout.expert_offsets[:-1], row_counts=x.layout.expert_counts, out=out, **keywords,
-            )  # fmt: skip
+            segments = Segments(x.layout.expert_offsets[:-1], x.layout.expert_counts)
+            launch(x.rows, x.weight, None, None, segments, out=out, **keywords)
             return out
 
         return multiply
@@ -92,10 +91,8 @@ def launched(launch: Callable[..., None], case: Case, **keywords: Any) -> Callab
 
     def experts(x: Any) -> Tensor:
         out = torch.empty_like(x.hidden_states)
-        launch(
-            x.hidden_states, x.routing.topk_weights, x.routing.topk_ids, None, x.weights, activation=act,
-            num_experts=case["num_experts"], weight_on_input=False, out=out, **keywords,
-        )  # fmt: skip
+        call = ExpertCall(x.weights, act, case["num_experts"])
+        launch(x.hidden_states, x.routing.topk_weights, x.routing.topk_ids, call, out=out, **keywords)
         return out
 
     return experts

@@ -11,8 +11,8 @@ import experts_variants
 from moeyard.bench import experts_cells, layers, results, run, timing
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider
-from moeyard.cuda.experts_plan import Way, expert_plan
-from moeyard.cuda.plan import Card
+from moeyard.cuda.experts.plan import Way, product_plan
+from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import table
 from moeyard.testing import CPU
 
@@ -32,7 +32,7 @@ def generator() -> torch.Generator:
 def test_ways_to_be_timed_can_be_planned(which: str) -> None:
     for label, options in experts_variants._WAYS[which].items():
         way = Way(**options)
-        plan = expert_plan(65536, 128, 768, True, False, Card(132, 232448, True), way)
+        plan = product_plan(65536, 128, 768, True, False, Card(132, 232448, True), way)
         assert plan.rows == (way.rows or 192), label
 
 

@@ -15,12 +15,13 @@ import torch
 import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
-from moeyard.cuda import compile as building
-from moeyard.cuda import experts as launches
-from moeyard.cuda.experts import expert_defines
-from moeyard.cuda.experts_plan import ExpertPlan, expert_plan, shared_bytes, stage_bytes, way_of
-from moeyard.cuda.plan import Card
-from moeyard.cuda.tensor_map import weight_boxes
+from moeyard.cuda.experts import launchers as launches
+from moeyard.cuda.experts.launchers import product_defines
+from moeyard.cuda.experts.plan import ProductPlan, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.runtime import compile as building
+from moeyard.cuda.runtime.cards import Card
+from moeyard.cuda.runtime.sources import SOURCES
+from moeyard.cuda.runtime.tensor_map import weight_boxes
 
 H200 = Card(132, 232448, True)
 MODELS = {  # hidden, intermediate, experts, top_k
@@ -34,13 +35,13 @@ MODELS = {  # hidden, intermediate, experts, top_k
 TOKENS = [1, 2, 8, 33, 64, 256, 1024, 4096, 16384, 32768]
 
 
-def plans() -> list[ExpertPlan]:
+def plans() -> list[ProductPlan]:
     """Every plan of both products of the models."""
     found = set()
     for hidden, size, experts, top_k in MODELS.values():
         for tokens in TOKENS:
-            found.add(expert_plan(tokens * top_k, experts, size, True, False, H200))
-            found.add(expert_plan(tokens * top_k, experts, hidden, False, False, H200))
+            found.add(product_plan(tokens * top_k, experts, size, True, False, H200))
+            found.add(product_plan(tokens * top_k, experts, hidden, False, False, H200))
     return sorted(found, key=str)
 
 
@@ -49,7 +50,7 @@ def test_plans_fit_the_card() -> None:
     for num_rows, experts in sizes:
         for gated in (False, True):
             for by_route in (False, True):
-                chosen = expert_plan(num_rows, experts, 2880, gated, by_route, H200)
+                chosen = product_plan(num_rows, experts, 2880, gated, by_route, H200)
                 each = (H200.shared_limit + 1024) // chosen.blocks - 1024
                 entries = min(experts, num_rows) + 1
                 arguments = (chosen.rows, chosen.groups, chosen.tall, chosen.stages, entries, gated, by_route)
@@ -61,14 +62,14 @@ def test_plans_fit_the_card() -> None:
                 assert 1 <= chosen.grid <= chosen.blocks * H200.processors
                 assert chosen.rows % min(chosen.rows, 16) == 0 and chosen.rows % 8 == 0
     with pytest.raises(ValueError, match="experts: expected so few that their table fits 49152 bytes, got 8192"):
-        expert_plan(10**6, 8192, 2048, True, False, Card(20, 49152, True))
+        product_plan(10**6, 8192, 2048, True, False, Card(20, 49152, True))
 
 
 def test_tiles_hold_the_rows_of_most_experts() -> None:
-    assert [expert_plan(tokens * 8, 128, 768, True, False, H200).rows for tokens in (1, 64, 256, 512, 1024, 4096)] == [
+    assert [product_plan(tokens * 8, 128, 768, True, False, H200).rows for tokens in (1, 64, 256, 512, 1024, 4096)] == [
         8, 16, 32, 64, 128, 192,
     ]  # fmt: skip
-    assert [expert_plan(rows * 128, 128, 768, True, False, H200).rows for rows in (128, 160, 512)] == [192] * 3
+    assert [product_plan(rows * 128, 128, 768, True, False, H200).rows for rows in (128, 160, 512)] == [192] * 3
 
 
 def test_tiles_and_copying_are_chosen_as_measured() -> None:
@@ -88,7 +89,7 @@ def test_tiles_and_copying_are_chosen_as_measured() -> None:
                 sizes["num_experts"],
                 2 * sizes["intermediate_size"],
             )
-            rows = expert_plan(routes, experts, columns // 2, True, False, H200).rows
+            rows = product_plan(routes, experts, columns // 2, True, False, H200).rows
             how = "copied" if way_of(routes, experts, columns).copied else "gathered"
             chosen[cell] = f"{rows}, {how}" if rows >= 128 else how
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
@@ -131,12 +132,12 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.exists() else shutil.which("cuobjdump")
 
 
-def examined(plan: ExpertPlan, folder: Path, **options: bool | str) -> tuple[bytes, str, str]:
+def examined(plan: ProductPlan, folder: Path, **options: bool | str) -> tuple[bytes, str, str]:
     """(cubin, what it uses of the machine, its instructions)."""
     flags = dict.fromkeys(("gated", "clamped", "gather", "by_route", "biased", "weighted", "ready"), False)
     curve, dtype = options.pop("curve", "IDENTITY"), options.pop("dtype", torch.bfloat16)
-    defines = expert_defines(plan, dtype, curve, **{**flags, **options})  # type: ignore[arg-type]
-    text = (Path(building.__file__).parent / "experts.cu").read_text()
+    defines = product_defines(plan, dtype, curve, **{**flags, **options})  # type: ignore[arg-type]
+    text = SOURCES["experts.cu"]
     code = building.compile_source(text, defines, "sm_90a")
     tool = cuobjdump()
     if tool is None:
@@ -150,7 +151,7 @@ def examined(plan: ExpertPlan, folder: Path, **options: bool | str) -> tuple[byt
     return code, used, text
 
 
-def assert_sound(plan: ExpertPlan, code: bytes, used: str, text: str, dtype: str = "BF16") -> None:
+def assert_sound(plan: ProductPlan, code: bytes, used: str, text: str, dtype: str = "BF16") -> None:
     assert code[:4] == b"\x7fELF" and b"experts_kernel" in code
     if not used:
         pytest.skip("compiles; cuobjdump, which would show more, is neither on the path nor in a Triton wheel")
@@ -376,7 +377,7 @@ def test_what_does_not_fit_goes_to_the_next_or_is_an_error(monkeypatch: pytest.M
 
     monkeypatch.setattr(building, "refused", refused, raising=False)
     row = table.Impl("picky", "moeyard.vectorised.experts:fused_experts_launch", lambda call: None,
-                     unfit="moeyard.cuda.compile:refused")  # fmt: skip
+                     unfit="moeyard.cuda.runtime.compile:refused")  # fmt: skip
     others = tuple(other for other in table.TABLE["fused_experts"] if other.name in ("torch", "reference"))
     monkeypatch.setitem(table.TABLE, "fused_experts", (row, *others))
     table.launcher.cache_clear()

@@ -288,7 +288,11 @@ def test_bad_input_names_the_argument() -> None:
         (lambda: experts(rows, routing, short_bias), ValueError, r"weights.w13_bias: expected shape \(4, 16\)"),
         (lambda: experts(rows, routing, weights, activation="silu"), TypeError, "activation: expected an Activation"),
         (lambda: experts(rows, routing, weights, num_experts=0), ValueError, "num_experts: expected an integer in"),
-        (lambda: experts(rows, routing, weights, out=rows), ValueError, "out: expected memory apart from hidden_states"),
+        (
+            lambda: experts(rows, routing, weights, out=rows),
+            ValueError,
+            "out: expected memory apart from hidden_states",
+        ),
         (lambda: experts(rows, routing, weights, out=rows.t()), ValueError, r"out: expected shape \(3, 16\)"),
         (lambda: experts(needs, routing, weights), ValueError, "hidden_states: expected a tensor that needs no grad"),
         (

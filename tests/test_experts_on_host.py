@@ -17,23 +17,23 @@ import pytest
 import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation
-from moeyard.cuda import compile as building
-from moeyard.cuda.experts import expert_defines
-from moeyard.cuda.experts_plan import STEP_VALUES, ExpertPlan, Way, expert_plan
-from moeyard.cuda.plan import Card
-from moeyard.cuda.router import float_bits
-from moeyard.cuda.tensor_map import weight_boxes
+from moeyard.cuda.experts.launchers import product_defines
+from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan
+from moeyard.cuda.runtime.cards import Card
+from moeyard.cuda.runtime.parameters import float_bits
+from moeyard.cuda.runtime.sources import HEADERS, SOURCES
+from moeyard.cuda.runtime.tensor_map import STEP_VALUES, weight_boxes
 from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned
 
-HERE, SOURCES = Path(__file__).parent / "host_experts", Path(building.__file__).parent
+HERE, TEXTS = Path(__file__).parent / "host_experts", SOURCES | HEADERS
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 
 def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
     """The kernel as a library of the host, `change` of its source made first."""
-    for name in ("experts.cu", *(f"experts_{part}.cuh" for part in ("loads", "stages", "tiles", "results"))):
-        text = (SOURCES / name).read_text()
+    for name in ("experts.cu", "activation.cuh", *(f"experts_{part}.cuh" for part in ("loads", "stages", "tiles"))):
+        text = TEXTS[name]
         if change is not None and change[0] in text:
             text, change = text.replace(*change), None
         (folder / name).write_text(text)
@@ -120,10 +120,10 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def planned(case: dict[str, Any]) -> ExpertPlan:
+def planned(case: dict[str, Any]) -> ProductPlan:
     card = Card(132, 232448, True)
     gated, by_route = case["gated"], case["by_route"]
-    plan = expert_plan(
+    plan = product_plan(
         sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, Way(rows=case["tiles"])
     )
     return replace(plan, grid=case["blocks"], **case["plan"])
@@ -131,7 +131,7 @@ def planned(case: dict[str, Any]) -> ExpertPlan:
 
 def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     activation = case["activation"]
-    return expert_defines(
+    return product_defines(
         planned(case), case["dtype"], "IDENTITY" if activation is None else activation.name.upper(),
         gated=case["gated"], clamped=activation is not None and activation.limit is not None, gather=case["gather"],
         by_route=case["by_route"], biased=case["bias"], weighted=case["weighted"], ready=case["ready"],

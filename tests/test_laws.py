@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,16 +16,17 @@ from moeyard.testing import python
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
-ROOM = {"values", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
+ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
 """What an operator's room may import, besides rooms that it is built on."""
-IMPLEMENTATION = {"values", "dispatch.ids", "dispatch.sizes"}
+IMPLEMENTATION = {"values", "dispatch.call", "dispatch.ids", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
     "values": set(),
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
     "dispatch.sizes": {"values"},
     "dispatch.checks": {"values"},
-    "dispatch.table": {"values"},
+    "dispatch.call": {"values"},
+    "dispatch.table": {"values", "dispatch.call"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -43,6 +45,13 @@ ARROWS = {  # module -> what of moeyard it may import
     "testing": {"", "values", "dispatch", "cuda", "testing"},
     "integrations": ROOM | {"", "combine", "integrations"},
 }
+CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
+    "runtime": set(),
+    "align": {"runtime"},
+    "rows": {"runtime"},
+    "route": {"runtime", "align"},
+    "experts": {"runtime", "align", "rows"},
+}
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
@@ -51,8 +60,8 @@ PUBLIC = (
 ).split()
 
 
-def imports_of(path: Path) -> set[str]:
-    """The rooms of moeyard that a file imports, modules of `dispatch` one by one; "" for the package itself."""
+def imports_of(path: Path, package: str = "moeyard") -> set[str]:
+    """The rooms of a package that a file imports, modules of `dispatch` one by one; "" for the package itself."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -61,11 +70,11 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [node.module or ""]
-            if node.module == "moeyard":
-                names = [f"moeyard.{alias.name}" for alias in node.names]
+            if node.module == package:
+                names = [f"{package}.{alias.name}" for alias in node.names]
         for name in names:
-            package, room, module = [*name.split("."), "", ""][:3]
-            if package == "moeyard":
+            if f"{name}.".startswith(f"{package}."):
+                room, module = [*name.removeprefix(package).split("."), "", ""][1:3]
                 found.add(f"{room}.{module}" if room == "dispatch" and module else room)
     return found
 
@@ -77,10 +86,30 @@ def test_imports_go_one_way(room: str) -> None:
         assert imports_of(path) <= ARROWS[room], path
 
 
+@pytest.mark.parametrize("folder", sorted(CUDA_ARROWS))
+def test_folders_of_cuda_import_one_way(folder: str) -> None:
+    paths = list((SOURCE / "cuda" / folder).rglob("*.py"))
+    assert len(paths) > 1
+    for path in paths:
+        assert imports_of(path, "moeyard.cuda") <= CUDA_ARROWS[folder] | {folder}, path
+
+
+def test_sources_of_cuda_include_one_way() -> None:
+    """Headers of `device` serve all; a folder includes those, its own, and those of folders that it may import."""
+    homes = {path.name: path.parent.name for path in (SOURCE / "cuda").rglob("*.cu*")}
+    for path in (SOURCE / "cuda").rglob("*.cu*"):
+        folder = path.parent.name
+        allowed = {"device", folder} | CUDA_ARROWS.get(folder, set())
+        for name in re.findall(r'#include "(.+)"', path.read_text()):
+            assert homes[name] in allowed, f"{path}: {name}"
+
+
 def test_every_room_has_its_arrows() -> None:
     rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
     inner = {f"dispatch.{path.stem}" for path in (SOURCE / "dispatch").glob("*.py") if path.stem != "__init__"}
     assert (rooms | inner) - {"__init__", "__main__", "__pycache__", "bench", "cli", "dispatch"} == set(ARROWS)
+    folders = {path.name for path in (SOURCE / "cuda").iterdir() if path.is_dir()}
+    assert folders - {"__pycache__", "device"} == set(CUDA_ARROWS)
 
 
 def test_tests_import_no_test_modules() -> None:

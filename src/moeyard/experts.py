@@ -7,10 +7,10 @@ from torch import Tensor
 
 from moeyard.activation import ACTIVATION, flatten_activation
 from moeyard.dispatch import checks
+from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.dispatch.op import Op
-from moeyard.dispatch.table import Call, facts_of_experts
 from moeyard.router import route
 from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.call import Call, WeightFacts, unreadable
 from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor
 from moeyard.dispatch.op import Op
-from moeyard.dispatch.table import Call, WeightFacts, unreadable
 from moeyard.values import Layout, Segments
 
 

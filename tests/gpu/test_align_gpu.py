@@ -15,7 +15,7 @@ import torch
 
 import moeyard
 from moeyard import Layout
-from moeyard.cuda.launch import programmatic_launch
+from moeyard.cuda.runtime.launch import programmatic_launch
 from moeyard.dispatch import table
 from moeyard.integrations import vllm
 from moeyard.testing import ROUTINGS, SOURCE, guard_broken, layout_difference, layout_error, poisoned_layout, python

@@ -7,7 +7,7 @@ import torch
 
 import moeyard
 from moeyard import Layout, Permuted, reference
-from moeyard.cuda.launch import programmatic_launch
+from moeyard.cuda.runtime.launch import programmatic_launch
 from moeyard.dispatch import table
 from moeyard.testing import ROUTINGS, guard_broken, poisoned, same_bits
 

@@ -99,7 +99,7 @@ def _timed(right: list[Provider], mode: str, device: torch.device) -> Iterator[t
 
 def programmatically(run: Run) -> Run:
     """The same call with programmatic dependent launches."""
-    from moeyard.cuda.launch import programmatic_launch
+    from moeyard.cuda.runtime.launch import programmatic_launch
 
     def with_programmatic_launch(inputs: Any) -> Any:
         before = programmatic_launch()

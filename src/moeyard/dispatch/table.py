@@ -11,44 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.values import ExpertWeights
-
-
-class WeightFacts(NamedTuple):
-    """What a choice may depend on of the weights of experts."""
-
-    dtype: torch.dtype
-    scheme: str
-    """How values are quantised; "none"."""
-    num_local_experts: int
-    columns: int
-    """Rows of an expert's first matrix: results per row of a product; 2 * intermediate_size of gated experts."""
-    size: int
-    """Columns of that matrix: hidden_size."""
-    gated: bool
-    readable: str
-    """Why kernels that read 16 bytes at once cannot read them as they lie, in words; "" if they can."""
-
-
-class Call(NamedTuple):
-    """What a choice may depend on."""
-
-    device: torch.device
-    dtype: torch.dtype
-    """Dtype of the ids (layout) or rows (permute, combine, products, experts)."""
-    weights: WeightFacts | None = None
-    """Products and experts."""
-    num_rows: int | None = None
-    """Rows of the result of a product; tokens of experts."""
-    top_k: int = 1
-    num_experts: int = 0
-    """Global number of experts; 0 where nobody knows."""
-    weight_on_input: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +84,9 @@ def _cuda(call: Call) -> str | None:
         return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
     if not installed("cuda.core") or not installed("cuda.bindings"):
         return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
+    if torch.cuda.is_available():
+        reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(_index(call.device))
+        return reason
     return None
 
 
@@ -136,7 +107,14 @@ def _cuda_sums(call: Call) -> str | None:
 def _cuda_products(call: Call) -> str | None:
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    return _cuda(call)
+    reason, capability = _cuda(call), capability_of(call.device)
+    if reason is None and capability not in (None, (9, 0)):
+        return f"is written for compute capability 9.0, got {'.'.join(map(str, capability or ()))}"
+    return reason
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _triton(call: Call) -> str | None:
@@ -173,7 +151,7 @@ def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = _cp
 
 
 def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = _cuda) -> Impl:
-    return Impl("cuda", f"moeyard.cuda.rows:{launcher}", refusal)
+    return Impl("cuda", f"moeyard.cuda.rows.launchers:{launcher}", refusal)
 
 
 def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
@@ -186,7 +164,7 @@ def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
     )
 
 
-_CUDA_EXPERTS = "moeyard.cuda.experts"
+_PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -194,18 +172,18 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
         Impl(
             "cuda",
-            "moeyard.cuda.layout:align_launch",
+            "moeyard.cuda.align.launchers:align_launch",
             _cuda,
             companions={
-                "first outputs": "moeyard.cuda.layout:triple_launch",
-                "again": "moeyard.cuda.layout:align_again",
+                "first outputs": "moeyard.cuda.align.launchers:triple_launch",
+                "again": "moeyard.cuda.align.launchers:align_again",
             },
         ),
         *_everywhere("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
         Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.layout:batched_align_launch", _cuda),
+        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", _cuda),
         *_everywhere("layout:batched_align_launch"),
     ),
     "moe_lora_align_block_size": _everywhere("layout:lora_align_launch"),
@@ -213,34 +191,32 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
         Impl(
             "cuda",
-            "moeyard.cuda.router:route_launch",
+            "moeyard.cuda.route.launchers:route_launch",
             _cuda_sums,
-            companions={"with layout": "moeyard.cuda.decode:route_and_align_launch"},
+            companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
         ),
         *_everywhere("router:route_launch"),
     ),
     "grouped_gemm": _layer(
         "grouped_gemm_launch",
-        Impl(
-            "cuda", f"{_CUDA_EXPERTS}:grouped_gemm_launch", _cuda_products, unfit=f"{_CUDA_EXPERTS}:unfit_for_products"
-        ),
+        Impl("cuda", f"{_PRODUCTS}:grouped_gemm_launch", _cuda_products, unfit=f"{_PRODUCTS}:unfit_for_products"),
     ),
     "activate": _layer("activate_launch"),
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
             "cuda",
-            f"{_CUDA_EXPERTS}:few_tokens_launch",
+            f"{_FEW_TOKENS}:fused_experts_launch",
             _cuda_products,
             way="few tokens",
-            unfit=f"{_CUDA_EXPERTS}:unfit_for_few_tokens",
+            unfit=f"{_FEW_TOKENS}:unfit",
         ),
         Impl(
             "cuda",
-            f"{_CUDA_EXPERTS}:fused_experts_launch",
+            f"{_PRODUCTS}:fused_experts_launch",
             _cuda_products,
             way="products",
-            unfit=f"{_CUDA_EXPERTS}:unfit_for_experts",
+            unfit=f"{_PRODUCTS}:unfit_for_experts",
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
@@ -303,7 +279,7 @@ def _load(target: str) -> Callable[..., Any]:
 
 def _refusal(row: Impl, call: Call) -> str | None:
     reason = row.refusal(call)
-    if reason is None and row.unfit:
+    if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason
 
@@ -374,20 +350,3 @@ def explain(
             chosen, reason = row.label, "chosen"
         reasons[row.label] = reason
     return Explanation(op, call, chosen or "none", reasons)
-
-
-def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
-    """The facts of both matrices of experts."""
-    first, second = weights.w13, weights.w2
-    experts, columns, size = first.shape
-    readable = unreadable(first, "weights.w13") or unreadable(second, "weights.w2")
-    return WeightFacts(first.dtype, "none", experts, columns, size, weights.gated, readable)
-
-
-def unreadable(weight: Tensor, name: str) -> str:
-    """Why a kernel that reads 16 bytes of a dense matrix at once cannot read `weight`, in words; "" if it can."""
-    if not weight.is_contiguous():
-        return f"{name}: expected a contiguous tensor, got strides {weight.stride()}"
-    if weight.data_ptr() % 16:
-        return f"{name}: expected an address that is a multiple of 16 bytes"
-    return ""

@@ -1,0 +1,1 @@
+"""Alignment: topk_ids -> Layout."""

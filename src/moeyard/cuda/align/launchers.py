@@ -1,0 +1,245 @@
+"""Layouts of CUDA tensors: one launch of align.cu or batched.cu, straight from Python."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.align.plan import AlignPlan, align_plan, batched_align_plan
+from moeyard.cuda.runtime.barriers import barrier_for
+from moeyard.cuda.runtime.cards import card_of
+from moeyard.cuda.runtime.driver import current_stream
+from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.parameters import division, id_type
+from moeyard.cuda.runtime.ready import Ready
+from moeyard.values import Layout
+
+
+def align_launch(
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    out: Layout,
+    chosen: AlignPlan | None = None,
+    programmatic: bool | None = None,
+) -> None:
+    """Fills the layout of int32 or int64 ids of any shape and strides, by a plan of its own or a given one."""
+    _align(
+        topk_ids,
+        expert_map,
+        out.num_experts,
+        out.num_local_experts,
+        out.block_size,
+        out.sorted_token_ids,
+        out.expert_ids,
+        out.num_tokens_post_padded,
+        out,
+        chosen,
+        programmatic,
+    )
+
+
+def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], bool] | None:
+    """A function that fills `out` for other ids of the same shape and dtype, checking only what can have changed.
+
+    It returns False, having done nothing, where it cannot: other devices, strides or addresses, or other settings. It
+    is None for ids that are cast first or start anywhere, and for plans that need a buffer. There is no expert map.
+    """
+    device, pointers = topk_ids.get_device(), _addresses(out)
+    capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
+    if topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.data_ptr() % 16 or not capacity:
+        return None
+    programmatic = SETTINGS["programmatic"]
+    sizes = (topk_ids.numel(), out.num_experts, experts, capacity, out.block_size, topk_ids.dtype)
+    launch, words = _ready((*sizes, True, True, False, device, None, programmatic))
+    if words:
+        return None
+
+    def again(ids: Tensor, given: Layout) -> bool:
+        address = ids.data_ptr()
+        if (
+            address % 16
+            or _addresses(given) != pointers
+            or ids.get_device() != device
+            or not ids.is_contiguous()
+            or SETTINGS["programmatic"] is not programmatic
+        ):
+            return False
+        launch(current_stream(device), address, 0, *pointers, 0, 0)
+        return True
+
+    return again
+
+
+def _addresses(out: Layout) -> tuple[int, ...]:
+    return (
+        out.sorted_token_ids.data_ptr(),
+        out.expert_ids.data_ptr(),
+        out.num_tokens_post_padded.data_ptr(),
+        out.expert_offsets.data_ptr(),
+        out.expert_counts.data_ptr(),
+        out.route_rows.data_ptr(),
+    )
+
+
+def triple_launch(
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_experts: int,
+    num_local_experts: int,
+    block_size: int,
+    sorted_token_ids: Tensor,
+    expert_ids: Tensor,
+    num_tokens_post_padded: Tensor,
+) -> None:
+    """Fills the first three tensors of a layout and nothing else; slots need not be a multiple of the block size."""
+    _align(
+        topk_ids,
+        expert_map,
+        num_experts,
+        num_local_experts,
+        block_size,
+        sorted_token_ids,
+        expert_ids,
+        num_tokens_post_padded,
+        None,
+        None,
+    )
+
+
+def _align(
+    topk_ids: Tensor,
+    expert_map: Tensor | None,
+    num_experts: int,
+    experts: int,
+    block_size: int,
+    slots: Tensor,
+    expert_ids: Tensor,
+    total: Tensor,
+    whole: Layout | None,
+    chosen: AlignPlan | None,
+    programmatic: bool | None = None,
+) -> None:
+    device = topk_ids.get_device()
+    if not topk_ids.is_contiguous():
+        topk_ids = topk_ids.contiguous()
+    if expert_map is not None and not expert_map.is_contiguous():
+        expert_map = expert_map.contiguous()
+    ids = topk_ids.data_ptr()
+    key = (
+        topk_ids.numel(),
+        num_experts,
+        experts,
+        slots.numel(),
+        block_size,
+        topk_ids.dtype,
+        expert_map is None,
+        ids % 16 == 0,
+        whole is None,
+        device,
+        chosen,
+        SETTINGS["programmatic"] if programmatic is None else programmatic,
+    )
+    launch, words = _READY.get(key) or _ready(key)
+    stream = current_stream(device)
+    exchange = barrier = offsets = counts = routes = 0
+    if words:
+        buffer = topk_ids.new_empty(words, dtype=torch.int32)
+        exchange, barrier = buffer.data_ptr(), barrier_for(device, stream)
+    if whole is not None:
+        offsets, counts = whole.expert_offsets.data_ptr(), whole.expert_counts.data_ptr()
+        routes = whole.route_rows.data_ptr()
+    mapping = 0 if expert_map is None else expert_map.data_ptr()
+    blocks, used = expert_ids.data_ptr(), total.data_ptr()
+    launch(stream, ids, mapping, slots.data_ptr(), blocks, used, offsets, counts, routes, exchange, barrier)
+
+
+_READY = Ready()
+"""A launch and the words of its exchange by all that they depend on: plain values, which are hashed on every call."""
+
+
+def _ready(key: tuple[Any, ...]) -> tuple[Launch, int]:
+    found: tuple[Launch, int] = _READY.get(key) or _READY.add(key, _make_ready(*key))
+    return found
+
+
+def _make_ready(
+    num_routes: int,
+    num_experts: int,
+    experts: int,
+    capacity: int,
+    block_size: int,
+    dtype: torch.dtype,
+    unmapped: bool,
+    aligned: bool,
+    triple: bool,
+    device: int,
+    chosen: AlignPlan | None,
+    programmatic: bool,
+) -> tuple[Launch, int]:
+    """The launch and the words of its exchange."""
+    if chosen is None:
+        chosen = align_plan(num_routes, experts, capacity, card_of(device))
+    defines = align_defines(chosen, experts, id_type(dtype), unmapped, aligned, not triple)
+    launch = Launch(
+        "align.cu",
+        "align_kernel",
+        defines,
+        device,
+        pointers=10,
+        sizes=(num_routes, num_experts, experts, block_size, capacity, *division(block_size), chosen.tiles),
+        grid=chosen.grid,
+        threads=chosen.threads,
+        shared_bytes=chosen.shared_bytes(experts),
+        cluster=chosen.cluster,
+        cooperative=chosen.cooperative,
+        programmatic=programmatic,
+    )
+    words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0
+    return launch, words
+
+
+def align_defines(
+    plan: AlignPlan, experts: int, of_ids: str, unmapped: bool, aligned: bool, whole: bool
+) -> tuple[tuple[str, str], ...]:
+    """What an alignment is compiled for; `of_ids` is the C++ type of ids."""
+    return (
+        ("EXCHANGE", plan.exchange),
+        ("BLOCK", str(plan.threads)),
+        ("BLOCKS_A_CLUSTER", str(plan.cluster)),
+        ("PLACING_WARPS", str(plan.warps)),
+        ("ROUTES_A_LANE", str(plan.rounds)),
+        ("EXPERTS_A_THREAD", str(-(-experts // plan.threads))),
+        ("ID", of_ids),
+        ("MAP", "false" if unmapped else "true"),
+        ("ALIGN", "true" if aligned else "false"),
+        ("WHOLE_LAYOUT", "true" if whole else "false"),
+    )
+
+
+def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:
+    """Fills the layout of batches of `max_num_tokens` rows."""
+    device = expert_num_tokens.get_device()
+    expert_num_tokens = expert_num_tokens.contiguous()
+    key = (expert_num_tokens.numel(), max_num_tokens, out.block_size, device, SETTINGS["programmatic"])
+    launch = _BATCHED.get(key) or _BATCHED.add(key, _make_batched_ready(*key[:-1]))
+    outputs = (tensor.data_ptr() for tensor in out.tensors)
+    launch(current_stream(device), expert_num_tokens.data_ptr(), *outputs)
+
+
+_BATCHED = Ready()
+
+
+def _make_batched_ready(experts: int, rows: int, block_size: int, device: int) -> Launch:
+    chosen = batched_align_plan(experts, rows, block_size, card_of(device))
+    return Launch(
+        "batched.cu",
+        "batched_align_kernel",
+        (("BLOCK", str(chosen.threads)), ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads)))),
+        device,
+        pointers=7,
+        sizes=(experts, rows, block_size, chosen.capacity, *division(block_size), chosen.pieces),
+        grid=chosen.grid,
+        threads=chosen.threads,
+        shared_bytes=chosen.shared_bytes,
+    )

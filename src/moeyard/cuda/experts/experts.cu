@@ -1,0 +1,285 @@
+// Rows of every expert times the expert's weights, with bias and activation: sm_90a alone. The weights' rows are the M
+// side of the tensor cores' products and the rows are their N side, which may be as small as 8: so one kernel serves
+// batches of any size.
+//
+// A block is a warpgroup that loads and one or two that multiply, 64 or 128 weight rows each. It works through tiles
+// (BM weight rows x BN rows, experts_tiles.cuh) as a persistent grid does; stages of 64 values of all rows of a tile go
+// round through shared memory, tile after tile without a break: `full` barriers say what has come, `empty` ones what
+// has been read. Which tile comes next is known to the warpgroup that loads, and goes through shared memory with the
+// tile's first stage. A tile with fewer rows than BN multiplies only as many as it has, in steps of FINE.
+//
+// The second warpgroup that multiplies begins some steps after the first and stays behind it, as far as stages reach:
+// so one has products under way while the other writes results.
+//
+// Weights come by the copy engine. Where there is a gate, its box takes 8 rows of the gate half and the 8 rows of the
+// up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
+// no exchange; results are transposed in shared memory, which for the largest tiles is the stage behind a tile's last
+// step. Without a gate a box takes 8 even and 8 odd rows: a lane then holds two columns side by side, and 8 lanes a
+// sector of a row of results, which goes straight to memory. Rows come by the copy engine too, or (GATHER) by cp.async
+// from wherever the tokens lie.
+//
+// Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
+// rows waits for that launch, and the first stages' weights are on their way before.
+
+#include "experts_loads.cuh"
+
+// What one thread of a warp tells others while it multiplies.
+struct Signals {
+  bool releases;  // stages that the warp has read
+  u32 lead;       // the step after which the other warpgroup may begin, or one that never comes
+  u32 held;       // the `empty` barrier of the stage from which results are still being copied, or 0
+};
+
+// The stage from which this warp had results copied is free.
+__device__ __forceinline__ void give_back(const Signals& signals) {
+  await_copies_out();
+  __syncwarp();
+  if (signals.releases) arrive(signals.held);
+}
+
+// All products of a tile for N of its rows.
+template <int N>
+__device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, const Signals& signals) {
+  u32 before = 0;
+  for (u32 step = 0; step < steps; ++step) {
+    await_phase(room.full + 8 * stage.number, stage.parity);
+    if constexpr (GATHERS) show_shared_writes();
+    const u32 here = room.stages + stage.number * STAGE_BYTES;
+    const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * 2);
+    const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
+    begin_products();
+#pragma unroll
+    for (int i = 0; i < BK / 16; ++i) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        multiply<N>(sums[m], weights + m * (64 * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
+      }
+    }
+    commit_products();
+    if (STAGGERS && step == signals.lead) arrive(room.lead);
+    if (IN_STAGE && step == 0 && signals.held) give_back(signals);
+    await_products<1>();  // those of the step before have ended
+    if (step > 0 && signals.releases) arrive(room.empty + 8 * before);
+    before = stage.number;
+    stage.advance();
+  }
+  await_products<0>();
+  if (signals.releases) arrive(room.empty + 8 * before);
+#pragma unroll
+  for (int m = 0; m < TALL; ++m) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) settle(sums[m][i]);
+  }
+}
+
+template <int N = BN>
+__device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+                                              u32 group, const Signals& signals, u32 rows) {
+  if constexpr (N > FINE) {
+    if (rows <= N - FINE) return multiply_used<N - FINE>(sums, room, stage, steps, group, signals, rows);
+  }
+  multiply_tile<N>(sums, room, stage, steps, group, signals);
+}
+
+// What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
+// with a gate a value of one.
+__device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
+  return bend<Quick, CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, a.curve);
+}
+
+__device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
+  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
+                           bend<Quick, CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
+}
+
+// The same with a gate of two rows: to be transposed.
+__device__ __forceinline__ u32 finish_two_gated(const float* sums, const float2 bias, const Arguments& a) {
+  return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
+}
+
+// Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
+__device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                              const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+  const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
+  u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
+#pragma unroll
+  for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
+    if (start >= tile.rows) break;
+#pragma unroll
+    for (int odd = 0; odd < 2; ++odd) {
+      const u32 row = start + first + odd;
+      if (row >= tile.rows) continue;
+      u16* to = of_row + odd * a.columns;
+      float factor = 1.0f;
+      if constexpr (BY_ROUTE) {
+        const u32 route = room.routes[group * BN + row];
+        to = a.out + static_cast<i64>(route) * a.columns + column;
+        if constexpr (WEIGHS) factor = __ldg(a.factors + route);
+      }
+      const int at = start / 2 + odd;
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        if (column + m * COLUMNS_A_PRODUCT >= a.columns) continue;
+        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = finish_pair(sums[m] + at, bias[m], a, factor);
+      }
+    }
+  }
+}
+
+// The column of the first of the two weight rows that a lane has in a product.
+__device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
+  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);
+}
+
+// The biases of those: gate and up, or columns side by side.
+__device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile, u32 column) {
+  float2 bias = {0.0f, 0.0f};
+  if constexpr (BIASES) {
+    const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
+    if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
+    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : 1)));
+  }
+  return bias;
+}
+
+__device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Arguments& a, const Tile& tile, u32 column) {
+#pragma unroll
+  for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
+}
+
+// Results of a tile with a gate, CHUNK rows at a time through shared memory.
+__device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                                    const Room& room, const Arguments& a, const Tile& tile,
+                                                    u32 first_column, u32& turn) {
+  constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
+  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
+  const u32 in_chunk = (lane & 7) * PITCH + warp * COLUMNS_A_WARP * 2, piece = thread % PIECES;
+  const u32 column = first_column + piece * 8;
+#pragma unroll
+  for (int start = 0; start < BN; start += CHUNK) {
+    if (start >= tile.rows) break;
+    const u32 chunk = room.chunks + (2 * group + (turn & 1)) * CHUNK_BYTES;  // the other may still be read
+    ++turn;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 8) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
+        store_transposed(to, finish_two_gated(sums[m] + (start + i) / 2, bias[m], a));
+      }
+    }
+    sync_warpgroup(group);
+    for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
+      if (column < a.columns) {
+        const uint4 word = load_shared(chunk + row * PITCH + piece * 16);
+        *reinterpret_cast<uint4*>(a.out + static_cast<i64>(tile.first_row + start + row) * a.columns + column) = word;
+      }
+    }
+  }
+}
+
+// Results of a tile with a gate through the stage that is lent for them, transposed to rows with columns side by side;
+// the copy engine takes them from there. Returns the stage's `empty` barrier, which wants to hear when that is done.
+__device__ __forceinline__ u32 send_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                                  const Room& room, const Arguments& a, const Tile& tile,
+                                                  u32 first_column, Stage& stage) {
+  const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
+  const u32 held = room.empty + 8 * stage.number;
+  const u32 there = room.stages + stage.number * STAGE_BYTES + group * BN * PITCH;
+  const u32 column = warp * COLUMNS_A_WARP + (lane >> 4) * COLUMNS_A_PRODUCT;
+  const u32 to = there + (lane & 15) * PITCH + column * 2;  // of the lane's row in 16 rows of both products
+  await_phase(room.full + 8 * stage.number, stage.parity);
+  stage.advance();
+#pragma unroll
+  for (int start = 0; start < BN; start += 16) {
+    if (start >= tile.rows) break;
+    const float *first = sums[0] + start / 2, *second = sums[1] + start / 2;
+    const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
+                          finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
+    store_transposed(to + start * PITCH, values);
+  }
+  show_shared_writes();
+  sync_warpgroup(group);
+  if (first_column < a.columns) {
+    u16* out = a.out + static_cast<i64>(tile.first_row) * a.columns + first_column;
+    const u32 bytes = min(u32(COLUMNS_A_GROUP), a.columns - first_column) * 2;
+    for (u32 row = thread; row < tile.rows; row += 128) {
+      copy_out(out + static_cast<i64>(row) * a.columns, there + row * PITCH, bytes);
+    }
+  }
+  commit_copies_out();
+  return held;
+}
+
+// What a warpgroup has to know of a tile whose results go to routes.
+__device__ __forceinline__ void look_up_routes(const Room& room, const Arguments& a, const Tile& tile) {
+  const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
+  sync_warpgroup(group);  // the routes of the tile before have been read
+  for (u32 row = thread; row < tile.rows; row += 128) {
+    room.routes[group * BN + row] = __ldcg(a.sorted_token_ids + tile.first_row + row);
+  }
+  sync_warpgroup(group);
+}
+
+__device__ __forceinline__ void multiply_and_write(const Room& room, const Arguments& a, u32 total) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
+  Stage stage = {0, 0};
+  u32 turn = 0;
+  float sums[TALL][BN / 2] = {};
+  Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL, 0};
+  if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
+  while (true) {
+    await_phase(room.full + 8 * stage.number, stage.parity);
+    const Tile tile = room.tiles[stage.number];
+    if (tile.rows == 0) break;
+    const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
+    float2 bias[TALL];
+    if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
+    if constexpr (BY_ROUTE) look_up_routes(room, a, tile);
+    multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
+    if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
+    signals.lead = ALL;
+    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, room, a, tile, first_column, stage);
+    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
+    else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
+  }
+  if (IN_STAGE && signals.held) give_back(signals);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
+    const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
+    u16* out, u32* turns, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
+    i64 limit) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const Room room = divide(memory);
+  constexpr u32 OF_TILE = GATED_RESULT ? BM / 2 : BM;
+  const u32 weight_tiles = (columns + OF_TILE - 1) / OF_TILE;
+  if (threadIdx.x == 0) {
+    prefetch_map(weight_map);
+    if (!GATHERS) prefetch_map(row_map);
+    for (u32 i = 0; i < DEPTH; ++i) {
+      open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
+      open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
+    }
+    open_barrier(room.lead, 4);
+    publish_barriers();
+  }
+  if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
+  if (!READY_BEFORE) wait_for_previous_launch();
+  const u32 total = make_table<BN>(room.table, room.sums, row_counts, experts) * weight_tiles;
+  const Arguments a = {rows, bias, factors, sorted_token_ids, out, turns, static_cast<u32>(columns),
+                       static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
+                       row_pitch,
+                       {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
+  const Work tiles = {room.table, weight_tiles, expert_bits(experts), first_rows, row_counts, 0, 0};
+  if (threadIdx.x < 128) {
+    if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
+    if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
+    else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
+  } else {
+    if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
+    multiply_and_write(room, a, total);
+  }
+}

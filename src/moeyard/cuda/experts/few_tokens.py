@@ -1,0 +1,188 @@
+"""The experts of a few tokens in two launches of few_tokens.cu, which read every weight of every route once."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.experts.plan import (
+    WORD,
+    ExpertSizes,
+    FewTokensPlan,
+    down_room,
+    few_tokens_are_quicker,
+    few_tokens_plan,
+)
+from moeyard.cuda.runtime.cards import WARP, Card, card_of
+from moeyard.cuda.runtime.driver import current_stream
+from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
+from moeyard.cuda.runtime.ready import Ready
+from moeyard.dispatch.call import Call
+from moeyard.values import Activation, ExpertCall
+
+
+def unfit(call: Call) -> str | None:
+    """Why two launches are not the way for such a call, in words; None if they are.
+
+    They take rows of whole 16 bytes, and few tokens: so few that reading an expert once per route costs less than a
+    layout and a combination.
+    """
+    weights = call.weights
+    if weights is None or call.num_tokens is None:
+        return "takes a few tokens: give num_tokens, top_k and weights"
+    if weights.readable:
+        return weights.readable
+    sizes = ExpertSizes(
+        call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated
+    )
+    if not _are_quicker(sizes, weights.num_local_experts, card_of(call.device.index or 0)):
+        return f"takes a few tokens, got {call.num_tokens} of {call.top_k} experts each"
+    return None
+
+
+_are_quicker = lru_cache(maxsize=4096)(few_tokens_are_quicker)
+
+
+def fused_experts_launch(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    call: ExpertCall,
+    *,
+    out: Tensor,
+    chosen: FewTokensPlan | None = None,
+) -> None:
+    """Fills `out` by two launches and one allocation of [T * K, I]. Sums are float32; the same input, the same bits.
+
+    Raises ValueError for sizes that `few_tokens_plan` has no plan for.
+    """
+    weights, activation, num_experts, expert_map, weight_on_input = call
+    device = hidden_states.get_device()
+    if not hidden_states.shape[0]:
+        return
+    hidden_states, topk_ids, topk_weights = _dense(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
+    w13, w2, mapping, b13, b2 = weights.w13, weights.w2, 0, 0, 0
+    w13_bias, w2_bias = weights.w13_bias, weights.w2_bias
+    if w13_bias is not None:
+        w13_bias = w13_bias.contiguous()
+        b13 = w13_bias.data_ptr()
+    if w2_bias is not None:
+        w2_bias = w2_bias.contiguous()
+        b2 = w2_bias.data_ptr()
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+        mapping = expert_map.data_ptr()
+    key = (
+        *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
+        bool(mapping), bool(b13), bool(b2), weight_on_input, activation, num_experts, w13.shape[0],
+        2 * hidden_states.stride(0), 2 * w13.stride(0), 2 * w2.stride(0), device, chosen, SETTINGS["programmatic"],
+    )  # fmt: skip
+    launches = _READY.get(key)
+    if launches is None:
+        launches = _READY.add(key, _prepare(*key[:-1]))
+    act = out.new_empty(topk_ids.numel(), w2.shape[2])
+    stream, ids, factors = current_stream(device), topk_ids.data_ptr(), topk_weights.data_ptr()
+    launches[0](stream, ids, mapping, factors, hidden_states.data_ptr(), w13.data_ptr(), b13, act.data_ptr())
+    launches[1](stream, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, out.data_ptr())
+
+
+_READY = Ready()
+"""Both launches by all that they depend on."""
+
+
+def _dense(hidden_states: Tensor) -> Tensor:
+    """Rows that bulk copies can read: dense, each from a multiple of 16 bytes."""
+    strided = hidden_states.stride(1) != 1 or (hidden_states.shape[0] > 1 and hidden_states.stride(0) % WORD)
+    if strided or hidden_states.data_ptr() % 16:
+        return hidden_states.clone(memory_format=torch.contiguous_format)
+    return hidden_states
+
+
+def _prepare(
+    num_tokens: int,
+    top_k: int,
+    hidden_size: int,
+    intermediate_size: int,
+    gated: bool,
+    dtype: torch.dtype,
+    id_dtype: torch.dtype,
+    mapped: bool,
+    up_biased: bool,
+    down_biased: bool,
+    weight_on_input: bool,
+    activation: Activation,
+    num_experts: int,
+    num_local: int,
+    token_stride: int,
+    up_stride: int,
+    down_stride: int,
+    device: int,
+    chosen: FewTokensPlan | None,
+) -> tuple[Launch, Launch]:
+    sizes, card = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated), card_of(device)
+    plan = chosen or few_tokens_plan(sizes, card)
+    if plan is None:
+        raise ValueError(
+            "hidden_states, topk_ids: expected at most 32 routes, rows of whole 16 bytes, and compute capability 9.0 "
+            f"or later with enough shared memory, got {sizes} on {card}"
+        )
+    defines = few_tokens_defines(
+        sizes, plan, card, dtype, id_type(id_dtype), mapped, (up_biased, down_biased),
+        activation, weight_on_input,
+    )  # fmt: skip
+    constants = (activation.alpha, activation.beta, activation.limit or 0.0)
+    both: Any = {"grid": card.processors, "threads": WARP * plan.warps, "overlapping": True}
+    up = Launch(
+        "few_tokens.cu", "few_tokens_up_kernel", defines, device, pointers=7, shared_bytes=plan.up_bytes(sizes),
+        sizes=(num_experts, num_local, token_stride, up_stride, *map(float_bits, constants)), **both,
+    )  # fmt: skip
+    down = Launch(
+        "few_tokens.cu", "few_tokens_down_kernel", defines, device, pointers=7,
+        shared_bytes=down_room(plan, sizes, card), sizes=(num_experts, num_local, down_stride), **both,
+    )  # fmt: skip
+    return up, down
+
+
+def few_tokens_defines(
+    sizes: ExpertSizes,
+    plan: FewTokensPlan,
+    card: Card,
+    dtype: torch.dtype,
+    of_ids: str,
+    mapped: bool,
+    biased: tuple[bool, bool],
+    activation: Activation,
+    weight_on_input: bool,
+) -> tuple[tuple[str, str], ...]:
+    """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2."""
+    flags = {
+        "MAP": mapped,
+        "GATED_ROWS": sizes.gated,
+        "W13_BIAS": biased[0],
+        "W2_BIAS": biased[1],
+        "WEIGHT_ON_INPUT": weight_on_input,
+        "HAS_LIMIT": activation.limit is not None,
+    }
+    numbers = {
+        "NUM_TOKENS": sizes.num_tokens,
+        "NUM_TOP_K": sizes.top_k,
+        "HIDDEN_SIZE": sizes.hidden_size,
+        "INTERMEDIATE_SIZE": sizes.intermediate_size,
+        "ACTIVATION": activation.name.upper(),
+        "ROW_KIND": KINDS[dtype],
+        "ID": of_ids,
+        "WARPS_A_BLOCK": plan.warps,
+        "UP_SEGMENT": plan.up_segment,
+        "UP_STAGES": plan.up_stages,
+        "UP_BYTES": plan.up_bytes(sizes),
+        "DOWN_SEGMENT": plan.down_segment,
+        "DOWN_STAGES": plan.down_stages,
+        "DOWN_ROWS": plan.down_rows,
+        "DOWN_BYTES": down_room(plan, sizes, card),
+        "TRIGGER": plan.trigger,
+        "EVICT_FIRST": int(plan.evict_first),
+    }
+    named = [(name, "true" if flag else "false") for name, flag in flags.items()]
+    return (*named, *((name, str(value)) for name, value in numbers.items()))

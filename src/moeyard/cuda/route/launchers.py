@@ -1,0 +1,117 @@
+"""Routers of CUDA tensors: one launch of route.cu, or of route_block.cu for many experts or groups."""
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.route.plan import RouterPlan, router_plan
+from moeyard.cuda.runtime.cards import WARP, card_of
+from moeyard.cuda.runtime.driver import current_stream
+from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.parameters import KINDS, float_bits
+from moeyard.cuda.runtime.ready import Ready
+from moeyard.values import Router, Routing
+
+BLOCK_THREADS = 256
+"""Of route_block.cu."""
+
+
+def route_launch(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    is_padding: Tensor | None,
+    router: Router,
+    *,
+    out: Routing,
+) -> None:
+    """Fills a routing from float32, bfloat16 or float16 logits [T, E]; see route.cu for what ranks how."""
+    device = router_logits.get_device()
+    router_logits = dense_rows(router_logits)
+    num_tokens, num_experts = router_logits.shape
+    if not num_tokens:
+        return
+    bias = padding = 0
+    if selection_bias is not None:
+        selection_bias = selection_bias.contiguous()
+        bias = selection_bias.data_ptr()
+    if is_padding is not None:
+        is_padding = is_padding.contiguous()
+        padding = is_padding.data_ptr()
+    logits = router_logits.data_ptr()
+    stride = router_logits.stride(0) * router_logits.element_size()
+    key = (
+        num_tokens, num_experts, router, router_logits.dtype, stride, (logits | stride) & 15,
+        None if selection_bias is None else bias & 15, device, SETTINGS["programmatic"],
+    )  # fmt: skip
+    launch = _READY.get(key) or _READY.add(key, _prepare(*key[:-1]))
+    weights, ids = out.topk_weights.data_ptr(), out.topk_ids.data_ptr()
+    launch(current_stream(device), logits, bias, padding, weights, ids)
+
+
+_READY = Ready()
+
+
+def _prepare(
+    num_tokens: int,
+    num_experts: int,
+    router: Router,
+    dtype: torch.dtype,
+    stride: int,
+    misaligned: int,
+    bias: int | None,
+    device: int,
+) -> Launch:
+    num_groups = router.num_groups
+    plan = router_plan(num_experts, num_groups)
+    sizes = (num_tokens, *router_sizes(router), stride)
+    defines = router_defines(num_experts, num_groups, dtype, router.scoring, bias, misaligned, plan)
+    if plan is None:
+        shared = 8 * 8 + 4 * 8 + 4 * num_experts + 4 * num_groups
+        return Launch(
+            "route_block.cu", "route_block_kernel", defines, device, pointers=5, sizes=sizes, grid=num_tokens,
+            threads=BLOCK_THREADS, shared_bytes=shared,
+        )  # fmt: skip
+    processors = card_of(device).processors
+    warps = 1 if num_tokens <= processors else 2 if num_tokens <= 2 * processors else 4
+    return Launch(
+        "route.cu", "route_kernel", defines, device, pointers=5, sizes=sizes, grid=-(-num_tokens // warps),
+        threads=warps * WARP,
+    )  # fmt: skip
+
+
+def router_sizes(router: Router) -> tuple[int, int, int, int]:
+    """What of a router the kernels take as numbers."""
+    return router.top_k, router.top_k_groups, int(router.renormalize), float_bits(router.routed_scaling_factor)
+
+
+def router_defines(
+    num_experts: int,
+    num_groups: int,
+    dtype: torch.dtype,
+    scoring: str,
+    bias: int | None,
+    misaligned: int,
+    plan: RouterPlan | None,
+) -> tuple[tuple[str, str], ...]:
+    """What a router is compiled for; `misaligned`: address and stride of its logits, or-ed, modulo 16; `bias`
+    is its address modulo 16, None without one.
+    """
+    defines = {
+        "NUM_EXPERTS": num_experts,
+        "GROUPS": num_groups,
+        "LOGIT_KIND": KINDS[dtype],
+        "SIGMOID_SCORES": "true" if scoring == "sigmoid" else "false",
+        "SELECTION_BIAS": "false" if bias is None else "true",
+    }
+    if plan is not None:
+        bits = misaligned | plan.experts_a_lane * dtype.itemsize | 16
+        defines["LANES_A_GROUP"], defines["EXPERTS_A_LANE"] = plan.lanes_a_group, plan.experts_a_lane
+        defines["ALL_LANES_FULL"] = "true" if plan.full else "false"
+        defines["WORD"] = bits & -bits
+        bits = (bias or 0) | plan.experts_a_lane * 4 | 16
+        defines["BIAS_WORD"] = bits & -bits
+    return tuple((name, str(value)) for name, value in defines.items())
+
+
+def dense_rows(router_logits: Tensor) -> Tensor:
+    """Logits [T, E] whose rows are dense."""
+    return router_logits if router_logits.stride(1) == 1 or router_logits.shape[1] == 1 else router_logits.contiguous()

@@ -1,0 +1,100 @@
+"""Router and alignment of small batches of CUDA tensors in one launch of route_align.cu."""
+
+import torch
+from torch import Tensor
+
+from moeyard.cuda.align.launchers import align_defines
+from moeyard.cuda.route.launchers import dense_rows, router_defines, router_sizes
+from moeyard.cuda.route.plan import RouteAlignPlan, route_align_plan, router_plan
+from moeyard.cuda.runtime.cards import card_of
+from moeyard.cuda.runtime.driver import current_stream
+from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.parameters import division
+from moeyard.cuda.runtime.ready import Ready
+from moeyard.values import Layout, Router, Routing
+
+
+def route_and_align_launch(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    is_padding: Tensor | None,
+    expert_map: Tensor | None,
+    router: Router,
+    routing: Routing,
+    layout: Layout,
+    chosen: RouteAlignPlan | None = None,
+) -> bool:
+    """Fills a routing and its layout; False, with nothing done, where two launches are quicker or needed.
+
+    Two are needed for more tokens than a cluster routes at once, for more experts or
+    groups than a warp holds, and for a top_k above 32.
+    """
+    device = router_logits.get_device()
+    router_logits = dense_rows(router_logits)
+    bias = padding = mapping = 0
+    if selection_bias is not None:
+        selection_bias = selection_bias.contiguous()
+        bias = selection_bias.data_ptr()
+    if is_padding is not None:
+        is_padding = is_padding.contiguous()
+        padding = is_padding.data_ptr()
+    if expert_map is not None:
+        expert_map = expert_map.contiguous()
+        mapping = expert_map.data_ptr()
+    logits = router_logits.data_ptr()
+    stride = router_logits.stride(0) * router_logits.element_size()
+    key = (
+        *router_logits.shape, router, router_logits.dtype, stride, (logits | stride) & 15,
+        None if selection_bias is None else bias & 15, expert_map is None, layout.num_local_experts,
+        layout.block_size, layout.capacity, device, chosen, SETTINGS["programmatic"],
+    )  # fmt: skip
+    launch = _READY.get(key)
+    if launch is None:
+        launch = _READY.add(key, _prepare(*key[:-1]))
+    if launch is False:
+        return False
+    outputs = (tensor.data_ptr() for tensor in layout.tensors)
+    weights, ids = routing.topk_weights.data_ptr(), routing.topk_ids.data_ptr()
+    launch(current_stream(device), logits, bias, padding, weights, ids, mapping, *outputs)
+    return True
+
+
+_READY = Ready()
+"""A launch, or False where two launches are to be made, by all that it depends on."""
+
+
+def _prepare(
+    num_tokens: int,
+    num_experts: int,
+    router: Router,
+    dtype: torch.dtype,
+    stride: int,
+    misaligned: int,
+    bias: int | None,
+    unmapped: bool,
+    num_local: int,
+    block_size: int,
+    capacity: int,
+    device: int,
+    chosen: RouteAlignPlan | None,
+) -> Launch | bool:
+    routing = router_plan(num_experts, router.num_groups)
+    plan = chosen or route_align_plan(num_tokens, router.top_k, num_local, capacity, card_of(device))
+    if routing is None or plan is None:
+        return False
+    aligning, num_routes = plan.align, num_tokens * router.top_k
+    defines = (
+        *router_defines(num_experts, router.num_groups, dtype, router.scoring, bias, misaligned, routing),
+        *align_defines(aligning, num_local, "int", unmapped, True, True),
+        ("SHARED_IDS", "1"),
+        ("BLOCKS_THAT_SHARE", str(plan.peers)),
+    )
+    aligning_bytes = aligning.shared_bytes(num_local)
+    sizes = (
+        num_tokens, *router_sizes(router), stride, num_routes, num_experts, num_local, block_size, capacity,
+        *division(block_size), aligning_bytes,
+    )  # fmt: skip
+    return Launch(
+        "route_align.cu", "route_align_kernel", defines, device, pointers=12, sizes=sizes, grid=plan.grid,
+        threads=aligning.threads, shared_bytes=aligning_bytes + 16 + 4 * num_routes, cluster=plan.peers,
+    )  # fmt: skip

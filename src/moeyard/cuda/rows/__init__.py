@@ -1,0 +1,1 @@
+"""Rows that are sent, gathered, summed and quantised."""

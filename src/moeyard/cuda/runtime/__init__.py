@@ -1,0 +1,1 @@
+"""What every operator of the `cuda` implementation stands on: sources, compiler, cards, launches, barriers, maps."""

@@ -1,0 +1,96 @@
+"""Tensor maps: what the copy engine of Hopper has to know of a tensor, 128 bytes that a kernel takes as a parameter."""
+
+import ctypes
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from moeyard.cuda.runtime.launch import MAP_BYTES
+
+STEP_VALUES = 64
+"""Values of a row that a box has: 128 bytes, what the swizzle spans."""
+_ALIGNMENT = 64
+
+
+@lru_cache(maxsize=4096)
+def weight_map(
+    address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str, ahead: bool
+) -> bytes:
+    """Of contiguous weights [experts, rows, size] of 16-bit floats; a box is 64 values of `box` rows of an expert.
+
+    `ahead` lets the L2 cache bring the next 64 values of a row with them.
+    """
+    return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn), ahead)
+
+
+@lru_cache(maxsize=4096)
+def row_map(address: int, rows: int, size: int, dtype: torch.dtype, box: int) -> bytes:
+    """Of contiguous rows [rows, size] of 16-bit floats; a box is 64 values of `box` rows."""
+    return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (STEP_VALUES, box), True)
+
+
+def weight_boxes(
+    experts: int, rows: int, size: int, item: int, box: int, turn: str
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(sizes, strides in bytes of all but the first, box) of weights, the fastest dimension first.
+
+    The rows of a box come by `turn`: 8 of the gate half and the same 8 of the up half ("halves"), or 8 even and 8 odd
+    ones ("pairs"). The dimensions are size, 8 rows, which of the two, groups of 16, expert.
+    """
+    pitch, half = size * item, rows // 2
+    strides = {
+        "halves": (pitch, half * pitch, 8 * pitch, rows * pitch),
+        "pairs": (2 * pitch, pitch, 16 * pitch, rows * pitch),
+    }[turn]
+    return (size, 8, 2, half // 8, experts), strides, (STEP_VALUES, 8, 2, box // 16, 1)
+
+
+def _encode(
+    address: int,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    ahead: bool,
+) -> bytes:
+    """A map whose boxes land in the 128-byte swizzle, zeros where they reach out of the tensor.
+
+    The driver is called without its binding, whose maps lie at addresses that are no multiples of 64 as the driver
+    wants them.
+    """
+    from cuda.bindings import driver
+
+    kinds: Any = driver.CUtensorMapDataType
+    promotions: Any = driver.CUtensorMapL2promotion
+    kind = {
+        torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+    }[dtype]
+    rank = len(sizes)
+    room = (ctypes.c_uint8 * (MAP_BYTES + _ALIGNMENT))()
+    made = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(made),
+        ctypes.c_int(int(kind)),
+        ctypes.c_uint32(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*(1,) * rank),
+        ctypes.c_int(int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE)),
+        ctypes.c_int(int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B)),
+        ctypes.c_int(
+            int(promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if ahead else promotions.CU_TENSOR_MAP_L2_PROMOTION_NONE)
+        ),
+        ctypes.c_int(int(driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)),
+    )
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled: status {status}, with {sizes}, {strides} (sizes, strides), {box}")
+    return ctypes.string_at(made, MAP_BYTES)
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")

@@ -1,0 +1,125 @@
+// On a host: what few_tokens.cu needs of rows.cuh, device.cuh and the compiler. Every lane is a fiber of one
+// thread; lanes take turns from a random one on, and give way where lanes meet or wait.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes)
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr u32 ALL = 0xffffffffu;
+constexpr int FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
+using std::min;
+
+struct Index {
+  u32 x;
+};
+struct alignas(16) uint4 {
+  u32 x, y, z, w;
+};
+extern Index threadIdx, blockIdx, gridDim;
+extern u8 shared[];
+extern u32 words_of_lanes[32][32];
+
+void __syncthreads();
+void __syncwarp();
+
+inline u32 lane_id() { return threadIdx.x & 31; }
+inline u32 lanes_below() { return (1u << lane_id()) - 1; }
+inline int __popc(u32 mask) { return __builtin_popcount(mask); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline float __uint_as_float(u32 bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline u32 __float_as_uint(float value) {
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+template <typename T>
+T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldg(const T* from) {
+  return *from;
+}
+
+// A word of every lane of this warp, seen by `read`.
+template <typename Read>
+u32 exchange(u32 word, Read read) {
+  u32* words = words_of_lanes[threadIdx.x >> 5];
+  words[lane_id()] = word;
+  __syncwarp();
+  const u32 answer = read(words);
+  __syncwarp();
+  return answer;
+}
+
+inline float __shfl_xor_sync(u32, float value, int step) {
+  const u32 other = lane_id() ^ step;
+  return __uint_as_float(exchange(__float_as_uint(value), [=](const u32* words) { return words[other]; }));
+}
+
+inline u32 __ballot_sync(u32, bool vote) {
+  return exchange(vote, [](const u32* words) {
+    u32 mask = 0;
+    for (int i = 0; i < 32; ++i) mask |= words[i] << i;
+    return mask;
+  });
+}
+
+template <int KIND>
+float widen(u32 bits) {
+  if (KIND == BFLOAT16) return __uint_as_float(bits << 16);
+  const u16 half = bits;
+  _Float16 value;
+  std::memcpy(&value, &half, 2);
+  return value;
+}
+
+template <int KIND>
+u32 narrow(float value) {
+  const u32 bits = __float_as_uint(value);
+  if (KIND == BFLOAT16) return value != value ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const _Float16 rounded = static_cast<_Float16>(value);
+  u16 half;
+  std::memcpy(&half, &rounded, 2);
+  return half;
+}
+
+template <int KIND>
+u32 narrow_pair(float low, float high) {
+  return narrow<KIND>(low) | narrow<KIND>(high) << 16;
+}
+
+template <int BYTES>
+union Piece {
+  uint4 word;
+  u32 words[4];
+};
+
+template <int KIND, int BYTES>
+void widen_piece(const Piece<BYTES>& piece, float (&values)[8]) {
+  for (int i = 0; i < 8; ++i) values[i] = widen<KIND>(piece.words[i / 2] >> 16 * (i & 1) & 0xffff);
+}
