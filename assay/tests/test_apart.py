@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from assay.__main__ import main
-from assay.experiment import SCHEMA
+from assay.contract.rows import VERSION as SCHEMA
 from small_project import BASE, FASTER, assay, candidate, edited, environment, files, git, project, verdict
 from test_kill import processes
 

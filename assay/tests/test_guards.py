@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.git import GitError, Store, resolved
-from assay.guards import Judged, Source, judged
-from assay.task import Scope
+from assay.contract.task import Scope
+from assay.judgement.guards import Judged, Source, judged
+from assay.repository.store import GitError, Store, resolved
 from small_project import FASTER, files, git, project
 
 SCOPE = Scope(files=("pkg/**",))

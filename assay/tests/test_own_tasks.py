@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from assay import task
-from small_project import assay, git, needs_sandbox, verdict
+from assay.contract import task
+from small_project import assay, git, verdict
 
 ROOT = Path(__file__).parents[2]
 TASKS = sorted((ROOT / "tasks").glob("*.toml"))
@@ -45,7 +45,7 @@ def test_a_commit_is_prepared(file: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(needs_sandbox[0], reason=needs_sandbox[1])
+@pytest.mark.sandbox
 def test_two_commits_of_this_repository_are_judged(tmp_path: Path) -> None:
     """aae35e2 changed the router and not the layout: whatever the machine allows to say, it is not that it broke."""
     history(1)

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from assay.arms import ArmError, Running
-from assay.experiment import Blocks
-from assay.measure import Trees, _call, _works
-from assay.plan import Workload
-from assay.workers import Reply, Worker
+from assay.arms.handle import Reply, Worker
+from assay.arms.process import Running
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.workload import Workload
+from assay.experiment.blocks import Blocks
+from assay.experiment.samples import _works, called
 from small_project import BASE, FASTER, candidate, project, verdict
 
 REPLY = """
@@ -92,10 +94,10 @@ def test_a_time_that_only_the_worker_tells(tmp_path: Path) -> None:
             return Reply(1.0, self.inner, b"")
 
     events = Workload("call", target="work:work", clock="cuda")
-    assert _call(Says(0.5), events, b"").seconds == 0.5  # type: ignore[arg-type]
-    assert _call(Says(0.0), Workload("call", target="work:work"), b"").seconds == 1.0  # type: ignore[arg-type]
+    assert called(Says(0.5), events, b"").seconds == 0.5  # type: ignore[arg-type]
+    assert called(Says(0.0), Workload("call", target="work:work"), b"").seconds == 1.0  # type: ignore[arg-type]
     with pytest.raises(ArmError, match="took no time") as seen:
-        _call(Says(0.0), events, b"")  # type: ignore[arg-type]
+        called(Says(0.0), events, b"")  # type: ignore[arg-type]
     assert seen.value.tampered
 
 

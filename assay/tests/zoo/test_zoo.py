@@ -9,9 +9,7 @@ import pytest
 from zoo_project import PROPERTY, TESTS, WORK, Setting, Trick, laid_out, outcome
 from zoo_tricks import TRICKS
 
-from assay import sandbox
-
-pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))
+pytestmark = pytest.mark.sandbox
 HONEST = Trick("honest", "", "", {"work.py": WORK.replace("PASSES = 2", "PASSES = 1")})
 
 

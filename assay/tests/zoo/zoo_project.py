@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from assay import task
-from assay.guards import Source
-from assay.judge import judge
+from assay.contract import task
+from assay.judgement.attempt import judge
+from assay.judgement.guards import Source
 
 WORK = """
 PASSES = 2

@@ -31,10 +31,13 @@ from zoo_candidates import (
 )
 from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Setting, Trick, naive, naive_git
 
-from assay import arms, equivalence, experiment, gates, guards, measure, provenance, workers
-from assay.frozen import Frozen
-from assay.measure import Trees
-from assay.supervisor import cpu_seconds
+from assay.arms import handle, process
+from assay.arms.inside.supervisor import cpu_seconds
+from assay.arms.trees import Trees
+from assay.contract.frozen import Frozen
+from assay.experiment import samples, series
+from assay.gates import equivalence, provenance, tests
+from assay.judgement import guards
 
 OUTPUTS = "every timed output is compared with base's"
 MARKS = "a reply bears the mark that was drawn for its request"
@@ -42,7 +45,7 @@ OUTSIDE = "clock and comparison are in another process, and one input is sent at
 
 
 def _unseen(setting: Setting) -> None:
-    setting.remove(experiment, "differing", lambda *_: [])
+    setting.remove(series, "differing", lambda *_: [])
 
 
 def _constant(setting: Setting) -> None:
@@ -50,11 +53,11 @@ def _constant(setting: Setting) -> None:
 
 
 def _last_only(setting: Setting) -> None:
-    setting.remove(experiment, "differing", lambda _, one, two: [] if one.outputs[-1] == two.outputs[-1] else [0])
+    setting.remove(series, "differing", lambda _, one, two: [] if one.outputs[-1] == two.outputs[-1] else [0])
 
 
 def _any_reply(setting: Setting) -> None:
-    setting.remove(workers, "_mark", lambda: bytes(8))
+    setting.remove(handle, "_mark", lambda: bytes(8))
 
 
 def _unmarked(setting: Setting) -> None:
@@ -63,13 +66,13 @@ def _unmarked(setting: Setting) -> None:
 
 
 def _inner_clock(setting: Setting) -> None:
-    call = measure._call
+    call = samples.called
 
     def believed(*given: Any) -> Any:
         reply = call(*given)
         return dataclasses.replace(reply, seconds=reply.inner)
 
-    setting.remove(measure, "_call", believed)
+    setting.remove(samples, "called", believed)
 
 
 def _with(more: str = "", scope: list[str] | None = None, workload: str = CALL, build: str = "") -> Any:
@@ -151,12 +154,12 @@ def _all_files(setting: Setting) -> None:
 
 
 def _exit_status(setting: Setting) -> None:
-    setting.remove(gates, "compared", lambda *_: gates.Gate("", "pytest ended with status 0"))
+    setting.remove(tests, "compared", lambda *_: tests.Found("", "pytest ended with status 0"))
 
 
 def _no_left(setting: Setting) -> None:
-    wait = arms.Running.wait
-    setting.remove(arms.Running, "wait", lambda *given: dataclasses.replace(wait(*given), left=0))
+    wait = process.Running.wait
+    setting.remove(process.Running, "wait", lambda *given: dataclasses.replace(wait(*given), left=0))
 
 
 def _shared_cache(setting: Setting) -> None:
@@ -169,16 +172,16 @@ def _shared_cache(setting: Setting) -> None:
 
 
 def _never_frozen(setting: Setting) -> None:
-    def looks(running: arms.Running) -> float:
+    def looks(running: process.Running) -> float:
         running._frozen = {process: cpu_seconds(process) for process in running.members()}
         return sum(running._frozen.values())
 
-    setting.remove(arms.Running, "freeze", looks)
-    setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
+    setting.remove(process.Running, "freeze", looks)
+    setting.remove(series, "too_busy_while_frozen", lambda _: False)
 
 
 def _frozen_or_not(setting: Setting) -> None:
-    setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
+    setting.remove(series, "too_busy_while_frozen", lambda _: False)
 
 
 def _named_arms(setting: Setting) -> None:

@@ -1,0 +1,224 @@
+"""One block: every arm once, in random order, with nothing of another arm running."""
+
+import hashlib
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from assay.arms.handle import Reply, Worker, started
+from assay.arms.process import MOST_FROZEN_S, Running
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.workload import Plan, Workload
+from assay.experiment.outputs import same
+from assay.machine import gpu
+
+_LATE_S = 0.1
+"""How long what a command has left behind is looked at: whether it works."""
+
+
+@dataclass
+class Sample:
+    """What one arm did in one block."""
+
+    figures: dict[str, float]
+    """Seconds; memory in KiB."""
+    cpu_s: float
+    left: int = 0
+    """Processes that still ran at the end."""
+    frozen_cpu_s: float = 0.0
+    """Processor time that advanced while the arm was frozen."""
+    escapes: list[str] = field(default_factory=list)
+    """What its processes did outside the arm's turn that none does by mistake, in words."""
+    calls: list[float] = field(default_factory=list)
+    """Seconds of every timed call."""
+    outputs: list[bytes] = field(default_factory=list)
+    gpus: list[gpu.State] = field(default_factory=list)
+    """At the end, with the arm's clocks and what slowed them."""
+
+
+def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample:
+    """One run of the command, a process of its own. Raises ArmError if it fails or is too late."""
+    place, environment = trees.place(arm), trees.environment(arm, hash_seed)
+    with tempfile.TemporaryFile() as log:
+        running = Running(
+            arm,
+            plan.workload.command,
+            trees.trees[arm],
+            place,
+            environment,
+            log=log.fileno(),
+            namespaces=trees.namespaces,
+            wrap=trees.wrap(arm),
+            limits=trees.limits(arm),
+        )
+        try:
+            start = running.release()
+            ended = running.wait(plan.timeout_s)
+            seconds = time.perf_counter() - start
+            escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
+        finally:
+            running.end()
+        if ended.status:
+            log.seek(0)
+            words = log.read()[-2000:].decode(errors="replace").strip()
+            raise ArmError(arm, f"ended with status {ended.status}: {words}")
+    figures = {"wall": seconds, "memory": float(ended.rss_kib)}
+    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
+
+
+def _works(running: Running) -> bool:
+    """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
+    used, stop = running.cpu_seconds(), time.monotonic() + _LATE_S
+    while time.monotonic() < stop:  # a look in the end would not see what has ended by then
+        time.sleep(_LATE_S / 20)
+        if running.cpu_seconds() - used > MOST_FROZEN_S:
+            return True
+    return False
+
+
+def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[bytes], seed: int) -> dict[str, Sample]:
+    """A fresh worker an arm, in the order that `order` draws; the calls of each, with the same inputs.
+
+    With one round an arm's worker has ended before the next one starts. With more, all are started, and take turns: the
+    others are frozen meanwhile, and their processor time is read before and after.
+    """
+    arms = list(trees.trees)
+    order.shuffle(arms)
+    workload = plan.workload
+    samples: dict[str, Sample] = {}
+    if workload.rounds == 1:
+        for arm in arms:
+            with ExitStack() as stack:
+                worker = _started(arm, plan, trees, seed, inputs, samples)
+                stack.callback(worker.end)
+                _calls(worker, workload, inputs[workload.warmups :], samples[arm])
+                _close(worker, samples[arm])
+    else:
+        with ExitStack() as stack:
+            workers, used = {}, {}
+            for arm in arms:
+                workers[arm] = _started(arm, plan, trees, seed, inputs, samples)
+                stack.callback(workers[arm].end)
+                used[arm] = workers[arm].running.freeze()
+            _take_turns(workers, used, workload, order, inputs[workload.warmups :], samples)
+            for arm, worker in workers.items():
+                _close(worker, samples[arm])
+    return samples
+
+
+def _take_turns(
+    workers: dict[str, Worker],
+    used: dict[str, float],
+    workload: Workload,
+    order: random.Random,
+    inputs: list[bytes],
+    samples: dict[str, Sample],
+) -> None:
+    share = -(-len(inputs) // workload.rounds)
+    for first in range(0, len(inputs), share):
+        arms = list(workers)
+        order.shuffle(arms)
+        for arm in arms:
+            worker, sample = workers[arm], samples[arm]
+            sample.frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
+            worker.ask(b"p")  # it is awake again
+            _calls(worker, workload, inputs[first : first + share], sample)
+            used[arm] = worker.running.freeze()
+    for arm, worker in workers.items():
+        samples[arm].frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
+    for arm, seconds in paired([samples[arm].calls for arm in workers], workload.rounds, list(workers)).items():
+        samples[arm].figures["steady"] = seconds
+
+
+def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -> dict[str, float]:
+    """A figure an arm, from [arms, calls] seconds: what the arms of a round shared is taken out before the median.
+
+    A machine whose own speed changes by half within seconds, as a shared one's does, slows all arms of a round alike.
+    So base's figure is the median of its rounds (each the median of its calls), and another arm's is that times the
+    median, over rounds, of its ratio to base in the round. The difference of two logarithms whose noise is alike is
+    symmetric about what the arms differ by, however skewed the noise, so nothing is shifted. (Times relative to the
+    median of a round's arms are shifted, since that median depends on which arms differ: 5 % came out as 4.5 %.)
+    """
+    times = np.log(np.asarray(calls, float).reshape(len(arms), rounds, -1))
+    each = np.median(times, axis=2)
+    base = each[arms.index("base") if "base" in arms else 0]
+    figures = np.exp(np.median(base) + np.median(each - base, axis=1))
+    return dict(zip(arms, figures.tolist(), strict=True))
+
+
+def _started(
+    arm: str, plan: Plan, trees: Trees, hash_seed: int, inputs: list[bytes], samples: dict[str, Sample]
+) -> Worker:
+    """A worker that has answered its first calls, which are kept apart."""
+    worker = started(arm, plan.workload, trees, hash_seed, plan.timeout_s)
+    try:
+        if plan.workload.constant:
+            worker.ask(b"i", 0.0, [inputs[0]])
+        first = [called(worker, plan.workload, one) for one in inputs[: plan.workload.warmups]]
+    except ArmError:
+        worker.end()
+        raise
+    sample = Sample({"import": _told(worker, worker.import_s), "first": first[0].seconds}, 0.0)
+    sample.outputs = [_kept(reply, plan.workload) for reply in first]
+    samples[arm] = sample
+    return worker
+
+
+def called(worker: Worker, workload: Workload, given: bytes) -> Reply:
+    """One call and its reply; its seconds are those of the declared clock."""
+    reply = worker.ask(b"g") if workload.constant else worker.ask(b"c", 0.0, [given])
+    return reply if workload.clock == "judge" else replace(reply, seconds=_told(worker, reply.inner))
+
+
+def _told(worker: Worker, seconds: float) -> float:
+    """A time that only the worker can tell. ArmError for none at all, of which no logarithm can be taken."""
+    if not seconds:
+        raise ArmError(worker.arm, "said that something took no time", tampered=True)
+    return seconds
+
+
+def _calls(worker: Worker, workload: Workload, inputs: list[bytes], sample: Sample) -> None:
+    for given in inputs:
+        reply = called(worker, workload, given)
+        sample.calls.append(reply.seconds)
+        sample.outputs.append(_kept(reply, workload))
+
+
+def _kept(reply: Reply, workload: Workload) -> bytes:
+    """All of an output if tolerances have to look at it, else its digest."""
+    if not workload.compare:
+        return b""
+    return bytes(reply.body) if workload.rtol or workload.atol else hashlib.sha256(reply.body).digest()
+
+
+def _close(worker: Worker, sample: Sample) -> None:
+    worker.ask(b"p")  # the last call has not sent more than its reply
+    if worker.running.woken:
+        sample.escapes.append("a frozen process woke itself")
+    sample.figures.setdefault("steady", statistics.median(sample.calls))
+    sample.figures["memory"] = float(worker.running.peak_kib())
+    sample.cpu_s = worker.running.cpu_seconds()
+    sample.gpus = gpu.states()
+
+
+def differing(workload: Workload, base: Sample, other: Sample) -> list[int]:
+    """Which calls of a block gave outputs that differ beyond the tolerances."""
+    pairs = zip(base.outputs, other.outputs, strict=True)
+    exact = not (workload.rtol or workload.atol)
+    return [
+        i
+        for i, (one, two) in enumerate(pairs)
+        if one != two and (exact or not same(one, two, workload.rtol, workload.atol))
+    ]
+
+
+def too_busy_while_frozen(samples: Mapping[str, Sample]) -> bool:
+    """Whether an arm's processor time advanced by more than a step of its count while it was frozen."""
+    return any(sample.frozen_cpu_s > MOST_FROZEN_S for sample in samples.values())

@@ -1,0 +1,343 @@
+"""Does a candidate still do the same? Inputs that hypothesis draws, to base and candidate, each as it runs elsewhere.
+
+Strategies are the task's own and run in the judge; callables run in workers, and what comes back is decoded, never run.
+Base is looked at first: it must agree with itself, and its distance from a wider type is what a candidate may have.
+Arguments that a call writes to are filled with NaN or 0x7f before it. All others must come back as they were sent;
+outputs must stay what they were when later calls are made and when the caller overwrites its arguments.
+"""
+
+import hashlib
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from assay.arms import commands
+from assay.arms.handle import Worker, started
+from assay.arms.inside import wire
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.workload import Workload
+from assay.experiment.outputs import UNREADABLE
+from assay.gates.gate import Found, Gate, Given, Where
+from assay.gates.tolerance import Rounding, brief_arguments, judged, positions
+
+if TYPE_CHECKING:
+    import hypothesis
+    from hypothesis.strategies import SearchStrategy
+
+    from assay.contract.task import Property, Read
+
+SHRINKING_S = 30.0
+"""How long a smaller example is looked for."""
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """What was found. `outcome`: "", "incorrect", "tampered", "task_invalid", "infra.equivalence"; `words` say why."""
+
+    outcome: str
+    words: str
+    examples: int
+    """How many inputs the candidate was given."""
+    tolerances: Mapping[str, Any] = field(default_factory=dict)
+    """By property: base's own distance from the wide result."""
+
+
+class _FoundError(Exception):
+    """A verdict on one example. `outcome` as in Equivalence."""
+
+    def __init__(self, outcome: str, words: str) -> None:
+        super().__init__(words)
+        self.outcome, self.words = outcome, words
+
+
+class _Enough(BaseException):
+    """Looked long enough for a smaller example."""
+
+
+def equivalent(given: Given) -> Found:
+    """The task's properties, if it has any."""
+    assert given.read is not None
+    if not given.read.task.property:
+        return Found("", "the task has no properties; outputs of timed calls are compared")
+    frozen = given.frozen
+    seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
+    with tempfile.TemporaryDirectory(prefix="places-", dir=frozen.folder) as folder:
+        trees = commands.placed(frozen, Path(folder), sandboxed=given.sandboxed)
+        found = check(given.read, trees, seed=seed)
+    return Found(found.outcome, found.words or f"{found.examples} examples")
+
+
+def check(read: "Read", trees: Trees, *, seed: int) -> Equivalence:
+    """Every property of a task, until one fails; `trees` has base and candidate, in sandboxes or not."""
+    examples = 0
+    tolerances = {}
+    for one in read.task.property:
+        drawn = _Drawn(read, one, trees, seed)
+        try:
+            found = drawn.check()
+        finally:
+            drawn.end()
+        examples += drawn.given
+        tolerances[one.name] = drawn.rounding.summary()
+        if found is not None:
+            return Equivalence(found.outcome, f"{one.name}: {found.words}", examples, tolerances)
+    return Equivalence("", "", examples, tolerances)
+
+
+class _Drawn:
+    """One property: the same inputs first to base, then to base and candidate."""
+
+    def __init__(self, read: "Read", one: "Property", trees: Trees, seed: int) -> None:
+        self.one, self.seed = one, int(hashlib.sha256(f"{seed}:{one.name}".encode()).hexdigest()[:8], 16)
+        self.strategy = str(read.own(one.strategy)), one.strategy.partition(":")[2]
+        timeout_s = read.task.budget.timeout_s
+        self.base = _Side("base", read, one.target, trees, timeout_s)
+        self.candidate = _Side("candidate", read, one.target, trees, timeout_s)
+        self.wide = _Side("base", read, one.wide, trees, timeout_s) if one.wide else None
+        self.rounding = Rounding()
+        self.given = 0
+        self.shares = False
+        """Whether base's own outputs change with its arguments or in later calls."""
+
+    def end(self) -> None:
+        for side in (self.base, self.candidate, self.wide):
+            if side is not None:
+                side.end()
+
+    def check(self) -> _FoundError | None:
+        return self._draw(self._base_alone) or self._draw(self._both)
+
+    def _draw(self, look: Callable[[Any], None]) -> _FoundError | None:
+        """Looks at as many inputs as the property wants; what is found with the smallest of them."""
+        import hypothesis
+        from hypothesis.errors import HypothesisException
+
+        smallest: list[tuple[int, _FoundError]] = []
+        since: list[float] = []
+
+        def tried(arguments: Any) -> None:
+            if since and time.monotonic() - since[0] > SHRINKING_S:
+                raise _Enough
+            try:
+                look(arguments)
+            except _FoundError as found:
+                since.append(time.monotonic())
+                size = len(brief_arguments(arguments)) + sum(len(part) for part in wire.encode(arguments))
+                smallest.append((size, found))
+                raise
+            except ArmError as problem:
+                since.append(time.monotonic())
+                own = problem.tampered and problem.arm == "candidate"
+                smallest.append((0, _FoundError("tampered" if own else "infra.equivalence", str(problem))))
+                raise _Enough from None
+
+        try:
+            strategy = _strategy(*self.strategy)
+            hypothesis.seed(self.seed)(_settings(self.one.examples)(hypothesis.given(strategy)(tried)))()
+        except (_FoundError, _Enough, BaseExceptionGroup):
+            pass
+        except HypothesisException as problem:
+            return smallest[0][1] if smallest else _FoundError("task_invalid", f"strategy: {_last_line(problem)}")
+        except Exception as problem:
+            return _FoundError("task_invalid", f"strategy: {type(problem).__name__}: {problem}")
+        return min(smallest, key=lambda pair: pair[0])[1] if smallest else None
+
+    def _base_alone(self, arguments: Any) -> None:
+        """Whether base can be compared with at all."""
+        words = brief_arguments(arguments)
+        sent = self._poisoned(arguments)
+        answered = self.base.call(sent)
+        again = self.base.call(sent)
+        for answer in (answered, again):
+            if isinstance(answer, str):
+                raise _FoundError("task_invalid", f"base{words} {answer}")
+        assert isinstance(answered, _Answer) and isinstance(again, _Answer)
+        if changed := self._changed(sent, answered):
+            raise _FoundError("task_invalid", f"base{words} {changed}; `writes` or `updates` would allow for it")
+        self.shares = self.shares or not again.lasts or not answered.lasts
+        if self.wide is not None:
+            wide = self.wide.call(sent)
+            if isinstance(wide, str):
+                raise _FoundError("task_invalid", f"wide{words} {wide}")
+            for one in (answered, again):
+                if problem := self.rounding.learn(self._outputs(wide), self._outputs(one)):
+                    raise _FoundError("task_invalid", f"{words}: {problem}")
+        elif problem := judged(self._outputs(answered), self._outputs(again), self.one.rtol, self.one.atol):
+            raise _FoundError("task_invalid", f"base{words}: expected base to agree with itself, got {problem}")
+
+    def _both(self, arguments: Any) -> None:
+        words = brief_arguments(arguments)
+        self.given += 1
+        sent = self._poisoned(arguments)
+        wanted, wide = self.base.call(sent), self.wide.call(sent) if self.wide is not None else None
+        if isinstance(wanted, str) or isinstance(wide, str):
+            raise _FoundError("task_invalid", f"base{words} {wanted if isinstance(wanted, str) else wide}")
+        answered = self.candidate.call(sent)
+        if isinstance(answered, str):
+            raise _FoundError("incorrect", f"{words}: the candidate {answered}")
+        if changed := self._changed(sent, answered):
+            raise _FoundError("incorrect", f"{words}: the candidate {changed}")
+        before, after = self._outputs(wanted), self._outputs(answered)
+        if wide is not None:
+            problem = self.rounding.judged(self._outputs(wide), before, after, self.one.rtol, self.one.atol)
+        else:
+            problem = judged(before, after, self.one.rtol, self.one.atol)
+        if problem:
+            raise _FoundError("incorrect", f"{words}: {problem}")
+        if not self.shares and not answered.lasts:
+            raise _FoundError(
+                "incorrect",
+                f"{words}: the candidate's output is not its own: it changes when an argument is overwritten or in a "
+                f"later call, and base's does not",
+            )
+
+    def _poisoned(self, arguments: Any) -> Any:
+        """The arguments, those that are written to filled with NaN or 0x7f."""
+        if not self.one.writes:
+            return arguments
+        where = positions(arguments)
+        if missing := [name for name in self.one.writes if name not in where]:
+            raise _FoundError("task_invalid", f"writes: expected arguments out of {where}, got {missing}")
+        filled = {name: _poison(one) if name in self.one.writes else one for name, one in _named(arguments).items()}
+        return filled if isinstance(arguments, dict) else tuple(filled.values())
+
+    def _changed(self, sent: Any, answer: "_Answer") -> str:
+        """Which argument came back other than it was sent, and may not."""
+        before, after = _named(sent), _named(answer.arguments)
+        if list(before) != list(after):
+            return "did not send its arguments back"
+        for name, one in before.items():
+            # Through the wire and back, as the answer was.
+            same = wire.decode(_encoded(one))
+            if name not in (*self.one.writes, *self.one.updates) and judged(same, after[name], 0.0, 0.0):
+                return f"writes to argument {name!r}"
+        return ""
+
+    def _outputs(self, answer: "_Answer") -> Any:
+        """What a call returned, and what it left in the arguments that it writes to."""
+        written = (*self.one.writes, *self.one.updates)
+        arguments = _named(answer.arguments)
+        return (answer.output, *(arguments[name] for name in written)) if written else answer.output
+
+
+@dataclass(frozen=True)
+class _Answer:
+    output: Any
+    arguments: Any
+    """As they are after the call."""
+    lasts: bool
+    """Whether this output stays as it was, and so did the one before it."""
+
+
+class _Side:
+    """A callable in an arm's tree. Its worker is started when it is needed, and again after it has died."""
+
+    def __init__(self, arm: str, read: "Read", target: str, trees: Trees, timeout_s: float) -> None:
+        own = read.own(target)
+        if own is not None:
+            target = f"{own}:{target.partition(':')[2]}"
+            if trees.boxes:
+                box = trees.boxes[arm]
+                boxes = {**trees.boxes, arm: replace(box, readable=(*box.readable, own))}
+                trees = replace(trees, boxes=boxes)
+        self.arm, self.trees, self.timeout_s = arm, trees, timeout_s
+        self.workload = Workload("call", target=target)
+        self.worker: Worker | None = None
+        self.last = b""
+
+    def call(self, arguments: Any) -> _Answer | str:
+        """The answer, or in words why there is none. ArmError if that is nobody's fault, or no mistake."""
+        try:
+            if self.worker is None:
+                self.worker, self.last = self._started(), b""
+            output, after = wire.decode(self.worker.ask(b"v", 0.0, [_encoded(arguments)]).body)
+            lasts = not self.last or bytes(self.worker.ask(b"o", 1.0).body) == self.last
+            now = bytes(self.worker.ask(b"o").body)
+            self.last = bytes(self.worker.ask(b"z").body)
+            lasts = lasts and now == self.last and not judged(output, wire.decode(now), 0.0, 0.0)
+            return _Answer(output, after, lasts)
+        except ArmError as problem:
+            self.end()
+            if problem.infra or problem.tampered:
+                raise
+            return f"failed: {problem.words.splitlines()[-1] if problem.words else problem}"
+        except UNREADABLE as problem:
+            self.end()
+            return f"sent what is no value: {type(problem).__name__}: {problem}"
+
+    def _started(self) -> Worker:
+        return started(self.arm, self.workload, self.trees, 0, self.timeout_s)
+
+    def end(self) -> None:
+        if self.worker is not None:
+            self.worker.end()
+            self.worker = None
+
+
+def _strategy(file: str, function: str) -> "SearchStrategy[Any]":
+    """The task's strategy, from its file."""
+    from hypothesis.strategies import SearchStrategy
+
+    spec = importlib.util.spec_from_file_location(f"assay_task_{Path(file).stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, function)()
+    if not isinstance(made, SearchStrategy):
+        raise TypeError(f"{function}: expected a hypothesis strategy, got {type(made).__name__}")
+    return made
+
+
+def _settings(examples: int) -> "hypothesis.settings":
+    import hypothesis
+
+    return hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        deadline=None,
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=(hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large),
+    )
+
+
+def _poison(value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        raise _FoundError("task_invalid", f"writes: expected arrays, got {type(value).__name__}")
+    filled = np.empty_like(value)
+    filled.reshape(-1).view(np.uint8)[:] = 0x7F
+    if value.dtype.kind in "fc":
+        filled[...] = np.nan
+    return filled
+
+
+def _named(arguments: Any) -> dict[Any, Any]:
+    """Arguments by name or position."""
+    if isinstance(arguments, dict):
+        return arguments
+    return dict(enumerate(arguments if isinstance(arguments, tuple) else (arguments,)))
+
+
+def _encoded(value: Any) -> bytes:
+    return b"".join(bytes(part) for part in wire.encode(value))
+
+
+def _last_line(problem: Exception) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[-1]
+
+
+GATE = Gate(
+    "equivalence",
+    equivalent,
+    Where.PREPARED,
+    asked=lambda task, _: bool(task.property),
+    installs=("hypothesis",),
+)

@@ -1,0 +1,78 @@
+"""What a gate is: a check beside speed, which says in a word and in a sentence what it found."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from assay.contract.errors import ArmError
+from assay.contract.frozen import Frozen
+from assay.contract.outcome import INFRA
+
+if TYPE_CHECKING:  # tasks are read with pydantic, which is not there where plans are measured
+    from assay.contract.task import Read, Task
+
+SKIPPED = "skipped"
+
+
+class Found(NamedTuple):
+    """What a gate found: "" as outcome if it was passed, SKIPPED if it was left out on request."""
+
+    outcome: str
+    words: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the next gate is tried."""
+        return self.outcome in ("", SKIPPED)
+
+
+LEFT_OUT = Found(SKIPPED, "left out on request")
+
+
+class Where(Enum):
+    """On which machine a gate is tried, where a plan is prepared on one and measured on another."""
+
+    PREPARED = "it needs the task and its packages"
+    MEASURED = "it needs a compiler or a device of that machine"
+    BOTH = "trees are built anew on each"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a gate may look at."""
+
+    frozen: Frozen
+    sandboxed: bool
+    write: Callable[[Path], object]
+    """Puts the candidate's files, as they were handed in, into a folder that is not there yet."""
+    renew: Callable[[], object] = lambda: None
+    """Makes the arms' trees anew, with nothing built in them; nothing where they are new already."""
+    read: "Read | None" = None
+    """The task; None on a machine that only measures."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A row of the table."""
+
+    name: str
+    run: Callable[[Given], Found]
+    where: Where
+    rejects: tuple[str, ...] = ()
+    """The outcomes of its own that count against a candidate. It may also say those of every verdict."""
+    asked: Callable[["Task", Sequence[str]], bool] | None = None
+    """Whether a task, or the paths that a patch changes, make it necessary; None: it always is, and is never left out.
+
+    A gate that was asked for and not run leaves a patch not evaluated.
+    """
+    installs: tuple[str, ...] = ()
+    """Packages that it imports."""
+
+    def tried(self, given: Given) -> Found:
+        """What it finds; an arm that could not be started is the infrastructure's."""
+        try:
+            return self.run(given)
+        except ArmError as problem:
+            return Found(f"{INFRA}{self.name}", str(problem))
