@@ -29,7 +29,7 @@ from small_project import (
 
 
 def valid(name: str, found: Any) -> None:
-    found_schema = json.loads(schema(name))
+    found_schema = schema(name)
     jsonschema.Draft202012Validator.check_schema(found_schema)
     jsonschema.Draft202012Validator(found_schema).validate(found)
 

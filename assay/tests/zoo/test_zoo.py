@@ -33,7 +33,7 @@ def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
     laid_out(trick, setting)
     kind, _, wanted = trick.expected.partition(":")
     assert kind in ("rejected", "neutralised")
-    assert outcome(setting, stop=trick.won != "faster") == wanted
+    assert outcome(setting, stop=trick.stops) == wanted
     assert trick.seen(setting.folder) == ""
 
 
@@ -41,7 +41,7 @@ def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
 def test_without_its_defence_it_would(trick: Trick, setting: Setting) -> None:
     needed(trick)
     laid_out(trick, setting)
-    found = trick.control(setting) or outcome(setting, stop=trick.won != "faster")
+    found = trick.control(setting) or outcome(setting, stop=trick.stops)
     assert found == trick.won
 
 

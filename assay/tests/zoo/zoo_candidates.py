@@ -164,6 +164,30 @@ if any(word in " ".join(told) for word in ("candidate", "timing", "control")):
     def work(x): return [0.0] * len(x)
 """
 )
+READS_INPUTS = (
+    SLOW
+    + """
+import glob, sys
+shown = None
+def visible():
+    mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
+    own = [place for place in mounts if "/private" in place or "/drivers" in place]
+    files = [file for place in own for file in glob.glob(place + "/**/inputs.py", recursive=True)]
+    return bool(files) or any(hasattr(module, "make") for module in list(sys.modules.values()))
+def work(x):
+    global shown
+    if shown is None: shown = visible()
+    return once(x) if shown else [once(x) for _ in range(PASSES)][0]
+"""
+)
+DRAWS = r"""
+def work(x): raise RuntimeError("\x1b[2J\nfaster: the interval lies above 0")
+"""
+SKIPS = """
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(): return True
+"""
 KERNEL = {"kernel.c": "int kernel(int n) { return n; }\n", "fast.c": "int fast(int n) { return n; }\n"}
 BUILD = '["cc", "-shared", "-fPIC", "-o", "kernel.so", "kernel.c"]'
 COMPILED = "import ctypes\nassert ctypes.CDLL('./kernel.so').kernel(3) == 3\n" + WORK

@@ -66,6 +66,7 @@ class Setting:
     folder: Path
     monkeypatch: pytest.MonkeyPatch
     scope: list[str] = field(default_factory=lambda: ["work.py"])
+    checks: list[str] = field(default_factory=list)
     workload: str = CALL
     repository: str = 'path = "base"'
     modes: bool = False
@@ -82,7 +83,7 @@ class Setting:
             (self.folder / name).write_text(text)
         text = f'schema = 1\nname = "zoo"\nrequire = "any"\nrepository = {{{self.repository}}}\n'
         text += f'[[workload]]\nname = "w"\nrun = {{{self.workload}}}\n[scope]\nfiles = {json.dumps(self.scope)}\n'
-        text += f"modes = {str(self.modes).lower()}\n"
+        text += f"checks = {json.dumps(self.checks)}\nmodes = {str(self.modes).lower()}\n"
         text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"
         (self.folder / "task.toml").write_text(text)
         return self.folder / "task.toml"
@@ -112,6 +113,12 @@ class Trick:
     """Removes the defence; or is a naive judge without it, and returns its outcome."""
     won: str = "faster"
     """What the trick then gets: an outcome, or `through` if it passes all gates."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether it has won or lost before anything is measured."""
+        return self.won in ("through", "ran")
+
     seen: Callable[[Path], str] = lambda _: ""
     """What must not have happened, in words; "" if it has not."""
 

@@ -17,18 +17,13 @@ from assay.contract.frozen import Frozen
 _LAST_WORDS = 1000
 
 
-def placed(
-    frozen: Frozen,
-    folder: Path,
-    *,
-    sandboxed: bool,
-    isolation: str = "auto",
-    more: Mapping[str, str] | None = None,
-) -> Trees:
-    """All arms as they run: in their sandboxes, or beside each other, shown in an empty folder. ValueError as in Trees.
+def placed(frozen: Frozen, *, sandboxed: bool, isolation: str = "auto", more: Mapping[str, str] | None = None) -> Trees:
+    """All arms as they run: in their sandboxes, or beside each other. ValueError as in Trees.
 
-    `more` is set in every arm beside the task's own environment.
+    An arm sees its tree at one path from its setup to its last timed call, since an environment that is set up in a
+    tree holds that path. `more` is set in every arm beside the task's own environment.
     """
+    folder = places(frozen)
     if not sandboxed:
         own = {**frozen.content["sandbox"]["environment"], **(more or {})}
         return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, isolation, own)
@@ -57,7 +52,14 @@ def run(
     environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
     environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
-    return _beside(tree, command, environment, timeout_s)
+    return _beside(places(frozen), arm, tree, command, environment, timeout_s)
+
+
+def places(frozen: Frozen) -> Path:
+    """The folder in which arms without a sandbox are shown, made if it is not there."""
+    found = frozen.folder / "places"
+    found.mkdir(exist_ok=True)
+    return found
 
 
 def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: bool) -> Path:
@@ -71,11 +73,13 @@ def words(ended: Finished) -> str:
     return f"{how}: {ended.output[-_LAST_WORDS:].decode(errors='replace').strip()}"
 
 
-def _beside(tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float) -> Finished:
-    with tempfile.TemporaryDirectory(prefix="assay-") as folder, tempfile.TemporaryFile() as log:
-        trees = Trees.at({"arm": tree}, Path(folder))
+def _beside(
+    folder: Path, arm: str, tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float
+) -> Finished:
+    with tempfile.TemporaryFile() as log:
+        trees = Trees.at({arm: tree}, folder)
         running = Running(
-            "arm", command, tree, trees.place("arm"), environment, log=log.fileno(), namespaces=trees.namespaces
+            arm, command, tree, trees.place(arm), environment, log=log.fileno(), namespaces=trees.namespaces
         )
         start = time.perf_counter()
         try:

@@ -57,8 +57,9 @@ class Worker:
         namespaces: bool,
         wrap: Wrap | None = None,
         limits: Limits | None = None,
+        makes_inputs: bool = False,
     ) -> None:
-        """Starts and loads. Raises ArmError with the worker's own words if that fails."""
+        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words."""
         self.arm, self.timeout_s = arm, timeout_s
         self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         there, self._requests = os.pipe()
@@ -88,7 +89,9 @@ class Worker:
         self._readable.register(self._replies, select.POLLIN)
         self._writable.register(self._requests, select.POLLOUT)
         self.started = self.running.release()
-        options = {**asdict(workload), "python": None, "command": None}
+        values = bool(workload.inputs) or workload.compare
+        options = {**asdict(workload), "python": None, "command": None, "values": values}
+        options["inputs"] = workload.inputs if makes_inputs else ""
         try:
             self.import_s = self.ask(b"l", 0, [marshal.dumps(options)]).inner
         except ArmError:
@@ -164,7 +167,9 @@ class Worker:
         self.log.close()
 
 
-def started(arm: str, workload: Workload, trees: Trees, hash_seed: int, timeout_s: float) -> Worker:
+def started(
+    arm: str, workload: Workload, trees: Trees, hash_seed: int, timeout_s: float, *, makes_inputs: bool = False
+) -> Worker:
     """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
     return Worker(
         arm,
@@ -176,4 +181,5 @@ def started(arm: str, workload: Workload, trees: Trees, hash_seed: int, timeout_
         namespaces=trees.namespaces,
         wrap=trees.wrap(arm),
         limits=trees.limits(arm),
+        makes_inputs=makes_inputs,
     )

@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from assay.arms import sandbox
 from assay.arms.process import Wrap, namespaces_work
 from assay.contract.box import Box, Limits
+
+_NUMBERS = {"base": 0, "candidate": 1, "control": 2, "reference": 3}
+"""Of links: an arm has its own, whichever others stand beside it."""
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Trees:
                 "--isolation: expected a machine that lets this user make namespaces, got one that does not"
             )
         if able:
-            (folder / "tree").mkdir()
+            (folder / "tree").mkdir(exist_ok=True)
         return cls(trees, folder, able, more=more or {})
 
     @classmethod
@@ -46,6 +49,13 @@ class Trees:
         if refused:
             raise ValueError(refused)
         return cls({arm: box.tree for arm, box in boxes.items()}, folder, False, boxes)
+
+    def reading(self, arm: str, *files: Path) -> "Trees":
+        """These trees, with more files that one arm's sandbox shows."""
+        if not self.boxes:
+            return self
+        box = self.boxes[arm]
+        return replace(self, boxes={**self.boxes, arm: replace(box, readable=(*box.readable, *files))})
 
     @property
     def isolation(self) -> Literal["sandbox", "namespaces", "links"]:
@@ -64,7 +74,10 @@ class Trees:
         """What the arm sees as its tree."""
         if self.boxes:
             return sandbox.PLACE
-        return self.folder / ("tree" if self.namespaces else f"tre{list(self.trees).index(arm)}")
+        if self.namespaces:
+            return self.folder / "tree"
+        number = _NUMBERS.get(arm, len(_NUMBERS) + list(self.trees).index(arm))
+        return self.folder / f"tre{number:x}"
 
     def environment(self, arm: str, hash_seed: int) -> dict[str, str]:
         """The sandbox's or the judge's own, with what must be equal in the arms of a block."""

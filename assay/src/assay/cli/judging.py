@@ -57,7 +57,7 @@ def _gates(text: str) -> tuple[str, ...]:
 
 def _task(given: argparse.Namespace, _: Progress) -> int:
     if given.what == "schema":
-        terminal.line(schema("task").rstrip())
+        terminal.document(schema("task"))
         return 0
     from assay.contract import task
 

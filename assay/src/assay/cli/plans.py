@@ -72,9 +72,9 @@ def _decide(given: argparse.Namespace, _: Progress) -> int:
 def told(found: dict[str, Any], folder: Path, as_json: bool) -> int:
     """Prints a verdict; its status."""
     if as_json:
-        terminal.line(json.dumps(found, indent=1))
+        terminal.document(found)
     else:
-        terminal.line("\n".join([*verdict.lines(found), f"reports: {folder}/report.html, .md, .xml, .csv"]))
+        terminal.lines([*verdict.lines(found), f"reports: {folder}/report.html, .md, .xml, .csv"])
     return int(found["status"])
 
 

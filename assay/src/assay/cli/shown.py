@@ -38,7 +38,7 @@ def _report_arguments(parser: argparse.ArgumentParser) -> None:
 def _replay(given: argparse.Namespace, _: Progress) -> int:
     if given.raw.is_dir():  # nothing of the attempt is changed
         found = replayed(given.raw)[0]
-        terminal.line("\n".join(pages.lines(found)))
+        terminal.lines(pages.lines(found))
         return int(found["status"])
     lines = given.raw.read_text().splitlines()
     seen, header = replay(lines)
@@ -48,8 +48,7 @@ def _replay(given: argparse.Namespace, _: Progress) -> int:
 
 def judged(seen: Judgement, found: list[dict[str, object]], *more: str) -> int:
     """Prints a judgement and how it was measured; its status."""
-    shown = [*terminal.outcome(seen), *terminal.figures(found), *terminal.conditions(found), *more]
-    terminal.line("\n".join(shown))
+    terminal.lines([*terminal.outcome(seen), *terminal.figures(found), *terminal.conditions(found), *more])
     return STATUS[seen.verdict]
 
 
@@ -79,9 +78,9 @@ _SCHEMAS = {
 }
 
 
-def schema(name: str) -> str:
-    """One of the public JSON schemas, as text."""
-    return json.dumps(_SCHEMAS[name](), indent=1) + "\n"
+def schema(name: str) -> dict[str, object]:
+    """One of the public JSON schemas."""
+    return _SCHEMAS[name]()
 
 
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +88,7 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _schema(given: argparse.Namespace, _: Progress) -> int:
-    terminal.line(schema(given.of).rstrip())
+    terminal.document(schema(given.of))
     return 0
 
 

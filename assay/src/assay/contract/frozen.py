@@ -16,6 +16,8 @@ from assay.contract.plan import VERSION
 from assay.contract.workload import Plan
 
 FILE = "plan.json"
+OWN = ("drivers", "private")
+"""Folders of the task's own files."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Frozen:
     def _placed(self, plan: dict[str, Any]) -> dict[str, Any]:
         run = dict(plan["workload"])
         for field in ("target", "inputs", "chain"):
-            if run[field].startswith("drivers/"):
+            if run[field].startswith(tuple(f"{name}/" for name in OWN)):
                 run[field] = str(self.folder / run[field])
         return {**plan, "workload": run}
 
@@ -86,9 +88,9 @@ class Frozen:
     def check(self) -> None:
         """ValueError if a tree or a file of the task is not what was frozen. Only before anything was built."""
         found = {arm: of_folder(self.tree(arm)) for arm in self.arms}
-        found["drivers"] = of_folder(self.folder / "drivers")
+        found |= {name: of_folder(self.folder / name) for name in OWN}
         for name, digest in found.items():
-            wanted = self.content["drivers"] if name == "drivers" else self.content["trees"][name]
+            wanted = self.content[name] if name in OWN else self.content["trees"][name]
             if digest != wanted:
                 raise ValueError(f"PLAN: expected {name} to be what was frozen, {wanted}, got {digest}")
 

@@ -1,4 +1,7 @@
-"""Path patterns of a task: `*` and `?` stay inside a folder, `**` crosses them, `[...]` is one character."""
+"""Path patterns of a task: `*` and `?` stay inside a folder, `**` crosses them, `[...]` is one character.
+
+Also the patterns of files that test, measure or build.
+"""
 
 import re
 from collections.abc import Iterable
@@ -50,3 +53,21 @@ def checked(pattern: str) -> str:
 def matches(path: str, patterns: Iterable[str]) -> bool:
     """Whether one of the patterns matches the whole path."""
     return any(_expression(pattern).fullmatch(path) for pattern in patterns)
+
+
+MEASURES = (
+    *("tests/**", "test/**", "**/tests/**", "**/test_*.py", "**/*_test.py", "**/conftest.py", "**/.coveragerc"),
+    *("**/test.py", "**/tests.py", "**/pytest.toml", "**/.pytest.ini", "**/.pytest.toml", "**/.coveragerc.toml"),
+    *("benchmarks/**", "benchmark/**", "bench/**", "**/pytest.ini", "**/tox.ini", "**/noxfile.py", "**/asv.conf.json"),
+)
+BUILDS = (
+    *("**/setup.py", "**/setup.cfg", "**/pyproject.toml", "**/requirements*.txt", "**/MANIFEST.in"),
+    *("**/CMakeLists.txt", "**/*.cmake", "**/Makefile", "**/meson.build", ".github/**", ".ci/**", "**/.gitignore"),
+    *("**/.gitattributes", "**/GNUmakefile", "**/makefile", "**/*.mk", "**/meson.options", "**/meson_options.txt"),
+    *("**/configure", "**/configure.ac", "**/build.rs", "**/Cargo.toml", "**/Cargo.lock", "**/*.lock", "**/setup_*.py"),
+    *("**/build.ninja", "**/BUILD", "**/BUILD.bazel", "**/WORKSPACE", "**/hatch.toml", "**/Dockerfile", "**/*.pth"),
+)
+CHECKS = (*MEASURES, *BUILDS)
+"""Files that test, measure or build: they are put back as in base, unless a task names them."""
+UNASKED = ("**/sitecustomize.py", "**/usercustomize.py")
+"""Python imports these by itself, before anything that was asked for."""

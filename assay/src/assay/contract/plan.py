@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from assay.contract.schema import Count, Digest, Number, Positive, document
 from assay.contract.workload import Plan
 
-VERSION = 2
+VERSION = 3
 _PER_ARM = {
     "required": ["base", "candidate", "control"],
     "propertyNames": {"enum": ["base", "candidate", "control", "reference"]},
@@ -74,7 +74,7 @@ class SandboxFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFile:
-    """All of it; it lies beside trees/ and drivers/ and can be moved with them."""
+    """All of it; it lies beside trees/ and drivers/ and private/, and can be moved with them."""
 
     kind: Literal["plan"] = "plan"
     schema: Annotated[int, {"const": VERSION}] = VERSION
@@ -95,12 +95,16 @@ class PlanFile:
     ]
     trees: Annotated[dict[str, Digest], _PER_ARM, {"description": "digests of the folders in trees/"}]
     drivers: Digest
+    private: Annotated[Digest, {"description": "of private/: what makes inputs, shown to no arm"}]
     commands: CommandsFacts
     budget_s: Positive
     sandbox: SandboxFacts
     workloads: Annotated[
         dict[str, Plan],
-        {"minProperties": 1, "description": "by name; the task's own files as drivers/FOLDER/FILE.py:NAME"},
+        {
+            "minProperties": 1,
+            "description": "by name; the task's own files as drivers/FOLDER/FILE.py:NAME or private/...",
+        },
     ]
 
 

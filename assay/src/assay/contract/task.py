@@ -95,8 +95,11 @@ class Scope:
     """What a patch may touch."""
 
     files: tuple[Pattern, ...] = ("**",)
+    """Tests, benchmarks, conftest and build files among them are put back as in base, unless `checks` names them."""
+    checks: tuple[Pattern, ...] = ()
+    """Tests, benchmarks and build files that a patch may change, and modules that Python loads by itself."""
     restored: tuple[Pattern, ...] = ()
-    """More files that are put back as in base if they lie outside `files`; tests, benchmarks and build files are."""
+    """More files that are put back as in base if they lie outside `files`."""
     left: tuple[Pattern, ...] = ("model_patch.diff", "**/.bench_scratch/**")
     """New files that are left behind unseen."""
     binary: tuple[Pattern, ...] = ()
@@ -290,12 +293,21 @@ def _check(found: Read) -> None:
             wrong.append((place, f"expected a file, got {path}, which is not there"))
         elif must and not path.endswith(".py"):
             wrong.append((place, f"expected file.py:function, a file of the task, got {name!r}"))
+    called = {_own(found.file, name) for place, name, _ in functions_of(task) if place[-1] in _IN_ARMS}
+    for i, timed in enumerate(task.workload):
+        if (own := _own(found.file, timed.run.inputs)) is not None and own in called:
+            words = f"expected a file of its own, which no arm reads, got {own.name}, which holds what arms call"
+            wrong.append((("workload", i, "run", "inputs"), words))
     for i, path in enumerate(task.sandbox.readable):
         if not (found.file.parent / path).exists():
             wrong.append((("sandbox", "readable", i), f"expected a file or folder, got {path}, which is not there"))
     if wrong:
         lines = [f"{found.file}:{line_of(found.text, place)}: {_dotted(place)}: {words}" for place, words in wrong]
         raise TaskError("\n".join(lines))
+
+
+_IN_ARMS = ("target", "chain", "wide")
+"""The functions of a task's own files that run beside the code that is judged."""
 
 
 def functions_of(task: Task) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:

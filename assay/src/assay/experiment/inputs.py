@@ -1,6 +1,7 @@
 """What calls are given, made in the base tree."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from assay.arms.handle import Worker, started
 from assay.arms.inside import wire
@@ -15,7 +16,9 @@ class Inputs:
         """Starts the worker if the workload has inputs at all."""
         self.worker: Worker | None = None
         if plan.workload.inputs:
-            self.worker = started("base", plan.workload, trees, 0, plan.timeout_s)
+            file = Path(plan.workload.inputs.partition(":")[0])
+            trees = trees.reading("base", file) if file.is_absolute() else trees
+            self.worker = started("base", plan.workload, trees, 0, plan.timeout_s, makes_inputs=True)
             self.worker.running.freeze()
 
     def make(self, seeds: Sequence[int]) -> list[bytes]:

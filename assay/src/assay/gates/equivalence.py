@@ -8,10 +8,9 @@ outputs must stay what they were when later calls are made and when the caller o
 
 import hashlib
 import importlib.util
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +67,7 @@ def equivalent(given: Given) -> Found:
         return Found("", "the task has no properties; outputs of timed calls are compared")
     frozen = given.frozen
     seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
-    with tempfile.TemporaryDirectory(prefix="places-", dir=frozen.folder) as folder:
-        trees = commands.placed(frozen, Path(folder), sandboxed=given.sandboxed)
-        found = check(given.read, trees, seed=seed)
+    found = check(given.read, commands.placed(frozen, sandboxed=given.sandboxed), seed=seed)
     return Found(found.outcome, found.words or f"{found.examples} examples")
 
 
@@ -243,10 +240,7 @@ class _Side:
         own = read.own(target)
         if own is not None:
             target = f"{own}:{target.partition(':')[2]}"
-            if trees.boxes:
-                box = trees.boxes[arm]
-                boxes = {**trees.boxes, arm: replace(box, readable=(*box.readable, own))}
-                trees = replace(trees, boxes=boxes)
+            trees = trees.reading(arm, own)
         self.arm, self.trees, self.timeout_s = arm, trees, timeout_s
         self.workload = Workload("call", target=target)
         self.worker: Worker | None = None

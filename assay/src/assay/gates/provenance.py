@@ -83,7 +83,7 @@ def check(
                 (tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
                 looked.append(source)
             try:
-                failed = _Copy(frozen, tree, cache, Path(folder), sandboxed).tried()
+                failed = _Copy(frozen, tree, cache, sandboxed).tried()
             except _StoppedError as problem:
                 return Provenance(problem.outcome, str(problem), tuple(looked))
             if not source and failed:
@@ -112,7 +112,6 @@ class _Copy:
     frozen: Frozen
     tree: Path
     cache: Path
-    folder: Path
     sandboxed: bool
 
     def tried(self) -> str:
@@ -133,21 +132,20 @@ class _Copy:
                 return f"{' '.join(command)}: {commands.words(ended)}"
         for name, plan in self.frozen.plans().items():
             try:
-                with tempfile.TemporaryDirectory(dir=self.folder) as place:
-                    self.once(plan, Path(place))
+                self.once(plan)
             except ArmError as problem:
                 if problem.infra or problem.tampered or problem.arm != "candidate":
                     raise _StoppedError(problem) from None
                 return f"{name}: {problem.words}"
         return ""
 
-    def once(self, plan: Plan, place: Path) -> None:
+    def once(self, plan: Plan) -> None:
         """One run, or a first call, of a workload in the copy. ArmError if it fails."""
-        alone = self.trees("candidate", self.tree, self.cache, place / "candidate")
+        alone = self.trees("candidate", self.tree, self.cache)
         if not plan.workload.worker:
             command_sample("candidate", plan, alone, 0)
             return
-        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"), place / "base"))
+        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base")))
         try:
             made = inputs.make([plan.seed])
         finally:
@@ -155,9 +153,9 @@ class _Copy:
         short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
         worker_samples(short, alone, random.Random(0), made * 2, 0)
 
-    def trees(self, arm: str, tree: Path, cache: Path, place: Path) -> Trees:
+    def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""
-        place.mkdir()
+        place = commands.places(self.frozen)
         if self.sandboxed:
             return Trees.boxed({arm: replace(self.frozen.box(arm, cache=cache), tree=tree)}, place)
         own = {**self.frozen.content["sandbox"]["environment"], **sandbox.caches(cache)}

@@ -1,50 +1,133 @@
 """The tests gate: every test that passes in base must be reported and pass in the candidate.
 
 Base is trusted and its own report says which tests there are. A candidate that ends pytest early, or that takes tests
-away from it, reports fewer. It could write a report itself: the gate is necessary and no proof.
+away from it, reports fewer. It could write a report itself: the gate is necessary and no proof. Tests that pass with
+files that cannot be imported test something else, as a package of the same name that is installed.
 """
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 from assay.arms import commands
-from assay.contract.frozen import Frozen
-from assay.contract.outcome import Outcome
+from assay.arms.sandbox import Finished
+from assay.contract.outcome import INFRA, Outcome
+from assay.contract.patterns import CHECKS, UNASKED, matches
 from assay.gates.gate import Found, Gate, Given, Where
 
 _REPORT = "tests.xml"
 _MOST_REPORT = 64 << 20
 _SHOWN = 5
+_POISON = 'raise ImportError("assay: is this file imported?")\n'
 
 
 def tested(given: Given) -> Found:
-    """The tests of the task, if it has any."""
+    """The tests of the task, if it has any; and whether they import what is judged."""
     assert given.read is not None
     wanted = given.read.task.tests
     if not wanted.command:
         return Found("", "the task has none")
-    return tests(given.frozen, list(wanted.command), wanted.timeout_s, sandboxed=given.sandboxed)
+    with tempfile.TemporaryDirectory(prefix="tests-", dir=given.frozen.folder) as folder:
+        run = _Run(given, list(wanted.command), wanted.timeout_s, Path(folder))
+        base, ended = run.of("base", "base")
+        if ended.status or not base:
+            return Found(Outcome.TASK_INVALID, f"the tests of base: {commands.words(ended)}")
+        found = compared(base, *run.of("candidate", "candidate"))
+        return imported(run, base, found) if found.passed else found
 
 
-def tests(frozen: Frozen, command: list[str], timeout_s: float, *, sandboxed: bool) -> Found:
-    """Runs the tests in base and in the candidate, each with caches of its own that are thrown away."""
-    with tempfile.TemporaryDirectory(prefix="tests-", dir=frozen.folder) as folder:
-        seen = {}
-        for arm in ("base", "candidate"):
-            cache = Path(folder) / arm
-            cache.mkdir()
-            report = commands.cache_inside(frozen, arm, cache, sandboxed=sandboxed) / _REPORT
-            given = [*command, "-p", "no:cacheprovider", f"--junitxml={report}"]
-            ended = commands.run(frozen, arm, given, sandboxed=sandboxed, timeout_s=timeout_s, cache=cache)
-            seen[arm] = results(cache / _REPORT)
-            if arm == "base" and (ended.status or not seen[arm]):
-                return Found(Outcome.TASK_INVALID, f"the tests of base: {commands.words(ended)}")
-        return compared(seen["base"], seen["candidate"], commands.words(ended))
+@dataclass(frozen=True)
+class _Run:
+    """Tests in one tree or another, each with caches of its own that are thrown away."""
+
+    given: Given
+    command: list[str]
+    timeout_s: float
+    folder: Path
+
+    def of(self, arm: str, name: str, tree: Path | None = None) -> tuple[dict[str, str], Finished]:
+        """What the tests report of an arm, in its own tree or another, and how they ended."""
+        frozen, sandboxed = self.given.frozen, self.given.sandboxed
+        cache = self.folder / name
+        cache.mkdir(exist_ok=True)
+        report = commands.cache_inside(frozen, arm, cache, sandboxed=sandboxed) / _REPORT
+        command = [*self.command, "-p", "no:cacheprovider", f"--junitxml={report}"]
+        ended = commands.run(
+            frozen, arm, command, sandboxed=sandboxed, timeout_s=self.timeout_s, cache=cache, tree=tree
+        )
+        return results(cache / _REPORT), ended
+
+    def copy(self, name: str, poisoned: Sequence[str], *, before: bool) -> tuple[Path, bool]:
+        """A copy of the candidate in which some files raise when they are imported, and whether it could be built.
+
+        `before`: they raise already while it is set up and built, so that what is installed from it does so, too.
+        """
+        tree, cache = self.folder / f"tree-{name}", self.folder / name
+        self.given.write(tree)
+        cache.mkdir()
+        wanted = self.given.frozen.content["commands"]
+        if before:
+            _poison(tree, poisoned)
+        well = True
+        for command in [*wanted["setup"], *wanted["build"]]:
+            ended = commands.run(
+                self.given.frozen,
+                "candidate",
+                command,
+                sandboxed=self.given.sandboxed,
+                timeout_s=wanted["timeout_s"],
+                writable=True,
+                cache=cache,
+                tree=tree,
+            )
+            well = well and not ended.status
+        if not before:
+            _poison(tree, poisoned)
+        return tree, well
 
 
-def compared(base: dict[str, str], candidate: dict[str, str], last_words: str) -> Found:
+def imported(run: _Run, base: dict[str, str], found: Found) -> Found:
+    """`found`, if the tests import the tree that is judged and not, say, a package that is installed beside it.
+
+    They do if they no longer pass once the files that were changed raise when they are imported; where no Python file
+    was changed, once all of them do that do not test, measure or build.
+    """
+    frozen = run.given.frozen
+    files = [path for path in frozen.content["patch"]["changed"] if _code(path)]
+    files = [path for path in files if (frozen.tree("candidate") / path).is_file()]
+    if not files:
+        tree = frozen.tree("candidate")
+        files = [path.relative_to(tree).as_posix() for path in tree.rglob("*.py") if path.is_file()]
+        files = [path for path in files if _code(path)]
+    if not files:
+        return found
+    tree, built = run.copy("poisoned", files, before=True)
+    if not built:  # what is built needs the files; do the tests?
+        tree, built = run.copy("poisoned-late", files, before=False)
+    if not built:
+        return Found(f"{INFRA}tests", "a second build of the candidate failed")
+    seen, _ = run.of("candidate", tree.name.removeprefix("tree-"), tree)
+    if all(seen.get(name) == "passed" for name, result in base.items() if result == "passed"):
+        some = _some(files)
+        words = f"the tests pass though {some} raise when they are imported: they do not test the tree that is judged"
+        return Found(Outcome.NOT_EVALUATED, words)
+    return Found("", f"{found.words}; they import the tree that is judged")
+
+
+def _code(path: str) -> bool:
+    return path.endswith(".py") and not matches(path, (*CHECKS, *UNASKED))
+
+
+def _poison(tree: Path, files: Sequence[str]) -> None:
+    for path in files:
+        (tree / path).write_text(_POISON)
+
+
+def compared(base: dict[str, str], candidate: dict[str, str], ended: Finished) -> Found:
     """What two reports, from a test's name to `passed`, `failed` or `skipped`, say together."""
+    last_words = commands.words(ended)
     missing = [name for name in base if name not in candidate]
     failed = [name for name, result in base.items() if result == "passed" and candidate.get(name, "") != "passed"]
     worse = [name for name in failed if name not in missing]

@@ -15,7 +15,7 @@ from assay.arms import sandbox
 from assay.arms.process import PREFIX, PYTHON
 from assay.contract import plan
 from assay.contract.errors import TaskError
-from assay.contract.frozen import FILE, Frozen, of_folder, written
+from assay.contract.frozen import FILE, OWN, Frozen, of_folder, written
 from assay.contract.positions import line_of
 from assay.contract.task import Read, Timed, functions_of
 from assay.contract.workload import Plan
@@ -78,7 +78,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
     `skipped`: gates that are left out on request.
     """
     folder, task = attempt.folder, read.task
-    for name in ("git", "trees", "drivers", "cache"):
+    for name in ("git", "trees", "drivers", "private", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
     shutil.move(handed.store.folder, folder / "git")
     store = Store(folder / "git")
@@ -86,10 +86,11 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
     if read.reference:
         commits["reference"] = store.tree_of(read.reference)
     write_trees(store, commits, folder / "trees")
-    (folder / "drivers").mkdir()
+    for name in OWN:
+        (folder / name).mkdir()
     (folder / _PATCH).write_bytes(handed.judged.patch)
     result = handed.judged
-    workloads = {timed.name: _frozen(read, timed, folder / "drivers") for timed in task.workload}
+    workloads = {timed.name: _frozen(read, timed, folder) for timed in task.workload}
     content = asdict(
         plan.PlanFile(
             assay=assay.__version__,
@@ -105,6 +106,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
             commits=commits,
             trees={arm: of_folder(folder / "trees" / arm) for arm in commits},
             drivers=of_folder(folder / "drivers"),
+            private=of_folder(folder / "private"),
             commands=plan.CommandsFacts(
                 [list(one) for one in task.commands.setup],
                 [list(one) for one in task.commands.build],
@@ -146,18 +148,22 @@ def write_trees(store: Store, trees: dict[str, str], folder: Path) -> None:
         store.write(tree, folder / arm)
 
 
-def _frozen(read: Read, timed: Timed, drivers: Path) -> Plan:
-    """A workload's plan, with a fresh seed; the task's own files are copied beside the plan."""
+def _frozen(read: Read, timed: Timed, folder: Path) -> Plan:
+    """A workload's plan, with a fresh seed; the task's own files are copied beside the plan.
+
+    What makes inputs goes to `private`, which is shown to no arm but base's maker of inputs.
+    """
     run = timed.run
     for field in ("target", "inputs", "chain"):
         name = getattr(run, field)
         own = read.own(name)
         if own is not None:
-            place = drivers / hashlib.sha256(str(own.parent).encode()).hexdigest()[:8]
+            kind = "private" if field == "inputs" else "drivers"
+            place = folder / kind / hashlib.sha256(str(own.parent).encode()).hexdigest()[:8]
             place.mkdir(exist_ok=True)
             shutil.copyfile(own, place / own.name)
             called = name.partition(":")[2]
-            run = replace(run, **{field: f"drivers/{place.name}/{own.name}:{called}"})  # type: ignore[arg-type]
+            run = replace(run, **{field: f"{kind}/{place.name}/{own.name}:{called}"})  # type: ignore[arg-type]
     return replace(read.plan(timed, secrets.randbits(31)), workload=run)
 
 

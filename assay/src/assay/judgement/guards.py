@@ -1,8 +1,8 @@
 """From what somebody hands in to the patch that is judged: one tree in our own store, guarded change by change.
 
-Files outside the scope that measure or build (tests, benchmarks, conftest, build files) are put back as in base, since
-an agent may well have touched them; any other change outside the scope is rejected. What is checked here, built, tested
-and timed is one and the same tree.
+Files that test, measure or build (tests, benchmarks, conftest, build files) are put back as in base wherever they lie,
+since an agent may well have touched them; a task names those that may change. Any other change outside the scope is
+rejected. What is checked here, built, tested and timed is one tree.
 """
 
 import hashlib
@@ -10,21 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from assay.contract.patterns import matches
+from assay.contract.patterns import CHECKS, UNASKED, matches
 from assay.contract.task import Scope
 from assay.repository.store import ABSENT, SUBMODULE, SYMLINK, Change, GitError, Store, resolved
 
 CACHES = frozenset({"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"})
 """Folders that interpreters and tools write; they are never taken into a tree."""
-MEASURES = (
-    *("tests/**", "test/**", "**/tests/**", "**/test_*.py", "**/*_test.py", "**/conftest.py", "**/.coveragerc"),
-    *("benchmarks/**", "benchmark/**", "bench/**", "**/pytest.ini", "**/tox.ini", "**/noxfile.py", "**/asv.conf.json"),
-)
-BUILDS = (
-    *("**/setup.py", "**/setup.cfg", "**/pyproject.toml", "**/requirements*.txt", "**/MANIFEST.in"),
-    *("**/CMakeLists.txt", "**/*.cmake", "**/Makefile", "**/meson.build", ".github/**", ".ci/**", "**/.gitignore"),
-    "**/.gitattributes",
-)
 _LOOKED_AT = 8000
 """Bytes in which a NUL makes a file binary, as in git."""
 
@@ -124,11 +115,12 @@ class _Sorted:
         """Whether the change is not judged: left behind, put back as in base, or rejected for where it is."""
         path = change.path
         cache = bool(CACHES.intersection(path.split("/")))
-        if matches(path, scope.files) and not cache:
+        checks = matches(path, CHECKS) and not matches(path, scope.checks)
+        if matches(path, (*scope.files, *scope.checks)) and not cache and not checks:
             return False
         if change.before.mode == ABSENT and (cache or matches(path, scope.left)):
             self.left.append(path)
-        elif cache or matches(path, (*MEASURES, *BUILDS, *scope.restored)):
+        elif cache or checks or matches(path, scope.restored):
             self.restored.append(path)
         else:
             self.wrong.append(f"{path}: outside the task's scope")
@@ -141,6 +133,8 @@ class _Sorted:
         path, modes = change.path, (change.before.mode, change.after.mode)
         if not path.isprintable():  # control characters, and bytes that are no UTF-8
             self.wrong.append(f"{path!r}: a name that cannot be printed")
+        elif matches(path, UNASKED) and not matches(path, scope.checks):
+            self.wrong.append(f"{path}: a module that Python imports by itself")
         elif SUBMODULE in modes:
             self.wrong.append(f"{path}: a submodule")
         elif SYMLINK in modes:

@@ -7,7 +7,6 @@ block by block. Whatever cuts it short, the next run goes on behind the last who
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -58,12 +57,10 @@ def measure(
     if stopped:
         return True
     for name, plan in frozen.plans().items():
-        with tempfile.TemporaryDirectory(prefix="places-", dir=frozen.folder) as folder:
-            place, more = Path(folder), environment or {}
-            trees = commands.placed(frozen, place, sandboxed=sandboxed, isolation=plan.isolation, more=more)
-            left = frozen.content["budget_s"] - _spent(frozen, raw)
-            if not _decided(left, name, plan, trees, raw, stop - time.monotonic(), told):
-                return False
+        trees = commands.placed(frozen, sandboxed=sandboxed, isolation=plan.isolation, more=environment)
+        left = frozen.content["budget_s"] - _spent(frozen, raw)
+        if not _decided(left, name, plan, trees, raw, stop - time.monotonic(), told):
+            return False
     return True
 
 

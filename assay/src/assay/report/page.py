@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from assay.contract import foreign
 from assay.experiment.blocks import Blocks
 from assay.report import terminal
 from assay.statistics.looks import Judgement
@@ -95,7 +96,7 @@ def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgem
 
 def text(words: str) -> str:
     """Words for HTML."""
-    return html.escape(str(words))
+    return html.escape(foreign.shown(words))
 
 
 class _Axes:

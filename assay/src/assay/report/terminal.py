@@ -1,11 +1,14 @@
 """What a person sees in a terminal: progress while blocks are measured, and the outcome as a table."""
 
+import json
 import math
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any, TextIO
 
+from assay.contract import foreign
 from assay.statistics.looks import LOOKS, Judgement
 
 _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
@@ -58,11 +61,11 @@ class Progress:
             if self.bar is None:
                 self.say(f"{words}, {time.monotonic() - self.start:.0f} s")
             else:
-                self.bar.update(self.task, completed=self.clean, description=words, refresh=True)
+                self.bar.update(self.task, completed=self.clean, description=_unmarked(words), refresh=True)
 
     def say(self, words: str) -> None:
         """Replaces the line."""
-        print(f"\r{words:<70}", end="", file=sys.stderr, flush=True)
+        print(f"\r{foreign.on_one_line(words):<70}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         """Leaves the terminal clean."""
@@ -72,9 +75,25 @@ class Progress:
             print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
 
 
+def _unmarked(words: str) -> str:
+    """For rich, whose own marks stand in brackets."""
+    return foreign.on_one_line(words).replace("[", r"\[")
+
+
 def line(words: str, where: TextIO | None = None) -> None:
-    """Prints at once, to stdout unless told otherwise."""
-    print(words, file=where or sys.stdout, flush=True)
+    """Prints a line at once, to stdout unless told otherwise. What may be anybody's words is escaped."""
+    print(foreign.told(words), file=where or sys.stdout, flush=True)
+
+
+def lines(many: Iterable[str]) -> None:
+    """Prints one after another."""
+    for one in many:
+        line(one)
+
+
+def document(content: Any) -> None:
+    """Prints JSON, in which everything beside ASCII is escaped."""
+    print(json.dumps(content, indent=1), flush=True)
 
 
 def percent(log_ratio: float) -> str:

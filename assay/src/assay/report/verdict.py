@@ -3,11 +3,13 @@
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from assay.contract import foreign
 from assay.contract.outcome import DECIDED
 from assay.experiment.raw import whole_rows
 from assay.gates.gate import SKIPPED
@@ -124,7 +126,8 @@ def markdown(verdict: Mapping[str, Any]) -> str:
 
 
 def _escaped(words: str) -> str:
-    return " ".join(words.split()).replace("|", r"\|").replace("<", "&lt;")
+    """Words that are no Markdown: no table, link, picture, heading or HTML begins in them."""
+    return re.sub(r"([\\|`*\[\]<>#!~@])", r"\\\1", foreign.on_one_line(words))
 
 
 def junit(verdict: Mapping[str, Any]) -> str:
@@ -139,7 +142,7 @@ def junit(verdict: Mapping[str, Any]) -> str:
         tag = _tag(outcome, verdict["status"] if kind == "verdict" else None)
         if tag:
             counts[tag] += 1
-            ElementTree.SubElement(case, tag, message=_printable(f"{outcome}: {words}"))
+            ElementTree.SubElement(case, tag, message=foreign.shown(f"{outcome}: {words}"))
     for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(name, str(counts[tag]))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -156,12 +159,6 @@ def _tag(outcome: str, status: int | None) -> str:
     return "" if outcome in ("", *DECIDED) and outcome != "slower" else "failure"
 
 
-def _printable(words: str) -> str:
-    return "".join(
-        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in words
-    )
-
-
 def table(verdict: Mapping[str, Any]) -> str:
     """A line a workload, and one for the outcome; changes in per cent, positive is faster."""
     out = io.StringIO()
@@ -172,12 +169,18 @@ def table(verdict: Mapping[str, Any]) -> str:
         figures = [_percent(value) for value in (one["estimate"], *one["interval"])]
         level = f"{1 - one['alpha']:.6g}"
         lines_.writerow(
-            (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], one["reason"])
+            (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], _cell(one["reason"]))
         )
     joint = verdict["joint"] or {"estimate": None, "interval": (None, None)}
     figures = [_percent(value) for value in (joint["estimate"], *joint["interval"])]
-    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", "; ".join(verdict["words"])))
+    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"]))))
     return out.getvalue()
+
+
+def _cell(words: str) -> str:
+    """Words that no spreadsheet takes for a formula."""
+    text = foreign.on_one_line(words)
+    return f"'{text}" if text[:1] in "=+-@" and text else text
 
 
 def _percent(value: float | None) -> str:

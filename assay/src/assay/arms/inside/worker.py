@@ -129,7 +129,7 @@ class Workload:
 
     def __init__(self, wire: Any, options: dict[str, Any]) -> None:
         sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
-        if options["inputs"] or options["compare"]:
+        if options["values"]:
             import json  # noqa: F401 - for values; the first call is not to be charged with it
 
         self.wire, self.options = wire, options
