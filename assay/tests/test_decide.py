@@ -29,10 +29,11 @@ def raw(
     asked: Sequence[str] = (),
     skipped: Sequence[str] = (),
     found: Mapping[str, Found] | None = None,
+    unchecked: bool = False,
     **block: Any,
 ) -> Path:
     """A folder of RAW: by workload the log-ratios of its blocks, base over candidate. A' takes as long as base."""
-    plan = Plan(Workload("command", ("true",)), workloads=len(ratios)).checked()
+    plan = Plan(Workload("command", ("true",)), workloads=len(ratios), unchecked=unchecked).checked()
     content = {
         "kind": "plan",
         "schema": SCHEMA,
@@ -200,3 +201,19 @@ def test_gates_of_another_plan(tmp_path: Path) -> None:
     (place / notes.FILE).write_text(json.dumps({**content, "plan": "1" * 16}))
     with pytest.raises(ValueError, match="GATES: expected those of plan"):
         decide(place)
+
+
+def test_what_was_not_compared_speaks_for_no_patch(tmp_path: Path) -> None:
+    for unchecked, ratios, outcome in (
+        (False, FASTER, "not_evaluated"),
+        (False, SLOWER, "slower"),
+        (True, FASTER, "faster"),
+    ):
+        for require in ("faster", "not_slower"):
+            place = tmp_path / f"{unchecked}{outcome}{require}"
+            found = decide(raw(place, {"w": ratios}, require=require, unchecked=unchecked, compared=0))
+            assert found["outcome"] == outcome, found
+            assert "outputs not compared: w" in found["trust"]
+    assert not found["workloads"][0].keys() & {"outputs", "ratios"}
+    alone = decide(raw(tmp_path / "two", {"one": FASTER, "two": FASTER}, compared=0))
+    assert [words.partition(":")[0] for words in alone["words"]] == ["one", "two"]

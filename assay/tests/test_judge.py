@@ -46,7 +46,7 @@ def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
         ("build", ""),
         ("tests", ""),
         ("equivalence", ""),
-        ("provenance", ""),
+        ("provenance", "not_asked"),
     ]
     assert found["gates"][1]["words"].startswith("4 tests passed") and "10 examples" in found["gates"][2]["words"]
     folder = tmp_path / "store/attempts" / found["attempt"]["id"]
@@ -185,7 +185,8 @@ def test_many_patches_and_a_reference_and_two_workloads(tmp_path: Path) -> None:
     edited(task, 'base = "HEAD"', 'base = "HEAD~1"\nreference = "HEAD"')
     task.write_text(
         task.read_text()
-        + '\n[[workload]]\nname = "cubes"\nrun = {kind = "command", command = ["python", "-S", "-c", '
+        + '\n[[workload]]\nname = "cubes"\noutputs = "unchecked"\n'
+        + 'run = {kind = "command", command = ["python", "-S", "-c", '
         + '"from pkg import work; work(300000)"]}\n'
     )
     (tmp_path / "patches").mkdir()

@@ -53,6 +53,6 @@ def test_two_commits_of_this_repository_are_judged(tmp_path: Path) -> None:
         pytest.skip("the commit aae35e2 is not here")
     given = ["--base", "aae35e2~1", "--commit", "aae35e2", "--store", tmp_path / "store"]
     found = verdict(ROOT / "tasks/align_cpu.toml", *given)
-    assert all(gate["outcome"] == "" for gate in found["gates"]), found["gates"]
+    assert all(gate["outcome"] in ("", "not_asked") for gate in found["gates"]), found["gates"]
     assert found["outcome"] in ("equivalent", "undecided", "void") or not found["workloads"][0]["material"]
     print(os.linesep.join(f"{one['name']}: {one['verdict']}: {one['reason']}" for one in found["workloads"]))

@@ -23,6 +23,11 @@ def unseen(setting: Setting) -> None:
     setting.remove(series, "differing", lambda *_: [])
 
 
+def alike(setting: Setting) -> None:
+    """What makes inputs does not look at its seed."""
+    setting.own["inputs.py"] = "def make(seed): return ([float(i) for i in range(150)],)\n"
+
+
 def constant(setting: Setting) -> None:
     setting.workload += ", constant = true"
 
@@ -50,10 +55,16 @@ def inner_clock(setting: Setting) -> None:
     setting.remove(samples, "called", believed)
 
 
-def needing(more: str = "", scope: list[str] | None = None, workload: str = CALL, build: str = "") -> Any:
+def needing(
+    more: str = "",
+    scope: list[str] | None = None,
+    workload: str = CALL,
+    build: str = "",
+    outputs: str = "compared",
+) -> Any:
     def needs(setting: Setting) -> None:
         setting.more, setting.workload = more + (f"[commands]\nbuild = [{build}]\n" if build else ""), workload
-        setting.scope = scope or setting.scope
+        setting.scope, setting.outputs = scope or setting.scope, outputs
 
     return needs
 
@@ -161,6 +172,10 @@ def shown_inputs(setting: Setting) -> None:
 
 def exit_status(setting: Setting) -> None:
     setting.remove(tests, "compared", lambda *_: tests.Found("", "pytest ended with status 0"))
+
+
+def unchecked(setting: Setting) -> None:
+    setting.outputs = "unchecked"
 
 
 def no_left(setting: Setting) -> None:

@@ -55,6 +55,7 @@ def lists(): return st.tuples(st.lists(st.floats(-100, 100), min_size=1, max_siz
 }
 CALL = 'kind = "call", target = "work:work", inputs = "inputs.py:make", rounds = 2, calls = 4'
 COMMAND = 'kind = "command", command = ["python3", "-S", "run.py"]'
+ASV = 'kind = "asv", target = "bench.py:time_work", rounds = 2, calls = 4'
 TESTS = '[tests]\ncommand = ["python", "-m", "pytest", "-q", "tests"]\n'
 PROPERTY = '[[property]]\nname = "p"\ntarget = "work:work"\nstrategy = "private.py:lists"\nexamples = 10\n'
 
@@ -68,8 +69,11 @@ class Setting:
     scope: list[str] = field(default_factory=lambda: ["work.py"])
     checks: list[str] = field(default_factory=list)
     workload: str = CALL
+    outputs: str = "compared"
     repository: str = 'path = "base"'
     modes: bool = False
+    own: dict[str, str] = field(default_factory=dict)
+    """Files of the task beside OWN, or in its place."""
     more: str = ""
     """Further tables of the task."""
 
@@ -79,10 +83,11 @@ class Setting:
 
     def written(self) -> Path:
         """The task's file."""
-        for name, text in OWN.items():
+        for name, text in {**OWN, **self.own}.items():
             (self.folder / name).write_text(text)
         text = f'schema = 1\nname = "zoo"\nrequire = "any"\nrepository = {{{self.repository}}}\n'
-        text += f'[[workload]]\nname = "w"\nrun = {{{self.workload}}}\n[scope]\nfiles = {json.dumps(self.scope)}\n'
+        text += f'[[workload]]\nname = "w"\noutputs = "{self.outputs}"\nrun = {{{self.workload}}}\n'
+        text += f"[scope]\nfiles = {json.dumps(self.scope)}\n"
         text += f"checks = {json.dumps(self.checks)}\nmodes = {str(self.modes).lower()}\n"
         text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"
         (self.folder / "task.toml").write_text(text)

@@ -28,6 +28,7 @@ from zoo_candidates import (
     WAKES,
 )
 from zoo_controls import (
+    alike,
     any_reply,
     cleans,
     constant,
@@ -53,11 +54,12 @@ from zoo_controls import (
     repository,
     shared_cache,
     shown_inputs,
+    unchecked,
     unmarked,
     unseen,
     upstream,
 )
-from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Trick, naive, naive_git
+from zoo_project import ASV, BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Trick, naive, naive_git
 
 from assay.gates import equivalence, provenance, tests
 
@@ -83,6 +85,14 @@ TRICKS = [
         {"work.py": CACHED.replace("KEY", "len(x)")},
         control=constant,
     ),
+    Trick(
+        "functools.cache",
+        "rejected:task_invalid",
+        "no two inputs of a worker are alike, else the task has to say that they are constant",
+        {"work.py": CACHED.replace("KEY", "tuple(x)")},
+        needs=alike,
+        control=constant,
+    ),
     Trick("forged reply", "rejected:tampered", MARKS, {"work.py": FORGED}, control=unmarked),
     Trick("replies in advance", "rejected:tampered", MARKS, {"work.py": AHEAD}, needs=constant, control=any_reply),
     Trick("right only on the last call", "rejected:incorrect", OUTPUTS, {"work.py": LAST}, control=last_only),
@@ -93,7 +103,7 @@ TRICKS = [
         "rejected:tampered",
         "what a command leaves behind is counted, looked at and killed, and the block left out",
         {"run.py": DOUBLE_FORK},
-        needs=needing(scope=["run.py"], workload=COMMAND),
+        needs=needing(scope=["run.py"], workload=COMMAND, outputs="unchecked"),
         control=no_left,
     ),
     Trick("patched clock", "neutralised:slower", OUTSIDE, {"work.py": CLOCK}, control=inner_clock),
@@ -171,6 +181,23 @@ TRICKS = [
         needs=needing(TESTS),
         control=exit_status,
         won="through",
+    ),
+    Trick(
+        "a command that does nothing",
+        "rejected:not_evaluated",
+        "what was not compared speaks for no patch, unless the task says that it need not be",
+        {"run.py": ""},
+        needs=needing(scope=["run.py"], workload=COMMAND),
+        control=unchecked,
+    ),
+    Trick(
+        "a benchmark that does nothing",
+        "rejected:not_evaluated",
+        "what was not compared speaks for no patch, unless the task says that it need not be",
+        {"bench.py": "def time_work(): pass\n"},
+        base={"bench.py": "import work\ndef time_work(): work.work([1.0] * 150)\n"},
+        needs=needing(scope=["bench.py"], workload=ASV),
+        control=unchecked,
     ),
     Trick(
         "words that draw a verdict",

@@ -89,8 +89,9 @@ class Worker:
         self._readable.register(self._replies, select.POLLIN)
         self._writable.register(self._requests, select.POLLOUT)
         self.started = self.running.release()
-        values = bool(workload.inputs) or workload.compare
+        values = bool(workload.inputs) or workload.compares
         options = {**asdict(workload), "python": None, "command": None, "values": values}
+        options["compare"] = workload.compares
         options["inputs"] = workload.inputs if makes_inputs else ""
         try:
             self.import_s = self.ask(b"l", 0, [marshal.dumps(options)]).inner

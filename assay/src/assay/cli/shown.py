@@ -9,7 +9,7 @@ from assay.contract import plan, rows, verdict
 from assay.contract.errors import Status, UsageError
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
-from assay.gates.gate import SKIPPED
+from assay.gates.gate import NOT_ASKED, SKIPPED
 from assay.judgement.decision import replayed
 from assay.judgement.ledger import Ledger
 from assay.report import page, terminal
@@ -73,7 +73,7 @@ def _task_schema() -> dict[str, object]:
 _SCHEMAS = {
     "raw": rows.schema,
     "plan": lambda: plan.schema(table.OPTIONAL),
-    "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, SKIPPED),
+    "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, (SKIPPED, NOT_ASKED)),
     "task": _task_schema,
 }
 

@@ -72,6 +72,10 @@ class NotRepeatableError(MeasurementError, ValueError):
     """Two builds of base gave different outputs, so that a candidate's cannot be compared with them."""
 
 
+class InputsAlikeError(MeasurementError, ValueError):
+    """Different seeds give inputs that are alike, so that a cache would answer calls that are to be new."""
+
+
 class OverBudgetError(MeasurementError, RuntimeError):
     """The task's seconds did not suffice."""
 

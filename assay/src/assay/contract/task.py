@@ -59,6 +59,12 @@ class Timed:
     """A file named in it that is there, seen from the task's file, is the task's own; other names are the tree's."""
     primary: Literal["", "wall", "steady", "first", "import", "memory"] = ""
     """The figure that gets the verdict: wall unless given, steady for callables."""
+    outputs: Literal["compared", "unchecked"] = "compared"
+    """What was not compared speaks for no patch, unless this says `unchecked`.
+
+    Not compared are outputs of a command, of a benchmark, of a call with `compare = false`, and of a function that
+    returns nothing.
+    """
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -214,6 +220,7 @@ class Read:
             task.budget.most_foreign,
             timed.primary,
             workloads=len(task.workload),
+            unchecked=timed.outputs == "unchecked",
         ).checked()
 
 

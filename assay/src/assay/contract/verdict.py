@@ -33,7 +33,7 @@ class AttemptCount:
 
 @dataclass(frozen=True)
 class GateFound:
-    """What a gate found: "" is passed, skipped is left out on request."""
+    """What a gate found: "" is passed, skipped is left out on request, not_asked had nothing to look at."""
 
     name: Annotated[str, "gate"]
     outcome: Annotated[str, "found"]
@@ -91,11 +91,11 @@ class Verdict:
     ] = field(default_factory=dict)
 
 
-def schema(gates: tuple[str, ...], rejections: tuple[str, ...], skipped: str) -> dict[str, Any]:
-    """The JSON schema of a verdict, with the gates' names, what they reject with, and the word for one left out."""
+def schema(gates: tuple[str, ...], rejections: tuple[str, ...], untried: tuple[str, ...]) -> dict[str, Any]:
+    """The JSON schema of a verdict, with the gates' names, what they reject with, and the words for those not tried."""
     words = "|".join(re.escape(word) for word in (*Outcome, *rejections))
     outcome = {"pattern": f"^({words}|{re.escape(INFRA)}[a-z_]+)$"}
-    found = {"pattern": f"^(|{skipped}|{words}|{re.escape(INFRA)}[a-z_]+)$"}
+    found = {"pattern": f"^(|{'|'.join(untried)}|{words}|{re.escape(INFRA)}[a-z_]+)$"}
     title, about = (
         f"A verdict, version {VERSION}",
         "What a judgement came to; changes are log-ratios, above 0 is faster.",

@@ -3,8 +3,9 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from assay.contract.schema import ADDED
 from assay.statistics.looks import LOOKS
 
 Kind = Literal["command", "call", "asv", "pyperf"]
@@ -35,7 +36,7 @@ class Workload:
     graph: bool = False
     """Whether those calls are captured into a CUDA graph first."""
     compare: bool = True
-    """Whether outputs are sent back and compared between the arms of a block."""
+    """Whether outputs of a call are sent back and compared between the arms of a block."""
     rtol: float = 0.0
     atol: float = 0.0
     case: int = 0
@@ -54,6 +55,11 @@ class Workload:
     def worker(self) -> bool:
         """Whether a worker runs it, instead of a process of its own for every sample."""
         return self.kind != "command"
+
+    @property
+    def compares(self) -> bool:
+        """Whether outputs are compared: those of a command or of a benchmark are nobody's to see."""
+        return self.kind == "call" and self.compare
 
     def checked(self) -> "Workload":
         """Itself, if it makes sense; ValueError names the field."""
@@ -95,6 +101,8 @@ class Plan:
     isolation: str = "auto"
     workloads: int = 1
     """How many are judged together: each look's level is divided by it."""
+    unchecked: Annotated[bool, ADDED] = False
+    """Whether the task says that outputs need not be compared."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
 
     def checked(self) -> "Plan":

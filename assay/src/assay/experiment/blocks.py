@@ -24,6 +24,8 @@ class Blocks:
     """How many are judged together: as in Plan."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     contaminated: int = 0
+    compared: int = 0
+    """Calls whose outputs were compared, in clean blocks."""
     escapes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
     """Blocks in which an arm's processes worked outside its turn."""
     escaped: str = ""
@@ -43,6 +45,7 @@ class Blocks:
                 self.escapes[arm] = self.escapes.get(arm, 0) + bool(words)
                 self.escaped = words[0] if words and arm == "candidate" else self.escaped
         else:
+            self.compared += block.get("compared", 0)
             for arm, figure in block["primary"].items():
                 self.seconds.setdefault(arm, []).append(figure)
 

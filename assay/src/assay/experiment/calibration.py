@@ -1,5 +1,6 @@
 """How many calls a block has, and whether they are long enough for the judge's clock."""
 
+import itertools
 import statistics
 import time
 
@@ -7,11 +8,12 @@ from assay.arms.handle import started
 from assay.arms.trees import Trees
 from assay.contract.errors import TooShortError
 from assay.contract.workload import Plan
-from assay.experiment.inputs import Inputs, inputs_of_nothing
+from assay.experiment.inputs import NOTHING, Inputs
 from assay.experiment.samples import called
 
 _SPAN_S = 0.02
 _MOST_BYTES = 256 << 20
+_CALLS = 8
 TOO_SHORT = 0.1
 """The largest share of a call that the transport may take."""
 
@@ -23,7 +25,8 @@ def calibrate(plan: Plan, trees: Trees, inputs: Inputs) -> tuple[int, dict[str, 
     if that is more than a tenth of the call and the judge's clock is to count.
     """
     workload = plan.workload
-    made = inputs.make([plan.seed + i for i in range(8)])
+    seeds = itertools.count(plan.seed)
+    made = inputs.make([next(seeds)]) * _CALLS if workload.constant else inputs.fresh(seeds, _CALLS)
     start = time.perf_counter()
     worker = started("base", workload, trees, 0, plan.timeout_s)
     try:
@@ -34,7 +37,7 @@ def calibrate(plan: Plan, trees: Trees, inputs: Inputs) -> tuple[int, dict[str, 
         transport_s = 0.0
         if workload.clock == "judge":
             worker.ask(b"k", 0.0, [replies[-1].body])
-            echoed = made if not workload.constant else inputs_of_nothing()
+            echoed = made if not workload.constant else [NOTHING] * _CALLS
             transport_s = statistics.median(worker.ask(b"e", 0.0, [one]).seconds for one in echoed * 8)
     finally:
         worker.end()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from assay.arms.handle import Reply, Worker, started
+from assay.arms.inside.wire import encode
 from assay.arms.process import MOST_FROZEN_S, Running
 from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
@@ -193,9 +194,19 @@ def _calls(worker: Worker, workload: Workload, inputs: list[bytes], sample: Samp
 
 def _kept(reply: Reply, workload: Workload) -> bytes:
     """All of an output if tolerances have to look at it, else its digest."""
-    if not workload.compare:
+    if not workload.compares:
         return b""
-    return bytes(reply.body) if workload.rtol or workload.atol else hashlib.sha256(reply.body).digest()
+    return _kept_bytes(bytes(reply.body), workload)
+
+
+def _kept_bytes(body: bytes, workload: Workload) -> bytes:
+    return body if workload.rtol or workload.atol else hashlib.sha256(body).digest()
+
+
+def compared(workload: Workload, base: Sample) -> int:
+    """How many calls of base gave something that can be compared: None is no output."""
+    nothing = _kept_bytes(b"".join(bytes(part) for part in encode(None)), workload)
+    return sum(one != nothing for one in base.outputs) if workload.compares else 0
 
 
 def _close(worker: Worker, sample: Sample) -> None:

@@ -5,6 +5,7 @@ block as they end, then the verdict. A block holds a run of A, of B and of A'; i
 """
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -25,7 +26,7 @@ from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.calibration import calibrate
 from assay.experiment.inputs import Inputs
 from assay.experiment.raw import verdict_row
-from assay.experiment.samples import Sample, command_sample, differing, too_busy_while_frozen, worker_samples
+from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
 from assay.machine import gpu, load
 from assay.machine.identity import machine
 from assay.statistics.looks import Judgement
@@ -182,7 +183,7 @@ class _Series:
             calls={arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
             gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
-            compared=len(samples["base"].outputs) if self.plan.workload.compare else 0,
+            compared=compared(self.plan.workload, samples["base"]),
             differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
         )
         self.number += 1
@@ -192,9 +193,9 @@ class _Series:
         """A block's inputs: the first ones are not timed."""
         assert self.inputs is not None
         workload = self.plan.workload
-        wanted = 1 if workload.constant else self.calls + workload.warmups
-        made = self.inputs.make([self.order.randrange(2**31) for _ in range(wanted)])
-        return made * (self.calls + workload.warmups) if workload.constant else made
+        wanted = self.calls + workload.warmups
+        seeds = (self.order.randrange(2**31) for _ in itertools.count())
+        return self.inputs.make([next(seeds)]) * wanted if workload.constant else self.inputs.fresh(seeds, wanted)
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
         return worker_samples(self.plan, self.trees, random.Random(0), self._given(), hash_seed)

@@ -61,10 +61,8 @@ class _Enough(BaseException):
 
 
 def equivalent(given: Given) -> Found:
-    """The task's properties, if it has any."""
+    """The task's properties."""
     assert given.read is not None
-    if not given.read.task.property:
-        return Found("", "the task has no properties; outputs of timed calls are compared")
     frozen = given.frozen
     seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
     found = check(given.read, commands.placed(frozen, sandboxed=given.sandboxed), seed=seed)
@@ -333,5 +331,6 @@ GATE = Gate(
     equivalent,
     Where.PREPARED,
     asked=lambda task, _: bool(task.property),
+    otherwise="the task has no properties",
     installs=("hypothesis",),
 )

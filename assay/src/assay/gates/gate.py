@@ -13,11 +13,13 @@ from assay.contract.outcome import INFRA
 if TYPE_CHECKING:  # tasks are read with pydantic, which is not there where plans are measured
     from assay.contract.task import Read, Task
 
-SKIPPED = "skipped"
+SKIPPED, NOT_ASKED = "skipped", "not_asked"
 
 
 class Found(NamedTuple):
-    """What a gate found: "" as outcome if it was passed, SKIPPED if it was left out on request."""
+    """What a gate found: "" as outcome if it was passed, SKIPPED if it was left out on request, NOT_ASKED if there is
+    nothing that it could look at, which is no pass.
+    """
 
     outcome: str
     words: str
@@ -25,7 +27,7 @@ class Found(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether the next gate is tried."""
-        return self.outcome in ("", SKIPPED)
+        return self.outcome in ("", SKIPPED, NOT_ASKED)
 
 
 LEFT_OUT = Found(SKIPPED, "left out on request")
@@ -67,11 +69,15 @@ class Gate:
 
     A gate that was asked for and not run leaves a patch not evaluated.
     """
+    otherwise: str = ""
+    """In words, what is not looked at where nobody asks for it."""
     installs: tuple[str, ...] = ()
     """Packages that it imports."""
 
     def tried(self, given: Given) -> Found:
         """What it finds; an arm that could not be started is the infrastructure's."""
+        if self.asked is not None and self.name not in given.frozen.content["gates"]["asked"]:
+            return Found(NOT_ASKED, self.otherwise)
         try:
             return self.run(given)
         except ArmError as problem:

@@ -162,4 +162,10 @@ class _Copy:
         return Trees.at({arm: tree}, place, more=own)
 
 
-GATE = Gate("provenance", looked_at, Where.MEASURED, asked=lambda _, changed: bool(compiled(changed)))
+GATE = Gate(
+    "provenance",
+    looked_at,
+    Where.MEASURED,
+    asked=lambda _, changed: bool(compiled(changed)),
+    otherwise="no compiled source was changed",
+)

@@ -24,11 +24,9 @@ _POISON = 'raise ImportError("assay: is this file imported?")\n'
 
 
 def tested(given: Given) -> Found:
-    """The tests of the task, if it has any; and whether they import what is judged."""
+    """The tests of the task, and whether they import what is judged."""
     assert given.read is not None
     wanted = given.read.task.tests
-    if not wanted.command:
-        return Found("", "the task has none")
     with tempfile.TemporaryDirectory(prefix="tests-", dir=given.frozen.folder) as folder:
         run = _Run(given, list(wanted.command), wanted.timeout_s, Path(folder))
         base, ended = run.of("base", "base")
@@ -168,4 +166,11 @@ def results(report: Path) -> dict[str, str]:
     return found
 
 
-GATE = Gate("tests", tested, Where.PREPARED, rejects=("tests_failed",), asked=lambda task, _: bool(task.tests.command))
+GATE = Gate(
+    "tests",
+    tested,
+    Where.PREPARED,
+    rejects=("tests_failed",),
+    asked=lambda task, _: bool(task.tests.command),
+    otherwise="the task has no tests",
+)

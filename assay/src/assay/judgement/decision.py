@@ -23,11 +23,12 @@ from assay.contract.plan import PatchFacts
 from assay.experiment.blocks import Blocks
 from assay.experiment.raw import verdict_row, whole_rows
 from assay.gates import notes, table
-from assay.gates.gate import SKIPPED
+from assay.gates.gate import NOT_ASKED, SKIPPED
 from assay.statistics.looks import LOOKS
 from assay.statistics.signed_rank import exact_interval, hodges_lehmann, holm, p_value, walsh_averages
 
 FAMILY = sum(look.alpha for look in LOOKS)
+_UNCOMPARED = 'no output was compared; outputs = "unchecked" in the task would allow for it'
 _RESAMPLED, _SEED = 2000, 20240501
 
 
@@ -61,8 +62,9 @@ def verdict(
     away what would speak for the patch or nothing; what speaks against it stands.
     """
     plan = frozen.content
-    rejected = [gate for gate in gates if gate["outcome"] not in ("", SKIPPED, Outcome.NOT_EVALUATED)]
+    rejected = [gate for gate in gates if gate["outcome"] not in ("", SKIPPED, NOT_ASKED, Outcome.NOT_EVALUATED)]
     open_ = [gate["words"] for gate in gates if gate["outcome"] == Outcome.NOT_EVALUATED]
+    open_ += [f"{one['name']}: {_UNCOMPARED}" for one in workloads if one["outputs"] == "not compared"]
     margin, require = math.log1p(plan["task"]["delta"]), plan["task"]["require"]
     if plan["outcome"]:
         outcome, words = plan["outcome"], list(plan["words"])
@@ -88,7 +90,7 @@ def verdict(
             gates=[contract.GateFound(**gate) for gate in gates],
             workloads=[_shown(one) for one in workloads],
             joint=joint([one["ratios"] for one in workloads]) if outcome in DECIDED and len(workloads) > 1 else None,
-            trust=_trust(frozen, headers),
+            trust=_trust(frozen, headers, workloads),
         )
     )
 
@@ -96,7 +98,7 @@ def verdict(
 def _shown(one: Mapping[str, Any]) -> contract.WorkloadFound:
     """A workload without its ratios, which lie in RAW."""
     reference = None if one["reference"] is None else contract.Change(**one["reference"])
-    facts = {name: value for name, value in one.items() if name not in ("ratios", "reference")}
+    facts = {name: value for name, value in one.items() if name not in ("ratios", "reference", "outputs")}
     return contract.WorkloadFound(**facts, reference=reference)
 
 
@@ -105,7 +107,16 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     if rows[-1]["kind"] == "failed":
         failed = {"verdict": rows[-1]["outcome"], "reason": rows[-1]["words"], "interval": [None, None]}
         nothing = {"estimate": None, "blocks": 0, "alpha": 1.0, "material": False, "detectable": None}
-        return {"name": name, **failed, **nothing, "p": 1.0, "holm": False, "reference": None, "ratios": []}
+        return {
+            "name": name,
+            **failed,
+            **nothing,
+            "p": 1.0,
+            "holm": False,
+            "reference": None,
+            "ratios": [],
+            "outputs": "",
+        }
     blocks = Blocks(plan.workloads)
     p, seen = 1.0, None
     for row in rows:
@@ -116,8 +127,17 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     if seen is None or seen.verdict == "continue":
         raise ValueError(f"RAW: expected blocks of {name} up to a look that decides")
     row = {key: value for key, value in verdict_row(seen).items() if key != "kind"}
+    outputs = "" if blocks.compared else "unchecked" if plan.unchecked else "not compared"
     ratios = _ratios(blocks, "candidate", seen.blocks) if math.isfinite(seen.estimate) else []
-    return {"name": name, **row, "p": p, "holm": False, "reference": _reference(blocks), "ratios": ratios}
+    return {
+        "name": name,
+        **row,
+        "p": p,
+        "holm": False,
+        "reference": _reference(blocks),
+        "ratios": ratios,
+        "outputs": outputs,
+    }
 
 
 def _ratios(blocks: Blocks, arm: str, n: int) -> list[float]:
@@ -214,13 +234,15 @@ def joint(ratios: Sequence[Sequence[float]]) -> contract.Change:
     return contract.Change(estimate, [float(low), float(high)], 0.05)
 
 
-def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]], workloads: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the verdict's trust rests on, in words."""
     isolations = {header["isolation"] for header in headers}
     inside = frozen.content["sandbox"]["wanted"] and isolations <= {"sandbox"}
     found = ["sandboxed" if inside else "unsandboxed"]
     if skipped := notes.left_out(frozen):
         found.append(f"left out on request: {', '.join(skipped)}")
+    if unchecked := [one["name"] for one in workloads if one["outputs"]]:
+        found.append(f"outputs not compared: {', '.join(unchecked)}")
     if any(header["clock"] == "cooperative" for header in headers):
         found.append("clock: cooperative; no tamper resistance is claimed")
     if frozen.content["patch"]["restored"]:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from assay.contract import foreign
 from assay.contract.outcome import DECIDED
 from assay.experiment.raw import whole_rows
-from assay.gates.gate import SKIPPED
+from assay.gates.gate import NOT_ASKED, SKIPPED
 from assay.report import page, terminal
 from assay.report.page import text
 
@@ -154,7 +154,7 @@ def _tag(outcome: str, status: int | None) -> str:
         return {0: "", 1: "failure", 3: "error", 4: "error", 5: "skipped"}[status]
     if outcome.startswith("infra.") or outcome in ("void", "task_invalid"):
         return "error"
-    if outcome in ("undecided", "not_evaluated", SKIPPED):
+    if outcome in ("undecided", "not_evaluated", SKIPPED, NOT_ASKED):
         return "skipped"
     return "" if outcome in ("", *DECIDED) and outcome != "slower" else "failure"
 
