@@ -183,6 +183,18 @@ def work(x):
 DRAWS = r"""
 def work(x): raise RuntimeError("\x1b[2J\nfaster: the interval lies above 0")
 """
+SUMS = "def work(x): return [sum(x)]\nonce = work\n"
+ITERATES = (
+    WORK
+    + """
+class Late(list):
+    def __iter__(self): return iter(once(self.x))
+def work(x):
+    found = Late([0.0] * len(x))
+    found.x = x
+    return found
+"""
+)
 SKIPS = """
 import pytest
 @pytest.hookimpl(tryfirst=True)

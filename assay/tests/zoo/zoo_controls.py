@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 from zoo_project import BASE, CALL, PROPERTY, TESTS, WORK, Setting, outcome
 
-from assay.arms import handle, process
+from assay.arms import handle, process, sandbox
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.trees import Trees
 from assay.contract import foreign
@@ -26,6 +27,31 @@ def unseen(setting: Setting) -> None:
 def alike(setting: Setting) -> None:
     """What makes inputs does not look at its seed."""
     setting.own["inputs.py"] = "def make(seed): return ([float(i) for i in range(150)],)\n"
+
+
+def any_subclass(setting: Setting) -> None:
+    """Workers send whatever a subclass gives when it is iterated over."""
+    folder = setting.folder / "inside"
+    shutil.copytree(sandbox.INSIDE, folder)
+    text = (folder / "wire.py").read_text()
+    assert "_READS.items()" in text
+    (folder / "wire.py").write_text(text.replace("_READS.items()", "()"))
+    setting.remove(sandbox, "INSIDE", folder)
+    setting.remove(handle, "INSIDE", folder)
+
+
+def ill_conditioned(setting: Setting) -> None:
+    """The first example that is drawn is one on which base itself is wrong in every digit."""
+    setting.more = PROPERTY.replace('target = "work:work"', 'target = "work:work"\nwide = "wide.py:total"')
+    setting.own["wide.py"] = "from fractions import Fraction\ndef total(x): return [float(sum(map(Fraction, x)))]\n"
+    setting.own["private.py"] = """
+from hypothesis import strategies as st
+drawn = []
+def first(x):
+    drawn.append(x)
+    return [1e17, 1.0, -1e17] if len(drawn) == 1 else x
+def lists(): return st.tuples(st.lists(st.floats(-100, 100), min_size=2, max_size=20).map(first))
+"""
 
 
 def constant(setting: Setting) -> None:

@@ -14,6 +14,7 @@ from zoo_candidates import (
     FORGED,
     FOUND,
     HOG,
+    ITERATES,
     KERNEL,
     LAST,
     MEMO,
@@ -23,6 +24,7 @@ from zoo_candidates import (
     READS_INPUTS,
     SITE,
     SKIPS,
+    SUMS,
     THREAD,
     UPSTREAM,
     WAKES,
@@ -30,6 +32,7 @@ from zoo_candidates import (
 from zoo_controls import (
     alike,
     any_reply,
+    any_subclass,
     cleans,
     constant,
     drawn,
@@ -37,6 +40,7 @@ from zoo_controls import (
     exit_status,
     frozen_or_not,
     git,
+    ill_conditioned,
     inner_clock,
     installed,
     last_only,
@@ -61,7 +65,7 @@ from zoo_controls import (
 )
 from zoo_project import ASV, BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Trick, naive, naive_git
 
-from assay.gates import equivalence, provenance, tests
+from assay.gates import equivalence, provenance, tests, tolerance
 
 OUTPUTS = "every timed output is compared with base's"
 MARKS = "a reply bears the mark that was drawn for its request"
@@ -115,6 +119,25 @@ TRICKS = [
         {"work.py": PRECISION},
         needs=needing(PROPERTY + 'wide = "wide.py:once"\n'),
         control=needing(PROPERTY + "rtol = 1e-3\natol = 1.0\n"),
+        won="through",
+    ),
+    Trick(
+        "one ill-conditioned example",
+        "rejected:incorrect",
+        "an example on which base is far off widens no tolerance but its own",
+        {"work.py": SUMS + PRECISION.removeprefix(WORK).replace("exact = once", "exact = work")},
+        base={"work.py": SUMS},
+        needs=ill_conditioned,
+        control=lambda setting: setting.remove(tolerance, "usual", max),
+        won="through",
+    ),
+    Trick(
+        "a list that only iterates",
+        "rejected:incorrect",
+        "a subclass of list, tuple or dict that is read in a way of its own is no output",
+        {"work.py": ITERATES},
+        needs=needing(PROPERTY),
+        control=any_subclass,
         won="through",
     ),
     Trick(

@@ -29,6 +29,8 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _measure(given: argparse.Namespace, progress: Progress) -> int:
     """SHOWN if every workload is decided or has failed, OPEN if it has to be run again."""
+    if not given.seconds > 0:
+        raise UsageError(f"--seconds: expected a positive number, got {given.seconds}")
     start, frozen = time.monotonic(), Frozen.read(given.plan)
     if frozen.content["outcome"]:
         raise UsageError(f"PLAN: expected a patch to measure, got one that is {frozen.content['outcome']}")

@@ -20,7 +20,7 @@ from assay.contract.workload import Plan, Workload
 from assay.repository import store
 
 SCHEMA = 1
-_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 Pattern = Annotated[str, AfterValidator(patterns.checked)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Command = Annotated[tuple[str, ...], Field(min_length=1)]

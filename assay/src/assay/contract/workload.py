@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -17,7 +18,7 @@ FIGURES = {"command": ("wall", "memory"), "worker": ("steady", "first", "import"
 class Workload:
     """What an arm runs: a command, whose whole process is timed, or a callable inside a worker."""
 
-    __pydantic_config__ = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True}  # noqa: RUF012
+    __pydantic_config__ = {"extra": "forbid", "strict": True, "use_attribute_docstrings": True, "allow_inf_nan": False}  # noqa: RUF012
     # For tasks, which are read with pydantic; it is not imported here.
 
     kind: Kind
@@ -81,8 +82,8 @@ class Workload:
             raise ValueError("--chain: expected the judge's clock, got --clock cuda")
         if self.graph and self.clock != "cuda":
             raise ValueError("--graph: expected --clock cuda with it")
-        if min(self.rtol, self.atol) < 0:
-            raise ValueError(f"--rtol, --atol: expected nothing below 0, got {self.rtol}, {self.atol}")
+        if not all(0 <= value < math.inf for value in (self.rtol, self.atol)):
+            raise ValueError(f"--rtol, --atol: expected finite numbers from 0 on, got {self.rtol}, {self.atol}")
         return self
 
 
@@ -109,8 +110,10 @@ class Plan:
         """Itself with the primary figure named; ValueError names what makes no sense."""
         self.workload.checked()
         for name, value in (("delta", self.delta), ("timeout", self.timeout_s), ("most-foreign", self.most_foreign)):
-            if not value > 0:
-                raise ValueError(f"--{name}: expected a positive number, got {value}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"--{name}: expected a positive, finite number, got {value}")
+        if self.workloads < 1:
+            raise ValueError(f"workloads: expected at least 1, got {self.workloads}")
         figures = FIGURES["worker" if self.workload.worker else "command"]
         if self.primary and self.primary not in figures:
             raise ValueError(f"--primary: expected one of {', '.join(figures)}, got {self.primary}")

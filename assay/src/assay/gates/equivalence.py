@@ -22,9 +22,9 @@ from assay.arms.inside import wire
 from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
-from assay.experiment.outputs import UNREADABLE
+from assay.experiment.outputs import UNREADABLE, difference
 from assay.gates.gate import Found, Gate, Given, Where
-from assay.gates.tolerance import Rounding, brief_arguments, judged, positions
+from assay.gates.tolerance import Rounding, brief_arguments, positions
 
 if TYPE_CHECKING:
     import hypothesis
@@ -161,10 +161,9 @@ class _Drawn:
             wide = self.wide.call(sent)
             if isinstance(wide, str):
                 raise _FoundError("task_invalid", f"wide{words} {wide}")
-            for one in (answered, again):
-                if problem := self.rounding.learn(self._outputs(wide), self._outputs(one)):
-                    raise _FoundError("task_invalid", f"{words}: {problem}")
-        elif problem := judged(self._outputs(answered), self._outputs(again), self.one.rtol, self.one.atol):
+            if problem := self.rounding.learn(self._outputs(wide), self._outputs(answered), self._outputs(again)):
+                raise _FoundError("task_invalid", f"{words}: {problem}")
+        elif problem := difference(self._outputs(answered), self._outputs(again), self.one.rtol, self.one.atol):
             raise _FoundError("task_invalid", f"base{words}: expected base to agree with itself, got {problem}")
 
     def _both(self, arguments: Any) -> None:
@@ -183,7 +182,9 @@ class _Drawn:
         if wide is not None:
             problem = self.rounding.judged(self._outputs(wide), before, after, self.one.rtol, self.one.atol)
         else:
-            problem = judged(before, after, self.one.rtol, self.one.atol)
+            problem = difference(before, after, self.one.rtol, self.one.atol)
+        if not problem and wanted.dtypes != answered.dtypes:
+            problem = f"expected dtypes {wanted.dtypes}, got {answered.dtypes}"
         if problem:
             raise _FoundError("incorrect", f"{words}: {problem}")
         if not self.shares and not answered.lasts:
@@ -211,7 +212,7 @@ class _Drawn:
         for name, one in before.items():
             # Through the wire and back, as the answer was.
             same = wire.decode(_encoded(one))
-            if name not in (*self.one.writes, *self.one.updates) and judged(same, after[name], 0.0, 0.0):
+            if name not in (*self.one.writes, *self.one.updates) and difference(same, after[name], 0.0, 0.0):
                 return f"writes to argument {name!r}"
         return ""
 
@@ -227,6 +228,8 @@ class _Answer:
     output: Any
     arguments: Any
     """As they are after the call."""
+    dtypes: list[str]
+    """Of all arrays, as their sender named them: numpy has no bfloat16."""
     lasts: bool
     """Whether this output stays as it was, and so did the one before it."""
 
@@ -249,12 +252,13 @@ class _Side:
         try:
             if self.worker is None:
                 self.worker, self.last = self._started(), b""
-            output, after = wire.decode(self.worker.ask(b"v", 0.0, [_encoded(arguments)]).body)
+            body = bytes(self.worker.ask(b"v", 0.0, [_encoded(arguments)]).body)
+            output, after = wire.decode(body)
             lasts = not self.last or bytes(self.worker.ask(b"o", 1.0).body) == self.last
             now = bytes(self.worker.ask(b"o").body)
             self.last = bytes(self.worker.ask(b"z").body)
-            lasts = lasts and now == self.last and not judged(output, wire.decode(now), 0.0, 0.0)
-            return _Answer(output, after, lasts)
+            lasts = lasts and now == self.last and not difference(output, wire.decode(now), 0.0, 0.0)
+            return _Answer(output, after, wire.dtypes(body), lasts)
         except ArmError as problem:
             self.end()
             if problem.infra or problem.tampered:

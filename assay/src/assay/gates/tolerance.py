@@ -1,108 +1,98 @@
-"""Outputs as lists of leaves, and how far numbers may be off: as much as base's own rounding, and a little more."""
+"""How far a candidate's numbers may be off: as much as base's own rounding, and a little more."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from assay.experiment.outputs import brief, equal, inexact, leaves, unlike
+
 SLACK = 4.0
 """A candidate may be so many times as far from the wide result as base was at worst: sums may be ordered anew."""
 Array = NDArray[Any]
-Leaf = tuple[str, Any]
-
-
-def leaves(value: Any, path: str = "output") -> Iterator[Leaf]:
-    """Numbers, text, bytes and arrays of a decoded value, each with its path; containers count by their sizes."""
-    if isinstance(value, dict):
-        yield path, ("dict", *value)
-        for key, one in value.items():
-            yield from leaves(one, f"{path}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        yield path, (type(value).__name__, len(value))
-        for i, one in enumerate(value):
-            yield from leaves(one, f"{path}[{i}]")
-    else:
-        yield path, value
 
 
 @dataclass
 class Rounding:
-    """Base's worst distance from the wide result, relative to the largest number of an array: by path."""
+    """Base's distances from the wide result, relative to the largest number of an array: by path, one per example.
 
-    largest: dict[str, float] = field(default_factory=dict)
-    rms: dict[str, float] = field(default_factory=dict)
+    A candidate may be SLACK times as far as base was for the same input, or as base mostly was. The worst tenth of the
+    examples does not count for the others: one that is ill-conditioned shall not widen the tolerance of all.
+    """
 
-    def learn(self, wide: Any, base: Any) -> str:
-        """Takes an example of base; words if base does not even have the shape of the wide result."""
-        wanted, found = list(leaves(wide)), list(leaves(base))
-        if [path for path, _ in wanted] != [path for path, _ in found]:
-            return f"expected base and wide to return the same containers, got {_brief(base)} and {_brief(wide)}"
-        for (path, one), (_, two) in zip(wanted, found, strict=True):
-            if not _inexact(two):
-                continue
-            if np.shape(one) != np.shape(two):
-                return f"{path}: expected base and wide to have one shape, got {np.shape(two)} and {np.shape(one)}"
-            largest, rms = _errors(np.asarray(one), np.asarray(two), 0.0, 0.0)
-            floor = float(np.finfo(np.asarray(two).dtype).eps) / 2
-            if not np.isfinite(largest):
-                return f"{path}: expected base to be finite where wide is, got {_brief(two)} and {_brief(one)}"
-            self.largest[path] = max(self.largest.get(path, floor), largest)
-            self.rms[path] = max(self.rms.get(path, floor), rms)
+    largest: dict[str, list[float]] = field(default_factory=dict)
+    rms: dict[str, list[float]] = field(default_factory=dict)
+
+    def learn(self, wide: Any, *base: Any) -> str:
+        """Takes an example and what base gave for it; words if base does not even have the shape of the wide result."""
+        seen: dict[str, list[tuple[float, float]]] = {}
+        for one in base:
+            problem, errors = _distances(wide, one)
+            if problem:
+                return problem
+            for path, error in errors.items():
+                seen.setdefault(path, []).append(error)
+        for path, errors_of in seen.items():
+            self.largest.setdefault(path, []).append(max(largest for largest, _ in errors_of))
+            self.rms.setdefault(path, []).append(max(rms for _, rms in errors_of))
         return ""
 
     def judged(self, wide: Any, base: Any, candidate: Any, rtol: float, atol: float) -> str:
         """What is wrong with the candidate's output, in words; "" if nothing. Numbers that are no floats must agree."""
-        words = _unlike(base, candidate)
+        words = unlike(base, candidate)
         if words:
             return words
+        problem, own = _distances(wide, base)
+        if problem:
+            return problem
         triples = zip(leaves(wide), leaves(base), leaves(candidate), strict=True)
         for (path, one), (_, two), (_, three) in triples:
-            if not _inexact(two):
-                if not _equal(two, three):
-                    return f"{path}: expected {_brief(two)}, got {_brief(three)}"
+            if not inexact(two):
+                if not equal(two, three):
+                    return f"{path}: expected {brief(two)}, got {brief(three)}"
                 continue
-            largest, rms = _errors(np.asarray(one), np.asarray(three), rtol, atol)
-            for name, found, base_found in (("", largest, self.largest), (" (rms)", rms, self.rms)):
-                most = SLACK * base_found.get(path, float(np.finfo(np.asarray(two).dtype).eps) / 2)
+            errors = _errors(np.asarray(one), np.asarray(three), rtol, atol)
+            mostly = (usual(self.largest.get(path, [])), usual(self.rms.get(path, [])))
+            for name, found, here, there in zip(("", " (rms)"), errors, own[path], mostly, strict=True):
+                most = SLACK * max(here, there)
                 if not found <= most:
                     return (
                         f"{path}: expected within {most:.2g} of the wide result{name}, relative to its largest number "
-                        f"(base: {most / SLACK:.2g}), got {found:.2g}: {_brief(three)}, wide: {_brief(one)}"
+                        f"(base: {here:.2g} here, {there:.2g} mostly), got {found:.2g}: {brief(three)}, "
+                        f"wide: {brief(one)}"
                     )
         return ""
 
     def summary(self) -> dict[str, Mapping[str, float]]:
-        """For a report: SLACK times this is allowed."""
-        return {path: {"largest": self.largest[path], "rms": self.rms[path]} for path in self.largest}
+        """For a report: SLACK times this is allowed, where base is no farther off."""
+        return {path: {"largest": usual(self.largest[path]), "rms": usual(self.rms[path])} for path in self.largest}
 
 
-def judged(base: Any, candidate: Any, rtol: float, atol: float) -> str:
-    """Without a wide result: what is wrong with the candidate's output beside base's, in words."""
-    words = _unlike(base, candidate)
-    if words:
-        return words
-    for (path, one), (_, two) in zip(leaves(base), leaves(candidate), strict=True):
-        if _inexact(one) and (rtol or atol):
-            good = bool(np.allclose(np.asarray(two), np.asarray(one), rtol, atol, equal_nan=True))
-        else:
-            good = _equal(one, two)
-        if not good:
-            return f"{path}: expected {_brief(one)}, got {_brief(two)}"
-    return ""
+def usual(errors: Sequence[float]) -> float:
+    """The largest of the errors without the worst tenth of them, at least one; 0 for one alone."""
+    kept = sorted(errors)[: len(errors) - max(1, len(errors) // 10)]
+    return kept[-1] if kept else 0.0
 
 
-def _unlike(base: Any, candidate: Any) -> str:
-    """Other containers, types, dtypes or shapes."""
-    wanted, found = list(leaves(base)), list(leaves(candidate))
-    for (path, one), (other, two) in zip(wanted, found, strict=False):
-        if path != other or (isinstance(one, tuple) and one != two):
-            return f"{path}: expected {_brief(one)}, got {_brief(two)}"
-        kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "shape", None)) for x in (one, two)]
-        if kinds[0] != kinds[1]:
-            return f"{path}: expected {_kind(one)}, got {_kind(two)}"
-    return "" if len(wanted) == len(found) else f"output: expected {len(wanted)} parts, got {len(found)}"
+def _distances(wide: Any, base: Any) -> tuple[str, dict[str, tuple[float, float]]]:
+    """Largest and rms distance by path, at least half a unit in the last place; or words if they cannot be compared."""
+    wanted, found = list(leaves(wide)), list(leaves(base))
+    errors: dict[str, tuple[float, float]] = {}
+    if [path for path, _ in wanted] != [path for path, _ in found]:
+        return f"expected base and wide to return the same containers, got {brief(base)} and {brief(wide)}", errors
+    for (path, one), (_, two) in zip(wanted, found, strict=True):
+        if not inexact(two):
+            continue
+        if np.shape(one) != np.shape(two):
+            return f"{path}: expected base and wide to have one shape, got {np.shape(two)} and {np.shape(one)}", errors
+        largest, rms = _errors(np.asarray(one), np.asarray(two), 0.0, 0.0)
+        floor = float(np.finfo(np.asarray(two).dtype).eps) / 2
+        if not np.isfinite(largest):
+            return f"{path}: expected base to be finite where wide is, got {brief(two)} and {brief(one)}", errors
+        errors[path] = (max(floor, largest), max(floor, rms))
+    return "", errors
 
 
 def _errors(wide: Array, found: Array, rtol: float, atol: float) -> tuple[float, float]:
@@ -121,29 +111,6 @@ def _errors(wide: Array, found: Array, rtol: float, atol: float) -> tuple[float,
     return float(off.max(initial=0)), float(np.sqrt(np.mean(off**2))) if off.size else 0.0
 
 
-def _inexact(value: Any) -> bool:
-    return isinstance(value, float) or (isinstance(value, np.ndarray) and value.dtype.kind in "fc")
-
-
-def _equal(one: Any, two: Any) -> bool:
-    if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, two, equal_nan=one.dtype.kind in "fc"))
-    return bool(one == two or (one != one and two != two))  # noqa: PLR0124 - NaN is what differs from itself
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array {value.dtype} {list(value.shape)}"
-    return type(value).__name__
-
-
-def _brief(value: Any) -> str:
-    """A value on one line."""
-    text = np.array2string(value, threshold=6, edgeitems=2) if isinstance(value, np.ndarray) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 def brief_arguments(value: Any) -> str:
     """Arguments on one line, arrays with dtype and shape."""
     if isinstance(value, dict):
@@ -153,8 +120,8 @@ def brief_arguments(value: Any) -> str:
 
 def _argument(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.ndim:
-        return f"{_brief(value)} {value.dtype} {list(value.shape)}"
-    return _brief(value)
+        return f"{brief(value)} {value.dtype} {list(value.shape)}"
+    return brief(value)
 
 
 def positions(value: Any) -> Sequence[Any]:

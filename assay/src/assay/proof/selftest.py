@@ -72,6 +72,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(given: argparse.Namespace) -> int:
     """Exit status 0 if all promises were kept, 1 if one was broken, 2 wrong usage, 5 if the proof is incomplete."""
+    if given.experiments < 1 or given.jobs < 1:
+        words = f"expected at least 1, got {given.experiments}, {given.jobs}"
+        print(f"assay selftest: --experiments, --jobs: {words}", file=sys.stderr)
+        return 2
     if given.full is None:
         for name in ("condition", "seconds", "summary"):
             if getattr(given, name):

@@ -62,7 +62,8 @@ def judge(
         delta: the margin of "equivalent" and "material", as a fraction.
         contaminated: blocks left out because something else ran.
 
-    Raises ValueError for lengths that differ, times that are not positive, or fewer blocks than the first look has.
+    Raises ValueError for lengths that differ, times that are not positive, fewer blocks than the first look has or more
+    than the last, a margin or a number of contaminated blocks that is none.
     """
     times = [np.log(_positive("base", base)), np.log(_positive("candidate", candidate))]
     if control is not None:
@@ -70,8 +71,12 @@ def judge(
     lengths = [len(array) for array in times]
     if len(set(lengths)) > 1:
         raise ValueError(f"candidate, control: expected as many blocks as base, {lengths[0]}, got {lengths[1:]}")
-    if delta <= 0:
+    if not 0 < delta < math.inf:
         raise ValueError(f"delta: expected a positive fraction, got {delta}")
+    if contaminated < 0:
+        raise ValueError(f"contaminated: expected a number of blocks, got {contaminated}")
+    if lengths[0] > looks[-1].blocks:
+        raise ValueError(f"base: expected at most {looks[-1].blocks} blocks, those of the last look, got {lengths[0]}")
     reached = [look for look in looks if look.blocks <= lengths[0]]
     if not reached:
         raise ValueError(f"base: expected at least {looks[0].blocks} blocks, got {lengths[0]}")

@@ -18,6 +18,12 @@ if TYPE_CHECKING:  # a worker's start is part of every sample's cost
 
 HEAD = struct.Struct("<Qcd8s")
 _AS_IS = (type(None), bool, int, float, str)
+_READS = {
+    list: ("__iter__", "__len__", "__getitem__"),
+    tuple: ("__iter__", "__len__", "__getitem__"),
+    dict: ("__iter__", "__len__", "__getitem__", "items", "keys", "values"),
+}
+"""A subclass that changes one of these could give something else to whom reads it in another way."""
 _NO_NUMPY_DTYPE = ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
 
 
@@ -78,6 +84,10 @@ def decode(body: bytes | bytearray | memoryview, *, tensors: bool = False) -> An
 def _node(value: Any, buffers: list[bytes | memoryview]) -> Any:
     if type(value) in _AS_IS:
         return value
+    for base, reads in _READS.items():
+        if isinstance(value, base) and any(getattr(type(value), name) is not getattr(base, name) for name in reads):
+            words = f"a {base.__name__} that reads like one in every way, got {type(value).__name__}"
+            raise TypeError(f"value: expected {words}, a subclass that does not")
     if isinstance(value, (list, tuple)):
         return {"!": "tuple" if isinstance(value, tuple) else "list", "of": [_node(one, buffers) for one in value]}
     if isinstance(value, dict):
@@ -90,8 +100,12 @@ def _node(value: Any, buffers: list[bytes | memoryview]) -> Any:
         return {"!": "bytes", "size": len(value)}
     numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, torch.nn.Parameter):
+            raise TypeError(f"value: expected torch's own tensors, got {type(value).__name__}, a subclass")
         return _tensor(value, buffers)
     if numpy is not None and isinstance(value, (numpy.ndarray, numpy.generic)):
+        if type(value) is not numpy.ndarray and not isinstance(value, numpy.generic):
+            raise TypeError(f"value: expected numpy's own arrays, got {type(value).__name__}, a subclass")
         array = numpy.ascontiguousarray(value)
         if array.dtype.hasobject or array.dtype.names:
             raise TypeError(f"value: expected arrays of numbers, got dtype {array.dtype}")
