@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from assay.arms import groups, sandbox
+from assay.arms.sandbox import run
 from assay.contract.box import Box, Limits
 from assay.contract.errors import ArmError
-from assay.experiment.series import run
 
 pytestmark = pytest.mark.sandbox
 

@@ -183,6 +183,24 @@ def work(x):
 DRAWS = r"""
 def work(x): raise RuntimeError("\x1b[2J\nfaster: the interval lies above 0")
 """
+HASHED = (
+    WORK
+    + """
+import os
+slow = work
+if os.environ["PYTHONHASHSEED"] != "0":
+    def work(x): return [0.0] * len(x)
+"""
+)
+REMEMBERS = (
+    SLOW
+    + """
+import os
+log = os.environ["XDG_CACHE_HOME"] + "/processes"
+with open(log, "a") as file: file.write("x")
+if os.path.getsize(log) > 3: PASSES = 1
+"""
+)
 SUMS = "def work(x): return [sum(x)]\nonce = work\n"
 ITERATES = (
     WORK

@@ -10,13 +10,14 @@ from typing import Any
 from zoo_project import BASE, CALL, PROPERTY, TESTS, WORK, Setting, outcome
 
 from assay.arms import handle, process, sandbox
+from assay.arms.caches import Caches
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.trees import Trees
 from assay.contract import foreign
 from assay.contract.frozen import Frozen
 from assay.experiment import samples, series
-from assay.gates import tests
-from assay.judgement import guards
+from assay.gates import equivalence, tests
+from assay.judgement import decision, guards
 from assay.report import verdict
 
 
@@ -27,6 +28,15 @@ def unseen(setting: Setting) -> None:
 def alike(setting: Setting) -> None:
     """What makes inputs does not look at its seed."""
     setting.own["inputs.py"] = "def make(seed): return ([float(i) for i in range(150)],)\n"
+
+
+def any_start(setting: Setting) -> None:
+    setting.remove(decision, "_start", lambda *_: "")
+
+
+def kept_caches(setting: Setting) -> None:
+    constant(setting)
+    setting.remove(Caches, "restore", lambda _: None)
 
 
 def any_subclass(setting: Setting) -> None:
@@ -229,6 +239,12 @@ def never_frozen(setting: Setting) -> None:
 
 def frozen_or_not(setting: Setting) -> None:
     setting.remove(series, "too_busy_while_frozen", lambda _: False)
+
+
+def one_hash_seed(setting: Setting) -> None:
+    """Outputs are checked under one hash seed, and not while they are timed under others."""
+    setting.remove(equivalence.secrets, "randbits", lambda bits: 0 if bits == 32 else 1)
+    unseen(setting)
 
 
 def named_arms(setting: Setting) -> None:

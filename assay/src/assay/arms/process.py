@@ -9,6 +9,7 @@ Everything dies with the judge (PR_SET_PDEATHSIG).
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import select
@@ -45,6 +46,8 @@ PYTHON, PREFIX = os.path.normpath(sys.executable), os.path.normpath(sys.prefix)
 MOST_FROZEN_S = 2 / TICK
 """Processor seconds that a frozen arm may seem to use: two steps of their count."""
 _WATCH_S, _START_S = 0.2, 60.0
+_FIRST, _ABOVE = 100, 200
+"""Numbers of descriptors on the way into a sandbox, and those above which they are put aside meanwhile."""
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
@@ -295,13 +298,22 @@ def _become_process_1(order: Order) -> None:
 
 def _enter(order: Order, wrap: Wrap) -> NoReturn:
     """Becomes the sandbox's program, in which the supervisor is process 1."""
-    numbers = {"log": order.log, "fds": order.fds, "status": order.status, "gate": order.gate, "stdin": order.stdin}
+    # The command can read its supervisor's arguments: the numbers say nothing of how many other arms there are.
+    moved = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _ABOVE) for fd in order.inherited()}
+    place = {fd: os.dup2(high, number) for number, (fd, high) in enumerate(moved.items(), _FIRST)}
+    numbers = {
+        "log": place[order.log],
+        "fds": [place[fd] for fd in order.fds],
+        "status": place[order.status],
+        "gate": place[order.gate],
+        "stdin": None if order.stdin is None else place[order.stdin],
+    }
+    for fd in {*order.inherited(), *moved.values()}.difference(place.values()):
+        os.close(fd)
     command = wrap([json.dumps(numbers), *order.command], order.environment)
-    for fd in order.inherited():
-        os.set_inheritable(fd, True)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(order.log, 1)
-    os.dup2(order.log, 2)
+    os.dup2(place[order.log], 1)
+    os.dup2(place[order.log], 2)
     os.execve(command[0], command, {})
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from assay.cli.command import Command
 from assay.cli.shown import judged
+from assay.contract import seeds
 from assay.contract.errors import ArmError, UsageError
 from assay.contract.workload import Kind, Plan, Workload
 from assay.experiment.series import run
@@ -56,7 +57,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prime", type=Path, help="a second build of base (A'); a copy of A unless given")
     parser.add_argument("--primary", default="", help="wall or memory; for callables steady, first, import or memory")
     parser.add_argument("--delta", type=float, default=0.02, help="margin of equivalent and material (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of orders and inputs (%(default)s)")
+    parser.add_argument("--seed", type=int, help="of orders and inputs (256 bits, drawn anew)")
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds that a run or a call may take (%(default)s)"
     )
@@ -118,7 +119,7 @@ def _ab(given: argparse.Namespace, progress: Progress) -> int:
     plan = Plan(
         _workload(given, given.after),
         given.delta,
-        given.seed,
+        seeds.secret() if given.seed is None else given.seed,
         given.timeout,
         given.most_foreign,
         given.primary,

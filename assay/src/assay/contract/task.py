@@ -141,6 +141,11 @@ class Budget:
     """Of one run or call."""
     memory_bytes: Count | None = None
     processes: Count | None = None
+    most_start_s: Positive = 0.25
+    """Seconds that a candidate's import and first call may take longer than base's, if that is more than twice as long.
+
+    Neither is in the figure of a steady state: work that was moved there makes nothing faster.
+    """
     most_foreign: Positive = 0.1
     """Processor seconds of others, a second of a block, above which it is left out."""
 
@@ -220,6 +225,7 @@ class Read:
             task.budget.most_foreign,
             timed.primary,
             workloads=len(task.workload),
+            most_start_s=task.budget.most_start_s,
             unchecked=timed.outputs == "unchecked",
         ).checked()
 

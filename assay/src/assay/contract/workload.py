@@ -102,6 +102,8 @@ class Plan:
     isolation: str = "auto"
     workloads: int = 1
     """How many are judged together: each look's level is divided by it."""
+    most_start_s: Annotated[float, ADDED] = 0.25
+    """Seconds that import and first call may take longer than base's, if that is more than twice as long."""
     unchecked: Annotated[bool, ADDED] = False
     """Whether the task says that outputs need not be compared."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
@@ -109,7 +111,12 @@ class Plan:
     def checked(self) -> "Plan":
         """Itself with the primary figure named; ValueError names what makes no sense."""
         self.workload.checked()
-        for name, value in (("delta", self.delta), ("timeout", self.timeout_s), ("most-foreign", self.most_foreign)):
+        for name, value in (
+            ("delta", self.delta),
+            ("timeout", self.timeout_s),
+            ("most-foreign", self.most_foreign),
+            ("most-start", self.most_start_s),
+        ):
             if not 0 < value < math.inf:
                 raise ValueError(f"--{name}: expected a positive, finite number, got {value}")
         if self.workloads < 1:

@@ -1,13 +1,14 @@
 """How many calls a block has, and whether they are long enough for the judge's clock."""
 
-import itertools
 import statistics
 import time
 
 from assay.arms.handle import started
 from assay.arms.trees import Trees
+from assay.contract import seeds
 from assay.contract.errors import TooShortError
 from assay.contract.workload import Plan
+from assay.experiment.exchange import Exchange
 from assay.experiment.inputs import NOTHING, Inputs
 from assay.experiment.samples import called
 
@@ -18,21 +19,22 @@ TOO_SHORT = 0.1
 """The largest share of a call that the transport may take."""
 
 
-def calibrate(plan: Plan, trees: Trees, inputs: Inputs) -> tuple[int, dict[str, float]]:
+def calibrate(plan: Plan, trees: Trees, inputs: Inputs, hash_seed: int) -> tuple[int, dict[str, float]]:
     """Timed calls a block, and what base's call, the transport and start-up take (seconds).
 
     The transport is what an echo takes: the same input decoded, an output like base's sent back. Raises TooShortError
     if that is more than a tenth of the call and the judge's clock is to count.
     """
     workload = plan.workload
-    seeds = itertools.count(plan.seed)
-    made = inputs.make([next(seeds)]) * _CALLS if workload.constant else inputs.fresh(seeds, _CALLS)
+    drawn = seeds.inputs(plan.seed, "calibration")
+    made = inputs.make([next(drawn)]) * _CALLS if workload.constant else inputs.fresh(drawn, _CALLS)
     start = time.perf_counter()
-    worker = started("base", workload, trees, 0, plan.timeout_s)
+    worker = started("base", workload, trees, hash_seed, plan.timeout_s)
+    exchange = Exchange(worker)
     try:
         start_s = time.perf_counter() - start
-        worker.ask(b"i", 0.0, [made[0]])
-        replies = [called(worker, workload, one) for one in made]
+        exchange.keep(made[0])
+        replies = [called(exchange, workload, one) for one in made]
         call_s = statistics.median(reply.seconds for reply in replies[1:])
         transport_s = 0.0
         if workload.clock == "judge":

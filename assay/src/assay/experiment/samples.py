@@ -16,6 +16,7 @@ from assay.arms.process import MOST_FROZEN_S, Running
 from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
 from assay.contract.workload import Plan, Workload
+from assay.experiment.exchange import After, Exchange, asked
 from assay.experiment.outputs import digest, same
 from assay.machine import gpu
 
@@ -39,6 +40,8 @@ class Sample:
     calls: list[float] = field(default_factory=list)
     """Seconds of every timed call."""
     outputs: list[bytes] = field(default_factory=list)
+    after: dict[int, After] = field(default_factory=dict)
+    """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
     gpus: list[gpu.State] = field(default_factory=list)
     """At the end, with the arm's clocks and what slowed them."""
 
@@ -93,47 +96,51 @@ def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[
     order.shuffle(arms)
     workload = plan.workload
     samples: dict[str, Sample] = {}
+    questions = [workload.compares and asked(order) for _ in inputs]
     if workload.rounds == 1:
         for arm in arms:
             with ExitStack() as stack:
-                worker = _started(arm, plan, trees, seed, inputs, samples)
-                stack.callback(worker.end)
-                _calls(worker, workload, inputs[workload.warmups :], samples[arm])
-                _close(worker, samples[arm])
+                exchange = _started(arm, plan, trees, seed, inputs, questions, samples)
+                stack.callback(exchange.worker.end)
+                _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
+                _close(exchange.worker, samples[arm])
     else:
         with ExitStack() as stack:
-            workers, used = {}, {}
+            exchanges: dict[str, Exchange] = {}
+            used: dict[str, float] = {}
             for arm in arms:
-                workers[arm] = _started(arm, plan, trees, seed, inputs, samples)
-                stack.callback(workers[arm].end)
-                used[arm] = workers[arm].running.freeze()
-            _take_turns(workers, used, workload, order, inputs[workload.warmups :], samples)
-            for arm, worker in workers.items():
-                _close(worker, samples[arm])
+                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples)
+                stack.callback(exchanges[arm].worker.end)
+                used[arm] = exchanges[arm].worker.running.freeze()
+            timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
+            _take_turns(exchanges, used, workload, order, timed, asking, samples)
+            for arm, exchange in exchanges.items():
+                _close(exchange.worker, samples[arm])
     return samples
 
 
 def _take_turns(
-    workers: dict[str, Worker],
+    exchanges: dict[str, Exchange],
     used: dict[str, float],
     workload: Workload,
     order: random.Random,
     inputs: list[bytes],
+    questions: list[bool],
     samples: dict[str, Sample],
 ) -> None:
     share = -(-len(inputs) // workload.rounds)
     for first in range(0, len(inputs), share):
-        arms = list(workers)
+        arms = list(exchanges)
         order.shuffle(arms)
         for arm in arms:
-            worker, sample = workers[arm], samples[arm]
-            sample.frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
-            worker.ask(b"p")  # it is awake again
-            _calls(worker, workload, inputs[first : first + share], sample)
-            used[arm] = worker.running.freeze()
-    for arm, worker in workers.items():
-        samples[arm].frozen_cpu_s += max(0.0, worker.running.thaw() - used[arm])
-    for arm, seconds in paired([samples[arm].calls for arm in workers], workload.rounds, list(workers)).items():
+            exchange, sample = exchanges[arm], samples[arm]
+            sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+            exchange.worker.ask(b"p")  # it is awake again
+            _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
+            used[arm] = exchange.worker.running.freeze()
+    for arm, exchange in exchanges.items():
+        samples[arm].frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+    for arm, seconds in paired([samples[arm].calls for arm in exchanges], workload.rounds, list(exchanges)).items():
         samples[arm].figures["steady"] = seconds
 
 
@@ -154,27 +161,34 @@ def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -
 
 
 def _started(
-    arm: str, plan: Plan, trees: Trees, hash_seed: int, inputs: list[bytes], samples: dict[str, Sample]
-) -> Worker:
+    arm: str,
+    plan: Plan,
+    trees: Trees,
+    hash_seed: int,
+    inputs: list[bytes],
+    questions: list[bool],
+    samples: dict[str, Sample],
+) -> Exchange:
     """A worker that has answered its first calls, which are kept apart."""
-    worker = started(arm, plan.workload, trees, hash_seed, plan.timeout_s)
+    workload, sample = plan.workload, Sample({}, 0.0)
+    exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s))
     try:
-        if plan.workload.constant:
-            worker.ask(b"i", 0.0, [inputs[0]])
-        first = [called(worker, plan.workload, one) for one in inputs[: plan.workload.warmups]]
+        if workload.constant:
+            exchange.keep(inputs[0])
+        _calls(exchange, workload, inputs[: workload.warmups], questions, sample)
+        sample.figures = {"import": exchange.worker.import_s, "first": sample.calls[0]}
     except ArmError:
-        worker.end()
+        exchange.worker.end()
         raise
-    sample = Sample({"import": _told(worker, worker.import_s), "first": first[0].seconds}, 0.0)
-    sample.outputs = [_kept(reply, plan.workload) for reply in first]
+    sample.calls.clear()
     samples[arm] = sample
-    return worker
+    return exchange
 
 
-def called(worker: Worker, workload: Workload, given: bytes) -> Reply:
+def called(exchange: Exchange, workload: Workload, given: bytes) -> Reply:
     """One call and its reply; its seconds are those of the declared clock."""
-    reply = worker.ask(b"g") if workload.constant else worker.ask(b"c", 0.0, [given])
-    return reply if workload.clock == "judge" else replace(reply, seconds=_told(worker, reply.inner))
+    reply = exchange.call(None if workload.constant else given)
+    return reply if workload.clock == "judge" else replace(reply, seconds=_told(exchange.worker, reply.inner))
 
 
 def _told(worker: Worker, seconds: float) -> float:
@@ -184,11 +198,19 @@ def _told(worker: Worker, seconds: float) -> float:
     return seconds
 
 
-def _calls(worker: Worker, workload: Workload, inputs: list[bytes], sample: Sample) -> None:
-    for given in inputs:
-        reply = called(worker, workload, given)
+def _calls(
+    exchange: Exchange, workload: Workload, inputs: list[bytes], questions: Sequence[bool], sample: Sample
+) -> None:
+    """Calls one after another; `questions` says after which of them it is asked, which is in no figure."""
+    for given, question in zip(inputs, questions, strict=False):
+        reply = called(exchange, workload, given)
         sample.calls.append(reply.seconds)
         sample.outputs.append(_kept(reply, workload))
+        if question:
+            after = exchange.after()
+            sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
+            if workload.constant:
+                exchange.keep(given)  # it was overwritten
 
 
 def _kept(reply: Reply, workload: Workload) -> bytes:
@@ -203,7 +225,7 @@ def _kept_bytes(body: bytes, workload: Workload) -> bytes:
 
 
 def compared(workload: Workload, base: Sample) -> int:
-    """How many calls of base gave something that can be compared: None is no output."""
+    """How many calls of base gave something that can be compared: None, and arguments that stay, are no output."""
     nothing = _kept_bytes(b"".join(bytes(part) for part in encode(None)), workload)
     return sum(one != nothing for one in base.outputs) if workload.compares else 0
 
@@ -219,14 +241,21 @@ def _close(worker: Worker, sample: Sample) -> None:
 
 
 def differing(workload: Workload, base: Sample, other: Sample) -> list[int]:
-    """Which calls of a block gave outputs that differ beyond the tolerances."""
+    """Which calls of a block gave outputs, or left arguments, that differ beyond the tolerances.
+
+    An output that changes later, or when arguments are overwritten, differs from one that stays.
+    """
+
+    def alike(one: bytes, two: bytes) -> bool:
+        exact = not (workload.rtol or workload.atol)
+        return one == two or (not exact and same(one, two, workload.rtol, workload.atol))
+
     pairs = zip(base.outputs, other.outputs, strict=True)
-    exact = not (workload.rtol or workload.atol)
-    return [
-        i
-        for i, (one, two) in enumerate(pairs)
-        if one != two and (exact or not same(one, two, workload.rtol, workload.atol))
-    ]
+    found = {i for i, (one, two) in enumerate(pairs) if not alike(one, two)}
+    for i, after in base.after.items():
+        kept = alike(after.arguments, other.after[i].arguments) and (other.after[i].lasts or not after.lasts)
+        found |= set() if kept else {i}
+    return sorted(found)
 
 
 def too_busy_while_frozen(samples: Mapping[str, Sample]) -> bool:

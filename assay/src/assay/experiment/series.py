@@ -5,10 +5,9 @@ block as they end, then the verdict. A block holds a run of A, of B and of A'; i
 """
 
 import hashlib
-import itertools
 import json
 import math
-import random
+import secrets
 import shutil
 import tempfile
 import time
@@ -17,7 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from assay.arms.caches import Caches
 from assay.arms.trees import Trees
+from assay.contract import seeds
 from assay.contract.box import Box
 from assay.contract.errors import NotRepeatableError
 from assay.contract.rows import Block, Header, Resumed
@@ -121,7 +122,8 @@ class _Series:
     def __init__(self, plan: Plan, trees: Trees, earlier: Sequence[dict[str, Any]] = ()) -> None:
         """Calibrates, or runs every arm once before anything counts, so that caches are alike and errors come early."""
         self.plan, self.trees, self.number = plan, trees, sum(row["kind"] == "block" for row in earlier)
-        self.order = random.Random(plan.seed)
+        folders = {arm: box.cache for arm, box in (trees.boxes or {}).items() if box.cache is not None}
+        self.caches = Caches(folders, plan.digest())
         self.inputs: Inputs | None = None
         self.calibrated: dict[str, float] = {}
         self.calls = 0
@@ -131,30 +133,32 @@ class _Series:
                 if earlier:
                     self.calls = earlier[0]["calls"]
                 else:
-                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs)
-                self._workers(0)
+                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                self._workers(secrets.randbits(32))
             except BaseException:
                 self.end()
                 raise
         else:
+            hash_seed = secrets.randbits(32)
             for arm in trees.trees:
-                command_sample(arm, plan, trees, 0)
+                command_sample(arm, plan, trees, hash_seed)
+        self.caches.keep()
 
     def block(self) -> dict[str, Any]:
         """The next row of RAW."""
-        self.order = random.Random(f"{self.plan.seed}:{self.number}")
-        hash_seed = self.order.randrange(2**32)
+        self.caches.restore()
+        drawn, hash_seed = seeds.order(self.plan.seed, self.number), seeds.hash_seed(self.plan.seed, self.number)
         reasons = gpu.foreign()
         if self.inputs is None:
             order = list(self.trees.trees)
-            self.order.shuffle(order)
+            drawn.shuffle(order)
             before, start = load.Load.now(), time.perf_counter()
             samples = {arm: command_sample(arm, self.plan, self.trees, hash_seed) for arm in order}
             given: list[bytes] = []
         else:
             given = self._given()
             before, start = load.Load.now(), time.perf_counter()
-            samples = worker_samples(self.plan, self.trees, self.order, given, hash_seed)
+            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed)
         elapsed = time.perf_counter() - start
         evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
         reasons += more
@@ -189,16 +193,18 @@ class _Series:
         self.number += 1
         return asdict(row)
 
-    def _given(self) -> list[bytes]:
+    def _given(self, counts: bool = True) -> list[bytes]:
         """A block's inputs: the first ones are not timed."""
         assert self.inputs is not None
         workload = self.plan.workload
         wanted = self.calls + workload.warmups
-        seeds = (self.order.randrange(2**31) for _ in itertools.count())
-        return self.inputs.make([next(seeds)]) * wanted if workload.constant else self.inputs.fresh(seeds, wanted)
+        drawn = seeds.inputs(self.plan.seed, self.number if counts else "first")
+        return self.inputs.make([next(drawn)]) * wanted if workload.constant else self.inputs.fresh(drawn, wanted)
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
-        return worker_samples(self.plan, self.trees, random.Random(0), self._given(), hash_seed)
+        return worker_samples(
+            self.plan, self.trees, seeds.order(self.plan.seed, "first"), self._given(counts=False), hash_seed
+        )
 
     def end(self) -> None:
         """Ends what lives across blocks."""

@@ -8,20 +8,24 @@ outputs must stay what they were when later calls are made and when the caller o
 
 import hashlib
 import importlib.util
+import random
+import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from assay.arms import commands
-from assay.arms.handle import Worker, started
+from assay.arms.handle import started
 from assay.arms.inside import wire
 from assay.arms.trees import Trees
+from assay.contract import seeds
 from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
+from assay.experiment.exchange import Exchange, asked
 from assay.experiment.outputs import UNREADABLE, difference
 from assay.gates.gate import Found, Gate, Given, Where
 from assay.gates.tolerance import Rounding, brief_arguments, positions
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
     from assay.contract.task import Property, Read
 
+_MOST_UNASKED = 4
 SHRINKING_S = 30.0
 """How long a smaller example is looked for."""
 
@@ -64,8 +69,8 @@ def equivalent(given: Given) -> Found:
     """The task's properties."""
     assert given.read is not None
     frozen = given.frozen
-    seed = int(frozen.digest, 16) ^ next(iter(frozen.plans().values())).seed
-    found = check(given.read, commands.placed(frozen, sandboxed=given.sandboxed), seed=seed)
+    seed = seeds.property_(next(iter(frozen.plans().values())).seed, frozen.digest)
+    found = check(given.read, commands.placed(frozen, sandboxed=given.sandboxed, more=given.environment), seed=seed)
     return Found(found.outcome, found.words or f"{found.examples} examples")
 
 
@@ -92,10 +97,11 @@ class _Drawn:
     def __init__(self, read: "Read", one: "Property", trees: Trees, seed: int) -> None:
         self.one, self.seed = one, int(hashlib.sha256(f"{seed}:{one.name}".encode()).hexdigest()[:8], 16)
         self.strategy = str(read.own(one.strategy)), one.strategy.partition(":")[2]
-        timeout_s = read.task.budget.timeout_s
-        self.base = _Side("base", read, one.target, trees, timeout_s)
-        self.candidate = _Side("candidate", read, one.target, trees, timeout_s)
-        self.wide = _Side("base", read, one.wide, trees, timeout_s) if one.wide else None
+        timeout_s, hash_seed = read.task.budget.timeout_s, secrets.randbits(32)
+        self.base = _Side("base", read, one.target, trees, timeout_s, hash_seed)
+        self.candidate = _Side("candidate", read, one.target, trees, timeout_s, hash_seed)
+        self.wide = _Side("base", read, one.wide, trees, timeout_s, hash_seed) if one.wide else None
+        self.order = random.Random(secrets.randbits(64))
         self.rounding = Rounding()
         self.given = 0
         self.shares = False
@@ -173,18 +179,21 @@ class _Drawn:
         wanted, wide = self.base.call(sent), self.wide.call(sent) if self.wide is not None else None
         if isinstance(wanted, str) or isinstance(wide, str):
             raise _FoundError("task_invalid", f"base{words} {wanted if isinstance(wanted, str) else wide}")
-        answered = self.candidate.call(sent)
+        answered = self.candidate.call(sent, self._unasked())
         if isinstance(answered, str):
             raise _FoundError("incorrect", f"{words}: the candidate {answered}")
         if changed := self._changed(sent, answered):
             raise _FoundError("incorrect", f"{words}: the candidate {changed}")
-        before, after = self._outputs(wanted), self._outputs(answered)
-        if wide is not None:
-            problem = self.rounding.judged(self._outputs(wide), before, after, self.one.rtol, self.one.atol)
-        else:
-            problem = difference(before, after, self.one.rtol, self.one.atol)
-        if not problem and wanted.dtypes != answered.dtypes:
-            problem = f"expected dtypes {wanted.dtypes}, got {answered.dtypes}"
+        problem = ""
+        for one in (*(replace(answered, body=body) for body in answered.before), answered):
+            before, after, tolerance = self._outputs(wanted), self._outputs(one), (self.one.rtol, self.one.atol)
+            if wide is not None:
+                problem = problem or self.rounding.judged(self._outputs(wide), before, after, *tolerance)
+            else:
+                problem = problem or difference(before, after, *tolerance)
+        dtypes = [wire.dtypes(one) for one in (wanted.body, answered.body)]
+        if not problem and dtypes[0] != dtypes[1]:
+            problem = f"expected dtypes {dtypes[0]}, got {dtypes[1]}"
         if problem:
             raise _FoundError("incorrect", f"{words}: {problem}")
         if not self.shares and not answered.lasts:
@@ -193,6 +202,13 @@ class _Drawn:
                 f"{words}: the candidate's output is not its own: it changes when an argument is overwritten or in a "
                 f"later call, and base's does not",
             )
+
+    def _unasked(self) -> int:
+        """How many calls go before one after which it is asked: as many as where half of all calls are such."""
+        count = 0
+        while not asked(self.order):
+            count += 1
+        return min(count, _MOST_UNASKED)
 
     def _poisoned(self, arguments: Any) -> Any:
         """The arguments, those that are written to filled with NaN or 0x7f."""
@@ -225,40 +241,54 @@ class _Drawn:
 
 @dataclass(frozen=True)
 class _Answer:
-    output: Any
+    body: bytes
     arguments: Any
     """As they are after the call."""
-    dtypes: list[str]
-    """Of all arrays, as their sender named them: numpy has no bfloat16."""
     lasts: bool
-    """Whether this output stays as it was, and so did the one before it."""
+    """Whether this output stayed as it was, and so did the one before it."""
+    before: tuple[bytes, ...] = ()
+    """Outputs of calls with the same arguments, after which nothing was asked."""
+
+    @property
+    def output(self) -> Any:
+        return wire.decode(self.body)
 
 
 class _Side:
-    """A callable in an arm's tree. Its worker is started when it is needed, and again after it has died."""
+    """A callable in an arm's tree. Its worker is started when it is needed, and again after it has died.
 
-    def __init__(self, arm: str, read: "Read", target: str, trees: Trees, timeout_s: float) -> None:
+    It is started, asked, frozen and thawed as one that is timed.
+    """
+
+    def __init__(self, arm: str, read: "Read", target: str, trees: Trees, timeout_s: float, hash_seed: int) -> None:
         own = read.own(target)
         if own is not None:
             target = f"{own}:{target.partition(':')[2]}"
             trees = trees.reading(arm, own)
-        self.arm, self.trees, self.timeout_s = arm, trees, timeout_s
+        self.arm, self.trees, self.timeout_s, self.hash_seed = arm, trees, timeout_s, hash_seed
         self.workload = Workload("call", target=target)
-        self.worker: Worker | None = None
-        self.last = b""
+        self.exchange: Exchange | None = None
 
-    def call(self, arguments: Any) -> _Answer | str:
-        """The answer, or in words why there is none. ArmError if that is nobody's fault, or no mistake."""
+    def call(self, arguments: Any, unasked: int = 0) -> _Answer | str:
+        """The answer, or in words why there is none. ArmError if that is nobody's fault, or no mistake.
+
+        `unasked`: calls before it, after which nothing is asked.
+        """
         try:
-            if self.worker is None:
-                self.worker, self.last = self._started(), b""
-            body = bytes(self.worker.ask(b"v", 0.0, [_encoded(arguments)]).body)
-            output, after = wire.decode(body)
-            lasts = not self.last or bytes(self.worker.ask(b"o", 1.0).body) == self.last
-            now = bytes(self.worker.ask(b"o").body)
-            self.last = bytes(self.worker.ask(b"z").body)
-            lasts = lasts and now == self.last and not difference(output, wire.decode(now), 0.0, 0.0)
-            return _Answer(output, after, wire.dtypes(body), lasts)
+            if self.exchange is None:
+                self.exchange = Exchange(started(self.arm, self.workload, self.trees, self.hash_seed, self.timeout_s))
+            else:
+                self.exchange.worker.running.thaw()
+                self.exchange.worker.ask(b"p")
+            given = _encoded(arguments)
+            before = tuple(bytes(self.exchange.call(given).body) for _ in range(unasked))
+            body = bytes(self.exchange.call(given).body)
+            after = self.exchange.after()
+            for one in (body, *before):
+                wire.decode(one)
+            answer = _Answer(body, wire.decode(after.arguments), after.lasts, before)
+            self.exchange.worker.running.freeze()
+            return answer
         except ArmError as problem:
             self.end()
             if problem.infra or problem.tampered:
@@ -268,13 +298,10 @@ class _Side:
             self.end()
             return f"sent what is no value: {type(problem).__name__}: {problem}"
 
-    def _started(self) -> Worker:
-        return started(self.arm, self.workload, self.trees, 0, self.timeout_s)
-
     def end(self) -> None:
-        if self.worker is not None:
-            self.worker.end()
-            self.worker = None
+        if self.exchange is not None:
+            self.exchange.worker.end()
+            self.exchange = None
 
 
 def _strategy(file: str, function: str) -> "SearchStrategy[Any]":

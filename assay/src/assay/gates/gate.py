@@ -1,7 +1,7 @@
 """What a gate is: a check beside speed, which says in a word and in a sentence what it found."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,6 +51,8 @@ class Given:
     """Puts the candidate's files, as they were handed in, into a folder that is not there yet."""
     renew: Callable[[], object] = lambda: None
     """Makes the arms' trees anew, with nothing built in them; nothing where they are new already."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What is set in arms beside the task's own, as it is while they are timed: which GPU is ours."""
     read: "Read | None" = None
     """The task; None on a machine that only measures."""
 

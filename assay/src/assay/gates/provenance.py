@@ -6,6 +6,7 @@ what was built would prove less: a comment changes nothing in a library, and a l
 """
 
 import random
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from assay.arms import commands, sandbox
 from assay.arms.trees import Trees
+from assay.contract import seeds
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
 from assay.contract.workload import Plan
@@ -143,15 +145,15 @@ class _Copy:
         """One run, or a first call, of a workload in the copy. ArmError if it fails."""
         alone = self.trees("candidate", self.tree, self.cache)
         if not plan.workload.worker:
-            command_sample("candidate", plan, alone, 0)
+            command_sample("candidate", plan, alone, secrets.randbits(32))
             return
         inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base")))
         try:
-            made = inputs.make([plan.seed])
+            made = inputs.make([next(seeds.inputs(plan.seed, "provenance"))])
         finally:
             inputs.end()
         short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
-        worker_samples(short, alone, random.Random(0), made * 2, 0)
+        worker_samples(short, alone, random.Random(0), made * 2, secrets.randbits(32))
 
     def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""

@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,16 +132,23 @@ class _Judging:
     def passes(self, frozen: Frozen, gates: Sequence[Gate]) -> bool:
         """Tries gates up to the first that is not passed, and notes what they found; whether all were."""
         store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
-        given = Given(
-            frozen, self.sandboxed, lambda folder: store.write(tree, folder), lambda: self.clean(frozen), self.read
-        )
 
-        def tried(gate: Gate) -> Found:
-            return LEFT_OUT if gate.name in notes.left_out(frozen) else gate.tried(given)
+        def tried(gate: Gate, environment: dict[str, str]) -> dict[str, str]:
+            if gate.name in notes.left_out(frozen):
+                return LEFT_OUT._asdict()
+            given = Given(
+                frozen,
+                self.sandboxed,
+                lambda folder: store.write(tree, folder),
+                lambda: self.clean(frozen),
+                environment,
+                self.read,
+            )
+            return gate.tried(given)._asdict()
 
         for gate in gates:
-            with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits):
-                found = Found(**self.stage(gate.name, lambda gate=gate: tried(gate)._asdict()))  # type: ignore[misc]
+            with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits) as environment:
+                found = Found(**self.stage(gate.name, partial(tried, gate, environment)))
             self.gates.append({"name": gate.name, **found._asdict()})
             if not notes.note(frozen, gate.name, found).passed:
                 return False

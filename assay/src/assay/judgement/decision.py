@@ -20,6 +20,7 @@ from assay.contract.errors import Status
 from assay.contract.frozen import FILE, Frozen
 from assay.contract.outcome import DECIDED, INFRA, REJECTED, Outcome
 from assay.contract.plan import PatchFacts
+from assay.contract.workload import Plan
 from assay.experiment.blocks import Blocks
 from assay.experiment.raw import verdict_row, whole_rows
 from assay.gates import notes, table
@@ -65,6 +66,7 @@ def verdict(
     rejected = [gate for gate in gates if gate["outcome"] not in ("", SKIPPED, NOT_ASKED, Outcome.NOT_EVALUATED)]
     open_ = [gate["words"] for gate in gates if gate["outcome"] == Outcome.NOT_EVALUATED]
     open_ += [f"{one['name']}: {_UNCOMPARED}" for one in workloads if one["outputs"] == "not compared"]
+    open_ += [f"{one['name']}: {one['start']}" for one in workloads if one["start"]]
     margin, require = math.log1p(plan["task"]["delta"]), plan["task"]["require"]
     if plan["outcome"]:
         outcome, words = plan["outcome"], list(plan["words"])
@@ -98,25 +100,17 @@ def verdict(
 def _shown(one: Mapping[str, Any]) -> contract.WorkloadFound:
     """A workload without its ratios, which lie in RAW."""
     reference = None if one["reference"] is None else contract.Change(**one["reference"])
-    facts = {name: value for name, value in one.items() if name not in ("ratios", "reference", "outputs")}
+    facts = {name: value for name, value in one.items() if name not in ("ratios", "reference", "outputs", "start")}
     return contract.WorkloadFound(**facts, reference=reference)
 
 
 def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plan = frozen.plans()[name]
+    nothing: dict[str, Any] = {"p": 1.0, "holm": False, "reference": None, "ratios": [], "outputs": "", "start": ""}
     if rows[-1]["kind"] == "failed":
         failed = {"verdict": rows[-1]["outcome"], "reason": rows[-1]["words"], "interval": [None, None]}
-        nothing = {"estimate": None, "blocks": 0, "alpha": 1.0, "material": False, "detectable": None}
-        return {
-            "name": name,
-            **failed,
-            **nothing,
-            "p": 1.0,
-            "holm": False,
-            "reference": None,
-            "ratios": [],
-            "outputs": "",
-        }
+        unmeasured = {"estimate": None, "blocks": 0, "alpha": 1.0, "material": False, "detectable": None}
+        return {"name": name, **failed, **unmeasured, **nothing}
     blocks = Blocks(plan.workloads)
     p, seen = 1.0, None
     for row in rows:
@@ -129,15 +123,27 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     row = {key: value for key, value in verdict_row(seen).items() if key != "kind"}
     outputs = "" if blocks.compared else "unchecked" if plan.unchecked else "not compared"
     ratios = _ratios(blocks, "candidate", seen.blocks) if math.isfinite(seen.estimate) else []
-    return {
-        "name": name,
-        **row,
-        "p": p,
-        "holm": False,
-        "reference": _reference(blocks),
-        "ratios": ratios,
-        "outputs": outputs,
-    }
+    more = {"p": p, "reference": _reference(blocks), "ratios": ratios, "outputs": outputs, "start": _start(plan, rows)}
+    return {"name": name, **row, **nothing, **more}
+
+
+def _start(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much longer the candidate takes to start than base, in words, if that is more than it may."""
+    if not plan.workload.worker or plan.primary in ("import", "first"):
+        return ""
+    clean = [row["figures"] for row in rows if row["kind"] == "block" and not row["reasons"] and "figures" in row]
+    if not clean:
+        return ""
+    base, candidate = (
+        float(np.median([figures[arm]["import"] + figures[arm]["first"] for figures in clean]))
+        for arm in ("base", "candidate")
+    )
+    if candidate <= max(2 * base, base + plan.most_start_s):
+        return ""
+    return (
+        f"import and first call take {candidate:.3g} s, base's {base:.3g} s: what was moved there is not faster; "
+        f"most_start_s of the task's budget would allow for it"
+    )
 
 
 def _ratios(blocks: Blocks, arm: str, n: int) -> list[float]:

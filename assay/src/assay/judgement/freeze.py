@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import secrets
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import assay
 from assay.arms import sandbox
 from assay.arms.process import PREFIX, PYTHON
-from assay.contract import plan
+from assay.contract import plan, seeds
 from assay.contract.errors import TaskError
 from assay.contract.frozen import FILE, OWN, Frozen, of_folder, written
 from assay.contract.positions import line_of
@@ -164,7 +163,7 @@ def _frozen(read: Read, timed: Timed, folder: Path) -> Plan:
             shutil.copyfile(own, place / own.name)
             called = name.partition(":")[2]
             run = replace(run, **{field: f"{kind}/{place.name}/{own.name}:{called}"})  # type: ignore[arg-type]
-    return replace(read.plan(timed, secrets.randbits(31)), workload=run)
+    return replace(read.plan(timed, seeds.secret()), workload=run)
 
 
 def api_breaks(read: Read, frozen: Frozen, *, sandboxed: bool) -> list[str]:

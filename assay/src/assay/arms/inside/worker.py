@@ -7,9 +7,9 @@ l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
 c  call with the input in the frame         g  call with the kept input
 k  keep this output for echoes              p  nothing: to see it awake
-v  call with the input in the frame: the output, and the input as it is afterwards
-o  an earlier output of `v` as it is now, by how many calls ago: 0 is the last
-z  overwrite the last input of `v`, then as `o` with 0
+a  the last call's input as it is now
+o  an earlier call's output as it is now, by how many calls ago: 0 is the last
+z  overwrite the last call's input, then as `o` with 0
 """
 
 from __future__ import annotations
@@ -129,8 +129,7 @@ class Workload:
 
     def __init__(self, wire: Any, options: dict[str, Any]) -> None:
         sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
-        if options["values"]:
-            import json  # noqa: F401 - for values; the first call is not to be charged with it
+        import json  # noqa: F401 - for values; the first call is not to be charged with it
 
         self.wire, self.options = wire, options
         kind, target = options["kind"], options["target"]
@@ -155,11 +154,12 @@ class Workload:
         if letter in b"cg":
             start = time.perf_counter()
             inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
-            return inner or time.perf_counter() - start, output if self.sends else None
-        if letter == b"v":
-            self.input = self.wire.decode(body, tensors=True)
-            self.kept = [self.call(), *self.kept[:1]]
-            return 0.0, (self.kept[0], self.input)
+            seconds = inner or time.perf_counter() - start
+            if self.sends:
+                self.kept = [output, *self.kept[:1]]
+            return seconds, output if self.sends else None
+        if letter == b"a":
+            return 0.0, self.input
         if letter in b"oz":
             if letter == b"z":
                 overwrite(self.input)
