@@ -1,12 +1,16 @@
 """Is it really faster? Paired experiments on two trees, decided by exact intervals."""
 
 import argparse
+import sqlite3
 import sys
 
 from assay import __version__
 from assay.cli.table import COMMANDS
 from assay.contract.errors import Status, StoppedError
 from assay.report import terminal
+
+_NAMED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What is wrong with a path that somebody gave; any other error of the system is the machine's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +37,10 @@ def main(argv: list[str] | None = None) -> int:
         return command.run(arguments, progress)
     except StoppedError as problem:
         return _sorry(command.name, problem, problem.status, progress)
-    except (OSError, ValueError) as problem:
+    except (OSError, sqlite3.Error) as problem:
+        named = isinstance(problem, _NAMED)
+        return _sorry(command.name, problem, Status.USAGE if named else Status.INFRASTRUCTURE, progress)
+    except ValueError as problem:
         return _sorry(command.name, problem, Status.USAGE, progress)
     finally:
         progress.end()

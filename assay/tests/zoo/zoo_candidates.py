@@ -201,6 +201,15 @@ with open(log, "a") as file: file.write("x")
 if os.path.getsize(log) > 3: PASSES = 1
 """
 )
+SPREAD = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        held = bytearray(b'x') * (32 << 20)
+        time.sleep(0.3)
+        os._exit(0)
+for _ in range(3): os.wait()
+"""
 SUMS = "def work(x): return [sum(x)]\nonce = work\n"
 ITERATES = (
     WORK

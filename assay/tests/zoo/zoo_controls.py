@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from zoo_project import BASE, CALL, PROPERTY, TESTS, WORK, Setting, outcome
+from zoo_project import BASE, CALL, COMMAND, PROPERTY, TESTS, WORK, Setting, outcome
 
 from assay.arms import handle, process, sandbox
 from assay.arms.caches import Caches
@@ -35,7 +35,6 @@ def any_start(setting: Setting) -> None:
 
 
 def kept_caches(setting: Setting) -> None:
-    constant(setting)
     setting.remove(Caches, "restore", lambda _: None)
 
 
@@ -212,6 +211,15 @@ def exit_status(setting: Setting) -> None:
 
 def unchecked(setting: Setting) -> None:
     setting.outputs = "unchecked"
+
+
+def weighed(setting: Setting) -> None:
+    """A command, of which memory is what counts."""
+    setting.scope, setting.workload, setting.outputs, setting.primary = ["run.py"], COMMAND, "unchecked", "memory"
+
+
+def one_process(setting: Setting) -> None:
+    setting.remove(process, "_own_kib", lambda _: 0)
 
 
 def no_left(setting: Setting) -> None:

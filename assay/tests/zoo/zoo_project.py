@@ -70,6 +70,7 @@ class Setting:
     checks: list[str] = field(default_factory=list)
     workload: str = CALL
     outputs: str = "compared"
+    primary: str = ""
     repository: str = 'path = "base"'
     modes: bool = False
     own: dict[str, str] = field(default_factory=dict)
@@ -86,7 +87,8 @@ class Setting:
         for name, text in {**OWN, **self.own}.items():
             (self.folder / name).write_text(text)
         text = f'schema = 1\nname = "zoo"\nrequire = "any"\nrepository = {{{self.repository}}}\n'
-        text += f'[[workload]]\nname = "w"\noutputs = "{self.outputs}"\nrun = {{{self.workload}}}\n'
+        text += f'[[workload]]\nname = "w"\noutputs = "{self.outputs}"\nprimary = "{self.primary}"\n'
+        text += f"run = {{{self.workload}}}\n"
         text += f"[scope]\nfiles = {json.dumps(self.scope)}\n"
         text += f"checks = {json.dumps(self.checks)}\nmodes = {str(self.modes).lower()}\n"
         text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"

@@ -26,6 +26,7 @@ from zoo_candidates import (
     REMEMBERS,
     SITE,
     SKIPS,
+    SPREAD,
     SUMS,
     THREAD,
     UPSTREAM,
@@ -55,6 +56,7 @@ from zoo_controls import (
     never_frozen,
     no_left,
     one_hash_seed,
+    one_process,
     planted,
     ran,
     raw_words,
@@ -66,6 +68,7 @@ from zoo_controls import (
     unmarked,
     unseen,
     upstream,
+    weighed,
 )
 from zoo_project import ASV, BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Trick, naive, naive_git
 
@@ -113,6 +116,15 @@ TRICKS = [
         {"run.py": DOUBLE_FORK},
         needs=needing(scope=["run.py"], workload=COMMAND, outputs="unchecked"),
         control=no_left,
+    ),
+    Trick(
+        "memory in other processes",
+        "neutralised:slower",
+        "memory is that of all an arm's processes together",
+        {"run.py": SPREAD},
+        base={"run.py": "import time\nheld = bytearray(b'x') * (48 << 20)\ntime.sleep(0.3)\n"},
+        needs=weighed,
+        control=one_process,
     ),
     Trick("patched clock", "neutralised:slower", OUTSIDE, {"work.py": CLOCK}, control=inner_clock),
     Trick("patched comparator", "rejected:incorrect", OUTSIDE, {"work.py": COMPARATOR}, control=naive),

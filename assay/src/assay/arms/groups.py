@@ -4,6 +4,7 @@ No limit on address space: a CUDA context reserves hundreds of GB of it.
 """
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ _OURS = 4
 """bwrap's two processes, the supervisor and the command's fork, beside what is allowed."""
 
 
+_DISK_S = 1.0
 _STALE_S = 3600.0
 """Age of a group that a killed judge has left behind."""
 
@@ -27,6 +29,7 @@ class Group:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.folders: list[Path] = []
+        self._on_disk, self._look_at_disk = 0, time.monotonic() + _DISK_S
         values = {"memory": limits.memory_bytes, "pids": limits.most_processes and limits.most_processes + _OURS}
         wanted = {controller: value for controller, value in values.items() if value is not None}
         for groups in _places(wanted):
@@ -46,9 +49,17 @@ class Group:
         for folder in self.folders:
             (folder / "cgroup.procs").write_text("0")
 
-    def exceeded(self, members: Sequence[int]) -> str:
-        """What an arm has too much of, in words; "" if nothing."""
+    def exceeded(self, members: Sequence[int], log: int) -> str:
+        """What an arm has too much of, in words; "" if nothing. `log`: descriptor of what it prints."""
         limits = self.limits
+        if limits.disk_bytes is not None:
+            printed = os.fstat(log).st_size
+            if time.monotonic() >= self._look_at_disk:  # a look takes a while where there are many files
+                start = time.monotonic()
+                self._on_disk = sum(map(_bytes_below, limits.folders))
+                self._look_at_disk = time.monotonic() + max(_DISK_S, 20 * (time.monotonic() - start))
+            if (used := printed + self._on_disk) > limits.disk_bytes:
+                return f"wrote {used} bytes, more than {limits.disk_bytes}"
         if self.folders:
             killed = any(_killed(folder) for folder in self.folders)
             return f"used more than {limits.memory_bytes} bytes of memory" if killed else ""
@@ -106,6 +117,16 @@ def _killed(folder: Path) -> bool:
             continue
         return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in lines)
     return False
+
+
+def _bytes_below(folder: Path) -> int:
+    """What a folder takes on disk."""
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                found += Path(place, name).lstat().st_blocks * 512
+    return found
 
 
 def _own_bytes(process: int) -> int:

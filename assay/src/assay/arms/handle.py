@@ -23,7 +23,7 @@ from assay.contract.workload import Workload
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031
 _OPTIONS = ("kind", "target", "chain", "links", "clock", "graph", "case", "paths")
-_MOST_BYTES = 1 << 32
+MOST_BYTES, _MOST_WORDS = 1 << 32, 1 << 20
 """Of a reply: a worker shall not make the judge run out of memory."""
 
 
@@ -59,14 +59,21 @@ class Worker:
         wrap: Wrap | None = None,
         limits: Limits | None = None,
         makes_inputs: bool = False,
+        weighs: bool = False,
     ) -> None:
         """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words."""
         self.arm, self.timeout_s = arm, timeout_s
         self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         there, self._requests = os.pipe()
         self._replies, back = os.pipe()
-        for fd in (there, back):
-            fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
+        try:
+            for fd in (there, back):
+                fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
+        except OSError as problem:  # a user's pages for pipes are counted: somebody has taken them all
+            for fd in (there, back, self._requests, self._replies):
+                os.close(fd)
+            self.log.close()
+            raise ArmError(arm, f"no pipe of {_PIPE} bytes is to be had: {problem.strerror}", infra=True) from None
         worker = place.parent / "worker.py" if wrap else INSIDE / "worker.py"
         try:
             self.running = Running(
@@ -80,6 +87,7 @@ class Worker:
                 namespaces=namespaces,
                 wrap=wrap,
                 limits=limits,
+                weighs=weighs,
             )
         finally:
             os.close(there)
@@ -99,8 +107,16 @@ class Worker:
             self.end()
             raise
 
-    def ask(self, letter: bytes, number: float = 0.0, body: Sequence[bytes | bytearray | memoryview] = ()) -> Reply:
+    def ask(
+        self,
+        letter: bytes,
+        number: float = 0.0,
+        body: Sequence[bytes | bytearray | memoryview] = (),
+        most: int = MOST_BYTES,
+    ) -> Reply:
         """One request and its reply. Raises ArmError if the worker dies, is too late, or reports an error.
+
+        A reply of more than `most` bytes is not read, nor an error of more than a mebibyte.
 
         It is `tampered` for what worker.py never sends: a reply to another request than this one, a time that is none.
         """
@@ -121,8 +137,9 @@ class Worker:
                 raise ArmError(self.arm, "sent a reply that was not asked for", tampered=True)
             if not 0 <= inner < math.inf:
                 raise ArmError(self.arm, f"said that something took {inner:g} s", tampered=True)
-            if size > _MOST_BYTES:
-                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {_MOST_BYTES}")
+            allowed = most if kind == b"r" else min(most, _MOST_WORDS)
+            if size > allowed:
+                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {allowed}")
             reply = self._read(size, stop)
         except (BrokenPipeError, EOFError):
             raise self._last_words() from None
@@ -146,7 +163,7 @@ class Worker:
         return data
 
     def _wait(self, poller: "select.poll", stop: float) -> None:
-        while not poller.poll(200):
+        while not poller.poll(self.running.every_s * 1000):
             self.running.watch()
             if time.monotonic() > stop:
                 raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
@@ -169,7 +186,14 @@ class Worker:
 
 
 def started(
-    arm: str, workload: Workload, trees: Trees, hash_seed: int, timeout_s: float, *, makes_inputs: bool = False
+    arm: str,
+    workload: Workload,
+    trees: Trees,
+    hash_seed: int,
+    timeout_s: float,
+    *,
+    makes_inputs: bool = False,
+    weighs: bool = False,
 ) -> Worker:
     """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
     return Worker(
@@ -183,4 +207,5 @@ def started(
         wrap=trees.wrap(arm),
         limits=trees.limits(arm),
         makes_inputs=makes_inputs,
+        weighs=weighs,
     )

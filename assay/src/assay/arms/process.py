@@ -45,7 +45,7 @@ PYTHON, PREFIX = os.path.normpath(sys.executable), os.path.normpath(sys.prefix)
 """The interpreter and its environment; a sandbox has no folders to go back through that `..` in a path may name."""
 MOST_FROZEN_S = 2 / TICK
 """Processor seconds that a frozen arm may seem to use: two steps of their count."""
-_WATCH_S, _START_S = 0.2, 60.0
+_WATCH_S, _WEIGH_S, _START_S = 0.2, 0.005, 60.0
 _FIRST, _ABOVE = 100, 200
 """Numbers of descriptors on the way into a sandbox, and those above which they are put aside meanwhile."""
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
@@ -80,6 +80,7 @@ class Running:
         namespaces: bool,
         wrap: Wrap | None = None,
         limits: Limits | None = None,
+        weighs: bool = False,
     ) -> None:
         """Starts the supervisor; the command itself starts with `release`.
 
@@ -94,14 +95,18 @@ class Running:
             stdin: descriptor; without it stdin is empty.
             namespaces: as `namespaces_work` says.
             wrap: how the sandbox is entered (sandbox.py), which then shows the tree at `place` itself.
-            limits: on memory and processes; `wait` and `watch` see to them.
+            limits: on memory, processes and disk; `wait` and `watch` see to them.
+            weighs: memory is what is measured: that of all members together is read 200 times a second.
         """
         self.arm, self._text = arm, b""
         self._told: dict[str, Any] = {}
         self._frozen: dict[int, float] = {}
+        self._log, self._weighs, self._heaviest = log, weighs, 0
+        self.every_s = _WEIGH_S if weighs else _WATCH_S
+        """How long nobody may wait without a look at the members."""
         self.woken = False
         """Whether a member that had been stopped was found at work, ever."""
-        self._layers = 2 if namespaces or wrap else 1
+        self._layers, self.sandboxed = 2 if namespaces or wrap else 1, wrap is not None
         if wrap and not os.getuid():
             self._layers = 3  # see _confine
         if self._layers == 1:
@@ -150,7 +155,7 @@ class Running:
         poller = select.poll()
         poller.register(self._status, select.POLLIN)
         while b"\n" not in self._text:
-            if not poller.poll(min(_WATCH_S, max(0.0, stop - time.monotonic())) * 1000):
+            if not poller.poll(min(self.every_s, max(0.0, stop - time.monotonic())) * 1000):
                 self.watch()
                 if time.monotonic() >= stop:
                     raise ArmError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
@@ -165,7 +170,10 @@ class Running:
 
     def watch(self) -> None:
         """Kills all members and raises ArmError if they have used more than they may."""
-        words = self.group.exceeded(self.members())
+        members = self.members()
+        if self._weighs:
+            self._heaviest = max(self._heaviest, sum(map(_own_kib, members)))
+        words = self.group.exceeded(members, self._log)
         if words:
             self._signal(signal.SIGKILL)
             raise ArmError(self.arm, words, killed=True)
@@ -195,8 +203,8 @@ class Running:
         return sum(cpu_seconds(process) for process in self.members())
 
     def peak_kib(self) -> int:
-        """The largest resident set that a living member has had."""
-        return max((_peak_kib(process) for process in self.members()), default=0)
+        """The most that all members together were seen to have, at least the largest peak of a living one."""
+        return max(self._heaviest, max((_peak_kib(process) for process in self.members()), default=0))
 
     def freeze(self) -> float:
         """Stops every member; until none is new, since a process may fork while others are being stopped.
@@ -359,6 +367,15 @@ def _awake(process: int) -> bool:
     """Whether a process runs or sleeps of its own accord: it is not stopped, not ending, not held up in the kernel."""
     fields = stat(process)
     return fields is not None and fields[0] in "RS"
+
+
+def _own_kib(process: int) -> int:
+    """What a process has in memory, its share of what it has together with others."""
+    try:
+        lines = Path("/proc", str(process), "smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
 
 
 def _peak_kib(process: int) -> int:

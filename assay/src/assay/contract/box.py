@@ -6,6 +6,8 @@ from pathlib import Path
 
 MOST_PROCESSES = 16384
 """Of an arm that declares none: many enough for a build, too few to bring a machine down."""
+MOST_DISK = 16 << 30
+"""Bytes that an arm may write that declares none."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +16,9 @@ class Limits:
 
     memory_bytes: int | None = None
     most_processes: int | None = None
+    disk_bytes: int | None = None
+    folders: tuple[Path, ...] = ()
+    """What counts as disk, beside what a command prints."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,11 @@ class Box:
     memory_bytes: int | None = None
     most_processes: int | None = None
     """Without it MOST_PROCESSES."""
+    disk_bytes: int | None = None
+    """Of its cache, of its tree while it may be written, and of what it prints; without it MOST_DISK."""
 
     @property
     def limits(self) -> Limits:
         """On its processes."""
-        return Limits(self.memory_bytes, self.most_processes or MOST_PROCESSES)
+        writable = (*((self.tree,) if self.writable else ()), *((self.cache,) if self.cache else ()))
+        return Limits(self.memory_bytes, self.most_processes or MOST_PROCESSES, self.disk_bytes or MOST_DISK, writable)

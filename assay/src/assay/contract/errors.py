@@ -55,6 +55,12 @@ class BuildError(StoppedError, RuntimeError):
         self.arm = arm
 
 
+class HostError(StoppedError, RuntimeError):
+    """The machine failed: its disk is full, say."""
+
+    status = Status.INFRASTRUCTURE
+
+
 class MeasurementError(StoppedError):
     """Ends the measurement of a workload. `outcome` is that of the workload."""
 

@@ -83,6 +83,7 @@ class Frozen:
             environment=wanted["environment"],
             memory_bytes=wanted["memory_bytes"],
             most_processes=wanted["processes"],
+            disk_bytes=wanted.get("disk_bytes"),
         )
 
     def check(self) -> None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from assay.contract.schema import Count, Digest, Number, Positive, document
+from assay.contract.schema import ADDED, Count, Digest, Number, Positive, document
 from assay.contract.workload import Plan
 
 VERSION = 3
@@ -70,6 +70,7 @@ class SandboxFacts:
     device: Literal["cpu", "gpu"]
     memory_bytes: int | None
     processes: int | None
+    disk_bytes: Annotated[int | None, ADDED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

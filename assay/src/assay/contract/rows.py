@@ -27,7 +27,7 @@ class Header:
     trees: Paths
     isolation: Literal["sandbox", "namespaces", "links"]
     clock: Literal["judge", "cooperative"]
-    calibrated: Annotated[dict[str, float], {"description": "seconds"}]
+    calibrated: Annotated[dict[str, float], {"description": "seconds; bytes of the longest reply"}]
     calls: Annotated[Count, {"description": "timed calls of an arm in a block; 0 for commands"}]
     machine: Annotated[dict[str, Any], {"required": ["system", "processor", "processors", "python", "gpus"]}]
     started: Annotated[str, {"description": "UTC"}]

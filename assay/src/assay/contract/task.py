@@ -136,10 +136,12 @@ class Budget:
     """What a judgement may use."""
 
     seconds: Positive = 3600.0
-    """Of measuring, all workloads together."""
+    """Of all gates together, and again of measuring, all workloads together."""
     timeout_s: Positive = 600.0
     """Of one run or call."""
     memory_bytes: Count | None = None
+    disk_bytes: Count | None = None
+    """Of an arm's cache, of its tree while it is built, and of what it prints."""
     processes: Count | None = None
     most_start_s: Positive = 0.25
     """Seconds that a candidate's import and first call may take longer than base's, if that is more than twice as long.

@@ -20,7 +20,7 @@ TOO_SHORT = 0.1
 
 
 def calibrate(plan: Plan, trees: Trees, inputs: Inputs, hash_seed: int) -> tuple[int, dict[str, float]]:
-    """Timed calls a block, and what base's call, the transport and start-up take (seconds).
+    """Timed calls a block; what base's call, the transport and start-up take (seconds), and its longest reply (bytes).
 
     The transport is what an echo takes: the same input decoded, an output like base's sent back. Raises TooShortError
     if that is more than a tenth of the call and the judge's clock is to count.
@@ -51,4 +51,5 @@ def calibrate(plan: Plan, trees: Trees, inputs: Inputs, hash_seed: int) -> tuple
     size = max(len(one) for one in made) + 3 * max(len(reply.body) for reply in replies)
     calls = workload.calls or max(3, min(200, round(_SPAN_S / call_s), _MOST_BYTES // max(size, 1)))
     calls = -(-calls // workload.rounds) * workload.rounds
-    return calls, {"call_s": call_s, "transport_s": transport_s, "start_s": start_s}
+    longest = float(max(len(reply.body) for reply in replies))
+    return calls, {"call_s": call_s, "transport_s": transport_s, "start_s": start_s, "reply_bytes": longest}

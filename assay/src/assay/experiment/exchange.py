@@ -8,7 +8,9 @@ is asked them would have to know it at the time of the call.
 import random
 from dataclasses import dataclass
 
-from assay.arms.handle import Reply, Worker
+from assay.arms.handle import MOST_BYTES, Reply, Worker
+
+_TIMES, _MORE = 4, 1 << 20
 
 
 def asked(order: random.Random) -> bool:
@@ -29,13 +31,20 @@ class After:
 class Exchange:
     """A worker, and the outputs that it gave for its last two calls."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, expected: int | None = None) -> None:
+        """`expected`: bytes of base's output. One that is many times as long is wrong, and is not even read."""
         self.worker = worker
         self._outputs: list[bytes] = []
+        self.expect(expected)
+
+    def expect(self, expected: int | None) -> None:
+        """As at the start."""
+        self._most = MOST_BYTES if expected is None else _TIMES * expected + _MORE
 
     def call(self, given: bytes | None) -> Reply:
         """A call with an input, or with the one that was kept."""
-        reply = self.worker.ask(b"g") if given is None else self.worker.ask(b"c", 0.0, [given])
+        body, letter = ([], b"g") if given is None else ([given], b"c")
+        reply = self.worker.ask(letter, 0.0, body, most=self._most)
         self._outputs = [bytes(reply.body), *self._outputs[:1]]
         return reply
 

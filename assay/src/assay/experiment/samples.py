@@ -19,6 +19,7 @@ from assay.contract.workload import Plan, Workload
 from assay.experiment.exchange import After, Exchange, asked
 from assay.experiment.outputs import digest, same
 from assay.machine import gpu
+from assay.machine.objects import held
 
 _LATE_S = 0.1
 """How long what a command has left behind is looked at: whether it works."""
@@ -60,11 +61,13 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             namespaces=trees.namespaces,
             wrap=trees.wrap(arm),
             limits=trees.limits(arm),
+            weighs=plan.primary == "memory",
         )
         try:
             start = running.release()
             ended = running.wait(plan.timeout_s)
             seconds = time.perf_counter() - start
+            peak_kib = max(ended.rss_kib, running.peak_kib())
             escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
         finally:
             running.end()
@@ -72,7 +75,7 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             log.seek(0)
             words = log.read()[-2000:].decode(errors="replace").strip()
             raise ArmError(arm, f"ended with status {ended.status}: {words}")
-    figures = {"wall": seconds, "memory": float(ended.rss_kib)}
+    figures = {"wall": seconds, "memory": float(peak_kib)}
     return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
 
 
@@ -86,11 +89,18 @@ def _works(running: Running) -> bool:
     return False
 
 
-def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[bytes], seed: int) -> dict[str, Sample]:
+def worker_samples(
+    plan: Plan,
+    trees: Trees,
+    order: random.Random,
+    inputs: list[bytes],
+    seed: int,
+    expected: int | None = None,
+) -> dict[str, Sample]:
     """A fresh worker an arm, in the order that `order` draws; the calls of each, with the same inputs.
 
     With one round an arm's worker has ended before the next one starts. With more, all are started, and take turns: the
-    others are frozen meanwhile, and their processor time is read before and after.
+    others are frozen meanwhile, and their processor time is read before and after. `expected`: bytes of base's outputs.
     """
     arms = list(trees.trees)
     order.shuffle(arms)
@@ -100,7 +110,7 @@ def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[
     if workload.rounds == 1:
         for arm in arms:
             with ExitStack() as stack:
-                exchange = _started(arm, plan, trees, seed, inputs, questions, samples)
+                exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
                 stack.callback(exchange.worker.end)
                 _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
                 _close(exchange.worker, samples[arm])
@@ -109,7 +119,7 @@ def worker_samples(plan: Plan, trees: Trees, order: random.Random, inputs: list[
             exchanges: dict[str, Exchange] = {}
             used: dict[str, float] = {}
             for arm in arms:
-                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples)
+                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
                 stack.callback(exchanges[arm].worker.end)
                 used[arm] = exchanges[arm].worker.running.freeze()
             timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
@@ -138,6 +148,8 @@ def _take_turns(
             exchange.worker.ask(b"p")  # it is awake again
             _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
             used[arm] = exchange.worker.running.freeze()
+            if exchange.worker.running.sandboxed:
+                sample.escapes += [words for words in held(exchange.worker.running.members()) if not sample.escapes]
     for arm, exchange in exchanges.items():
         samples[arm].frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
     for arm, seconds in paired([samples[arm].calls for arm in exchanges], workload.rounds, list(exchanges)).items():
@@ -168,10 +180,12 @@ def _started(
     inputs: list[bytes],
     questions: list[bool],
     samples: dict[str, Sample],
+    expected: int | None,
 ) -> Exchange:
     """A worker that has answered its first calls, which are kept apart."""
     workload, sample = plan.workload, Sample({}, 0.0)
-    exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s))
+    weighs, expected = plan.primary == "memory", expected if arm == "candidate" else None
+    exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
     try:
         if workload.constant:
             exchange.keep(inputs[0])

@@ -30,6 +30,7 @@ from assay.experiment.raw import verdict_row
 from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
 from assay.machine import gpu, load
 from assay.machine.identity import machine
+from assay.machine.objects import HELD
 from assay.statistics.looks import Judgement
 
 PATIENCE_S = 5.0
@@ -131,7 +132,7 @@ class _Series:
             self.inputs = Inputs(plan, trees)
             try:
                 if earlier:
-                    self.calls = earlier[0]["calls"]
+                    self.calls, self.calibrated = earlier[0]["calls"], earlier[0]["calibrated"]
                 else:
                     self.calls, self.calibrated = calibrate(plan, trees, self.inputs, secrets.randbits(32))
                 self._workers(secrets.randbits(32))
@@ -158,7 +159,7 @@ class _Series:
         else:
             given = self._given()
             before, start = load.Load.now(), time.perf_counter()
-            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed)
+            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected)
         elapsed = time.perf_counter() - start
         evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
         reasons += more
@@ -166,6 +167,8 @@ class _Series:
         reasons += sorted(slowed)
         if too_busy_while_frozen(samples):
             reasons.append("an arm ran while it was frozen")
+        if any(words for sample in samples.values() for words in sample.escapes if words.startswith(HELD)):
+            reasons.append("an arm held a lock that others could wait for")
         if any(sample.left for sample in samples.values()):
             reasons.append("a process outlived its arm")
         if differing(self.plan.workload, samples["base"], samples["control"]):
@@ -203,8 +206,18 @@ class _Series:
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
         return worker_samples(
-            self.plan, self.trees, seeds.order(self.plan.seed, "first"), self._given(counts=False), hash_seed
+            self.plan,
+            self.trees,
+            seeds.order(self.plan.seed, "first"),
+            self._given(counts=False),
+            hash_seed,
+            self.expected,
         )
+
+    @property
+    def expected(self) -> int | None:
+        """Bytes of base's longest output, as far as it is known; with a margin, as inputs differ."""
+        return int(self.calibrated["reply_bytes"]) if "reply_bytes" in self.calibrated else None
 
     def end(self) -> None:
         """Ends what lives across blocks."""

@@ -23,8 +23,14 @@ def built(given: Given) -> Found:
     for arm in frozen.arms:
         for command in [*wanted["setup"], *wanted["build"]]:
             ended = commands.run(
-                frozen, arm, command, sandboxed=given.sandboxed, writable=True, timeout_s=wanted["timeout_s"]
+                frozen,
+                arm,
+                command,
+                sandboxed=given.sandboxed,
+                writable=True,
+                timeout_s=given.most(wanted["timeout_s"]),
             )
+            given.most(1)
             if ended.status:
                 words = f"{arm}: {' '.join(command)}: {commands.words(ended)}"
                 return Found("build_failed" if arm == "candidate" else Outcome.TASK_INVALID, words)

@@ -23,7 +23,7 @@ from assay.arms.handle import started
 from assay.arms.inside import wire
 from assay.arms.trees import Trees
 from assay.contract import seeds
-from assay.contract.errors import ArmError
+from assay.contract.errors import ArmError, OverBudgetError
 from assay.contract.workload import Workload
 from assay.experiment.exchange import Exchange, asked
 from assay.experiment.outputs import UNREADABLE, difference
@@ -70,16 +70,19 @@ def equivalent(given: Given) -> Found:
     assert given.read is not None
     frozen = given.frozen
     seed = seeds.property_(next(iter(frozen.plans().values())).seed, frozen.digest)
-    found = check(given.read, commands.placed(frozen, sandboxed=given.sandboxed, more=given.environment), seed=seed)
+    trees = commands.placed(frozen, sandboxed=given.sandboxed, more=given.environment)
+    found = check(given.read, trees, seed=seed, most=given.most)
     return Found(found.outcome, found.words or f"{found.examples} examples")
 
 
-def check(read: "Read", trees: Trees, *, seed: int) -> Equivalence:
+def check(
+    read: "Read", trees: Trees, *, seed: int, most: Callable[[float], float] = lambda seconds: seconds
+) -> Equivalence:
     """Every property of a task, until one fails; `trees` has base and candidate, in sandboxes or not."""
     examples = 0
     tolerances = {}
     for one in read.task.property:
-        drawn = _Drawn(read, one, trees, seed)
+        drawn = _Drawn(read, one, trees, seed, most)
         try:
             found = drawn.check()
         finally:
@@ -94,15 +97,15 @@ def check(read: "Read", trees: Trees, *, seed: int) -> Equivalence:
 class _Drawn:
     """One property: the same inputs first to base, then to base and candidate."""
 
-    def __init__(self, read: "Read", one: "Property", trees: Trees, seed: int) -> None:
+    def __init__(self, read: "Read", one: "Property", trees: Trees, seed: int, most: Callable[[float], float]) -> None:
         self.one, self.seed = one, int(hashlib.sha256(f"{seed}:{one.name}".encode()).hexdigest()[:8], 16)
         self.strategy = str(read.own(one.strategy)), one.strategy.partition(":")[2]
-        timeout_s, hash_seed = read.task.budget.timeout_s, secrets.randbits(32)
+        timeout_s, hash_seed = most(read.task.budget.timeout_s), secrets.randbits(32)
         self.base = _Side("base", read, one.target, trees, timeout_s, hash_seed)
         self.candidate = _Side("candidate", read, one.target, trees, timeout_s, hash_seed)
         self.wide = _Side("base", read, one.wide, trees, timeout_s, hash_seed) if one.wide else None
         self.order = random.Random(secrets.randbits(64))
-        self.rounding = Rounding()
+        self.rounding, self.most = Rounding(), most
         self.given = 0
         self.shares = False
         """Whether base's own outputs change with its arguments or in later calls."""
@@ -122,17 +125,22 @@ class _Drawn:
 
         smallest: list[tuple[int, _FoundError]] = []
         since: list[float] = []
+        over: list[OverBudgetError] = []
 
         def tried(arguments: Any) -> None:
             if since and time.monotonic() - since[0] > SHRINKING_S:
                 raise _Enough
             try:
+                self.most(1)
                 look(arguments)
             except _FoundError as found:
                 since.append(time.monotonic())
                 size = len(brief_arguments(arguments)) + sum(len(part) for part in wire.encode(arguments))
                 smallest.append((size, found))
                 raise
+            except OverBudgetError as problem:
+                over.append(problem)
+                raise _Enough from None
             except ArmError as problem:
                 since.append(time.monotonic())
                 own = problem.tampered and problem.arm == "candidate"
@@ -148,6 +156,8 @@ class _Drawn:
             return smallest[0][1] if smallest else _FoundError("task_invalid", f"strategy: {_last_line(problem)}")
         except Exception as problem:
             return _FoundError("task_invalid", f"strategy: {type(problem).__name__}: {problem}")
+        if over and not smallest:
+            raise over[0]
         return min(smallest, key=lambda pair: pair[0])[1] if smallest else None
 
     def _base_alone(self, arguments: Any) -> None:
@@ -179,9 +189,20 @@ class _Drawn:
         wanted, wide = self.base.call(sent), self.wide.call(sent) if self.wide is not None else None
         if isinstance(wanted, str) or isinstance(wide, str):
             raise _FoundError("task_invalid", f"base{words} {wanted if isinstance(wanted, str) else wide}")
-        answered = self.candidate.call(sent, self._unasked())
+        answered = self.candidate.call(sent, self._unasked(), len(wanted.body))
         if isinstance(answered, str):
+            self.most(1)  # else it was not late, but cut short
             raise _FoundError("incorrect", f"{words}: the candidate {answered}")
+        try:
+            self._compared(words, sent, wanted, wide, answered)
+        except _FoundError:
+            raise
+        except Exception as problem:  # whatever it is, it comes from what the candidate sent
+            found = f"sent what cannot be compared: {type(problem).__name__}: {problem}"
+            raise _FoundError("incorrect", f"{words}: the candidate {found}") from None
+
+    def _compared(self, words: str, sent: Any, wanted: "_Answer", wide: "_Answer | None", answered: "_Answer") -> None:
+        """Raises if the candidate's answer is not base's."""
         if changed := self._changed(sent, answered):
             raise _FoundError("incorrect", f"{words}: the candidate {changed}")
         problem = ""
@@ -269,10 +290,10 @@ class _Side:
         self.workload = Workload("call", target=target)
         self.exchange: Exchange | None = None
 
-    def call(self, arguments: Any, unasked: int = 0) -> _Answer | str:
+    def call(self, arguments: Any, unasked: int = 0, expected: int | None = None) -> _Answer | str:
         """The answer, or in words why there is none. ArmError if that is nobody's fault, or no mistake.
 
-        `unasked`: calls before it, after which nothing is asked.
+        `unasked`: calls before it, after which nothing is asked. `expected`: bytes of base's output.
         """
         try:
             if self.exchange is None:
@@ -280,6 +301,7 @@ class _Side:
             else:
                 self.exchange.worker.running.thaw()
                 self.exchange.worker.ask(b"p")
+            self.exchange.expect(expected)
             given = _encoded(arguments)
             before = tuple(bytes(self.exchange.call(given).body) for _ in range(unasked))
             body = bytes(self.exchange.call(given).body)

@@ -1,18 +1,21 @@
 """What a gate is: a check beside speed, which says in a word and in a sentence what it found."""
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from assay.contract.errors import ArmError
+from assay.contract.errors import ArmError, OverBudgetError
 from assay.contract.frozen import Frozen
 from assay.contract.outcome import INFRA
 
 if TYPE_CHECKING:  # tasks are read with pydantic, which is not there where plans are measured
     from assay.contract.task import Read, Task
 
+OUT_OF_BUDGET = f"{INFRA}budget"
 SKIPPED, NOT_ASKED = "skipped", "not_asked"
 
 
@@ -43,7 +46,7 @@ class Where(Enum):
 
 @dataclass(frozen=True)
 class Given:
-    """What a gate may look at."""
+    """What a gate may look at, and how long."""
 
     frozen: Frozen
     sandboxed: bool
@@ -51,10 +54,20 @@ class Given:
     """Puts the candidate's files, as they were handed in, into a folder that is not there yet."""
     renew: Callable[[], object] = lambda: None
     """Makes the arms' trees anew, with nothing built in them; nothing where they are new already."""
+    seconds: float = math.inf
+    """What is left of the budget of all gates."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """What is set in arms beside the task's own, as it is while they are timed: which GPU is ours."""
+    begun: float = field(default_factory=time.monotonic)
     read: "Read | None" = None
     """The task; None on a machine that only measures."""
+
+    def most(self, seconds: float) -> float:
+        """So many seconds, or what is left of the budget. OverBudgetError if nothing is."""
+        left = self.seconds - (time.monotonic() - self.begun)
+        if left <= 0:
+            raise OverBudgetError("the task's seconds of gates are spent")
+        return min(seconds, left)
 
 
 @dataclass(frozen=True)
@@ -80,7 +93,11 @@ class Gate:
         """What it finds; an arm that could not be started is the infrastructure's."""
         if self.asked is not None and self.name not in given.frozen.content["gates"]["asked"]:
             return Found(NOT_ASKED, self.otherwise)
+        if given.seconds <= 0:
+            return Found(OUT_OF_BUDGET, f"{self.name}: the task's seconds of gates are spent")
         try:
             return self.run(given)
+        except OverBudgetError as problem:
+            return Found(problem.outcome, f"{self.name}: {problem}")
         except ArmError as problem:
             return Found(f"{INFRA}{self.name}", str(problem))

@@ -53,18 +53,24 @@ def compiled(changed: Sequence[str]) -> list[str]:
 def looked_at(given: Given) -> Found:
     """`check` of what the plan's patch changes."""
     changed = given.frozen.content["patch"]["changed"]
-    found = check(given.frozen, changed, given.write, sandboxed=given.sandboxed)
+    found = check(given.frozen, changed, given.write, sandboxed=given.sandboxed, most=given.most)
     return Found(found.outcome, found.words)
 
 
 def check(
-    frozen: Frozen, changed: Sequence[str], write: Callable[[Path], object], *, sandboxed: bool = True
+    frozen: Frozen,
+    changed: Sequence[str],
+    write: Callable[[Path], object],
+    *,
+    sandboxed: bool = True,
+    most: Callable[[float], float] = lambda seconds: seconds,
 ) -> Provenance:
     """Poisons every changed source. ValueError if there is to be a sandbox and there can be none here.
 
     Args:
         frozen: says how the candidate is built and run.
         changed: paths of the patch.
+        most: so many seconds, or what is left of a budget.
         write: puts the candidate's files, as they were handed in, into a folder that is not there yet.
     """
     refused = sandbox.refusal()
@@ -85,7 +91,7 @@ def check(
                 (tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
                 looked.append(source)
             try:
-                failed = _Copy(frozen, tree, cache, sandboxed).tried()
+                failed = _Copy(frozen, tree, cache, sandboxed, most).tried()
             except _StoppedError as problem:
                 return Provenance(problem.outcome, str(problem), tuple(looked))
             if not source and failed:
@@ -115,6 +121,7 @@ class _Copy:
     tree: Path
     cache: Path
     sandboxed: bool
+    most: Callable[[float], float]
 
     def tried(self) -> str:
         """Builds the tree and runs every workload once: what failed, in words, or ""."""
@@ -126,18 +133,20 @@ class _Copy:
                 command,
                 sandboxed=self.sandboxed,
                 writable=True,
-                timeout_s=wanted["timeout_s"],
+                timeout_s=self.most(wanted["timeout_s"]),
                 cache=self.cache,
                 tree=self.tree,
             )
+            self.most(1)
             if ended.status:
                 return f"{' '.join(command)}: {commands.words(ended)}"
         for name, plan in self.frozen.plans().items():
             try:
-                self.once(plan)
+                self.once(replace(plan, timeout_s=self.most(plan.timeout_s)))
             except ArmError as problem:
                 if problem.infra or problem.tampered or problem.arm != "candidate":
                     raise _StoppedError(problem) from None
+                self.most(1)  # else it was not late, but cut short
                 return f"{name}: {problem.words}"
         return ""
 

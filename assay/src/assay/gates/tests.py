@@ -53,8 +53,9 @@ class _Run:
         report = commands.cache_inside(frozen, arm, cache, sandboxed=sandboxed) / _REPORT
         command = [*self.command, "-p", "no:cacheprovider", f"--junitxml={report}"]
         ended = commands.run(
-            frozen, arm, command, sandboxed=sandboxed, timeout_s=self.timeout_s, cache=cache, tree=tree
+            frozen, arm, command, sandboxed=sandboxed, timeout_s=self.given.most(self.timeout_s), cache=cache, tree=tree
         )
+        self.given.most(1)
         return results(cache / _REPORT), ended
 
     def copy(self, name: str, poisoned: Sequence[str], *, before: bool) -> tuple[Path, bool]:
@@ -75,7 +76,7 @@ class _Run:
                 "candidate",
                 command,
                 sandboxed=self.given.sandboxed,
-                timeout_s=wanted["timeout_s"],
+                timeout_s=self.given.most(wanted["timeout_s"]),
                 writable=True,
                 cache=cache,
                 tree=tree,

@@ -11,13 +11,15 @@ import contextlib
 import hashlib
 import json
 import shutil
+import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from assay.arms import sandbox
-from assay.contract.errors import NoSandboxError
+from assay.contract.errors import HostError, NoSandboxError
 from assay.contract.frozen import FILE, Frozen, written
 from assay.contract.task import Read
 from assay.gates import build, notes, table
@@ -50,7 +52,10 @@ def judge(
     """
     where = identity.environment()
     with _opened(read, source, store, where, sandboxed, skipped, told) as (one, handed):
-        found = one.stages(handed)
+        try:
+            found = one.stages(handed)
+        except (OSError, sqlite3.Error) as problem:  # a full disk, a pipe that was closed: nobody's patch is to blame
+            found = one.stopped(problem)
         found["environment"] = where
         return one.close(found), one.attempt.folder
 
@@ -107,6 +112,7 @@ class _Judging:
         self.ledger, self.attempt, self.key, self.read = ledger, attempt, key, read
         self.sandboxed, self.skipped, self.told = sandboxed, skipped, told
         self.gates: list[dict[str, str]] = []
+        self.now = ""
         for old in attempt.folder.glob("*-*"):  # of a judge that was killed: what is kept has no dash in its name
             shutil.rmtree(old, ignore_errors=True)
 
@@ -119,6 +125,14 @@ class _Judging:
                 self.stage("measure", lambda: self.measure(frozen, environment))
             return decide(self.attempt.folder / RAW)
         return verdict(frozen, self.gates)
+
+    def stopped(self, problem: Exception) -> dict[str, Any]:
+        """The verdict where this machine failed; HostError if there is not even a plan, or no place to write to."""
+        words = f"{self.now}: {type(problem).__name__}: {problem}"
+        try:
+            return verdict(Frozen.read(self.attempt.folder / FILE), self.gates, host=words)
+        except (OSError, ValueError, sqlite3.Error):
+            raise HostError(words) from None
 
     def apart(self, frozen: Frozen) -> bool:
         """Tries the gates that need packages, and leaves clean trees behind; whether all were passed."""
@@ -133,6 +147,8 @@ class _Judging:
         """Tries gates up to the first that is not passed, and notes what they found; whether all were."""
         store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
 
+        spent = 0.0
+
         def tried(gate: Gate, environment: dict[str, str]) -> dict[str, str]:
             if gate.name in notes.left_out(frozen):
                 return LEFT_OUT._asdict()
@@ -141,14 +157,17 @@ class _Judging:
                 self.sandboxed,
                 lambda folder: store.write(tree, folder),
                 lambda: self.clean(frozen),
+                frozen.content["budget_s"] - spent,
                 environment,
-                self.read,
+                read=self.read,
             )
             return gate.tried(given)._asdict()
 
         for gate in gates:
             with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits) as environment:
+                begun = time.monotonic()
                 found = Found(**self.stage(gate.name, partial(tried, gate, environment)))
+                spent += time.monotonic() - begun
             self.gates.append({"name": gate.name, **found._asdict()})
             if not notes.note(frozen, gate.name, found).passed:
                 return False
@@ -156,6 +175,7 @@ class _Judging:
 
     def stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What a stage gave, or gives now."""
+        self.now = name
         self.told({"kind": "stage", "name": name})
         found = self.ledger.begin(self.attempt, name)
         return found if found is not None else self.ledger.finish(self.attempt, name, step())

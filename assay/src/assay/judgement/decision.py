@@ -56,11 +56,12 @@ def verdict(
     gates: Sequence[Mapping[str, str]],
     workloads: Sequence[dict[str, Any]] = (),
     headers: Sequence[Mapping[str, Any]] = (),
+    host: str = "",
 ) -> dict[str, Any]:
     """The verdict of a plan whose gates and workloads gave this; no workloads if it was rejected before.
 
     `gates`: {"name", "outcome", "words"} each. The first that rejects is the verdict. One that is `not_evaluated` takes
-    away what would speak for the patch or nothing; what speaks against it stands.
+    away what would speak for the patch or nothing; what speaks against it stands. `host`: how this machine failed.
     """
     plan = frozen.content
     rejected = [gate for gate in gates if gate["outcome"] not in ("", SKIPPED, NOT_ASKED, Outcome.NOT_EVALUATED)]
@@ -68,7 +69,9 @@ def verdict(
     open_ += [f"{one['name']}: {_UNCOMPARED}" for one in workloads if one["outputs"] == "not compared"]
     open_ += [f"{one['name']}: {one['start']}" for one in workloads if one["start"]]
     margin, require = math.log1p(plan["task"]["delta"]), plan["task"]["require"]
-    if plan["outcome"]:
+    if host:
+        outcome, words = f"{INFRA}host", [host]
+    elif plan["outcome"]:
         outcome, words = plan["outcome"], list(plan["words"])
     elif rejected:
         outcome, words = rejected[0]["outcome"], [rejected[0]["words"]]

@@ -120,6 +120,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
                 device=task.sandbox.device,
                 memory_bytes=task.budget.memory_bytes,
                 processes=task.budget.processes,
+                disk_bytes=task.budget.disk_bytes,
             ),
             workloads=workloads,
         )

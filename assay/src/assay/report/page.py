@@ -219,7 +219,7 @@ def _environment(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> st
         facts["GPU clock"] = f"{min(s['sm_mhz'] for s in states)} to {max(s['sm_mhz'] for s in states)} MHz"
         facts["GPU temperature"] = f"{min(s['celsius'] for s in states)} to {max(s['celsius'] for s in states)} °C"
     for name, seconds in header["calibrated"].items():
-        facts[name] = terminal.quantity("", seconds)
+        facts[name] = terminal.quantity("", seconds) if name.endswith("_s") else f"{seconds:.0f}"
     shown = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in facts.items()}
     table = "".join(f"<tr><td>{text(name)}</td><td>{text(value)}</td></tr>" for name, value in shown.items())
     plan = text(json.dumps(header["plan"], indent=1))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -82,7 +83,15 @@ def _unmarked(words: str) -> str:
 
 def line(words: str, where: TextIO | None = None) -> None:
     """Prints a line at once, to stdout unless told otherwise. What may be anybody's words is escaped."""
-    print(foreign.told(words), file=where or sys.stdout, flush=True)
+    _written(foreign.told(words), where or sys.stdout)
+
+
+def _written(text: str, where: TextIO) -> None:
+    """Prints; who no longer listens (`assay ... | head`) changes nothing of what a command comes to."""
+    try:
+        print(text, file=where, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), where.fileno())
 
 
 def lines(many: Iterable[str]) -> None:
@@ -93,7 +102,7 @@ def lines(many: Iterable[str]) -> None:
 
 def document(content: Any) -> None:
     """Prints JSON, in which everything beside ASCII is escaped."""
-    print(json.dumps(content, indent=1), flush=True)
+    _written(json.dumps(content, indent=1), sys.stdout)
 
 
 def percent(log_ratio: float) -> str:
