@@ -19,7 +19,7 @@ from moeyard.cli import app
 from moeyard.testing import ROUTINGS, fp8_error, layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
-RATES = Rates(20.0, 30.0, 0.5)
+RATES = Rates(20.0, 30.0, 0.5, "bfloat16")
 
 
 def draw(routing: str, tokens: int = 500, experts: int = 16, top_k: int = 4) -> torch.Tensor:
@@ -237,11 +237,12 @@ def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path
 
 
 def test_what_bytes_and_operations_take() -> None:
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 1e9, torch.bfloat16) == {
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.bfloat16) == {
         "copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": 2000.0
     }  # fmt: skip
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 1e9, torch.float32)["product_time_us"] is None
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 0, torch.bfloat16)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.float32)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 0, torch.bfloat16)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "float32").times_us(8e6, 1e9, torch.float32)["product_time_us"] == 2000.0
     row = {"copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": None}
     assert results.yardstick_us(row) == 400 and results.yardstick_us(row | {"product_time_us": 500.0}) == 500
     assert results.yardstick_us(dict.fromkeys(row)) is None

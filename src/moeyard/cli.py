@@ -131,6 +131,13 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return tuple(filter(None, text.split(","))) if text else None
 
 
+def _numbers(text: str) -> tuple[int, ...] | None:
+    found = _names(text)
+    if found is not None and not all(part.isdecimal() for part in found):
+        raise _fail(f"--tokens: expected integers with commas between them, got {text!r}")
+    return None if found is None else tuple(map(int, found))
+
+
 @bench_app.command()
 def experts(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result file and of logs/.")],
@@ -152,7 +159,7 @@ def experts(
     """Time experts beside vLLM, torch and DeepGEMM within a time limit, one process per model."""
     try:
         wanted = experts_gpu.Options(
-            out, seconds, name, _names(models) or (), tuple(map(int, _names(tokens) or ())) or None,
+            out, seconds, name, _names(models) or (), _numbers(tokens),
             _names(parts) or (), _names(providers), all_, variants, cell_seconds, rounds, shares, seed, scale,
             _device(device).type,
         )  # fmt: skip
