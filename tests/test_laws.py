@@ -3,7 +3,9 @@
 import ast
 import inspect
 import json
+import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,7 +40,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": {"values", "tiles", "ids", "cpu"},
     "cuda": {"values", "tiles", "ids", "cuda"},
     "triton": {"values", "tiles", "ids", "triton"},
-    "testing": {"", "values", "impls", "cuda", "testing"},
+    "testing": {"", "values", "cuda", "testing"},
     "integrations": {"", "values", "tiles", "ids", "checks", "impls", "outputs", "library", "combine", "integrations"},
 }
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
@@ -183,6 +185,15 @@ import moeyard.testing, moeyard.bench.workloads
 assert moeyard.testing.layout_error(ids, 3, 2, dict(zip(layout.TENSORS, layout.tensors)), stable=True) is None
 print(moeyard.explain("permute").chosen, sorted(set(sys.modules) & {packages}))
 """
+
+
+def test_extras_are_declared() -> None:
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {name: {re.split(r"[<>=\[]", line)[0] for line in lines} for name, lines in extras.items()}
+    assert [re.split("[<>=]", line)[0] for line in project["dependencies"]] == ["torch"]
+    assert declared["cpu"] == {"numba", "numpy"} and declared["cli"] == {"typer", "rich"}
+    assert declared["plot"] == {"matplotlib"} and extras["bench"] == ["moeyard[cpu,cli,plot]"]
 
 
 def test_torch_alone_is_enough_for_all_operators() -> None:

@@ -200,7 +200,7 @@ def doctor() -> None:
     else:
         _console.print(f"no GPU: torch is built for CUDA {torch.version.cuda} but sees no device")
     for package, how, use in _OPTIONAL:
-        state = "installed" if impls.installed(package) else f"missing ({how})"
+        state = "installed" if peers.installed(package) else f"missing ({how})"
         _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
     for place in ["cpu", *(["cuda"] if cuda else [])]:
         table = Table(title=f"{place} tensors", title_justify="left")
@@ -216,6 +216,7 @@ def doctor() -> None:
 _OPTIONAL = (
     ("numba", "pip install 'moeyard[cpu]'", "the cpu implementations"),
     ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
+    ("triton", "pip install 'moeyard[gpu]'", "the triton implementations"),
     ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
     ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
     ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),

@@ -2,7 +2,7 @@
 
 import torch
 
-from moeyard import impls
+import moeyard
 
 CPU = torch.device("cpu")
 _only: set[str] = set()
@@ -10,7 +10,7 @@ _only: set[str] = set()
 
 def impls_on(op: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
     """The implementations of an op that meet calls on a device, `reference` included; see `restrict_to`."""
-    reasons = impls.explain(op, device, dtype).reasons
+    reasons = moeyard.explain(op, device, dtype).reasons
     taken = [name for name, reason in reasons.items() if reason.startswith(("chosen", "comes after", "only chosen"))]
     return [name for name in taken if not _only or name in _only]
 
