@@ -225,6 +225,11 @@ def test_workloads_that_come_along() -> None:
             "top_k = [3]\nblock_size = [8]",
             "top_k: expected at most num_experts=2, got 3",
         ),
+        (
+            "op = ['permute_to_fp8']\nrouting = ['uniform']\npoints = [{ num_tokens = 4, num_experts = 2, top_k = 1, "
+            "block_size = 1, hidden_size = 128, group_size = 64, dtype = 'bfloat16' }]",
+            r"group_size: expected one of \(0, 128\), got 64",
+        ),
     ],
 )
 def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
