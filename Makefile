@@ -43,7 +43,7 @@ bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/result
 	$(BIN)/python -m moeyard.bench.suite cpu
 
 # On a GPU machine the interpreter that already has torch is used as it is; every part has its own time limit and a
-# part that fails does not keep the others from running.
+# part that fails does not keep the others from running. pytest-benchmark warns beside pytest-xdist, and warnings are errors.
 gpu: ## GPU tests and benchmarks, unattended; results in OUT
 	mkdir -p '$(OUT)'
 	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider -p no:benchmark --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'

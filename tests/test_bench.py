@@ -19,7 +19,7 @@ from moeyard.cli import app
 from moeyard.testing import ROUTINGS, fp8_error, layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
-RATES = Rates(20.0, 30.0, 0.5)
+RATES = Rates(20.0, 30.0, 0.5, "bfloat16")
 
 
 def draw(routing: str, tokens: int = 500, experts: int = 16, top_k: int = 4) -> torch.Tensor:
@@ -225,6 +225,11 @@ def test_workloads_that_come_along() -> None:
             "top_k = [3]\nblock_size = [8]",
             "top_k: expected at most num_experts=2, got 3",
         ),
+        (
+            "op = ['permute_to_fp8']\nrouting = ['uniform']\npoints = [{ num_tokens = 4, num_experts = 2, top_k = 1, "
+            "block_size = 1, hidden_size = 128, group_size = 64, dtype = 'bfloat16' }]",
+            r"group_size: expected one of \(0, 128\), got 64",
+        ),
     ],
 )
 def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
@@ -237,11 +242,12 @@ def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path
 
 
 def test_what_bytes_and_operations_take() -> None:
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 1e9, torch.bfloat16) == {
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.bfloat16) == {
         "copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": 2000.0
     }  # fmt: skip
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 1e9, torch.float32)["product_time_us"] is None
-    assert Rates(20.0, 40.0, 0.5).times_us(8e6, 0, torch.bfloat16)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.float32)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 0, torch.bfloat16)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "float32").times_us(8e6, 1e9, torch.float32)["product_time_us"] == 2000.0
     row = {"copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": None}
     assert results.yardstick_us(row) == 400 and results.yardstick_us(row | {"product_time_us": 500.0}) == 500
     assert results.yardstick_us(dict.fromkeys(row)) is None

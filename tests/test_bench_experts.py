@@ -32,7 +32,7 @@ from moeyard.bench.operators import Case, Provider, operators
 from moeyard.cli import app
 from moeyard.testing import CPU, ROUTINGS, SOURCE, disagreement_error, plain_experts
 
-RATES = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matrix_tflops": 0.1}
+RATES = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matrix_tflops": 0.1, "matrix_dtype": "bfloat16"}
 RATES_OF_ROWS = results.RATE_KEYS[results.SCHEMA]
 LIMITS: dict[str, float | None] = {"copy_time_us": 100.0, "read_time_us": 90.0, "product_time_us": 50.0}
 SOMEONE = Provider("a", "x", len)
@@ -93,7 +93,7 @@ def test_bytes_are_those_of_the_experts_that_are_touched() -> None:
     expert = 3 * case["hidden_size"] * case["intermediate_size"] * 2
     tokens = 2 * 2 * case["hidden_size"] * 2
     assert layers.bytes_of(same) == 8 * expert + tokens
-    limits = run.limits_of(EXPERTS, case, [same], timing.Rates(1.0, 2.0, 1.0))
+    limits = run.limits_of(EXPERTS, case, [same], timing.Rates(1.0, 2.0, 1.0, "bfloat16"))
     assert limits == {
         "copy_time_us": pytest.approx((8 * expert + tokens) / 1e3, abs=1e-3),
         "read_time_us": pytest.approx((8 * expert + tokens) / 2e3, abs=1e-3),

@@ -14,7 +14,7 @@ from moeyard.bench import docs, peers, plots, results, suite
 from moeyard.bench.timing import Rates
 
 CPU = torch.device("cpu")
-RATES = Rates(20.0, 30.0, 0.5)
+RATES = Rates(20.0, 30.0, 0.5, "float32")
 
 
 def a_result(**change: Any) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def test_pictures(suffix: str, tmp_path: Path) -> None:
 def test_tables_hold_what_was_measured() -> None:
     text = docs.table(a_result())
     assert "| moe_align_block_size: 8 tokens, 4 experts, 2 top_k, 16 block_size; uniform | 12.3 | 123 | wrong |" in text
-    assert "copy bandwidth 20.0 GB/s, read bandwidth 30.0 GB/s; bfloat16 product 0.50 TFLOP/s" in text
+    assert "copy bandwidth 20.0 GB/s, read bandwidth 30.0 GB/s; float32 product 0.50 TFLOP/s" in text
     text = docs.table(a_result(), ["moe_align_block_size"])
     assert "| bytes / copy bandwidth | bytes / read bandwidth |" in text and "| wrong | 0.50 | 0.40 |" in text
 

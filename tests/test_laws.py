@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "dispatch", "cuda", "testing"},
+    "testing": {"", "values", "cuda", "testing"},
     "integrations": ROOM | {"", "combine", "integrations"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
@@ -217,6 +218,15 @@ import moeyard.testing, moeyard.bench.workloads
 assert moeyard.testing.layout_error(ids, 3, 2, dict(zip(layout.TENSORS, layout.tensors)), stable=True) is None
 print(moeyard.explain("permute").chosen, sorted(set(sys.modules) & {packages}))
 """
+
+
+def test_extras_are_declared() -> None:
+    project = tomllib.loads((TESTS.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {name: {re.split(r"[<>=\[]", line)[0] for line in lines} for name, lines in extras.items()}
+    assert [re.split("[<>=]", line)[0] for line in project["dependencies"]] == ["torch"]
+    assert declared["cpu"] == {"numba", "numpy"} and declared["cli"] == {"typer", "rich"}
+    assert declared["plot"] == {"matplotlib"} and extras["bench"] == ["moeyard[cpu,cli,plot]"]
 
 
 def test_torch_alone_is_enough_for_all_operators() -> None:

@@ -15,7 +15,7 @@ import moeyard
 from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, timing, workloads
 from moeyard.bench.operators import Case, Provider, operators
 from moeyard.bench.tables import EXPLAINED, tables
-from moeyard.dispatch.table import TABLE, explain, installed
+from moeyard.dispatch.table import TABLE, explain
 
 app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
 bench_app = typer.Typer(invoke_without_command=True)
@@ -131,6 +131,13 @@ def _names(text: str | None) -> tuple[str, ...] | None:
     return tuple(filter(None, text.split(","))) if text else None
 
 
+def _numbers(text: str) -> tuple[int, ...] | None:
+    found = _names(text)
+    if found is not None and not all(part.isdecimal() for part in found):
+        raise _fail(f"--tokens: expected integers with commas between them, got {text!r}")
+    return None if found is None else tuple(map(int, found))
+
+
 @bench_app.command()
 def experts(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result file and of logs/.")],
@@ -152,7 +159,7 @@ def experts(
     """Time experts beside vLLM, torch and DeepGEMM within a time limit, one process per model."""
     try:
         wanted = experts_gpu.Options(
-            out, seconds, name, _names(models) or (), tuple(map(int, _names(tokens) or ())) or None,
+            out, seconds, name, _names(models) or (), _numbers(tokens),
             _names(parts) or (), _names(providers), all_, variants, cell_seconds, rounds, shares, seed, scale,
             _device(device).type,
         )  # fmt: skip
@@ -193,7 +200,7 @@ def doctor() -> None:
     else:
         _console.print(f"no GPU: torch is built for CUDA {torch.version.cuda} but sees no device")
     for package, how, use in _OPTIONAL:
-        state = "installed" if installed(package) else f"missing ({how})"
+        state = "installed" if peers.installed(package) else f"missing ({how})"
         _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
     for place in ["cpu", *(["cuda"] if cuda else [])]:
         table = Table(title=f"{place} tensors", title_justify="left")
@@ -209,6 +216,7 @@ def doctor() -> None:
 _OPTIONAL = (
     ("numba", "pip install 'moeyard[cpu]'", "the cpu implementations"),
     ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
+    ("triton", "pip install 'moeyard[gpu]'", "the triton implementations"),
     ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
     ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
     ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),

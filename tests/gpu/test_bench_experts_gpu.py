@@ -10,7 +10,7 @@ from moeyard.bench.cases import fused_experts
 from moeyard.bench.operators import Case
 
 CUDA = torch.device("cuda")
-RATES = {"copy_gb_s": 4000.0, "read_gb_s": 4400.0, "matrix_tflops": 800.0}
+RATES = {"copy_gb_s": 4000.0, "read_gb_s": 4400.0, "matrix_tflops": 800.0, "matrix_dtype": "bfloat16"}
 REQUEST = {"seed": 1, "rates": RATES, "seconds": 0.05, "without": {}}
 
 
@@ -54,4 +54,4 @@ def test_routings_are_drawn_on_the_device() -> None:
 def test_rates() -> None:
     copied, read = timing.copy_gb_s(CUDA), timing.read_gb_s(CUDA)
     assert 500 < copied < 10_000 and 0.8 < read / copied < 1.5, (copied, read)
-    assert 10 < timing.matrix_tflops(CUDA) < 3000
+    assert 10 < timing.matrix_tflops(CUDA, torch.bfloat16, 8192) < 3000

@@ -137,7 +137,9 @@ def _source(content: dict[str, Any]) -> str:
     machine = content["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     read = f", read bandwidth {machine['read_gb_s']:.1f} GB/s" if "read_gb_s" in machine else ""
-    product = f"; bfloat16 product {_digits(machine['matrix_tflops'])} TFLOP/s" if _has_products(content) else ""
+    product = ""
+    if _has_products(content):  # files of schema 1 do not name bfloat16
+        product = f"; {machine.get('matrix_dtype', 'bfloat16')} product {_digits(machine['matrix_tflops'])} TFLOP/s"
     versions = ", ".join(f"{name} {version}" for name, version in content["peers"].items())
     return f"{where}; copy bandwidth {machine['copy_gb_s']:.1f} GB/s{read}{product}; {versions}; {content['date'][:10]}"
 

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -78,7 +78,7 @@ class Operator:
     """How an operator is measured: `OPERATOR` of a module of bench/cases, whose name is the name of the op."""
 
     sizes: tuple[str, ...]
-    """The keys that a workload's [sizes] or points need."""
+    """The keys that a workload's [sizes] or points need; num_tokens is one of them, what times are drawn over."""
     inputs: Callable[[Case, torch.device, Generator], Any]
     """Fresh inputs on a device."""
     providers: Callable[[Case, torch.device], list[Provider]]
@@ -91,6 +91,8 @@ class Operator:
     """Floating-point operations of the products that any answer computes."""
     from_model: tuple[str, ...] = ()
     """Those of `sizes` that a workload with a [model] table has there instead."""
+    values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Key -> the values that it may have, for `sizes` that are not any integer of 1 and above."""
     sets: Callable[[Case, torch.device, Generator], list[Any]] | None = None
     """All inputs that calls on a GPU rotate over, where they depend on each other."""
     calls: Callable[[Case], int] | None = None

@@ -51,7 +51,7 @@ def machine(device: torch.device, rates: Rates) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: float(f"{value:.4g}") for name, value in asdict(rates).items()},
+        **{name: float(f"{rate:.4g}") if name != "matrix_dtype" else rate for name, rate in asdict(rates).items()},
     }
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -18,9 +18,8 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
 
 def _table(name: str, mode: str, rows: list[dict[str, Any]]) -> Table:
     unit, scale = ("ms", 1e3) if mode == "cold" else ("µs", 1.0)
-    table = Table(title=f"{name} ({mode}), {unit} per call", title_justify="left", box=box.SIMPLE)
-    for column in ("sizes", "routing", "provider"):
-        table.add_column(column, no_wrap=column == "provider")
+    table = Table(title=f"{name} ({mode}), {unit} per call", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    table.add_column("provider")
     for column in ("median", "p10", "p90", "x copy", "x read", "x best"):
         table.add_column(column, justify="right", no_wrap=True)
     best: dict[str, float] = {}
@@ -29,23 +28,27 @@ def _table(name: str, mode: str, rows: list[dict[str, Any]]) -> Table:
             best[_case(row)] = min(best.get(_case(row), float("inf")), row["time_us"])
     previous = ""
     for row in rows:
-        first = _case(row) != previous
-        sizes = ", ".join(str(value) for value in row["sizes"].values())
-        start = [sizes if first else "", row["routing"] if first else "", f"{row['provider']} {row['impl']}"]
+        if _case(row) != previous:
+            table.add_row(f"[bold]{_case(row)}[/]")
+        previous, label = _case(row), f"  {row['provider']} {row['impl']}"
         if row["time_us"] is None:
-            table.add_row(*start, "wrong", style="red")
-        else:
-            times = [f"{row[key] / scale:.1f}" for key in ("time_us", "time_us_p10", "time_us_p90")]
-            shares = [_over(row["time_us"], row[key]) for key in ("copy_time_us", "read_time_us")]
-            table.add_row(*start, *times, *shares, _over(row["time_us"], best[_case(row)]))
-        previous = _case(row)
-    table.caption = "sizes: " + ", ".join(rows[0]["sizes"])
+            table.add_row(label, "wrong", style="red")
+            continue
+        times = [_digits(row[key] / scale) for key in ("time_us", "time_us_p10", "time_us_p90")]
+        shares = [_over(row["time_us"], row[key]) for key in ("copy_time_us", "read_time_us")]
+        table.add_row(label, *times, *shares, _over(row["time_us"], best[_case(row)]))
+    table.caption = f"in bold: {', '.join(rows[0]['sizes'])}, routing"
     return table
 
 
 def _case(row: dict[str, Any]) -> str:
-    return f"{row['sizes']} {row['routing']}"
+    return ", ".join(map(str, (*row["sizes"].values(), row["routing"])))
 
 
 def _over(time: float, other: float | None) -> str:
-    return f"{time / other:.2f}" if other else ""
+    return _digits(time / other) if other else ""
+
+
+def _digits(value: float) -> str:
+    """Three digits or, above 100, all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -190,15 +190,18 @@ class Rates:
     read_gb_s: float
     """The quicker of two reductions of a tensor, in GB/s."""
     matrix_tflops: float
-    """The bfloat16 product of two random square matrices, in TFLOP/s."""
+    """The product of two random square matrices of `matrix_dtype`, in TFLOP/s."""
+    matrix_dtype: str
+    """What products are quickest in: bfloat16 on a GPU, float32 on a CPU, which mostly widens narrower ones."""
 
     def times_us(self, moved: float, operations: float, dtype: torch.dtype) -> dict[str, float | None]:
         """What a row has beside its time: the microseconds that bytes and operations take at these rates.
 
         Reads are quicker than copies, so a time may be below `copy_time_us`. `product_time_us` is None without
-        operations, and for dtypes that are not of 16 bits, since their rate is another.
+        operations, and for a dtype that is wider than `matrix_dtype`, since its rate is another.
         """
-        product = operations / self.matrix_tflops / 1e6 if operations and dtype.itemsize == 2 else None
+        known = operations and dtype.itemsize <= getattr(torch, self.matrix_dtype).itemsize
+        product = operations / self.matrix_tflops / 1e6 if known else None
         return {
             "copy_time_us": round(moved / self.copy_gb_s / 1e3, 3),
             "read_time_us": round(moved / self.read_gb_s / 1e3, 3),
@@ -208,7 +211,9 @@ class Rates:
 
 def rates(device: torch.device) -> Rates:
     """The rates of a machine, from tensors that no cache holds."""
-    return Rates(copy_gb_s(device), read_gb_s(device), matrix_tflops(device, 8192 if device.type == "cuda" else 512))
+    if device.type == "cuda":
+        return Rates(copy_gb_s(device), read_gb_s(device), matrix_tflops(device, torch.bfloat16, 8192), "bfloat16")
+    return Rates(copy_gb_s(device), read_gb_s(device), matrix_tflops(device, torch.float32, 1024), "float32")
 
 
 def copy_gb_s(device: torch.device) -> float:
@@ -220,16 +225,16 @@ def copy_gb_s(device: torch.device) -> float:
 
 
 def read_gb_s(device: torch.device) -> float:
-    """The machine's read bandwidth in GB/s: the quicker of torch's sum and largest value of float32."""
+    """The machine's read bandwidth in GB/s: the quicker of torch's sum of float32 and largest value of int32."""
     count = 1 << (29 if device.type == "cuda" else 26)
     source = torch.rand(count, device=device)
-    seconds = min(_median_seconds(reduce, device) for reduce in (source.sum, source.amax))
+    seconds = min(_median_seconds(reduce, device) for reduce in (source.sum, source.view(torch.int32).amax))
     return source.nbytes / seconds / 1e9
 
 
-def matrix_tflops(device: torch.device, size: int = 8192) -> float:
-    """The rate of torch's bfloat16 product of two random square matrices, in TFLOP/s."""
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+def matrix_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """The rate of torch's product of two random square matrices, in TFLOP/s."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
     return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right, out=product), device) / 1e12
 

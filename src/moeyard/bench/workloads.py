@@ -2,6 +2,7 @@
 
 import itertools
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def load(name: str, scale: int = 1) -> list[Case]:
             axes = [[(key, value) for value in _several(sizes, key, path)] for key in keys]
             points = list(itertools.product(*axes))
         for point in points:
-            _check_point(dict(point), path)
+            _check_point(dict(point), path, operators()[op].values)
             shrunk = tuple((key, _shrink(key, value, scale)) for key, value in point)
             cases.append(Case(path.stem, op, routing, shrunk, _model(table, path, scale)))
     return cases
@@ -91,14 +92,14 @@ def _present(table: dict[str, Any], key: str, path: Path) -> Any:
     return table[key]
 
 
-def _check_point(sizes: dict[str, Any], path: Path) -> None:
+def _check_point(sizes: dict[str, Any], path: Path, values: Mapping[str, tuple[int, ...]]) -> None:
     for key, value in sizes.items():
         if key == "dtype":
             if value not in DTYPES:
                 raise ValueError(f"{path}: dtype: expected one of {DTYPES}, got {value!r}")
-        elif key == "group_size":
-            if value not in (0, 128):
-                raise ValueError(f"{path}: group_size: expected 0 or 128, got {value!r}")
+        elif key in values:
+            if value not in values[key]:
+                raise ValueError(f"{path}: {key}: expected one of {values[key]}, got {value!r}")
         elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{path}: {key}: expected integers of 1 and above, got {value!r}")
     if "num_experts" in sizes and sizes["num_experts"] < sizes.get("top_k", 1):

@@ -2,7 +2,7 @@
 
 import torch
 
-from moeyard.dispatch import table
+import moeyard
 
 CPU = torch.device("cpu")
 _only: set[str] = set()
@@ -10,9 +10,10 @@ _only: set[str] = set()
 
 def impls_on(op: str, device: torch.device, dtype: torch.dtype | None = None) -> list[str]:
     """The implementations of an op that meet calls on a device, `reference` included; see `restrict_to`."""
-    reasons = table.explain(op, device, dtype).reasons
-    taken = [name for name, reason in reasons.items() if reason.startswith(("chosen", "comes after", "only chosen"))]
-    return [name for name in taken if not _only or name in _only]
+    reasons = moeyard.explain(op, device, dtype).reasons
+    meets = ("chosen", "comes after", "only chosen")
+    taken = [label.partition(" ")[0] for label, reason in reasons.items() if reason.startswith(meets)]
+    return [name for name in dict.fromkeys(taken) if not _only or name in _only]
 
 
 def restrict_to(*names: str) -> None:

@@ -28,7 +28,8 @@ def bytes_moved(case: Case) -> int:
     return int(case["num_tokens"] * (hidden * case.dtype.itemsize + case["top_k"] * written))
 
 
-OPERATOR = Operator((*ROW_SIZES[:-1], "group_size", "dtype"), draw_rows, providers, error, bytes_moved)
+SIZES = (*ROW_SIZES[:-1], "group_size", "dtype")
+OPERATOR = Operator(SIZES, draw_rows, providers, error, bytes_moved, values={"group_size": (0, 128)})
 
 
 def _moeyard(case: Case, impl: str) -> Run:
