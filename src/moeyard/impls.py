@@ -155,6 +155,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             _cuda,
             first_outputs="moeyard.cuda.align.launchers:triple_launch",
             repeater="moeyard.cuda.align.launchers:align_again",
+            unfit="moeyard.cuda.align.launchers:unfit_for_align",
         ),
         *_shared("layout:align_launch"),
     ),

@@ -112,7 +112,7 @@ def _prepare(
     chosen: FewTokensPlan | None,
 ) -> tuple[Launch, Launch]:
     sizes, card = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated), card_of(device)
-    plan = chosen or few_tokens_plan(sizes, card)
+    plan = chosen or few_tokens_plan(sizes, card, min(1.0, num_local / num_experts))
     if plan is None:
         raise ValueError(
             "hidden_states, topk_ids: expected at most 32 routes, rows of whole 16 bytes, and compute capability 9.0 "
