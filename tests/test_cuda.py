@@ -1,7 +1,10 @@
 """What the cuda implementation can show without a GPU: sources compile, plans hold."""
 
 import pytest
+import torch
 
+from moeyard import empty_layout
+from moeyard.cuda.align import launchers
 from moeyard.cuda.align.plan import MAX_ROUNDS, align_plan
 from moeyard.cuda.route.plan import route_align_plan, router_plan
 from moeyard.cuda.rows.plan import row_plan, whole_row_plan
@@ -169,6 +172,34 @@ def test_plans_hold(card: Card, experts: int) -> None:
             )
             lost = 8 * 7 if chosen.cluster > 1 else 0
             assert chosen.grid <= blocks * card.processors - lost, "all blocks run at once, whatever 8 GPCs look like"
+
+
+@pytest.mark.parametrize("processors", [8, 188])
+def test_cards_with_little_shared_memory_say_what_they_do_not_take(
+    processors: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2048 experts fit every card; of more, plans say so before anything is launched, and "auto" goes on."""
+    card = Card(processors, 101376, False)
+    monkeypatch.setattr(launchers, "card_of", lambda device: card)
+
+    def refused(routes: int, experts: int) -> str | None:
+        ids = torch.zeros(routes, dtype=torch.int32)
+        out = empty_layout(routes, num_experts=experts, block_size=16)
+        reason = launchers.unfit_for_align(ids, None, out)
+        try:
+            align_plan(routes, experts, out.capacity, card)
+        except ValueError as problem:
+            assert reason == str(problem), "what is let through can be launched"
+        else:
+            assert reason is None
+        return reason
+
+    for routes in (0, 1, 62, 1000, 8192, 100_000, 2**20):
+        assert refused(routes, 1) is refused(routes, 1024) is refused(routes, launchers._ALWAYS_FIT) is None
+    assert refused(8, 8192) is None, "routes of one warp need no table"
+    assert refused(100, 8192) == (
+        "num_local_experts: expected so few that tables fit 101376 bytes of shared memory, got 8192"
+    )
 
 
 def test_eight_thousand_experts_fit_an_h200_and_too_many_are_an_error() -> None:

@@ -17,7 +17,7 @@ from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
 from moeyard.cuda.experts.launchers import product_defines
-from moeyard.cuda.experts.plan import ProductPlan, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts.plan import ProductPlan, expected_routes, product_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
@@ -119,6 +119,70 @@ def test_parts_of_a_layout_share_no_memory(tokens: int, top_k: int, experts: int
     one = torch.empty(1, 4097, dtype=torch.bfloat16)[:, :4096]  # contiguous, whatever the stride of its one row
     assert launches._compact_layout(ids[:1], 4, 4, middle, rows, one).expert_offsets.data_ptr() == one.data_ptr()
     assert launches._apart(out, rows, None) and not launches._apart(out, rows, out.view(torch.int16)[1:])
+
+
+def off_by(tensor: torch.Tensor, elements: int) -> torch.Tensor:
+    """The same values, beginning so many elements into a storage."""
+    room = torch.empty(tensor.numel() + elements, dtype=tensor.dtype)
+    return room[elements:].view(tensor.shape).copy_(tensor)
+
+
+def test_rows_may_lie_anywhere_and_weights_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and results are copied where the copy engine cannot read or write them; weights are refused in words."""
+    monkeypatch.setattr(launches, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(launches, "card_of", lambda device: H200)
+    w13, w2 = torch.randn(4, 64, 32).bfloat16(), torch.randn(4, 32, 32).bfloat16()
+    hidden, ids, factors = torch.randn(6, 32).bfloat16(), torch.zeros(6, 2, dtype=torch.int32), torch.rand(6, 2)
+
+    def refused(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out: torch.Tensor) -> str | None:
+        weights = ExpertWeights(up, down)
+        one = launches.unfit_for_grouped_gemm(rows, up, None, None, out=out.new_empty(6, 64))
+        both = launches.unfit_for_fused_experts(
+            rows, factors, ids, None, weights, activation=None, num_experts=4, weight_on_input=False, out=out
+        )
+        names = {"weight": "weights.w13", "rows": "hidden_states"}
+        assert one is None or both == re.sub(r"^\w+", lambda found: names[found[0]], one)
+        return both
+
+    columns = torch.randn(6, 96).bfloat16()[:, 32:64]
+    for rows in (hidden, off_by(hidden, 1), columns, torch.randn(32, 6).bfloat16().T):
+        for out in (hidden.clone(), off_by(hidden, 3)):
+            assert refused(rows, w13, w2, out) is None
+            placed = launches._in_place(rows)
+            assert launches._lies_well(placed) and torch.equal(placed, rows)
+    assert launches._in_place(hidden) is hidden, "nothing is copied that need not be"
+    away = "expected an address that is a multiple of 16 bytes"
+    assert refused(hidden, off_by(w13, 4), w2, hidden) == f"weights.w13: {away}"
+    assert refused(hidden, w13, off_by(w2, 1), hidden) == f"weights.w2: {away}"
+    assert refused(hidden, w13.mT.contiguous().mT, w2, hidden) == (
+        "weights.w13: expected a contiguous tensor, got strides (2048, 1, 64)"
+    )
+    narrow = torch.randn(4, 64, 40).bfloat16()
+    assert refused(torch.randn(6, 40).bfloat16(), narrow, w2, hidden) == (
+        "hidden_states: expected a positive multiple of 16 columns, got 40"
+    )
+
+
+@pytest.mark.parametrize(("hidden", "size", "experts", "top_k"), MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_plans_take_the_routes_that_come_to_this_rank(
+    hidden: int, size: int, experts: int, top_k: int, ranks: int
+) -> None:
+    """Under expert parallelism a rank's tiles are those of its own share of tokens, and hold whatever comes."""
+    local = max(1, experts // ranks)
+    for tokens in TOKENS:
+        routes = tokens * top_k
+        here = expected_routes(routes, local, experts)
+        assert here == max(1, routes * local // experts) and expected_routes(routes, experts, experts) == routes
+        for columns, gated in ((size, True), (hidden, False)):
+            chosen = product_plan(routes, local, columns, gated, False, H200, None, here)
+            alone = product_plan(here, local, columns, gated, False, H200)
+            assert (chosen.rows, chosen.groups, chosen.tall, chosen.blocks) == (
+                alone.rows, alone.groups, alone.tall, alone.blocks,
+            )  # fmt: skip
+            assert alone.stages - chosen.stages in (0, 1), "the table has room for all experts"
+            assert chosen.grid >= alone.grid, "blocks for all tiles that may come"
+    assert expected_routes(0, local, experts) == 0
 
 
 @cache

@@ -180,6 +180,14 @@ def test_where_this_is_the_quicker_way() -> None:
     assert chosen("Qwen3-30B", 2) and chosen("Qwen3-Next", 3) and chosen("gpt-oss-120b", 2)
     assert not chosen("DeepSeek-V3", 2), "an expert of 88 MB is too much to read twice in every fourth call"
     assert not chosen("Qwen3-30B", 1, Card(108, 166912, False))
+    for model, tokens in (("Qwen3-30B", 1), ("Qwen3-30B", 4), ("DeepSeek-V3", 1), ("Mixtral", 1)):
+        experts, sizes = MODELS[model][4], sizes_of(model, tokens)
+        less = few_tokens_are_quicker(sizes, experts, H200, 0.125)
+        assert less or not chosen(model, tokens), "a rank has less to read"
+    assert not chosen("DeepSeek-V3", 2) and few_tokens_are_quicker(sizes_of("DeepSeek-V3", 2), 256, H200, 0.125)
+    assert few_tokens_plan(sizes_of("Qwen3-30B"), H200, 0.125) == few_tokens_plan(
+        sizes_of("Qwen3-30B"), H200, warps=4, ring_bytes=32 << 10
+    ), "an eighth of the routes is little to read"
     one = ExpertSizes(1, 2, 2048, 768, True)
     assert not few_tokens_are_quicker(one, 1, H200), "more routes than experts repeat some"
     assert not few_tokens_are_quicker(ExpertSizes(1, 8, 2044, 768, True), 128, H200), "rows of whole words"

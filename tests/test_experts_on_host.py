@@ -109,6 +109,14 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 8, "size": 48, "counts": [9, 3, 1, 20], "columns": 112, "blocks": 2, "gated": False, "gather": False,
         "activation": None, "ready": True,
     },
+    "second product, weighted": {
+        "tiles": 192, "counts": [220, 7, 0, 3], "size": 80, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 272, "bias": True, "weighted": True, "dtype": torch.float16,
+    },
+    "weighted, few rows": {
+        "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "gather": False, "activation": None,
+        "ready": True, "columns": 144, "weighted": True, "dtype": torch.float16,
+    },
     "in batches": {
         "tiles": 32, "counts": [40, 0, 9], "size": 144, "gated": False, "gather": False, "activation": None,
         "columns": 144,
@@ -124,7 +132,13 @@ def planned(case: dict[str, Any]) -> ProductPlan:
     card = Card(132, 232448, True)
     gated, by_route = case["gated"], case["by_route"]
     plan = product_plan(
-        sum(case["counts"]), len(case["counts"]), case["columns"], gated, by_route, card, Way(rows=case["tiles"])
+        sum(case["counts"]),
+        len(case["counts"]),
+        case["columns"],
+        gated,
+        by_route or case["weighted"],
+        card,
+        Way(rows=case["tiles"]),
     )
     return replace(plan, grid=case["blocks"], **case["plan"])
 
@@ -157,7 +171,8 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, plan.turn)
     maps = map_of(weight.data_ptr(), *boxes)
     maps += map_of(rows.data_ptr(), (size, len(rows)), (2 * size,), (STEP_VALUES, plan.box))
-    tensors = (rows, bias, factors, routes if moved or case["by_route"] else None, first_rows, counts, out, turns)
+    slots = routes if moved or case["by_route"] or case["weighted"] else None
+    tensors = (rows, bias, factors, slots, first_rows, counts, out, turns)
     pointers = (ctypes.c_void_p * 8)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))
     activation = case["activation"] or Activation()
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
@@ -176,7 +191,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     owner = torch.repeat_interleave(torch.arange(experts), counts)
     target = routes.long() if case["by_route"] else torch.arange(total)
     exact, honest = (
-        results(taken.to(kind), weight.to(kind), bias, owner, case, None if factors is None else factors[target])
+        results(taken.to(kind), weight.to(kind), bias, owner, case, None if factors is None else factors[routes.long()])
         for kind in (torch.float64, dtype)
     )
     if guard_broken(out) or bool((out.view(torch.uint8).view(len(out), -1)[untaken(target, len(out))] != 0x7F).any()):
@@ -227,6 +242,9 @@ MUTANTS = {
         "decode", "    sync_warpgroup(group);\n    for (u32 row = thread / P", "    for (u32 row = thread / P",
     ),
     "odd columns where even ones belong": ("second product", "at = start / 2 + odd", "at = start / 2"),
+    "the factor of another row": (
+        "weighted, few rows", "route = room.routes[group * BN + row]", "route = room.routes[group * BN + (row ^ 1)]",
+    ),
     "a row too few": ("second product", "row >= tile.rows) continue", "row + 1 >= tile.rows) continue"),
     "results that the copy engine does not see": ("prefill", "  show_shared_writes();\n  sync_w", "  sync_w"),
     "results that are not all there": ("prefill", "  sync_warpgroup(group);\n  if (first", "  if (first"),

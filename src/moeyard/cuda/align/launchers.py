@@ -39,6 +39,21 @@ def align_launch(
     )
 
 
+def unfit_for_align(topk_ids: Tensor, _map: Tensor | None, out: Layout) -> str | None:
+    """Why `align_launch` does not take these arguments, in words; None if it does."""
+    if out.num_local_experts <= _ALWAYS_FIT:
+        return None
+    try:
+        align_plan(topk_ids.numel(), out.num_local_experts, out.capacity, card_of(topk_ids.get_device()))
+    except ValueError as problem:
+        return str(problem)
+    return None
+
+
+_ALWAYS_FIT = 2048
+"""So many experts fit every card of compute capability 8.0 or later (99 KiB of shared memory for a block)."""
+
+
 def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], bool] | None:
     """A function that fills `out` for other ids of the same shape and dtype, checking only what can have changed.
 

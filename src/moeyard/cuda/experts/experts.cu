@@ -112,9 +112,9 @@ __device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2],
       if (row >= tile.rows) continue;
       u16* to = of_row + odd * a.columns;
       float factor = 1.0f;
-      if constexpr (BY_ROUTE) {
+      if constexpr (KNOWS_ROUTES) {
         const u32 route = room.routes[group * BN + row];
-        to = a.out + static_cast<i64>(route) * a.columns + column;
+        if constexpr (BY_ROUTE) to = a.out + static_cast<i64>(route) * a.columns + column;
         if constexpr (WEIGHS) factor = __ldg(a.factors + route);
       }
       const int at = start / 2 + odd;
@@ -212,7 +212,7 @@ __device__ __forceinline__ u32 send_gated_results(const float (&sums)[TALL][BN /
   return held;
 }
 
-// What a warpgroup has to know of a tile whose results go to routes.
+// What a warpgroup has to know of a tile whose results go to routes, or are weighted by them.
 __device__ __forceinline__ void look_up_routes(const Room& room, const Arguments& a, const Tile& tile) {
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
   sync_warpgroup(group);  // the routes of the tile before have been read
@@ -236,7 +236,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
-    if constexpr (BY_ROUTE) look_up_routes(room, a, tile);
+    if constexpr (KNOWS_ROUTES) look_up_routes(room, a, tile);
     multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;

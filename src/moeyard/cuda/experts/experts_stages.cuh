@@ -9,6 +9,7 @@
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, STREAMS = STREAMING;
+constexpr bool KNOWS_ROUTES = BY_ROUTE || WEIGHS;
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
@@ -33,9 +34,8 @@ using Work = Tiles<FINE, GROUP>;
 static_assert(!IN_STAGE || (TALL == 2 && DEPTH >= 2 && CONSUMERS * BN * PITCH <= STAGE_BYTES), "a stage holds results");
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(!(GATHERS && READY_BEFORE), "who gathers waits for the layout");
-static_assert(!WEIGHS || BY_ROUTE, "factors are those of routes");
 static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
-static_assert(!(GATED_RESULT && BY_ROUTE), "the first product of a layer keeps the order of experts");
+static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 
 struct Stage {
   u32 number, parity;
@@ -51,7 +51,7 @@ struct Stage {
 // Addresses in shared memory, as `divide` and `shared_bytes` (plan.py) have them.
 struct Room {
   u32 stages, chunks, full, empty, lead;
-  u32* routes;     // [CONSUMERS][BN]: target rows of the tile, where results are by route
+  u32* routes;     // [CONSUMERS][BN]: those of the tile's rows, where results are by route or weighted
   u32* sums;       // 64 words, for the table; after that
   Tile* tiles;     // [DEPTH]: the one whose first step is in a stage, and
   u32* following;  // [2]: what one thread that loads tells the others
@@ -86,7 +86,7 @@ __device__ __forceinline__ Room divide(u8* memory) {
   room.following = room.sums + 4 * DEPTH;
   memory += 256;
   room.routes = reinterpret_cast<u32*>(memory);
-  if constexpr (BY_ROUTE) memory += CONSUMERS * BN * 4;
+  if constexpr (KNOWS_ROUTES) memory += CONSUMERS * BN * 4;
   room.table = reinterpret_cast<u32*>(memory);
   return room;
 }

@@ -37,7 +37,9 @@ def unfit(call: Call) -> str | None:
     sizes = ExpertSizes(
         call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated
     )
-    if not _are_quicker(sizes, weights.num_local_experts, card_of(call.device.index or 0)):
+    num_experts = call.num_experts or weights.num_local_experts
+    share = min(1.0, weights.num_local_experts / num_experts)
+    if not _are_quicker(sizes, num_experts, card_of(call.device.index or 0), share):
         return f"takes a few tokens, got {call.num_tokens} of {call.top_k} experts each"
     return None
 
@@ -122,7 +124,7 @@ def _prepare(
     chosen: FewTokensPlan | None,
 ) -> tuple[Launch, Launch]:
     sizes, card = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated), card_of(device)
-    plan = chosen or few_tokens_plan(sizes, card)
+    plan = chosen or few_tokens_plan(sizes, card, min(1.0, num_local / num_experts))
     if plan is None:
         raise ValueError(
             "hidden_states, topk_ids: expected at most 32 routes, rows of whole 16 bytes, and compute capability 9.0 "

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan, way_of
+from moeyard.cuda.experts.plan import ProductPlan, Way, expected_routes, product_plan, way_of
 from moeyard.cuda.rows.launchers import combine_launch, permute_launch, shuffle_rows_launch
 from moeyard.cuda.runtime.barriers import barrier_for
 from moeyard.cuda.runtime.cards import card_of
@@ -18,6 +18,8 @@ from moeyard.values import Activation, ExpertCall, Layout, Segments
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+_ALIGNMENT = 16
+"""Of addresses, in bytes."""
 _UNIT = 16
 """What sizes are multiples of, so that every row and every half of w13 begins where the copy engine can."""
 
@@ -38,6 +40,16 @@ def unfit_for_experts(call: Call) -> str | None:
     return "takes no router weights on the input" if call.weight_on_input else unfit_for_products(call)
 
 
+def _lies_well(tensor: Tensor) -> bool:
+    """Whether the copy engine can read or write its rows in place."""
+    return tensor.is_contiguous() and not tensor.data_ptr() % _ALIGNMENT
+
+
+def _in_place(rows: Tensor) -> Tensor:
+    """These rows, or a copy of them where the copy engine can read it."""
+    return rows if _lies_well(rows) else rows.clone(memory_format=torch.contiguous_format)
+
+
 def grouped_gemm_launch(
     rows: Tensor,
     weight: Tensor,
@@ -55,16 +67,20 @@ def grouped_gemm_launch(
     device = rows.get_device()
     first_rows, row_counts, sorted_token_ids, row_divisor = segments
     by_route = gather = sorted_token_ids is not None
-    way = way_of(out.shape[0], weight.shape[0], out.shape[1], layer=False)
+    expected = out.shape[0]
+    way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
     if sorted_token_ids is not None and way.copied:
         gather = False
         source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
         shuffle_rows_launch(source, sorted_token_ids // row_divisor, out=rows)
+    results = out if _lies_well(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     _product(
-        rows, weight, bias, first_rows.contiguous(), row_counts.contiguous(), out,
-        slots=sorted_token_ids, divisor=row_divisor, gather=gather, factors=topk_weights, by_route=by_route,
-        way=way, turns=_turns(device),
+        _in_place(rows), weight, bias, first_rows.contiguous(), row_counts.contiguous(), results,
+        slots=None if sorted_token_ids is None else sorted_token_ids.contiguous(), divisor=row_divisor, gather=gather,
+        factors=topk_weights, by_route=by_route, way=way, expected=expected, turns=_turns(device),
     )  # fmt: skip
+    if results is not out:
+        out.copy_(results)
 
 
 def fused_experts_launch(
@@ -80,19 +96,25 @@ def fused_experts_launch(
 
     What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
     these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`).
+
+    A row of float16 is multiplied by the router's weight before it is rounded, since it may be larger than float16
+    holds where the weighted one is not. bfloat16 has the range of float32: there the sum multiplies, and blocks of the
+    second product need not know their routes.
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
         return
     device = hidden_states.get_device()
     weights, activation, num_experts, expert_map, _ = call
-    way = way or way_of(num_routes, weights.num_local_experts, weights.w13.shape[1])
+    expected = expected_routes(num_routes, weights.num_local_experts, num_experts)
+    way = way or way_of(expected, weights.num_local_experts, weights.w13.shape[1])
+    hidden_states, weighs = _in_place(hidden_states), hidden_states.dtype == torch.float16
     middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
     rows = hidden_states.new_empty((num_routes, weights.hidden_size))
     inputs = (hidden_states, topk_weights, topk_ids, expert_map)
     layout = _compact_layout(
-        topk_ids, num_experts, weights.num_local_experts, middle, middle if way.copied else rows,
-        out if _apart(out, *inputs) else None,
+        topk_ids, num_experts, weights.num_local_experts, middle, None if weighs else middle if way.copied else rows,
+        out if _lies_well(out) and _apart(out, *inputs) else None,
     )  # fmt: skip
     align_launch(topk_ids, expert_map, layout, programmatic=True)
     offsets, counts = layout.expert_offsets, layout.expert_counts
@@ -106,10 +128,14 @@ def fused_experts_launch(
         rows if way.copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
         slots=None if way.copied else layout.sorted_token_ids, divisor=1 if way.copied else top_k,
         gather=not way.copied, activation=activation, gated=weights.gated, ready=way.copied, way=way,
-        turns=turns,
+        expected=expected, turns=turns,
     )  # fmt: skip
-    _product(middle, weights.w2, weights.w2_bias, offsets, counts, rows, ready=True, way=way, turns=turns)
-    combine_launch(rows, topk_weights, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
+    _product(
+        middle, weights.w2, weights.w2_bias, offsets, counts, rows, slots=layout.sorted_token_ids if weighs else None,
+        factors=topk_weights if weighs else None, ready=True, way=way, expected=expected, turns=turns,
+    )  # fmt: skip
+    factors = None if weighs else topk_weights
+    combine_launch(rows, factors, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
 def _turns(device: int) -> int:
@@ -124,15 +150,16 @@ def _apart(out: Tensor, *others: Tensor | None) -> bool:
 
 
 def _compact_layout(
-    topk_ids: Tensor, num_experts: int, experts: int, middle: Tensor, room: Tensor, out: Tensor | None
+    topk_ids: Tensor, num_experts: int, experts: int, middle: Tensor, room: Tensor | None, out: Tensor | None
 ) -> Layout:
     """An uninitialised layout of block_size 1: what the sum reads has memory of its own.
 
     The rest lies in memory that holds something else later: `expert_ids`, which nobody reads, in `middle` behind as
-    much as `sorted_token_ids` take, those, which at most the first product reads, in `room`, and what both products
+    much as `sorted_token_ids` take, those in `room` if at most the first product reads them, and what both products
     read in `out`, where there is room.
     """
     n = topk_ids.numel()
+    slots = topk_ids.new_empty(n, dtype=torch.int32) if room is None else room.view(torch.int32).as_strided((n,), (1,))
     lengths = [2 * (experts + 1), experts, 1]
     words = sum(lengths)
     if out is not None and 4 * words <= out.numel() * out.element_size() and not out.storage_offset() % 4:
@@ -141,7 +168,6 @@ def _compact_layout(
     else:
         table, routes = topk_ids.new_empty(words + n, dtype=torch.int32).unsafe_split_with_sizes([words, n])
     offsets, counts, total = table.unsafe_split_with_sizes(lengths)
-    slots = room.view(torch.int32).as_strided((n,), (1,))
     blocks = middle.view(torch.int32).as_strided((n,), (1,), n)
     tensors = (slots, blocks, total, offsets.view(torch.int64), counts, routes)
     return Layout.of(tensors, (num_experts, experts, 1, topk_ids.shape[1]))
@@ -164,11 +190,13 @@ def _product(
     gated: bool = False,
     ready: bool = False,
     way: Way,
+    expected: int,
     turns: int,
 ) -> None:
     """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
 
-    Results go to row r of `out`, or `by_route` to row `slots[r]`. `ready` says that the launch ahead did not write the
+    Results go to row r of `out`, or `by_route` to row `slots[r]`; `factors` are those of routes. `expected` counts the
+    rows that are likely to come, of as many as `out` has. `ready` says that the launch ahead did not write the
     layout. `turns` is the address of two words of zeros, which are left so.
     """
     device = rows.get_device()
@@ -179,7 +207,7 @@ def _product(
         factors = factors.contiguous()
     key = (
         out.shape, experts, size, rows.dtype, gather, divisor, factors is None, by_route, activation, gated,
-        bias is None, ready, way, device,
+        bias is None, ready, way, expected, device,
     )  # fmt: skip
     launch, plan = _READY.get(key) or _READY.add(key, _prepare(*key))
     weights = weight_map(
@@ -220,9 +248,11 @@ def _prepare(
     unbiased: bool,
     ready: bool,
     way: Way,
+    expected: int,
     device: int,
 ) -> tuple[Launch, ProductPlan]:
-    plan = product_plan(shape[0], experts, shape[1], gated, by_route, card_of(device), way)
+    routed = by_route or not unweighted
+    plan = product_plan(shape[0], experts, shape[1], gated, routed, card_of(device), way, expected)
     clamped = activation is not None and activation.limit is not None
     defines = product_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,

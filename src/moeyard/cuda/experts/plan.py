@@ -76,9 +76,19 @@ class ProductPlan:
 
 @lru_cache(maxsize=4096)
 def product_plan(
-    num_rows: int, experts: int, columns: int, gated: bool, by_route: bool, card: Card, way: Way | None = None
+    num_rows: int,
+    experts: int,
+    columns: int,
+    gated: bool,
+    routed: bool,
+    card: Card,
+    way: Way | None = None,
+    expected_rows: int | None = None,
 ) -> ProductPlan:
     """The launch for so many rows, spread over so many experts, each with weights of so many columns of results.
+
+    `num_rows` come at most, and `expected_rows` are likely to, all unless given: of the routes of all ranks an
+    expert-parallel rank has its share. `routed` says that blocks keep the routes of a tile's rows.
 
     How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
     at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
@@ -92,7 +102,8 @@ def product_plan(
     registers: 56 KiB a stage for 1536 cycles of products.
     """
     way = way or Way()
-    mean = num_rows / max(1.0, _touched(num_rows, experts))
+    likely = num_rows if expected_rows is None else expected_rows
+    mean = likely / max(1.0, _touched(likely, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
     rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
@@ -101,10 +112,10 @@ def product_plan(
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + RESERVED) // blocks - RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, by_route)
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, routed)
             stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, gated, by_route)
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, routed)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 row_tiles = _most_tiles(num_rows, experts, rows)
                 if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
@@ -118,7 +129,7 @@ def product_plan(
 
 @lru_cache(maxsize=4096)
 def way_of(num_rows: int, experts: int, columns: int, layer: bool = True) -> Way:
-    """The way of a layer, or of one product, with so many columns of weights in the first.
+    """The way of a layer, or of one product, with so many columns of weights in the first; `num_rows` are expected.
 
     Where products are the limit, gathering by `cp.async` takes 5 to 10 % of their time, which grows with the columns of
     the weights; copying costs a row's bytes written and read once. Where reading weights is the limit gathering costs
@@ -141,11 +152,16 @@ def stage_bytes(rows: int, groups: int, tall: int) -> int:
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
 
 
-def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, by_route: bool) -> int:
+def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, routed: bool) -> int:
     """Shared memory of a block, as experts.cu divides it."""
     chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows <= 128 else 0
-    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 4 if by_route else 0) + entries * _ENTRY_BYTES
+    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 4 if routed else 0) + entries * _ENTRY_BYTES
     return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
+
+
+def expected_routes(num_routes: int, num_local_experts: int, num_experts: int) -> int:
+    """How many of the routes of all ranks this one has, if each expert has as many."""
+    return max(1, num_routes * min(num_local_experts, num_experts) // num_experts) if num_routes else 0
 
 
 def _touched(num_rows: int, experts: int) -> float:
@@ -238,6 +254,7 @@ _MOST_VALUES = 1 << 16
 def few_tokens_plan(
     sizes: ExpertSizes,
     card: Card,
+    share: float = 1.0,
     *,
     warps: int | None = None,
     segment: int = _SEGMENT_WORDS,
@@ -249,7 +266,8 @@ def few_tokens_plan(
 
     Where a multiprocessor reads little altogether (a tensor-parallel shard at one token) filling and draining rings is
     most of the time: few warps with short rings then take 9.3 us instead of 12.8. Elsewhere short rings cost up to
-    a third (benchmarks/results/h200/decode_plans.json, which `trigger` comes from as well).
+    a third (benchmarks/results/h200/decode_plans.json, which `trigger` comes from as well). `share` is that of all
+    experts which are here, and so of all routes.
 
     They take rows of whole words (16 bytes), at most 32 routes, and what leaves both launches enough shared memory
     beside each other on a multiprocessor for rings, tokens [T, H] and activations [T * K, I].
@@ -259,7 +277,7 @@ def few_tokens_plan(
         return None
     if not card.clusters:
         return None
-    little = sizes.weight_bytes <= _LITTLE_BYTES * card.processors
+    little = share * sizes.weight_bytes <= _LITTLE_BYTES * card.processors
     warps = warps or _WARPS[little]
     ring_bytes = ring_bytes or (_LEAST_RING_BYTES if little else _RING_BYTES)
     made = [_cut(sizes, card, warps, words, ring_bytes) for words in (segment, segment // 2)]
@@ -312,19 +330,20 @@ def _down_vectors(sizes: ExpertSizes) -> int:
     return 2 * sizes.num_routes * sizes.intermediate_size
 
 
-def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card) -> bool:
+def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card, share: float = 1.0) -> bool:
     """Whether these two launches are the quicker way for 16-bit weights: a pure function of sizes and card.
 
     A route reads its expert's weights whether or not another route of the batch has read them: at one token that is
     all that anyone can do, and with more it costs the bytes of experts that tokens share, on average over even
-    routings. That must be less than what a layout, a combination and tiles that are mostly empty take.
+    routings. That must be less than what a layout, a combination and tiles that are mostly empty take. Of the routes to
+    all `num_experts` those to the `share` of them that is here read weights.
     """
-    if few_tokens_plan(sizes, card) is None or sizes.top_k > num_experts:
+    if few_tokens_plan(sizes, card, share) is None or sizes.top_k > num_experts:
         return False
     missed = (1 - sizes.top_k / num_experts) ** sizes.num_tokens
     repeated = sizes.num_routes - num_experts * (1 - missed)
     expert_bytes = 2 * (2 + sizes.gated) * sizes.hidden_size * sizes.intermediate_size
-    return repeated * expert_bytes <= _MOST_REPEATED_BYTES * card.processors
+    return share * repeated * expert_bytes <= _MOST_REPEATED_BYTES * card.processors
 
 
 _MOST_REPEATED_BYTES = 90_000
