@@ -83,8 +83,9 @@ def fused_experts_launch(
     middle = out.new_empty(ids.numel(), w2.shape[2])
     plan.gate_up(hidden, w13, b13, None, routes, tiles, middle)
     second = out.new_empty(ids.numel(), out.shape[1])
-    plan.down(middle, w2, b2, None, None, tiles, second)
-    plan.combine(second, None if call.weight_on_input else factors, route_rows, out)
+    early = out.dtype == torch.float16 and not call.weight_on_input  # a row may pass what float16 holds
+    plan.down(middle, w2, b2, factors if early else None, routes if early else None, tiles, second)
+    plan.combine(second, None if early or call.weight_on_input else factors, route_rows, out)
 
 
 def _lay_out(plan: "_ExpertsPlan", ids: Tensor, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,7 +167,13 @@ def _experts_plan(
         programmatic=programmatic, gated=gated, activation=activation,
     )  # fmt: skip
     down = _product(
-        second_tile, most_tiles, hidden, size, (size, *w2_strides, b2_stride, hidden, 1), programmatic=programmatic
+        second_tile,
+        most_tiles,
+        hidden,
+        size,
+        (size, *w2_strides, b2_stride, hidden, 1),
+        programmatic=programmatic,
+        gather=False,
     )
     wide = _power(min(hidden, 1024 if tokens > 2 * here.multiprocessors else 256), 16)
     combine = Step(
@@ -195,7 +202,7 @@ def _gemm_plan(
 
 def _product(
     tile: Tile, most_tiles: int, columns: int, size: int, strides_and_divisor: tuple[int, ...], *, programmatic: bool,
-    gated: bool = False, activation: Activation | None = None, scatter: bool = False,
+    gated: bool = False, activation: Activation | None = None, gather: bool = True, scatter: bool = False,
 ) -> Step:  # fmt: skip
     a = activation or Activation()
     return Step(
@@ -204,6 +211,7 @@ def _product(
         (most_tiles, columns, size, *strides_and_divisor),
         tile.warps,
         tile.stages,
+        GATHER=gather,
         SCATTER=scatter,
         GATED=gated,
         NAME="" if activation is None else a.name,

@@ -63,6 +63,7 @@ def product_kernel(
     bias_stride,
     out_stride,
     divisor,
+    GATHER: tl.constexpr,  # rows are those of the routes, otherwise those of slots
     SCATTER: tl.constexpr,  # results go to the rows that routes name, otherwise to slots
     GATED: tl.constexpr,
     NAME: tl.constexpr,  # of the activation, "" for none
@@ -95,7 +96,7 @@ def product_kernel(
         targets = slots
         if routes_ptr is not None:
             targets = tl.load(routes_ptr + slots)
-        sources = targets // divisor
+        sources = targets // divisor if GATHER else slots
         held = (place < count)[:, None]
         depth = tl.arange(0, DEPTH)
         row_at = rows_ptr + (sources.to(tl.int64) * row_stride)[:, None] + depth[None, :]

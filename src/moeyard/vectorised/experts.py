@@ -46,7 +46,8 @@ def grouped_gemm_launch(
     slot = torch.where(held, first_rows[expert] + packed - (ends - row_counts)[expert], 0)
     target = slot if slots is None else slots[slot].long()
     source = torch.where(held, target // divisor, 0)
-    result = _product(rows[source], weight, ends, expert)
+    with torch.autocast(device.type, enabled=False):
+        result = _product(rows[source], weight, ends, expert)
     if bias is not None:
         result = result + bias[expert]
     if topk_weights is not None:
@@ -57,16 +58,20 @@ def grouped_gemm_launch(
 
 
 def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
-    """Rows in the order of their experts, times their experts' weights; float32 for what is summed in it."""
+    """Rows in the order of their experts, times the weights of their experts, in float32 (float64 rows: in float64).
+
+    torch's grouped product rounds its sums to 16 bits. It is taken on a GPU for bfloat16, which has the range of
+    float32; a CPU multiplies expert by expert in float32.
+    """
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    if rows.is_cpu:
+        chunks = zip(rows.tensor_split(ends[:-1]), weight, strict=True)
+        return torch.cat([chunk.to(wide) @ one.to(wide).t() for chunk, one in chunks if len(chunk)])
     weight = weight.contiguous()
     aligned = all(size * rows.element_size() % 16 == 0 for size in (*weight.shape[1:], weight.storage_offset()))
-    narrow = rows.dtype in (torch.bfloat16, torch.float16)
-    if aligned and rows.shape[1] and (rows.dtype == torch.bfloat16 or (rows.device.type == "cpu" and narrow)):
+    if aligned and rows.shape[1] and rows.dtype == torch.bfloat16:
         return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int()).float()
-    if aligned and rows.shape[1] and rows.dtype == torch.float32 and rows.device.type == "cpu":
-        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int())
     step = max(1, _CHUNK_BYTES // max(1, weight[0].nbytes))
-    wide = torch.promote_types(rows.dtype, torch.float32)
     parts = [
         torch.bmm(weight[expert[i : i + step]].to(wide), rows[i : i + step].to(wide).unsqueeze(2)).squeeze(2)
         for i in range(0, rows.shape[0], step)
@@ -89,8 +94,10 @@ def fused_experts_launch(
     layout = Layout.of((*ints[:3], offsets, *ints[3:]), (call.num_experts, local, 1, top_k))
     align_launch(topk_ids, call.expert_map, layout)
 
+    wide = torch.promote_types(hidden_states.dtype, torch.float32)
+
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result = rows.new_empty(n, weight.shape[1])
+        result = rows.new_empty((n, weight.shape[1]), dtype=wide)
         grouped_gemm_launch(rows, weight, bias, None, Segments(offsets[:-1], layout.expert_counts), out=result)
         return result
 
@@ -101,8 +108,7 @@ def fused_experts_launch(
     middle = rows.new_empty(n, weights.intermediate_size)
     activate_launch(product(rows, weights.w13, weights.w13_bias), activation, gated=weights.gated, out=middle)
     second = product(middle, weights.w2, weights.w2_bias)
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    taken = second[layout.route_rows.clamp(min=0).long()].to(wide).view(num_tokens, top_k, -1)
+    taken = second[layout.route_rows.clamp(min=0).long()].view(num_tokens, top_k, -1)
     if not call.weight_on_input:
         taken = taken * topk_weights.unsqueeze(2)
     dropped = (layout.route_rows < 0).view(num_tokens, top_k, 1)
