@@ -33,7 +33,7 @@ class Verdict:
 
 
 def verdicts(content: dict[str, Any]) -> Iterator[Verdict]:
-    """Every goal that the rows of a result file say something about; of our rows those that "auto" chooses."""
+    """Every goal that the rows of a result file say something about; of our rows only what "auto" chooses."""
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in content["rows"]:
         if row["mode"] == "graph":

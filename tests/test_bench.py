@@ -107,7 +107,7 @@ def test_the_gate_of_quantised_rows_rejects_mutants(group_size: int | None) -> N
     scales = moeyard.Permuted(right.rows, right.scales.clone())
     assert scales.scales is not None
     scales.scales.view(torch.int32).view(layout.capacity, -1)[slot, 0] += 1
-    assert fp8_error(hidden, layout, scales, group_size) == "scales differ from those of the tokens"
+    assert fp8_error(hidden, layout, scales, group_size) == "scales differ from the scales of the tokens"
 
 
 def test_the_gates_of_rows_reject_mutants() -> None:

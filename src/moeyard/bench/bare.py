@@ -9,7 +9,7 @@ from numba import njit
 @njit(cache=True, error_model="numpy")
 def counting_sort(ids: Any, block_size: int, sorted_token_ids: Any, expert_ids: Any, num_tokens_post_padded: Any,
                   expert_offsets: Any, expert_counts: Any, route_rows: Any) -> None:  # fmt: skip
-    """Fills a layout's arrays from flat ids; those outside [0, num_experts) are dropped."""
+    """Fills a layout's arrays from flat ids; ids outside [0, num_experts) are dropped."""
     n, num_experts = ids.size, expert_counts.size
     cursor = np.zeros(num_experts, np.int32)
     for i in range(n):

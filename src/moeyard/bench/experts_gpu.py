@@ -27,7 +27,7 @@ _SLOW = "deep_gemm"  # it runs nvcc, so it gets three times as long
 _START_S = 90.0  # many processes import at once
 _CASE_S = 60.0
 _COMPILE_SHARE = 0.25  # of all seconds: the most that compiling ahead may take
-_COMPILE_TOKENS = 8192  # plans of more tokens are those of as many, and their rows would fill the memory
+_COMPILE_TOKENS = 8192  # more tokens have the plans of as many, and their rows would fill the memory
 _LEAST_S = 3.0  # with less time left no case begins
 _TRIES = 4
 
@@ -151,7 +151,7 @@ class Bench:
         self.facts = answer
 
     def compile(self, todo: Sequence[tuple[Case, dict[str, Any]]], shares: int) -> None:
-        """Lets every kernel be compiled, by `shares` processes a model at once; helpers end with that.
+        """Lets every kernel be compiled, by `shares` processes per model at once; helpers end with that.
 
         A case is what `measure` takes, with what goes into its request.
         """

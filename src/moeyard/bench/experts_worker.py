@@ -49,7 +49,7 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
 
     Of our implementations it is the one that "auto" chooses; with `all`, all but torch's. `variants`,
     "module:function", gives (label, run) pairs for a case that stand in their place. `grid` leaves out what the
-    comparison with vLLM does not need; `providers` names those that are wanted.
+    comparison with vLLM does not need; `providers` names the wanted ones.
     """
     everyone = operators()[case.op].providers(case, device)
     found = [p for p in everyone if p.name != "moeyard"]
@@ -183,8 +183,8 @@ def main() -> int:
 
     A request has `do` (facts, compile, time), for the last two `case`, and what `answers`, `compile_case` and
     `time_case` read. An answer is a line with `done`; before it come lines with `at`, the provider that is in hand, so
-    that who waits knows which one hung or ended the process; the first of all says that imports are done. `lost` means
-    that this process cannot go on.
+    that the waiting process knows which one hung or ended this one; the first of all says that imports are done. `lost`
+    means that this process cannot go on.
     """
     parser = argparse.ArgumentParser(prog="python -m moeyard.bench.experts_worker", description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")

@@ -18,7 +18,7 @@ from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routin
 
 SIZES = ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype")
 _CHECKED_TOKENS = 32
-_CHECKED_ON_GPU = 8  # there sizes are those of whole models
+_CHECKED_ON_GPU = 8  # there a case has the sizes of a whole model
 _LONG_CALL_S = 2e-3  # a graph of longer calls has few of them
 _GPU_CALLS = 20
 _EXPECTED = (4e12, 8e14)  # bytes and operations a second, of the same order as any card's that these cases are for

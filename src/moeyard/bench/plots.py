@@ -8,7 +8,7 @@ from typing import Any
 def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
     """Draws the timed rows of a result file into a PNG or SVG; returns how many providers it shows.
 
-    The left half shows the median time over tokens, one line a provider (10 % to 90 % shaded); the right half bars of
+    The left half shows the median time over tokens, one line per provider (10 % to 90 % shaded); the right half bars of
     the baseline's time over each provider's, median over the cases that both timed. The baseline is vLLM where it
     took part, plain torch otherwise.
     """

@@ -94,7 +94,7 @@ def commit_of(folder: Path) -> str:
 
 
 def _is_own(top: Path, folder: Path) -> bool:
-    """Whether a repository's project is moeyard and its files are those of `folder`."""
+    """Whether a repository's project is moeyard and has `folder` as its bench/."""
     if folder.resolve() != (top / "src" / "moeyard" / "bench").resolve():
         return False
     try:

@@ -16,13 +16,13 @@ _FEWEST_ROUNDS, MOST_ROUNDS = 6, 40  # six pairs are the fewest with an interval
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call over the rounds of one provider."""
+    """Microseconds per call over the rounds of one provider."""
 
     median: float
     p10: float
     p90: float
     samples: tuple[float, ...] = field(default=(), repr=False)
-    """One a round, in the order of rounds: those of two providers make pairs."""
+    """One per round, in the order of rounds: the samples of two providers make pairs."""
 
 
 def summarise(samples: Sequence[float]) -> Times:

@@ -31,6 +31,6 @@ def largest_and_rms(got: Tensor, wide: Tensor) -> tuple[float, float]:
 
 
 def no_worse(got: Tensor, honest: Tensor, wide: Tensor) -> bool:
-    """Whether both errors against `wide` are at most 1.1 times those of an honest computation at the same dtype."""
+    """Whether both errors against `wide` are at most 1.1 times those that `honest`, at the same dtype, has."""
     mine, theirs = largest_and_rms(got, wide), largest_and_rms(honest, wide)
     return all(a <= 1.1 * b + 1e-12 for a, b in zip(mine, theirs, strict=True))

@@ -48,7 +48,7 @@ def layer(
     tokens: int, count: int, top_k: int, hidden: int, size: int, *, dtype: torch.dtype = torch.bfloat16,
     routing: str = "uniform", activation: Activation | None = None, gated: bool = True, bias: bool = False,
 ) -> Callable[[], dict[str, Any]]:  # fmt: skip
-    """A case of fused_experts: errors against float64 and those of plain torch at the dtype."""
+    """A case of fused_experts: errors against float64 and the errors of plain torch at the dtype."""
 
     def run() -> dict[str, Any]:
         weights = draw_weights(count, hidden, size, dtype, gated=gated, bias=bias, device=CUDA)

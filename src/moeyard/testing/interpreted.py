@@ -2,7 +2,7 @@
 
 It adds what Triton's interpreter lacks for that: bfloat16, and NumPy 2.4. It needs triton and numpy.
 
-Of bfloat16 the interpreter holds the bits as integers. It multiplies those in products, and cuts off instead of
+Of bfloat16 the interpreter holds the bits as integers. It multiplies the bits in products, and cuts off instead of
 rounding to it. NumPy 2.4 no longer takes an array of one element, the interpreter's scalar, for an integer.
 """
 

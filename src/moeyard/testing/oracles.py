@@ -82,7 +82,7 @@ def fp8_error(hidden_states: Tensor, layout: Layout, got: Permuted, group_size: 
         return f"{int(wrong.sum())} of {len(tokens)} quantised rows differ from their token's"
     assert got.scales is not None
     if not torch.equal(got.scales[held].view(len(tokens), -1), scales[tokens]):
-        return "scales differ from those of the tokens"
+        return "scales differ from the scales of the tokens"
     return None
 
 

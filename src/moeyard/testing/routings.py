@@ -9,7 +9,7 @@ _CHUNK = 1 << 24  # scores drawn at once
 
 
 def _weighted(weights: Tensor, num_tokens: int, top_k: int, generator: Generator) -> Tensor:
-    """Draws `top_k` different experts a token, by the Gumbel trick; experts of weight 0 are never drawn."""
+    """Draws `top_k` different experts per token, by the Gumbel trick; experts of weight 0 are never drawn."""
     step, weights = max(1, _CHUNK // len(weights)), weights.to(generator.device)
     parts = []
     for start in range(0, num_tokens, step):

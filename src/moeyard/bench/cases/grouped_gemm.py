@@ -52,7 +52,7 @@ class ProductInputs:
 
     @cached_property
     def place(self) -> Tensor:
-        """[routes] int64: the place of each compact row among those of its expert."""
+        """[routes] int64: the place of each compact row among the rows of its expert."""
         return torch.arange(len(self.order), device=self.order.device) - self.layout.expert_offsets[self.expert]
 
     @cached_property

@@ -30,7 +30,7 @@ def error(case: Case, provider: Provider, inputs: RouterInputs, got: Any) -> str
     """The choice exactly, weights against float64; of topk alone the chosen logits."""
     if provider.impl == _TOPK:
         best = inputs.logits.sort(1, descending=True).values[:, : case["top_k"]]
-        return None if torch.equal(got.values, best) else "values are not those of the best experts"
+        return None if torch.equal(got.values, best) else "values are not the logits of the best experts"
     return routing_error(inputs.logits, got, **rules(inputs.options))
 
 
