@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import CPU, impls_on, same_bits
+from moeyard.testing import CPU, impls_on, same_bits
 from torch import Tensor
 
 import moeyard

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from support import python
+from moeyard.testing import python
 
 from moeyard.cpu import threads
 
