@@ -19,7 +19,7 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: expected 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet --editable '.[cpu,plot,dev]' --editable './assay[judge]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable './assay[judge]'
 	touch $@
 
 demo: .venv/ready ## run the seed workload and print a table
@@ -43,10 +43,10 @@ bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/result
 	$(BIN)/python -m moeyard.bench.suite cpu
 
 # On a GPU machine the interpreter that already has torch is used as it is; every part has its own time limit and a
-# part that fails does not keep the others from running.
+# part that fails does not keep the others from running. pytest-benchmark warns beside pytest-xdist, and warnings are errors.
 gpu: ## GPU tests and benchmarks, unattended; results in OUT
 	mkdir -p '$(OUT)'
-	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
+	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider -p no:benchmark --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
 	PYTHONPATH=src $(RUN) 480 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)' --tests '$(OUT)/tests.xml'; echo $$? > '$(OUT)/bench.status'
 	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qv '^0$$' '$(OUT)'/*.status
 

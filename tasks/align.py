@@ -19,22 +19,6 @@ def following(given: tuple[torch.Tensor], layout: Layout) -> tuple[torch.Tensor]
     return (given[0] ^ (layout.sorted_token_ids[:1] & 255),)
 
 
-def _ids(seed: int, tokens: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.rand(tokens, 256, generator=generator)
-    return logits.topk(8, dim=1).indices.to(torch.int32)
-
-
-def cpu(seed: int) -> tuple[torch.Tensor]:
-    """2048 tokens of 8 experts each: what a core's own caches hold, so that processes differ little."""
-    return (_ids(seed, 2048),)
-
-
-def cuda(seed: int) -> tuple[torch.Tensor]:
-    """4096 tokens of 8 experts each, on the GPU."""
-    return (_ids(seed, 4096).cuda(),)
-
-
 def of_numbers(topk_ids: np.ndarray, num_experts: int, block_size: int) -> Layout:  # type: ignore[type-arg]
     """The Layout of ids that come as numbers, in any range: for the task's property."""
     ids = torch.from_numpy(topk_ids)

@@ -1,23 +1,25 @@
-"""Workloads, the correctness gate and its mutants, timing, result files, pictures and README's tables."""
+"""Workloads, operators, the correctness gate and its mutants, timing."""
 
-import json
 import random
-import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import moeyard
 from moeyard import Layout
-from moeyard.bench import docs, plots, providers, results, run, suite, workloads
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.timing import Times, ratio_interval, summarise, time_in_turn
-from moeyard.bench.verify import fp8_error, layout_error, rows_error, sum_error
+from moeyard.bench import cases, docs, results, run, timing, workloads
+from moeyard.bench.operators import Provider, operators
+from moeyard.bench.timing import Rates, Times, ratio_interval, summarise, time_in_turn
+from moeyard.cli import app
+from moeyard.testing import ROUTINGS, fp8_error, layout_error, rows_error, sum_error
 
 CPU = torch.device("cpu")
+RATES = Rates(20.0, 30.0, 0.5, "bfloat16")
 
 
 def draw(routing: str, tokens: int = 500, experts: int = 16, top_k: int = 4) -> torch.Tensor:
@@ -132,16 +134,17 @@ def test_a_wrong_provider_is_shown_and_not_timed(monkeypatch: pytest.MonkeyPatch
 
     def wrong(inputs: Any) -> Any:
         calls.append(inputs)
-        layout = moeyard.moe_align_block_size(inputs.topk_ids, num_experts=64, block_size=128, impl="torch")
+        layout = moeyard.moe_align_block_size(inputs, num_experts=64, block_size=128, impl="torch")
         layout.expert_ids[0] = 7
         return layout
 
     def broken(inputs: Any) -> Any:
         raise RuntimeError("no such kernel")
 
-    found = [providers.Provider("peer", "wrong", wrong), providers.Provider("peer", "broken", broken)]
-    monkeypatch.setattr(providers, "providers", lambda case, device: found)
-    rows = run.run_case(case, CPU, bandwidth=10, rounds=3, wanted=lambda *_: True, seed=0, advance=lambda: None)
+    found = [Provider("peer", "wrong", wrong), Provider("peer", "broken", broken)]
+    changed = {**operators(), case.op: replace(operators()[case.op], providers=lambda case, device: found)}
+    monkeypatch.setattr(run, "operators", lambda: changed)
+    rows = run.run_case(case, CPU, rates=RATES, rounds=3, wanted=lambda _: True, seed=0, advance=lambda: None)
     assert [row["correct"] for row in rows] == [False, False] and [row["time_us"] for row in rows] == [None, None]
     assert rows[0]["wrong"] == "expert_ids name other experts than the blocks hold"
     assert rows[1]["wrong"] == "RuntimeError: no such kernel"
@@ -149,16 +152,17 @@ def test_a_wrong_provider_is_shown_and_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_provider_of_every_op_is_right() -> None:
-    for name in ("seed", "rows", "routing"):
+    for name in ("seed", "rows", "routing", "router", "grouped", "decode", "models", "fp8"):
         for case in workloads.load(name):
-            if case["num_tokens"] > 5000:
+            if case["num_tokens"] > (4096 if name in ("seed", "routing") else 64):
                 continue
-            inputs = providers.make_inputs(case, CPU, torch.Generator().manual_seed(0))
-            found = providers.providers(case, CPU)
-            assert {p.name for p in found} >= {"moeyard", "torch"}
+            operator = operators()[case.op]
+            inputs = operator.inputs(case, CPU, torch.Generator().manual_seed(0))
+            found = operator.providers(case, CPU)
+            assert {p.name for p in found} >= {"moeyard"} | ({"torch"} if case.op != "route_and_align" else set())
             for provider in found:
                 for _ in range(2):
-                    assert providers.error(case, provider, inputs, CPU) is None, (case, provider)
+                    assert operator.failure(case, provider, inputs, CPU) is None, (case, provider)
 
 
 def test_timing_is_in_turn_and_tells_slow_from_fast() -> None:
@@ -221,6 +225,11 @@ def test_workloads_that_come_along() -> None:
             "top_k = [3]\nblock_size = [8]",
             "top_k: expected at most num_experts=2, got 3",
         ),
+        (
+            "op = ['permute_to_fp8']\nrouting = ['uniform']\npoints = [{ num_tokens = 4, num_experts = 2, top_k = 1, "
+            "block_size = 1, hidden_size = 128, group_size = 64, dtype = 'bfloat16' }]",
+            r"group_size: expected one of \(0, 128\), got 64",
+        ),
     ],
 )
 def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path) -> None:
@@ -232,62 +241,21 @@ def test_bad_workloads_say_what_is_wrong(text: str, message: str, tmp_path: Path
         workloads.load("absent")
 
 
-def a_result(**change: Any) -> dict[str, Any]:
-    row = {
-        "op": "moe_align_block_size", "workload": "seed", "routing": "uniform",
-        "sizes": {"num_tokens": 8, "num_experts": 4, "top_k": 2, "block_size": 16},
-        "provider": "moeyard", "impl": "cpu", "mode": "cpu",
-        "time_us": 12.345, "time_us_p10": 12.0, "time_us_p90": 13.0, "floor_us": 0.5, "correct": True,
+def test_what_bytes_and_operations_take() -> None:
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.bfloat16) == {
+        "copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": 2000.0
     }  # fmt: skip
-    rows = [row | change, row | {"provider": "torch", "impl": "plain", "time_us": 123.4}]
-    rows.append(row | {"provider": "peer", "impl": "1.0", "time_us": None, "correct": False})
-    return results.document(rows, results.machine(CPU, 20.0), results.peers(""))
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 1e9, torch.float32)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "bfloat16").times_us(8e6, 0, torch.bfloat16)["product_time_us"] is None
+    assert Rates(20.0, 40.0, 0.5, "float32").times_us(8e6, 1e9, torch.float32)["product_time_us"] == 2000.0
+    row = {"copy_time_us": 400.0, "read_time_us": 200.0, "product_time_us": None}
+    assert results.yardstick_us(row) == 400 and results.yardstick_us(row | {"product_time_us": 500.0}) == 500
+    assert results.yardstick_us(dict.fromkeys(row)) is None
 
 
-def test_result_files_survive_a_round_trip(tmp_path: Path) -> None:
-    content, path = a_result(), tmp_path / "deep" / "seed.json"
-    results.write(path, content)
-    assert results.read(path) == content
-    assert set(content) == {"schema", "date", "commit", "machine", "peers", "rows"}
-    assert content["machine"]["copy_gb_s"] == 20.0 and content["peers"]["torch"] == torch.__version__
-    assert len(path.read_text().splitlines()) < 60  # a row a line: readable in a diff
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"schema": 99, "rows": []}', '{"schema": 1, "rows": [{"op": "x"}]}'])
-def test_what_is_not_a_result_file_is_refused(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "bad.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match="result file: expected"):
-        results.read(path)
-    with pytest.raises(ValueError, match="result file: expected"):
-        results.read(tmp_path / "absent.json")
-
-
-@pytest.mark.parametrize("suffix", [".png", ".svg"])
-def test_pictures(suffix: str, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    out = tmp_path / f"picture{suffix}"
-    assert plots.plot(a_result(), out) == 2
-    assert out.stat().st_size > 5000
-    with pytest.raises(ValueError, match="expected timed rows of mode graph"):
-        plots.plot(a_result(), out, mode="graph")
-
-
-def test_tables_hold_what_was_measured() -> None:
-    text = docs.table(a_result())
-    assert "| moe_align_block_size: 8 tokens, 4 experts, 2 top_k, 16 block_size; uniform | 12.3 | 123 | wrong |" in text
-    assert "copy bandwidth 20.0 GB/s" in text
-
-
-def test_readme_shows_the_committed_results() -> None:
-    root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text()
-    assert docs.regenerate(readme, root, draw=False) == readme, "run make docs"
-    assert re.search(r"<!-- results: \S+", readme)
-    for path in (root / "benchmarks" / "results").rglob("*.json"):
-        content = results.read(path)
-        assert all(row["correct"] for row in content["rows"] if row["provider"] == "moeyard"), path
-        assert json.loads(path.read_text())["commit"] != "unknown"
+def test_reads_are_measured_beside_copies() -> None:
+    """A reduction cannot be much quicker than memory, nor a tenth of a copy."""
+    assert 0.1 < timing.read_gb_s(CPU) / timing.copy_gb_s(CPU) < 10
 
 
 def test_ratio_intervals_cover_what_they_should() -> None:
@@ -305,7 +273,43 @@ def test_ratio_intervals_cover_what_they_should() -> None:
     assert ratio_interval(*pair) == (2.5, 2.0, 3.0), "too few rounds: the whole range"
 
 
-def test_summary_of_a_test_run(tmp_path: Path) -> None:
-    path = tmp_path / "tests.xml"
-    path.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="3" time="2.5"/></testsuites>')
-    assert suite.test_summary(path) == {"passed": 4, "failed": 2, "skipped": 3, "seconds": 2.5}
+DOUBLED = """
+import torch
+from moeyard.bench.operators import Operator, Provider
+
+def inputs(case, device, generator):
+    return torch.randn(case["num_tokens"], generator=generator).to(device)
+
+def providers(case, device):
+    return [Provider("mine", "right", lambda x: x * 2), Provider("mine", "wrong", lambda x: x * 3)]
+
+def error(case, provider, given, got):
+    return None if torch.equal(got, given + given) else "not doubled"
+
+OPERATOR = Operator(("num_tokens",), inputs, providers, error, lambda case: 8 * case["num_tokens"])
+"""
+SIZED = "description = 'x'\nop = ['doubled']\nrouting = ['uniform']\n[sizes]\nnum_tokens = [100, 4000]\n"
+
+
+def test_an_operator_is_one_file_and_a_workload_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but these two names them, from the workload to the table on the terminal, the picture and Markdown."""
+    folders = [tmp_path / "cases", tmp_path / "workloads"]
+    for folder, name, text in zip(folders, ("doubled.py", "sized.toml"), (DOUBLED, SIZED), strict=True):
+        folder.mkdir()
+        (folder / name).write_text(text)
+    monkeypatch.setattr(cases, "__path__", [*cases.__path__, str(folders[0])])
+    monkeypatch.setattr(workloads, "FOLDER", folders[1])
+    operators.cache_clear()
+    try:
+        assert workloads.names() == {"sized": "x"} and "doubled" in operators()
+        out = tmp_path / "out.json"
+        done = CliRunner().invoke(app, ["bench", "-w", "sized", "--rounds", "3", "--device", "cpu", "--out", str(out)])
+        assert done.exit_code == 1 and "doubled (cpu)" in done.output and "not doubled" in done.output
+        rows = results.read(out)["rows"]
+        assert [(row["impl"], row["correct"]) for row in rows] == 2 * [("wrong", False), ("right", True)]
+        assert all(
+            row["copy_time_us"] >= row["read_time_us"] / 10 > 0 for row in rows if row["sizes"]["num_tokens"] > 999
+        )
+        assert "doubled: 100 tokens; uniform" in docs.table(results.read(out))
+    finally:
+        operators.cache_clear()

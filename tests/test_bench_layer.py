@@ -8,10 +8,12 @@ import torch
 from typer.testing import CliRunner
 
 import moeyard
-from moeyard import Routing, impls
-from moeyard.__main__ import app
-from moeyard.bench import layer, providers, results, workloads
-from support import CPU
+from moeyard import Routing
+from moeyard.bench import memory, results, workloads
+from moeyard.bench.operators import Provider, operators
+from moeyard.bench.peers import installed
+from moeyard.cli import app
+from moeyard.testing import CPU
 
 MODELS = {
     "mixtral-8x7b": (8, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-235b-a22b": (128, 8, 4096, 1536),
@@ -24,7 +26,7 @@ MODELS = {
 def test_models_have_their_sizes(name: str) -> None:
     keys = ("num_experts", "top_k", "hidden_size", "intermediate_size")
     cases = workloads.load(name)
-    assert {case.op for case in cases} == set(layer.OPS)
+    assert {case.op for case in cases} == {"route", "fused_experts", "moe_layer"}
     for case in cases:
         sizes = dict(case.sizes)
         assert all(sizes.get(key, size) == size for key, size in zip(keys, MODELS[name], strict=True))
@@ -38,37 +40,39 @@ def test_every_provider_is_right(name: str) -> None:
     for case in workloads.load(name, scale=32):
         if case["num_tokens"] > 32 or (case["dtype"] == "float32" and case.op == "moe_layer"):
             continue
-        inputs = providers.make_inputs(case, CPU, torch.Generator().manual_seed(0))
-        found = providers.providers(case, CPU)
+        operator = operators()[case.op]
+        inputs = operator.inputs(case, CPU, torch.Generator().manual_seed(0))
+        found = operator.providers(case, CPU)
         names = {provider.name for provider in found}
         assert "moeyard" in names
-        if case.op == "fused_experts" and impls.installed("transformers"):
+        if case.op == "fused_experts" and installed("transformers"):
             assert {p.impl for p in found if p.name == "transformers"} >= {"eager", "grouped_mm"}
         for provider in found:
-            assert providers.error(case, provider, inputs, CPU) is None, (str(case), provider)
+            assert operator.failure(case, provider, inputs, CPU) is None, (str(case), provider)
 
 
 def test_checks_reject_mutants() -> None:
     for case in workloads.load("gpt-oss-20b", scale=32):
         if case["num_tokens"] != 32 or case.op == "moe_layer":
             continue
-        inputs = layer.make_inputs(case, CPU, torch.Generator().manual_seed(0))
+        operator = operators()[case.op]
+        inputs, someone = operator.inputs(case, CPU, torch.Generator().manual_seed(0)), Provider("a", "x", len)
         if case.op == "route":
             right = moeyard.route(inputs.logits, top_k=4, renormalize=True)
-            assert layer.error(case, "x", inputs, right) is None
-            assert layer.error(case, "x", inputs, Routing(right.topk_weights * 1.01, right.topk_ids))
+            assert operator.error(case, someone, inputs, right) is None
+            assert operator.error(case, someone, inputs, Routing(right.topk_weights * 1.01, right.topk_ids))
             continue
         act = moeyard.GPT_OSS_ACTIVATION
         right = moeyard.fused_experts(inputs.hidden_states, inputs.routing, inputs.weights, activation=act)
-        assert layer.error(case, "x", inputs, right) is None
+        assert operator.error(case, someone, inputs, right) is None
         for wrong in (right * 1.05, right * float("nan"), right.flip(0), torch.zeros_like(right)):
-            assert layer.error(case, "x", inputs, wrong)
+            assert operator.error(case, someone, inputs, wrong)
         other = moeyard.fused_experts(inputs.hidden_states, inputs.routing, inputs.weights)
-        assert layer.error(case, "x", inputs, other), "plain silu is not gpt-oss's"
+        assert operator.error(case, someone, inputs, other), "plain silu is not gpt-oss's"
 
 
 def test_memory_is_seen() -> None:
-    extra = layer.peak_extra_bytes(lambda x: torch.ones(1 << 24), None)
+    extra = memory.peak_extra_bytes(lambda x: torch.ones(1 << 24), None, CPU)
     if extra is None:
         pytest.skip("the peak of resident memory is not to be had here")
     assert (60 << 20) < extra < (90 << 20)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeyard
-from support import python
+from moeyard.testing import python
 
 TINY = """
 description = "tiny"
@@ -30,7 +30,14 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def test_help_and_version() -> None:
-    for arguments in (["--help"], ["bench", "--help"], ["plot", "--help"], ["doctor", "--help"], ["warmup", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["bench", "--help"],
+        ["bench", "experts", "--help"],
+        ["plot", "--help"],
+        ["doctor", "--help"],
+        ["warmup", "--help"],
+    ):
         done = python("-m", "moeyard", *arguments)
         assert done.returncode == 0 and "Usage: moeyard" in done.stdout, done.stderr
     assert python("-m", "moeyard", "--version").stdout == f"moeyard {moeyard.__version__}\n"
@@ -71,6 +78,11 @@ def test_bench_lists_workloads() -> None:
         (["bench", "--provider", "nobody", "--device", "cpu"], "--provider: expected some of ["),
         (["bench", "--op", "softmax"], "--op: expected ops of these workloads, got ['softmax']"),
         (["bench", "-w", "rows", "--op", "moe_sum", "--rounds", "1"], "Invalid value for '--rounds'"),
+        (["bench", "-w", "rows", "--cold", "--device", "cpu"], "--cold: expected a workload of moe_align_block_size"),
+        (["bench", "-w", "rows", "experts", "--out", "x"], "bench experts: expected its own options behind it"),
+        (["bench", "experts", "--device", "cpu", "--out", "x", "--parts", "all"], "part: expected one of"),
+        (["bench", "experts", "--device", "cpu", "--out", "x", "--models", "x"], "workload: expected one of"),
+        (["bench", "experts", "--device", "cpu", "--out", "x", "--tokens", "1,b"], "--tokens: expected integers"),
         (["plot", "absent.json"], "result file: expected JSON"),
         (["plot", "absent.json", "--out", "picture.gif"], "--out: expected a .png or .svg file, got picture.gif"),
         (["warmup", "--device", "tpu"], "--device: expected cpu or cuda"),

@@ -12,7 +12,7 @@ from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import WARP, Card
 from moeyard.cuda.runtime.parameters import division
 from moeyard.cuda.runtime.sources import SOURCES
-from moeyard.tiles import layout_capacity
+from moeyard.dispatch.sizes import layout_capacity
 
 H200 = Card(132, 232448, True)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")

@@ -14,10 +14,10 @@ import torch
 
 import moeyard
 from moeyard import ExpertWeights, Routing
-from moeyard.bench import results, variants
+from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
 from moeyard.cuda.experts.launchers import product_defines
-from moeyard.cuda.experts.plan import ProductPlan, Way, expected_routes, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts.plan import ProductPlan, expected_routes, product_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
@@ -95,14 +95,6 @@ def test_tiles_and_copying_are_chosen_as_measured() -> None:
     lost = {cell: times[chosen[cell]] / min(times.values()) for cell, times in cells.items()}
     assert len(lost) == 25 and max(lost.values()) < 1.05, lost
     assert {"gathered", "128, gathered", "192, gathered", "192, copied"} == set(chosen.values())
-
-
-@pytest.mark.parametrize("which", variants._WAYS)
-def test_ways_to_be_timed_can_be_planned(which: str) -> None:
-    for label, options in variants._WAYS[which].items():
-        way = Way(**options)
-        plan = product_plan(65536, 128, 768, True, False, H200, way)
-        assert plan.rows == (way.rows or 192), label
 
 
 @pytest.mark.parametrize(("tokens", "top_k", "experts", "hidden"), [(9, 3, 7, 64), (2, 1, 512, 16), (100, 2, 8, 16)])
@@ -442,17 +434,17 @@ def test_tiles_cover_every_row_once(bn: int, step: int, weight_tiles: int) -> No
 
 def test_what_does_not_fit_goes_to_the_next_or_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """The choice by arguments, on a row of the table that refuses them all."""
-    from moeyard import impls
+    from moeyard.dispatch import table
 
     def refused(*_: object, **__: object) -> str:
         return "takes nothing"
 
     monkeypatch.setattr(building, "refused", refused, raising=False)
-    row = impls.Impl("picky", "moeyard.vectorised.experts:fused_experts_launch", lambda call: None,
+    row = table.Impl("picky", "moeyard.vectorised.experts:fused_experts_launch", lambda call: None,
                      unfit="moeyard.cuda.runtime.compile:refused")  # fmt: skip
-    others = tuple(other for other in impls.TABLE["fused_experts"] if other.name in ("torch", "reference"))
-    monkeypatch.setitem(impls.TABLE, "fused_experts", (row, *others))
-    impls.launcher.cache_clear()
+    others = tuple(other for other in table.TABLE["fused_experts"] if other.name in ("torch", "reference"))
+    monkeypatch.setitem(table.TABLE, "fused_experts", (row, *others))
+    table.launcher.cache_clear()
     weights = ExpertWeights(torch.randn(2, 32, 16), torch.randn(2, 16, 16))
     rows, routing = torch.randn(3, 16), Routing(torch.rand(3, 1), torch.zeros(3, 1, dtype=torch.int32))
     try:
@@ -461,4 +453,4 @@ def test_what_does_not_fit_goes_to_the_next_or_is_an_error(monkeypatch: pytest.M
         with pytest.raises(ValueError, match="impl: 'picky' refuses fused_experts: takes nothing"):
             moeyard.fused_experts(rows, routing, weights, impl="picky")
     finally:
-        impls.launcher.cache_clear()
+        table.launcher.cache_clear()

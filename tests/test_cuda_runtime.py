@@ -16,7 +16,7 @@ from moeyard.cuda.runtime import barriers, cards
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES, headers_of
-from support import python
+from moeyard.testing import python
 
 CUDA = Path(building.__file__).parents[1]
 DEFINES = (("BLOCK", "256"), ("EXPERTS_A_THREAD", "1"))

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from moeyard import impls
-from support import python
+from moeyard.dispatch import table
+from moeyard.testing import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.skipif(not impls.installed("transformers"), reason="transformers is not installed")
+@pytest.mark.skipif(not table.installed("transformers"), reason="transformers is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("qwen3_moe", EXAMPLES / "qwen3_moe.py")
@@ -33,7 +33,7 @@ def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_examples_say_how_they_are_used() -> None:
-    if not impls.installed("transformers"):
+    if not table.installed("transformers"):
         pytest.skip("transformers is not installed")
     done = python(str(EXAMPLES / "qwen3_moe.py"), "--help")
     assert done.returncode == 0 and "--tokens" in done.stdout, done.stderr

@@ -7,9 +7,20 @@ import torch
 from torch.nn import functional
 
 import moeyard
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Routing, reference, reference_layer
-from moeyard.bench.routing import ROUTINGS
-from support import CPU, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Routing, reference
+from moeyard.testing import (
+    CPU,
+    draw_routing,
+    draw_weights,
+    guard_broken,
+    impls_on,
+    largest_and_rms,
+    no_worse,
+    plain_experts,
+    poisoned,
+    same_bits,
+    wide_weights,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ACTIVATIONS = [
@@ -23,64 +34,6 @@ ACTIVATIONS = [
 ]
 
 
-def draw_weights(
-    experts: int, hidden: int, size: int, dtype: torch.dtype, *, gated: bool = True, bias: bool = False
-) -> ExpertWeights:
-    wide = size * (1 + gated)
-    return ExpertWeights(
-        (torch.randn(experts, wide, hidden) / max(hidden, 1) ** 0.5).to(dtype),
-        (torch.randn(experts, hidden, size) / max(size, 1) ** 0.5).to(dtype),
-        torch.randn(experts, wide).to(dtype) if bias else None,
-        torch.randn(experts, hidden).to(dtype) if bias else None,
-        gated,
-    )
-
-
-def draw_routing(tokens: int, experts: int, top_k: int, name: str = "dropped") -> Routing:
-    ids = torch.empty(0, top_k, dtype=torch.int32)
-    if tokens:
-        ids = ROUTINGS[name](tokens, experts, top_k, torch.Generator().manual_seed(torch.initial_seed() % 2**31))
-    return Routing(torch.rand(tokens, top_k), ids)
-
-
-def wide_weights(weights: ExpertWeights) -> ExpertWeights:
-    def wide(tensor: Any) -> Any:
-        return None if tensor is None else tensor.double()
-
-    return ExpertWeights(
-        wide(weights.w13), wide(weights.w2), wide(weights.w13_bias), wide(weights.w2_bias), weights.gated
-    )
-
-
-def plain_activation(rows: torch.Tensor, activation: Activation, gated: bool) -> torch.Tensor:
-    gate, up = rows.chunk(2, 1) if gated else (rows, None)
-    if activation.limit is not None:
-        gate = gate.clamp(max=activation.limit)
-        up = None if up is None else up.clamp(-activation.limit, activation.limit)
-    if activation.name == "silu":
-        gate = gate * torch.sigmoid(gate * activation.alpha)
-    elif activation.name == "relu2":
-        gate = functional.relu(gate).square()
-    else:
-        gate = functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
-    return gate if up is None else gate * (up + activation.beta)
-
-
-def plain_experts(
-    hidden: torch.Tensor, routing: Routing, weights: ExpertWeights, activation: Activation | None = None
-) -> torch.Tensor:
-    """What one writes without a library, at the dtype of the rows: a loop over experts."""
-    result = torch.zeros_like(hidden)
-    for expert in range(weights.num_local_experts):
-        token, k = torch.where(routing.topk_ids == expert)
-        b13, b2 = (None if b is None else b[expert] for b in (weights.w13_bias, weights.w2_bias))
-        rows = functional.linear(hidden[token], weights.w13[expert], b13)
-        rows = plain_activation(rows, activation or Activation(), weights.gated)
-        rows = functional.linear(rows, weights.w2[expert], b2)
-        result.index_add_(0, token, (rows * routing.topk_weights[token, k, None]).to(rows.dtype))
-    return result
-
-
 @pytest.mark.parametrize("impl", impls_on("activate", CPU, torch.float32))
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
@@ -91,7 +44,7 @@ def test_activations(impl: str, dtype: torch.dtype, activation: Activation) -> N
         for gated in (True, False):
             whole = (torch.randn(rows, (1 + gated) * size + 2) * 4).to(dtype)
             given = whole[:, 1 : 1 + (1 + gated) * size]
-            wide = reference_layer.activate(given.double(), activation, gated=gated)
+            wide = reference.activate(given.double(), activation, gated=gated)
             out = poisoned((rows, size), dtype)
             got = moeyard.activate(given, activation, gated=gated, out=out, impl=impl)
             assert got is out and not guard_broken(out)
@@ -135,7 +88,7 @@ def test_grouped_gemm_in_every_way(dtype: torch.dtype, size: tuple[int, ...], ex
         factors = routing.topk_weights if extras and "layout" in where else None
         options = {"bias": bias, "topk_weights": factors, **where}
         wide_options = {**options, "bias": None if bias is None else bias.double()}
-        wide = reference_layer.grouped_gemm(given.double(), weight.double(), **wide_options)
+        wide = reference.grouped_gemm(given.double(), weight.double(), **wide_options)
         valid = layout.route_rows >= 0
         if way == "compact":
             valid = torch.arange(len(given)) < layout.expert_offsets[-1]
@@ -157,16 +110,14 @@ def test_grouped_gemm_in_every_way(dtype: torch.dtype, size: tuple[int, ...], ex
 def test_grouped_gemm_of_batches(dtype: torch.dtype) -> None:
     rows, weight = torch.randn(4, 50, 72).to(dtype), torch.randn(4, 33, 72).to(dtype)
     counts = torch.tensor([50, 0, -3, 99], dtype=torch.int32)
-    wide = reference_layer.grouped_gemm(rows.double(), weight.double(), expert_num_tokens=counts)
+    wide = reference.grouped_gemm(rows.double(), weight.double(), expert_num_tokens=counts)
     for impl in impls_on("grouped_gemm", CPU, dtype):
         got = moeyard.grouped_gemm(rows, weight, expert_num_tokens=counts, impl=impl)
         assert got.shape == (4, 50, 33)
         for expert in (0, 3):
             assert torch.allclose(got[expert].double(), wide[expert], rtol=2 * torch.finfo(dtype).eps, atol=2e-5), impl
     flat, odd = rows.view(200, 72), torch.tensor([-5, 60, 40, 9999, 100])  # out of order and of range
-    wide = reference_layer.grouped_gemm(
-        flat.double(), weight.double(), expert_offsets=torch.tensor([0, 60, 60, 200, 200])
-    )
+    wide = reference.grouped_gemm(flat.double(), weight.double(), expert_offsets=torch.tensor([0, 60, 60, 200, 200]))
     for impl in impls_on("grouped_gemm", CPU, dtype):
         got = moeyard.grouped_gemm(flat, weight, expert_offsets=odd, impl=impl)
         assert torch.allclose(got.double(), wide, rtol=2 * torch.finfo(dtype).eps, atol=2e-5), impl
@@ -193,7 +144,7 @@ def test_fused_experts_are_as_exact_as_plain_torch(dtype: torch.dtype, case: str
     weights = draw_weights(experts, hidden, size, dtype, gated=kind != "not gated", bias=kind == "biased gpt-oss")
     rows, routing = torch.randn(tokens, hidden).to(dtype), draw_routing(tokens, experts, top_k)
     options: dict[str, Any] = {"activation": activation, "apply_router_weight_on_input": kind == "on input"}
-    wide = reference_layer.fused_experts(rows.double(), routing, wide_weights(weights), **options)
+    wide = reference.fused_experts(rows.double(), routing, wide_weights(weights), **options)
     plain = plain_experts(rows, routing, weights, activation)
     if kind == "on input":
         plain = torch.zeros_like(rows)
@@ -230,7 +181,7 @@ def test_routings_at_the_edges(impl: str) -> None:
     ):
         routing = Routing(factors, ids)
         signed = Routing(factors, ids.view(torch.int32) if ids.dtype == torch.uint32 else ids)
-        wide = reference_layer.fused_experts(rows.double(), signed, wide_weights(weights), **options)
+        wide = reference.fused_experts(rows.double(), signed, wide_weights(weights), **options)
         got = moeyard.fused_experts(rows, routing, weights, impl=impl, **options)
         assert torch.allclose(got.double(), wide, atol=3e-6)
         if bool((signed.topk_ids == -1).all()):
@@ -258,10 +209,10 @@ def test_the_layer_is_its_parts() -> None:
     options["selection_bias"] = torch.randn(8) * 0.1
     got = moeyard.moe_layer(rows, router, weights, shared=shared, shared_gate=gate, **options)
     routing = reference.route(rows.float() @ router.t(), **options)
-    wide = reference_layer.fused_experts(rows.double(), routing, wide_weights(weights))
+    wide = reference.fused_experts(rows.double(), routing, wide_weights(weights))
     factor = torch.sigmoid(rows.double() @ gate.double().t())
     everyone = Routing(factor.float(), torch.zeros(40, 1, dtype=torch.int32))
-    both = wide + reference_layer.fused_experts(rows.double(), everyone, wide_weights(shared))
+    both = wide + reference.fused_experts(rows.double(), everyone, wide_weights(shared))
     plain = plain_experts(rows, routing, weights) + plain_experts(rows, everyone, shared)
     assert no_worse(got, plain, both)
     padding = torch.arange(40) % 3 == 0
@@ -337,7 +288,11 @@ def test_bad_input_names_the_argument() -> None:
         (lambda: experts(rows, routing, short_bias), ValueError, r"weights.w13_bias: expected shape \(4, 16\)"),
         (lambda: experts(rows, routing, weights, activation="silu"), TypeError, "activation: expected an Activation"),
         (lambda: experts(rows, routing, weights, num_experts=0), ValueError, "num_experts: expected an integer in"),
-        (lambda: experts(rows, routing, weights, out=rows), ValueError, "out: expected a tensor beside hidden_states"),
+        (
+            lambda: experts(rows, routing, weights, out=rows),
+            ValueError,
+            "out: expected memory apart from hidden_states",
+        ),
         (lambda: experts(rows, routing, weights, out=rows.t()), ValueError, r"out: expected shape \(3, 16\)"),
         (lambda: experts(needs, routing, weights), ValueError, "hidden_states: expected a tensor that needs no grad"),
         (

@@ -23,8 +23,7 @@ from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
 from moeyard.cuda.runtime.tensor_map import STEP_VALUES, weight_boxes
-from support import guard_broken, largest_and_rms, poisoned
-from test_experts import plain_activation
+from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned
 
 HERE, TEXTS = Path(__file__).parent / "host_experts", SOURCES | HEADERS
 COMPILER = shutil.which("g++")

@@ -15,14 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference_layer
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
 from moeyard.cuda.experts.plan import ExpertSizes, down_room, few_tokens_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
-from support import guard_broken, no_worse, poisoned
-from test_experts import draw_weights, plain_experts, wide_weights
+from moeyard.testing import draw_weights, guard_broken, no_worse, plain_experts, poisoned, wide_weights
 
 HERE, TEXTS = Path(__file__).parent / "host_few_tokens", SOURCES | HEADERS
 CARD = Card(4, 232448, True)
@@ -127,7 +126,7 @@ def computed(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
         return failure
     options = {"activation": a, "num_experts": num_experts, "expert_map": mapping}
     options["apply_router_weight_on_input"] = case.get("on_input", False)
-    wide = reference_layer.fused_experts(rows.double(), Routing(factors, ids), wide_weights(weights), **options)
+    wide = reference.fused_experts(rows.double(), Routing(factors, ids), wide_weights(weights), **options)
     return None if right(out, wide, rows, Routing(factors, ids), weights, case, mapping) else "wrong values"
 
 

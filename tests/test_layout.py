@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 
 import moeyard
 from moeyard import Layout, reference
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import layout_error
 from moeyard.cpu import threads
-from moeyard.tiles import layout_capacity
-from support import CPU, guard_broken, impls_on, layout_difference, poisoned_layout
+from moeyard.dispatch.sizes import layout_capacity
+from moeyard.testing import CPU, ROUTINGS, guard_broken, impls_on, layout_difference, layout_error, poisoned_layout
 
 ALIGN = impls_on("moe_align_block_size", CPU)
 BATCHED = impls_on("batched_moe_align_block_size", CPU)

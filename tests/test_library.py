@@ -9,8 +9,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeyard
-from moeyard import Layout, library
-from support import layout_difference, same_bits
+from moeyard import Layout
+from moeyard.dispatch.op import goes_straight
+from moeyard.testing import layout_difference, same_bits
 
 IDS = torch.tensor([[0, 2, 5], [1, -1, 2], [7, 0, 1], [2, 2, 9]], dtype=torch.int32)
 MAP = torch.tensor([0, -1, 1, 2, 3, 4, -1, 5], dtype=torch.int32)
@@ -152,15 +153,15 @@ def test_modes_and_subclasses_see_the_registered_ops() -> None:
         moeyard.moe_align_block_size(IDS, **ALIGN)
     assert seen.ops == ["moeyard.moe_align_block_size.default"]
     plain = torch.randn(4, 6)
-    assert library.goes_straight(plain, torch.nn.Parameter(plain, requires_grad=False), None)
-    assert not library.goes_straight(plain, plain.as_subclass(_Tagged))
-    assert not library.goes_straight(plain.clone().requires_grad_())
+    assert goes_straight(plain, torch.nn.Parameter(plain, requires_grad=False), None)
+    assert not goes_straight(plain, plain.as_subclass(_Tagged))
+    assert not goes_straight(plain.clone().requires_grad_())
     with torch.no_grad():
-        assert library.goes_straight(plain.clone().requires_grad_())
+        assert goes_straight(plain.clone().requires_grad_())
     with torch.device("cpu"):
-        assert not library.goes_straight(plain)
+        assert not goes_straight(plain)
     inside = []
-    torch.func.vmap(lambda x: (inside.append(library.goes_straight(x)), x)[1])(plain)
+    torch.func.vmap(lambda x: (inside.append(goes_straight(x)), x)[1])(plain)
     assert inside == [False]
 
 

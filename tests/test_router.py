@@ -7,8 +7,7 @@ import torch
 
 import moeyard
 from moeyard import Routing, reference
-from moeyard.bench.verify import routing_error
-from support import CPU, guard_broken, impls_on, poisoned, same_bits
+from moeyard.testing import CPU, guard_broken, impls_on, poisoned, routing_error, same_bits
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 import moeyard
 from moeyard import Layout, Permuted, reference
-from moeyard.bench.routing import ROUTINGS
-from support import CPU, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
+from moeyard.testing import CPU, ROUTINGS, guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
 
 MOVED = [
     torch.float32,

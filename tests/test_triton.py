@@ -24,6 +24,7 @@ from triton.runtime import driver
 
 from moeyard.triton import experts, launch
 from moeyard.triton.plan import Card, Tile, most_row_tiles, product_tile
+from moeyard.values import ExpertCall
 
 H200, A100, L4 = Card((9, 0), 132, 232448), Card((8, 0), 108, 166912), Card((8, 9), 58, 101376)
 MODELS = {  # hidden, size, experts, top_k
@@ -255,9 +256,7 @@ def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch) -> Non
     out = torch.empty_like(rows)
     experts._experts_plan.cache_clear()
     for _ in range(2):
-        experts.fused_experts_launch(
-            rows, factors, ids, None, weights, activation=Activation(), num_experts=8, weight_on_input=False, out=out
-        )
+        experts.fused_experts_launch(rows, factors, ids, ExpertCall(weights, Activation(), 8), out=out)
     experts._experts_plan.cache_clear()
     assert [name for name, _ in started] == 2 * ["align_kernel", "product_kernel", "product_kernel", "combine_kernel"]
     align, first, second, combine = (arguments for _, arguments in started[:4])
@@ -271,13 +270,15 @@ def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_under_the_interpreter() -> None:
-    """The tests of every implementation, and those of interpreted_logic.py, with Triton's interpreter on the CPU."""
+    """The tests of every implementation, and those of interpreted_triton.py, with Triton's interpreter on the CPU."""
     here = Path(__file__).parent
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(["src", "tests"])}
-    chosen = "interpreted_logic or activations or batches or edges or in_every_way or (fused and not wide and not many)"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "src"}
+    chosen = (
+        "interpreted_triton or activations or batches or edges or in_every_way or (fused and not wide and not many)"
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "interpreted", "-k", chosen, "-W", "ignore::RuntimeWarning",
-         str(here / "test_experts.py"), str(here / "interpreted_logic.py")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "moeyard.testing.interpreted", "-k", chosen,
+         "-W", "ignore::RuntimeWarning", str(here / "test_experts.py"), str(here / "interpreted_triton.py")],
         capture_output=True, text=True, check=False, cwd=here.parent, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -8,10 +8,8 @@ import pytest
 import torch
 
 import moeyard
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import layout_error
 from moeyard.integrations import vllm
-from support import python, same_bits
+from moeyard.testing import ROUTINGS, layout_error, python, same_bits
 
 NAMES = ("sorted_token_ids", "expert_ids", "num_tokens_post_padded")
 

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from assay import sandbox
-
 ANY_LOAD = 1e9
 BASE = """def work(n, base=2):
     total = 0
@@ -72,7 +70,6 @@ STRATEGIES = """from hypothesis import strategies
 def arguments():
     return strategies.tuples(strategies.integers(0, 200), strategies.integers(1, 3))
 """
-needs_sandbox = (sandbox.refusal() is not None, sandbox.refusal() or "")
 
 
 def git(folder: Path, *arguments: str) -> str:

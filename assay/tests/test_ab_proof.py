@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from assay.experiment import Blocks, replay, verdict_row
+from assay.experiment.blocks import Blocks
+from assay.experiment.raw import replay, verdict_row
 
 FILE = Path(__file__).parents[1] / "proof" / "ab-align-cpu.json"
 JUDGED = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from assay.__main__ import main
-from assay.experiment import SCHEMA
+from assay.contract.rows import VERSION as SCHEMA
 from small_project import BASE, FASTER, assay, candidate, edited, environment, files, git, project, verdict
 from test_kill import processes
 
@@ -147,7 +147,7 @@ def test_gates_that_are_left_out_on_request(tmp_path: Path, capsys: pytest.Captu
     given = [task, "--tree", wrong, "--store", tmp_path / "store2", "--no-sandbox", "--skip", "tests,equivalence"]
     found = verdict(*given)
     assert found["outcome"] == "incorrect" and found["words"] == ["outputs of 3 of 3 calls differ from base's"], found
-    assert [gate["outcome"] for gate in found["gates"]] == ["", "skipped", "skipped", ""]
+    assert [gate["outcome"] for gate in found["gates"]] == ["", "skipped", "skipped", "not_asked"]
     with pytest.raises(SystemExit):
         main(["prepare", str(task), "--tree", str(tree), "--skip", "tests,build"])
     assert "expected some of tests, equivalence, provenance, got build" in capsys.readouterr().err

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from assay import sandbox, sense
-from assay.arms import ArmError, Running, namespaces_work
+from assay.arms import sandbox
+from assay.arms.process import Running, namespaces_work
+from assay.contract.box import Box
+from assay.contract.errors import ArmError
+from assay.machine import load
 
 DOUBLE_FORK = """
 import os, sys, time
@@ -28,7 +31,7 @@ SPIN = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'while T
 MODES = [
     "links",
     pytest.param("namespaces", marks=pytest.mark.skipif(not namespaces_work(), reason="no namespaces here")),
-    pytest.param("sandbox", marks=pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))),
+    pytest.param("sandbox", marks=pytest.mark.sandbox),
 ]
 
 
@@ -45,7 +48,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def start(folder: Path, mode: str, command: list[str], log: int, fds: tuple[int, ...] = ()) -> Running:
-    box = sandbox.Box(folder / "tree", writable=True)
+    box = Box(folder / "tree", writable=True)
     return Running(
         "arm",
         command,
@@ -117,7 +120,7 @@ def test_frozen_arms_use_nothing(folder: Path, mode: str) -> None:
 
 def test_the_time_of_arms_counts_as_the_judges(folder: Path, mode: str) -> None:
     """What is not counted so would be taken for foreign load, and every block be contaminated."""
-    begun = sense.own_seconds()
+    begun = load.own_seconds()
     with tempfile.TemporaryFile() as log:
         running = start(folder, mode, python(SPIN), log.fileno())
         running.release()
@@ -125,7 +128,7 @@ def test_the_time_of_arms_counts_as_the_judges(folder: Path, mode: str) -> None:
         running.freeze()
         used = running.cpu_seconds()
         running.end()
-    assert used > 0.1 and sense.own_seconds() - begun >= used - 0.02
+    assert used > 0.1 and load.own_seconds() - begun >= used - 0.02
 
 
 def test_nothing_outlives_a_killed_judge(folder: Path, mode: str) -> None:
@@ -162,11 +165,10 @@ def test_a_command_that_cannot_start(folder: Path, mode: str) -> None:
         running.end()
 
 
+@pytest.mark.sandbox
 def test_the_clock_starts_when_the_command_stands_at_its_gate(folder: Path) -> None:
     """What it takes to make a sandbox, here half a second more than usual, is in no figure."""
-    if sandbox.refusal():
-        pytest.skip(str(sandbox.refusal()))
-    entry = sandbox.Entry(sandbox.Box(folder / "tree"))
+    entry = sandbox.Entry(Box(folder / "tree"))
 
     def slow(arguments: list[str], environment: Mapping[str, str]) -> list[str]:
         return ["/bin/sh", "-c", 'sleep 0.5; exec "$0" "$@"', *entry(arguments, environment)]

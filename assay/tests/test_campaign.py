@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from assay import campaign, selftest
 from assay.__main__ import main
+from assay.proof import campaign, selftest
 
 PROOF = Path(__file__).parents[1] / "proof"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from assay import gpu
-from assay.experiment import measured
-from assay.measure import Trees
-from assay.plan import Plan, Workload
+from assay.arms.trees import Trees
+from assay.contract.workload import Plan, Workload
+from assay.experiment.series import measured
+from assay.machine import gpu
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

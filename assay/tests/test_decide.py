@@ -4,19 +4,21 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from assay import outcomes
 from assay.__main__ import main
-from assay.decide import decide
-from assay.experiment import SCHEMA as RAW_SCHEMA
-from assay.frozen import FILE, SCHEMA, Frozen, plan_as_json
-from assay.outcomes import Gate
-from assay.plan import Plan, Workload
-from assay.stats import p_value
+from assay.contract.frozen import FILE, Frozen
+from assay.contract.plan import VERSION as SCHEMA
+from assay.contract.rows import VERSION as RAW_SCHEMA
+from assay.contract.workload import Plan, Workload
+from assay.gates import notes
+from assay.gates.gate import Found
+from assay.judgement.decision import decide
+from assay.statistics.signed_rank import p_value
 
 
 def raw(
@@ -26,11 +28,12 @@ def raw(
     require: str = "faster",
     asked: Sequence[str] = (),
     skipped: Sequence[str] = (),
-    found: Mapping[str, Gate] | None = None,
+    found: Mapping[str, Found] | None = None,
+    unchecked: bool = False,
     **block: Any,
 ) -> Path:
     """A folder of RAW: by workload the log-ratios of its blocks, base over candidate. A' takes as long as base."""
-    plan = Plan(Workload("command", ("true",)), workloads=len(ratios)).checked()
+    plan = Plan(Workload("command", ("true",)), workloads=len(ratios), unchecked=unchecked).checked()
     content = {
         "kind": "plan",
         "schema": SCHEMA,
@@ -42,19 +45,19 @@ def raw(
         "outcome": "",
         "words": [],
         "sandbox": {"wanted": True},
-        "workloads": {name: plan_as_json(plan) for name in ratios},
+        "workloads": {name: asdict(plan) for name in ratios},
     }
     folder.mkdir(exist_ok=True)
     (folder / FILE).write_text(json.dumps(content))
     frozen = Frozen.read(folder / FILE)
     for name, gate in (found or {}).items():
-        outcomes.note(frozen, name, gate)
+        notes.note(frozen, name, gate)
     for name, values in ratios.items():
         rows: list[dict[str, Any]] = [
             {
                 "kind": "header",
                 "schema": RAW_SCHEMA,
-                "plan": plan_as_json(plan),
+                "plan": asdict(plan),
                 "isolation": "sandbox",
                 "clock": "judge",
             }
@@ -104,10 +107,10 @@ def test_what_meets_no_requirement(require: str, tmp_path: Path) -> None:
 
     assert status("1", differing=[3]) == ("incorrect", 1)
     assert status("2", reasons=["foreign"]) == ("void", 3)
-    assert status("3", found={"tests": Gate("tests_failed", "one")}) == ("tests_failed", 1)
-    assert status("4", found={"provenance": Gate("not_evaluated", "unused")}) == ("not_evaluated", 5)
-    assert status("5", found={"equivalence": Gate("infra.equivalence", "no box")}) == ("infra.equivalence", 3)
-    assert status("6", found={"build": Gate("task_invalid", "base: no")}) == ("task_invalid", 4)
+    assert status("3", found={"tests": Found("tests_failed", "one")}) == ("tests_failed", 1)
+    assert status("4", found={"provenance": Found("not_evaluated", "unused")}) == ("not_evaluated", 5)
+    assert status("5", found={"equivalence": Found("infra.equivalence", "no box")}) == ("infra.equivalence", 3)
+    assert status("6", found={"build": Found("task_invalid", "base: no")}) == ("task_invalid", 4)
     assert status("7", reasons=["frozen"], escapes={"candidate": ["woke"]}) == ("tampered", 1)
 
 
@@ -156,7 +159,7 @@ def test_holm_overturns_a_single_look(tmp_path: Path) -> None:
 
 
 ASKED = ("tests", "equivalence", "provenance")
-PASSED = {"build": Gate("", "3 arms"), **{name: Gate("", "well") for name in ASKED}}
+PASSED = {"build": Found("", "3 arms"), **{name: Found("", "well") for name in ASKED}}
 
 
 def test_a_gate_that_was_asked_for_and_not_run(tmp_path: Path) -> None:
@@ -194,7 +197,23 @@ def test_a_gate_that_was_left_out_on_request(tmp_path: Path) -> None:
 
 def test_gates_of_another_plan(tmp_path: Path) -> None:
     place = raw(tmp_path, {"w": FASTER}, asked=ASKED, found=PASSED)
-    content = json.loads((place / outcomes.FILE).read_text())
-    (place / outcomes.FILE).write_text(json.dumps({**content, "plan": "1" * 16}))
+    content = json.loads((place / notes.FILE).read_text())
+    (place / notes.FILE).write_text(json.dumps({**content, "plan": "1" * 16}))
     with pytest.raises(ValueError, match="GATES: expected those of plan"):
         decide(place)
+
+
+def test_what_was_not_compared_speaks_for_no_patch(tmp_path: Path) -> None:
+    for unchecked, ratios, outcome in (
+        (False, FASTER, "not_evaluated"),
+        (False, SLOWER, "slower"),
+        (True, FASTER, "faster"),
+    ):
+        for require in ("faster", "not_slower"):
+            place = tmp_path / f"{unchecked}{outcome}{require}"
+            found = decide(raw(place, {"w": ratios}, require=require, unchecked=unchecked, compared=0))
+            assert found["outcome"] == outcome, found
+            assert "outputs not compared: w" in found["trust"]
+    assert not found["workloads"][0].keys() & {"outputs", "ratios"}
+    alone = decide(raw(tmp_path / "two", {"one": FASTER, "two": FASTER}, compared=0))
+    assert [words.partition(":")[0] for words in alone["words"]] == ["one", "two"]

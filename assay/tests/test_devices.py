@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from assay import devices
+from assay.machine import locks
 from small_project import FASTER, assay, candidate, environment, project
 
 HOLDS = """
 import sys, time
-from assay import devices
+from assay.machine import locks
 alone, seconds = sys.argv[1] == "alone", float(sys.argv[2])
-with devices.held("cpu", alone=alone, waiting=lambda name: print("waits for", name, flush=True)):
+with locks.held("cpu", alone=alone, waiting=lambda name: print("waits for", name, flush=True)):
     print("has", time.monotonic(), flush=True)
     time.sleep(seconds)
     print("had", time.monotonic(), flush=True)
@@ -52,7 +52,7 @@ def test_the_second_waits_and_says_so(first: str, second: str) -> None:
     with holder(first, 0.5) as one:
         assert said(one)[0] == "has"
         with holder(second, 0) as two:
-            assert said(two) == ["waits", "for", devices.names("cpu")[0]]
+            assert said(two) == ["waits", "for", locks.names("cpu")[0]]
             begun, ended = float(said(two)[1]), float(said(one)[1])
     assert begun >= ended
 
@@ -74,7 +74,7 @@ def test_a_killed_holder_frees_it() -> None:
 MEASURES = """
 import sys, time
 from assay.__main__ import main
-from assay.show import Progress
+from assay.report.terminal import Progress
 told = Progress.told
 def noted(progress, row):
     if row["kind"] in ("header", "block"):
@@ -112,7 +112,7 @@ def test_two_judges_that_measure(tmp_path: Path) -> None:
         time.sleep(0.01)
     second = measure(1)
     assert second.stderr is not None
-    assert second.stderr.readline() == f"waiting: another judge has {devices.names('cpu')[0]}\n"
+    assert second.stderr.readline() == f"waiting: another judge has {locks.names('cpu')[0]}\n"
     more = len(times(0)) + 3
     while len(times(0)) < more and first.poll() is None:
         time.sleep(0.01)

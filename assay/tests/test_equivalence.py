@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from assay import equivalence, sandbox, task
-from assay.measure import Trees
-from assay.sandbox import Box
+from assay.arms.trees import Trees
+from assay.contract import task
+from assay.contract.box import Box
+from assay.gates import equivalence
 
-pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))
+pytestmark = pytest.mark.sandbox
 
 STRATEGY = """
 import numpy as np

@@ -13,11 +13,11 @@ from typing import Any
 import jsonschema
 import pytest
 
-from assay import sense
 from assay.__main__ import main
-from assay.arms import Running
-from assay.experiment import replay
-from assay.supervisor import cpu_seconds
+from assay.arms.inside.supervisor import cpu_seconds
+from assay.arms.process import Running
+from assay.experiment.raw import replay
+from assay.machine import load
 
 WORK = "total = 0\nfor i in range({units} * 10000): total += i * i\n"
 CALL = "def work(n):\n    total = n\n    for i in range({units} * 10000): total += i * i\n    return total\n"
@@ -183,7 +183,7 @@ def test_what_outlives_its_arm_is_killed_and_its_block_left_out(
 
 
 def test_foreign_load_is_seen() -> None:
-    load = sense.Load.now()
+    before = load.Load.now()
     child = os.fork()
     if child == 0:
         stop = time.monotonic() + 1.0
@@ -191,7 +191,7 @@ def test_foreign_load_is_seen() -> None:
             pass
         os._exit(0)
     time.sleep(0.8)
-    foreign = load.foreign_since()
+    foreign = before.foreign_since()
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert foreign is None or foreign > 0.3  # a child that has not ended counts as foreign

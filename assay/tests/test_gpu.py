@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from assay import gpu
+from assay.machine import gpu
 
 HOLDS = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from assay.git import GitError, Store, resolved
-from assay.guards import Judged, Source, judged
-from assay.task import Scope
+from assay.contract.task import Scope
+from assay.judgement.guards import Judged, Source, judged
+from assay.repository.store import GitError, Store, resolved
 from small_project import FASTER, files, git, project
 
 SCOPE = Scope(files=("pkg/**",))
@@ -114,8 +114,19 @@ def test_tests_and_build_files_are_put_back_and_an_agents_own_patch_is_left(case
     assert found.outcome == "" and found.changed == ("pkg/a.py",)
     assert found.restored == ("conftest.py", "setup.py", "tests/test_work.py")
     assert found.left == ("a/.bench_scratch/x.py", "model_patch.diff")
-    inside = case.judged(Scope(files=("pkg/**", "tests/**")))
-    assert inside.changed == ("pkg/a.py", "tests/test_work.py")  # a task may put them into its scope
+    for scope in (("pkg/**", "tests/**"), ("**",), ("**/*.py",)):  # wherever they lie, and however wide the scope is
+        inside = case.judged(Scope(files=scope))
+        assert inside.changed[-1] == "pkg/a.py" and set(inside.restored) == {*mine}, scope
+    inside = case.judged(Scope(files=("pkg/**",), checks=("tests/**", "setup.py")))
+    assert inside.changed == ("pkg/a.py", "setup.py", "tests/test_work.py") and inside.restored == ("conftest.py",)
+
+
+@pytest.mark.parametrize("name", ["sitecustomize.py", "pkg/usercustomize.py"])
+def test_modules_that_python_imports_by_itself(name: str, case: Case) -> None:
+    files(case.candidate, {name: "x = 1\n"})
+    found = case.judged(Scope(files=("**",)))
+    assert (found.outcome, found.words) == ("out_of_scope", (f"{name}: a module that Python imports by itself",))
+    assert case.judged(Scope(files=("**",), checks=(name,))).changed == (name,)
 
 
 def test_files_that_base_ignores_are_seen_and_only_bases_rules_count(case: Case, tmp_path: Path) -> None:

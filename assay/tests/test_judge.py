@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +13,7 @@ import jsonschema
 import pytest
 
 from assay.__main__ import main
+from assay.cli.shown import schema
 from small_project import (
     BASE,
     FASTER,
@@ -23,21 +23,18 @@ from small_project import (
     environment,
     files,
     git,
-    needs_sandbox,
     project,
     verdict,
 )
 
-sandboxed = pytest.mark.skipif(needs_sandbox[0], reason=needs_sandbox[1])
-
 
 def valid(name: str, found: Any) -> None:
-    schema = json.loads(resources("assay").joinpath(f"{name}.schema.json").read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    jsonschema.Draft202012Validator(schema).validate(found)
+    found_schema = schema(name)
+    jsonschema.Draft202012Validator.check_schema(found_schema)
+    jsonschema.Draft202012Validator(found_schema).validate(found)
 
 
-@sandboxed
+@pytest.mark.sandbox
 def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
     task = project(tmp_path)
     tree = candidate(task, "fast", {"pkg/__init__.py": FASTER, "tests/test_work.py": "", "model_patch.diff": "+x\n"})
@@ -49,7 +46,7 @@ def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
         ("build", ""),
         ("tests", ""),
         ("equivalence", ""),
-        ("provenance", ""),
+        ("provenance", "not_asked"),
     ]
     assert found["gates"][1]["words"].startswith("4 tests passed") and "10 examples" in found["gates"][2]["words"]
     folder = tmp_path / "store/attempts" / found["attempt"]["id"]
@@ -111,7 +108,7 @@ def test_outcomes(change: dict[str, str], outcome: str, status: int | None, word
     assert "unsandboxed" in assay("ledger", "--store", tmp_path / "store").stdout
 
 
-@sandboxed
+@pytest.mark.sandbox
 def test_a_property_that_fails_and_a_build_that_does(tmp_path: Path) -> None:
     task = project(tmp_path)
     wrong = BASE.replace("return total", "return total + (base != 2 and n > 10)")
@@ -143,7 +140,7 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     shutil.copytree(plan.parent, moved, symlinks=True)
     code = (
         "import sys; from assay.__main__ import main; status = main(sys.argv[1:]); "
-        "loaded = {'pydantic', 'griffe', 'hypothesis', 'torch', 'assay.task'} & set(sys.modules); "
+        "loaded = {'pydantic', 'griffe', 'hypothesis', 'torch', 'assay.contract.task'} & set(sys.modules); "
         "sys.exit(f'loaded {loaded}' if loaded else status)"
     )
     slices = 0
@@ -188,7 +185,8 @@ def test_many_patches_and_a_reference_and_two_workloads(tmp_path: Path) -> None:
     edited(task, 'base = "HEAD"', 'base = "HEAD~1"\nreference = "HEAD"')
     task.write_text(
         task.read_text()
-        + '\n[[workload]]\nname = "cubes"\nrun = {kind = "command", command = ["python", "-S", "-c", '
+        + '\n[[workload]]\nname = "cubes"\noutputs = "unchecked"\n'
+        + 'run = {kind = "command", command = ["python", "-S", "-c", '
         + '"from pkg import work; work(300000)"]}\n'
     )
     (tmp_path / "patches").mkdir()
@@ -219,9 +217,9 @@ def test_many_patches_and_a_reference_and_two_workloads(tmp_path: Path) -> None:
 
 
 def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = project(tmp_path)
+    task, store = project(tmp_path), ["--store", str(tmp_path / "s")]
     for given, status, words in (
-        (["judge", str(task), "--tree", str(tmp_path / "none"), "--store", str(tmp_path / "s")], 2, "--tree: expected"),
+        (["judge", str(task), "--tree", str(tmp_path / "none"), "--no-sandbox", *store], 2, "--tree: expected"),
         (["judge", str(tmp_path / "none.toml"), "--tree", "."], 4, "expected a task"),
         (["measure", str(tmp_path / "plan.json"), "--out", str(tmp_path / "raw")], 2, "PLAN: expected a plan"),
         (["decide", str(tmp_path)], 2, "PLAN: expected a plan"),

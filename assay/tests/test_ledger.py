@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from assay.ledger import Key, Ledger
+from assay.judgement.ledger import Key, Ledger
 
 KEY = Key("task", "patch", "environment", "protocol")
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from assay import provenance, sandbox
-from assay.frozen import FILE, SCHEMA, Frozen, plan_as_json
-from assay.plan import Plan, Workload
+from assay.arms import sandbox
+from assay.contract.box import Box
+from assay.contract.frozen import FILE, Frozen
+from assay.contract.plan import VERSION as SCHEMA
+from assay.contract.workload import Plan, Workload
+from assay.gates import provenance
 
 pytestmark = [
-    pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal())),
+    pytest.mark.sandbox,
     pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler"),
 ]
 
@@ -43,14 +46,14 @@ def frozen(folder: Path, work: str, build: list[list[str]], run: Workload) -> Fr
             (tree / name).write_text(text)
         (tree / "work.py").write_text(work)
         (tree / "inputs.py").write_text("def make(seed): return (seed,)\n")
-    assert sandbox.run(sandbox.Box(folder / "trees" / "base", writable=True), BUILD, timeout_s=60).status == 0
+    assert sandbox.run(Box(folder / "trees" / "base", writable=True), BUILD, timeout_s=60).status == 0
     content = {
         "kind": "plan",
         "schema": SCHEMA,
         "trees": {"base": "", "candidate": ""},
         "commands": {"setup": [], "build": build, "timeout_s": 60},
         "sandbox": {"readable": [], "devices": [], "environment": {}, "memory_bytes": None, "processes": None},
-        "workloads": {"w": plan_as_json(Plan(run).checked())},
+        "workloads": {"w": asdict(Plan(run).checked())},
     }
     (folder / FILE).write_text(json.dumps(content))
     return Frozen.read(folder / FILE)
@@ -86,7 +89,7 @@ def test_a_stale_library_is_found_out(tmp_path: Path) -> None:
     """The source is changed, what is loaded was there before: the build does not even look at the source."""
     plan = frozen(tmp_path, LOADED, [["true"]], CALL)
     tree = plan.tree("candidate")
-    built = sandbox.run(sandbox.Box(tree, writable=True), BUILD, timeout_s=60)
+    built = sandbox.run(Box(tree, writable=True), BUILD, timeout_s=60)
     assert built.status == 0
     assert check(plan, "kernel.c").outcome == "not_evaluated"
 

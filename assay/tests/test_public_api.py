@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from assay.api import broken
+from assay.judgement.api import broken
 from small_project import environment, files
 
 PYTHON = """from torch.library import Library
@@ -130,7 +130,7 @@ def test_nothing_is_imported(tmp_path: Path) -> None:
     base, candidate = trees(tmp_path, f"open({str(marker)!r}, 'w')\n" + PYTHON, CUDA)
     assert broken(api(), base, candidate) == [] and not marker.exists()
     files(candidate, {"pkg/__init__.py": "(" * 5000})
-    command = [sys.executable, "-m", "assay.api", str(base), str(candidate)]
+    command = [sys.executable, "-m", "assay.judgement.api", str(base), str(candidate)]
     given = json.dumps(api(native=[])).encode()
     done = subprocess.run(command, input=given, capture_output=True, check=True, env=environment())
     assert json.loads(done.stdout)["broken"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from assay import sandbox
+from assay.arms import sandbox
 from small_project import candidate, edited, environment, files, git, project, verdict
 
 README = Path(__file__).parents[1] / "README.md"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from assay.measure import paired
+from assay.experiment.samples import paired
 
 ARMS = ["much", "null", "base", "candidate", "control", "little"]
 PLANTED = np.log([1.2, 1, 1, 1.05, 1, 1.02])[:, None]

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from assay import limits, sandbox
-from assay.arms import ArmError
-from assay.sandbox import Box, run
+from assay.arms import groups, sandbox
+from assay.arms.sandbox import run
+from assay.contract.box import Box, Limits
+from assay.contract.errors import ArmError
 
-pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))
+pytestmark = pytest.mark.sandbox
 
 ATTEMPTS = r"""
 import ctypes, json, os, socket, sys
@@ -199,13 +200,13 @@ MANY = "import os, time\nfor _ in range(40):\n    if os.fork() == 0: time.sleep(
 def test_memory_and_processes_are_limited(cgroups: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     box = Box(tmp_path, memory_bytes=200 << 20, most_processes=20)
     if cgroups:
-        group = limits.Group(box.limits)
+        group = groups.Group(box.limits)
         made = bool(group.folders)
         group.end()
         if not made:
             pytest.skip("no cgroup may be made here")
     else:
-        monkeypatch.setattr(limits, "_ROOT", tmp_path / "none")
+        monkeypatch.setattr(groups, "_ROOT", tmp_path / "none")
     hold = "import sys, time; held = bytearray(int(sys.argv[1]) << 20); time.sleep(1)"
     ended = run(box, [sys.executable, "-c", hold, "400"], timeout_s=30)
     assert ended.status == -9 and "bytes of memory" in ended.killed
@@ -254,13 +255,13 @@ def test_all_arms_see_the_same(tmp_path: Path) -> None:
 
 
 def test_groups_of_killed_judges_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    left = limits.Group(limits.Limits(most_processes=10))
+    left = groups.Group(Limits(most_processes=10))
     if not left.folders:
         pytest.skip("no cgroup may be made here")
-    young = limits.Group(limits.Limits(most_processes=10))
+    young = groups.Group(Limits(most_processes=10))
     assert all(folder.exists() for folder in (*left.folders, *young.folders))
-    monkeypatch.setattr(limits, "_STALE_S", -60.0)
-    limits.Group(limits.Limits(most_processes=10)).end()
+    monkeypatch.setattr(groups, "_STALE_S", -60.0)
+    groups.Group(Limits(most_processes=10)).end()
     assert not any(folder.exists() for folder in (*left.folders, *young.folders))
     left.end()
     young.end()

@@ -3,7 +3,7 @@
 import pytest
 
 from assay.__main__ import main
-from assay.simulate import SCENARIOS, Scenario, failures, simulate
+from assay.proof.simulation import SCENARIOS, Scenario, failures, simulate
 
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

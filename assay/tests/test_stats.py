@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assay import LOOKS, Interval, exact_interval, hodges_lehmann, judge, p_value
-from assay.stats import depth, holm, rank_sum_counts, walsh_averages
+from assay.statistics.signed_rank import depth, holm, rank_sum_counts, walsh_averages
 
 VALUES = st.lists(st.floats(-10, 10, allow_nan=False).map(lambda x: round(x, 3)), min_size=5, max_size=14)
 

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from assay.arms import ArmError, Running
-from assay.experiment import Blocks
-from assay.measure import Trees, _call, _works
-from assay.plan import Workload
-from assay.workers import Reply, Worker
+from assay.arms.handle import Reply, Worker
+from assay.arms.process import Running
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.workload import Workload
+from assay.experiment.blocks import Blocks
+from assay.experiment.exchange import Exchange
+from assay.experiment.samples import _works, called
 from small_project import BASE, FASTER, candidate, project, verdict
 
 REPLY = """
@@ -82,20 +85,19 @@ def test_mistakes_are_none(code: str, words: str, tmp_path: Path) -> None:
 
 
 def test_a_time_that_only_the_worker_tells(tmp_path: Path) -> None:
-    class Says:
-        arm = "candidate"
-
+    class Says(Exchange):
         def __init__(self, inner: float) -> None:
-            self.inner = inner
+            self.inner, self.worker = inner, Worker.__new__(Worker)
+            self.worker.arm = "candidate"
 
-        def ask(self, *_: Any) -> Reply:
+        def call(self, _: bytes | None) -> Reply:
             return Reply(1.0, self.inner, b"")
 
     events = Workload("call", target="work:work", clock="cuda")
-    assert _call(Says(0.5), events, b"").seconds == 0.5  # type: ignore[arg-type]
-    assert _call(Says(0.0), Workload("call", target="work:work"), b"").seconds == 1.0  # type: ignore[arg-type]
+    assert called(Says(0.5), events, b"").seconds == 0.5
+    assert called(Says(0.0), Workload("call", target="work:work"), b"").seconds == 1.0
     with pytest.raises(ArmError, match="took no time") as seen:
-        _call(Says(0.0), events, b"")  # type: ignore[arg-type]
+        called(Says(0.0), events, b"")
     assert seen.value.tampered
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from assay import globs, task
 from assay.__main__ import main
-from assay.positions import line_of
+from assay.contract import patterns, task
+from assay.contract.positions import line_of
 from small_project import INPUTS, edited, files, git, project
 
 
@@ -130,12 +130,12 @@ def test_lines_of_values() -> None:
     ],
 )
 def test_patterns(pattern: str, inside: list[str], outside: list[str]) -> None:
-    assert globs.checked(pattern) == pattern
-    assert all(globs.matches(path, [pattern]) for path in inside)
-    assert not any(globs.matches(path, [pattern]) for path in outside)
+    assert patterns.checked(pattern) == pattern
+    assert all(patterns.matches(path, [pattern]) for path in inside)
+    assert not any(patterns.matches(path, [pattern]) for path in outside)
 
 
 @pytest.mark.parametrize("pattern", ["", "/etc/*", "../x", "a/../b", "./a", "a\\b", "[z-a]"])
 def test_bad_patterns(pattern: str) -> None:
     with pytest.raises(ValueError, match="expected a pattern"):
-        globs.checked(pattern)
+        patterns.checked(pattern)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assay.compare import same
-from assay.wire import decode, encode
+from assay.arms.inside.wire import decode, encode
+from assay.experiment.outputs import same
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
 

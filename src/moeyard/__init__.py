@@ -6,11 +6,15 @@ Importing it imports torch and nothing else; implementations are loaded at their
 from moeyard.activation import activate
 from moeyard.checkpoints import experts_from_interleaved
 from moeyard.combine import combine, moe_sum
+from moeyard.dispatch.table import explain
 from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
-from moeyard.impls import explain
-from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
-from moeyard.outputs import empty_layout
+from moeyard.layout import (
+    batched_moe_align_block_size,
+    empty_layout,
+    moe_align_block_size,
+    moe_lora_align_block_size,
+)
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.router import route, route_and_align
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing

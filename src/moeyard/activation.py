@@ -1,13 +1,27 @@
 """What stands between the two products of an expert."""
 
-import torch
 from torch import Tensor
 
-from moeyard.checks import FLOATS, check_out, check_tensor, refuse_gradients
-from moeyard.impls import launcher
-from moeyard.library import goes_straight
-from moeyard.library_layer import ops
+from moeyard.dispatch.checks import FLOATS, check_activation, check_out, check_tensor
+from moeyard.dispatch.op import Op
 from moeyard.values import Activation
+
+ACTIVATION = "bool gated, str name, float alpha, float beta, float? limit"
+"""An activation in the schema of a registered operator."""
+
+
+def flatten_activation(activation: Activation) -> tuple[str, float, float, float | None]:
+    """An activation as registered operators take it."""
+    return activation.name, activation.alpha, activation.beta, activation.limit
+
+
+ACTIVATE = Op(
+    f"activate(Tensor rows, {ACTIVATION}, str impl) -> Tensor",
+    flatten=lambda rows, gated, activation: (rows, gated, *flatten_activation(activation)),
+    gather=lambda rows, gated, *activation: (rows, gated, Activation(*activation)),
+    allocate=lambda rows, gated, _: rows.new_empty((rows.shape[0], rows.shape[1] // (1 + gated))),
+    launch=lambda launch, out, rows, gated, activation: launch(rows, activation, gated=gated, out=out),
+)
 
 
 def activate(
@@ -35,24 +49,7 @@ def activate(
     activation = check_activation(activation)
     if gated and rows.shape[1] % 2:
         raise ValueError(f"rows: expected an even number of columns (gate and up), got {rows.shape[1]}")
-    refuse_gradients(rows=rows)
-    shape = (rows.shape[0], rows.shape[1] // 2 if gated else rows.shape[1])
     if out is not None:
-        check_out("out", out, shape, rows.dtype, rows.device)
-    if not goes_straight(rows):
-        a = activation
-        result: Tensor = ops.activate(rows, gated, a.name, a.alpha, a.beta, a.limit, impl)
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = torch.empty(shape, dtype=rows.dtype, device=rows.device)
-    launcher("activate", impl, rows.device, rows.dtype)(rows, activation, gated=gated, out=out)
-    return out
-
-
-def check_activation(activation: Activation | None) -> Activation:
-    """The activation, silu for None; TypeError for anything else."""
-    if activation is None:
-        return Activation()
-    if not isinstance(activation, Activation):
-        raise TypeError(f"activation: expected an Activation, got {type(activation).__name__}")
-    return activation
+        check_out("out", out, (rows.shape[0], rows.shape[1] // (1 + gated)), rows.dtype, rows.device)
+    result: Tensor = ACTIVATE((rows, bool(gated), activation), impl, out)
+    return result

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeyard.checks import FLOATS, check_shape, check_tensor
+from moeyard.dispatch.checks import FLOATS, check_shape, check_tensor
 from moeyard.values import ExpertWeights
 
 

@@ -1,15 +1,72 @@
 """rows -> hidden_states: each token's expert outputs, weighted and summed in a fixed order."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moeyard.checks import ID_DTYPES, check_out, check_shape, check_tensor
-from moeyard.ids import narrow_ids
-from moeyard.impls import launcher
-from moeyard.library import goes_straight
+from moeyard.dispatch.checks import FLOATS, ID_DTYPES, check_layout, check_out, check_shape, check_tensor
+from moeyard.dispatch.ids import local_expert_ids, narrow_ids
+from moeyard.dispatch.op import Gradient, Op
 from moeyard.values import Layout
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    rows, route_rows, topk_weights, ctx.top_k, _ = inputs
+    ctx.save_for_backward(rows, route_rows, topk_weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """A row's gradient is its token's, weighted; a weight's is the product of its row and its token's gradient."""
+    rows, route_rows, topk_weights = ctx.saved_tensors
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    valid = (route_rows >= 0).unsqueeze(1)
+    slots = torch.where(route_rows >= 0, route_rows, rows.shape[0])  # one more row takes what is dropped
+    routes = grad.repeat_interleave(ctx.top_k, dim=0)
+    grad_weights = None
+    if ctx.needs_input_grad[2]:
+        taken = torch.where(valid, rows[route_rows.clamp(min=0)], 0).to(wide)
+        grad_weights = (taken * routes.to(wide)).sum(1).to(topk_weights.dtype).view_as(topk_weights)
+    if topk_weights is not None:
+        routes = routes.to(wide) * topk_weights.reshape(-1, 1)
+    base = rows.new_zeros(rows.shape[0] + 1, rows.shape[1])
+    grad_rows = base.index_copy(0, slots.long(), torch.where(valid, routes, 0).to(rows.dtype))[:-1]
+    return grad_rows, None, grad_weights, None, None
+
+
+COMBINE = Op(
+    "combine(Tensor rows, Tensor route_rows, Tensor? topk_weights, SymInt top_k, str impl) -> Tensor",
+    allocate=lambda rows, route_rows, weights, top_k: rows.new_empty((route_rows.shape[0] // top_k, rows.shape[1])),
+    launch=lambda launch, out, rows, route_rows, weights, top_k: launch(
+        rows, weights, route_rows=route_rows, top_k=top_k, out=out
+    ),
+    gradient=Gradient(("rows", "topk_weights"), _setup, _backward),
+)
+
+
+def _moe_sum_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    rows, topk_ids, expert_map, _ = inputs
+    ctx.shape = rows.shape
+    ctx.save_for_backward(topk_ids, expert_map)
+
+
+def _moe_sum_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    topk_ids, expert_map = ctx.saved_tensors
+    spread = grad.unsqueeze(1).expand(ctx.shape)
+    if topk_ids is not None:
+        taken = local_expert_ids(narrow_ids(topk_ids), expert_map) >= 0
+        spread = torch.where(taken.unsqueeze(2), spread, 0)
+    return spread, None, None, None
+
+
+MOE_SUM = Op(
+    "moe_sum(Tensor rows, Tensor? topk_ids, Tensor? expert_map, str impl) -> Tensor",
+    allocate=lambda rows, *_: rows.new_empty((rows.shape[0], rows.shape[2])),
+    launch=lambda launch, out, rows, ids, expert_map: launch(
+        rows, None if ids is None else narrow_ids(ids), expert_map, out=out
+    ),
+    gradient=Gradient(("rows",), _moe_sum_setup, _moe_sum_backward),
+)
 
 
 def combine(
@@ -32,7 +89,8 @@ def combine(
     once; so the same inputs always give the same bits. Gradients flow to `rows` and `topk_weights`.
     Raises TypeError or ValueError naming the argument. Follows vLLM's `moe_unpermute`.
     """
-    check_tensor("rows", rows, dtypes=_FLOATS, ndim=(2,), device=layout.route_rows.device)
+    check_layout(layout)
+    check_tensor("rows", rows, dtypes=FLOATS, ndim=(2,), device=layout.route_rows.device)
     check_shape("rows", rows, (layout.capacity, rows.shape[1]), "the slots of layout")
     if topk_weights is not None:
         check_tensor("topk_weights", topk_weights, dtypes=(torch.float32,), ndim=(2,), device=rows.device)
@@ -48,13 +106,8 @@ def combine_routes(
     shape = (route_rows.shape[0] // top_k, rows.shape[1])
     if out is not None:
         check_out("out", out, shape, rows.dtype, rows.device)
-    if not goes_straight(rows, route_rows, topk_weights):
-        result = torch.ops.moeyard.combine(rows, route_rows, topk_weights, top_k, impl)
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = rows.new_empty(shape)
-    launcher("combine", impl, rows.device, rows.dtype)(rows, topk_weights, route_rows=route_rows, top_k=top_k, out=out)
-    return out
+    result: Tensor = COMBINE((rows, route_rows, topk_weights, top_k), impl, out)
+    return result
 
 
 def moe_sum(
@@ -75,7 +128,7 @@ def moe_sum(
 
     Returns [num_tokens, hidden_size], summed as in `combine`. Follows vLLM's `moe_sum`.
     """
-    check_tensor("rows", rows, dtypes=_FLOATS, ndim=(3,))
+    check_tensor("rows", rows, dtypes=FLOATS, ndim=(3,))
     if expert_map is not None:
         if topk_ids is None:
             raise ValueError("topk_ids: expected ids beside expert_map, got None")
@@ -86,11 +139,5 @@ def moe_sum(
     shape = (rows.shape[0], rows.shape[2])
     if out is not None:
         check_out("out", out, shape, rows.dtype, rows.device)
-    if not goes_straight(rows, topk_ids, expert_map):
-        result = torch.ops.moeyard.moe_sum(rows, topk_ids, expert_map, impl)
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = rows.new_empty(shape)
-    ids = None if topk_ids is None else narrow_ids(topk_ids)
-    launcher("moe_sum", impl, rows.device, rows.dtype)(rows, ids, expert_map, out=out)
-    return out
+    result: Tensor = MOE_SUM((rows, topk_ids, expert_map), impl, out)
+    return result

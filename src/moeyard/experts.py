@@ -1,19 +1,58 @@
 """The layer: tokens through their experts, and around that the router and the shared experts."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from moeyard import checks
-from moeyard.activation import check_activation
-from moeyard.checks import FLOATS, check_experts, check_shape, check_tensor
-from moeyard.ids import narrow_ids
-from moeyard.impls import launcher
-from moeyard.library import goes_straight
-from moeyard.library_layer import ops
+from moeyard.activation import ACTIVATION, flatten_activation
+from moeyard.dispatch import checks
+from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
+from moeyard.dispatch.ids import narrow_ids
+from moeyard.dispatch.op import Op
 from moeyard.router import route
-from moeyard.values import MAX_EXPERTS, Activation, ExpertWeights, RouterOptions, Routing
+from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
+
+
+def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple[Any, ...]:
+    weights = call.weights
+    return (
+        hidden_states, routing.topk_weights, routing.topk_ids, call.expert_map, weights.w13, weights.w2,
+        weights.w13_bias, weights.w2_bias, weights.gated, *flatten_activation(call.activation), call.num_experts,
+        call.weight_on_input,
+    )  # fmt: skip
+
+
+def _gather(
+    hidden_states: Tensor, factors: Tensor, ids: Tensor, expert_map: Tensor | None, *rest: Any
+) -> tuple[Any, ...]:
+    w13, w2, b13, b2, gated, name, alpha, beta, limit, num_experts, weight_on_input = rest
+    weights, activation = ExpertWeights(w13, w2, b13, b2, gated), Activation(name, alpha, beta, limit)
+    call = ExpertCall(weights, activation, num_experts, expert_map, weight_on_input)
+    return hidden_states, Routing(factors, ids), call
+
+
+def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | None:
+    if hidden_states.is_cpu:  # where no implementation looks at sizes
+        return None
+    tokens, top_k = routing.topk_ids.shape
+    facts = facts_of_experts(call.weights)
+    return Call(hidden_states.device, hidden_states.dtype, facts, tokens, top_k, call.num_experts, call.weight_on_input)
+
+
+FUSED_EXPERTS = Op(
+    "fused_experts(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor w13, "
+    f"Tensor w2, Tensor? w13_bias, Tensor? w2_bias, {ACTIVATION}, SymInt num_experts, bool weight_on_input, str impl) "
+    "-> Tensor",
+    flatten=_flatten,
+    gather=_gather,
+    allocate=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
+    call=_call,
+    launch=lambda launch, out, hidden_states, routing, call: launch(
+        hidden_states, routing.topk_weights, narrow_ids(routing.topk_ids), call, out=out
+    ),
+)
 
 
 def fused_experts(
@@ -39,7 +78,7 @@ def fused_experts(
         num_experts: global number of experts; those of `weights`, or of `expert_map`, unless given.
         expert_map: [num_experts] int32, as in `moe_align_block_size`.
         apply_router_weight_on_input: whether weights multiply a token's row before its experts, not what comes out.
-        out: [num_tokens, hidden_size] of the dtype of `hidden_states`, to overwrite; not `hidden_states` itself.
+        out: [num_tokens, hidden_size] of the dtype of `hidden_states`, to overwrite.
 
     Returns [num_tokens, hidden_size]. Sums are float32 (float64 rows: float64); what the activation leaves is rounded
     to the dtype once, and the result once (beyond a few tokens on a GPU also each route's row before the sum). Raises
@@ -64,33 +103,11 @@ def fused_experts(
     if expert_map is not None:
         check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
-    w13, w2, b13, b2 = weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
-    checks.refuse_gradients(hidden_states=hidden_states, w13=w13, w2=w2, w13_bias=b13, w2_bias=b2, topk_weights=factors)
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
-        if out.untyped_storage().data_ptr() == hidden_states.untyped_storage().data_ptr() and out.numel():
-            raise ValueError("out: expected a tensor beside hidden_states, got one in the same storage")
-    if not goes_straight(hidden_states, ids, factors, expert_map, w13, w2):
-        a = activation
-        result: Tensor = ops.fused_experts(
-            hidden_states, factors, ids, expert_map, w13, w2, b13, b2, weights.gated, a.name, a.alpha, a.beta, a.limit,
-            num_experts, apply_router_weight_on_input, impl,
-        )  # fmt: skip
-        return result if out is None else out.copy_(result)
-    if out is None:
-        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
-    launcher("fused_experts", impl, device, hidden_states.dtype)(
-        hidden_states,
-        factors,
-        narrow_ids(ids),
-        expert_map,
-        weights,
-        activation=activation,
-        num_experts=num_experts,
-        weight_on_input=apply_router_weight_on_input,
-        out=out,
-    )
-    return out
+    call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
+    result: Tensor = FUSED_EXPERTS((hidden_states, routing, call), impl, out)
+    return result
 
 
 def moe_layer(
@@ -111,7 +128,7 @@ def moe_layer(
         hidden_states: [num_tokens, hidden_size], as in `fused_experts`.
         router_weight: [num_experts, hidden_size]; logits are computed in its dtype.
         weights: of all experts.
-        router_bias: [num_experts], added to the logits (gpt-oss).
+        router_bias: [num_experts] of the dtype of router_weight, added to the logits (gpt-oss).
         activation: of routed and shared experts; silu unless given.
         shared: one expert (several shared ones side by side are one wide one) that every token goes through.
         shared_gate: [1, hidden_size]: the sigmoid of its product with a token weighs the shared expert (Qwen3-Next).
@@ -127,7 +144,10 @@ def moe_layer(
     check_shape("router_weight", router_weight, shape, "the experts and hidden_size of weights")
     if shared_gate is not None and shared is None:
         raise ValueError("shared: expected the shared experts beside shared_gate, got None")
-    logits = torch.nn.functional.linear(hidden_states.to(router_weight.dtype), router_weight, router_bias)
+    if router_bias is not None:
+        check_tensor("router_bias", router_bias, dtypes=(router_weight.dtype,), ndim=(1,), device=hidden_states.device)
+        check_shape("router_bias", router_bias, (weights.num_local_experts,), "one per expert")
+    logits = _linear(hidden_states, router_weight, router_bias)
     routing = route(logits.float() if logits.dtype == torch.float64 else logits, **router_options)
     result = fused_experts(hidden_states, routing, weights, activation=activation, impl=impl)
     if shared is None:
@@ -140,7 +160,12 @@ def moe_layer(
     else:
         check_tensor("shared_gate", shared_gate, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
         check_shape("shared_gate", shared_gate, (1, hidden_states.shape[1]), "hidden_size of weights")
-        gate = torch.nn.functional.linear(hidden_states.to(shared_gate.dtype), shared_gate)
-        factor = torch.sigmoid(gate.float())
+        factor = torch.sigmoid(_linear(hidden_states, shared_gate).float())
     everyone = Routing(factor, torch.zeros_like(factor, dtype=torch.int32))
     return result.add_(fused_experts(hidden_states, everyone, shared, activation=activation, impl=impl))
+
+
+def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """hidden_states @ weight.T + bias in the dtype of `weight`, also under autocast."""
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)

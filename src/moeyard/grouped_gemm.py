@@ -1,13 +1,63 @@
 """rows x expert weights -> rows: every row times the weights of its expert."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from moeyard.checks import FLOATS, check_out, check_shape, check_tensor, refuse_gradients
-from moeyard.impls import launcher
-from moeyard.library import goes_straight
-from moeyard.library_layer import ops
-from moeyard.values import Layout
+from moeyard.dispatch.call import Call, WeightFacts, unreadable
+from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor
+from moeyard.dispatch.op import Op
+from moeyard.values import Layout, Segments
+
+
+def _flatten(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    segments: Segments,
+    num_results: int,
+) -> tuple[Any, ...]:
+    first_rows, row_counts, slots, divisor = segments
+    return rows, weight, bias, topk_weights, slots, divisor, first_rows, row_counts, num_results
+
+
+def _gather(*flat: Any) -> tuple[Any, ...]:
+    *operands, slots, divisor, first_rows, row_counts, num_results = flat
+    return *operands, Segments(first_rows, row_counts, slots, divisor), num_results
+
+
+def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
+    if rows.is_cpu:  # where no implementation looks at sizes
+        return None
+    experts, columns, size = weight.shape
+    facts = WeightFacts(weight.dtype, "none", experts, columns, size, False, unreadable(weight, "weight"))
+    return Call(rows.device, rows.dtype, facts, rest[-1])
+
+
+def _launch(
+    launch: Any,
+    out: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    topk_weights: Tensor | None,
+    segments: Segments,
+    _num_results: int,
+) -> None:
+    launch(rows, weight, bias, topk_weights, segments, out=out)
+
+
+GROUPED_GEMM = Op(
+    "grouped_gemm(Tensor rows, Tensor weight, Tensor? bias, Tensor? topk_weights, Tensor? sorted_token_ids, "
+    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_results, str impl) -> Tensor",
+    flatten=_flatten,
+    gather=_gather,
+    allocate=lambda rows, weight, *rest: rows.new_empty((rest[-1], weight.shape[1])),
+    call=_call,
+    launch=_launch,
+)
 
 
 def grouped_gemm(
@@ -52,61 +102,52 @@ def grouped_gemm(
         raise ValueError(f"rows: expected {size} columns (those of weight), got {rows.shape[-1]}")
     if bias is not None:
         check_tensor("bias", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
-        check_shape("bias", bias, (experts, columns), "one row an expert")
+        check_shape("bias", bias, (experts, columns), "one row per expert")
     if topk_weights is not None:
         if layout is None:
             raise ValueError("topk_weights: expected a layout beside them, got none")
+        check_layout(layout)
         check_tensor("topk_weights", topk_weights, dtypes=(torch.float32,), ndim=(2,), device=rows.device)
         check_shape(
             "topk_weights", topk_weights, (layout.num_routes // layout.top_k, layout.top_k), "the routes of layout"
         )
-    refuse_gradients(rows=rows, weight=weight, bias=bias, topk_weights=topk_weights)
+    segments = _segments(rows, experts, layout, expert_offsets, expert_num_tokens)
     shape = (*rows.shape[:-1], columns) if layout is None else (layout.num_routes, columns)
     if out is not None:
         check_out("out", out, shape, rows.dtype, rows.device)
-    slots, divisor, firsts, counts = _address(rows, experts, layout, expert_offsets, expert_num_tokens)
-    flat = rows.reshape(-1, size)
-    arguments = (flat, weight, bias, topk_weights)
-    if not goes_straight(rows, weight, firsts):
-        num_results = shape[0] if len(shape) == 2 else shape[0] * shape[1]
-        result: Tensor = ops.grouped_gemm(*arguments, slots, divisor, firsts, counts, num_results, impl)
-        return result.view(shape) if out is None else out.copy_(result.view(shape))
-    if out is None:
-        out = rows.new_empty(shape)
-    launcher("grouped_gemm", impl, rows.device, rows.dtype)(
-        *arguments,
-        sorted_token_ids=slots,
-        row_divisor=divisor,
-        first_rows=firsts,
-        row_counts=counts,
-        out=out.view(-1, columns),
+    num_results = shape[0] if len(shape) == 2 else shape[0] * shape[1]
+    result: Tensor = GROUPED_GEMM(
+        (rows.reshape(-1, size), weight, bias, topk_weights, segments, num_results),
+        impl,
+        None if out is None else out.view(-1, columns),
     )
-    return out
+    return result.view(shape) if out is None else out
 
 
-def _address(
+def _segments(
     rows: Tensor, experts: int, layout: Layout | None, offsets: Tensor | None, counts: Tensor | None
-) -> tuple[Tensor | None, int, Tensor, Tensor]:
-    """(sorted_token_ids, rows of the result a row, first row and number of rows of each expert)."""
+) -> Segments:
+    """The segments that one of the three says."""
     if layout is not None:
+        check_layout(layout)
         if layout.num_local_experts != experts:
             raise ValueError(f"weight: expected {layout.num_local_experts} experts (those of layout), got {experts}")
         routes, top_k = layout.num_routes, layout.top_k
         if rows.shape[0] not in (routes, routes // top_k):
             raise ValueError(f"rows: expected {routes // top_k} or {routes} rows (of layout), got {rows.shape[0]}")
         divisor = 1 if rows.shape[0] == routes else top_k
-        return layout.sorted_token_ids, divisor, layout.expert_offsets[:-1], layout.expert_counts
+        return Segments(layout.expert_offsets[:-1], layout.expert_counts, layout.sorted_token_ids, divisor)
     if offsets is not None:
         check_tensor("expert_offsets", offsets, dtypes=(torch.int64,), ndim=(1,), device=rows.device)
         check_shape("expert_offsets", offsets, (experts + 1,), "one more than experts")
         bounds = offsets.clamp(0, rows.shape[0]).cummax(0).values
         held = torch.sub(bounds[1:], bounds[:-1], out=bounds.new_empty(experts, dtype=torch.int32))
-        return None, 1, bounds[:-1], held
+        return Segments(bounds[:-1], held)
     assert counts is not None
     check_tensor("expert_num_tokens", counts, dtypes=(torch.int32,), ndim=(1,), device=rows.device)
-    check_shape("expert_num_tokens", counts, (experts,), "one an expert")
+    check_shape("expert_num_tokens", counts, (experts,), "one per expert")
     batches, most = rows.shape[:2]
     if batches != experts:
         raise ValueError(f"rows: expected {experts} batches (the experts of weight), got {batches}")
     firsts = torch.arange(0, experts * max(most, 1), max(most, 1), device=rows.device)
-    return None, 1, firsts, counts.clamp(0, most)
+    return Segments(firsts, counts.clamp(0, most))

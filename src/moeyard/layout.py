@@ -4,22 +4,133 @@ The operators follow vLLM's `moe_align_block_size` family (csrc/moe/moe_align_su
 order, the inverse map and the expert offsets in the same answer.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from moeyard.checks import check_int, check_routes, check_shape, check_tensor
-from moeyard.ids import narrow_ids
-from moeyard.impls import launcher, repeater
-from moeyard.library import goes_straight
-from moeyard.outputs import (
-    allocate_layout_at_once,
-    batched_lengths,
-    cached_layout_lengths,
-    check_layout_out,
+from moeyard.dispatch.checks import (
+    LAYOUT_DTYPES,
+    check_int,
+    check_out,
+    check_routes,
+    check_shape,
     check_sizes,
-    deliver,
+    check_tensor,
 )
+from moeyard.dispatch.ids import narrow_ids
+from moeyard.dispatch.op import LAYOUT, SIZES, Op, goes_straight
+from moeyard.dispatch.sizes import batched_layout_lengths, cached_layout_lengths, layout_lengths
+from moeyard.dispatch.table import companion
 from moeyard.values import Layout
+
+Sizes = tuple[int, int, int, int]
+"""(num_experts, num_local_experts, block_size, top_k) of a layout."""
+
+
+def allocate_layout(
+    new_empty: Callable[..., Tensor], lengths: tuple[int, ...], sizes: Sizes, *, stack: tuple[int, ...] = ()
+) -> Layout:
+    """An uninitialised layout on the device of `new_empty`; `stack` leads every shape."""
+    fields = [new_empty((*stack, n), dtype=dtype) for n, dtype in zip(lengths, LAYOUT_DTYPES, strict=True)]
+    return Layout.of(fields, sizes)
+
+
+def allocate_layout_at_once(new_empty: Callable[..., Tensor], lengths: tuple[int, ...], sizes: Sizes) -> Layout:
+    """`allocate_layout` in one allocation, whose slices the tensors are: a third of the cost of six."""
+    capacity, num_blocks, one, num_offsets, num_local_experts, num_routes = lengths
+    words = 2 * num_offsets
+    parts = (words, capacity, num_routes, num_blocks, num_local_experts, one)
+    offsets, slots, routes, blocks, counts, used = new_empty(sum(parts), dtype=torch.int32).unsafe_split_with_sizes(
+        parts
+    )
+    layout = Layout(slots, blocks, used, offsets.view(torch.int64), counts, routes, *sizes)
+    object.__setattr__(layout, "_notes", ())  # `trust`, without a call
+    return layout
+
+
+def check_layout_out(out: object, lengths: tuple[int, ...], sizes: Sizes, device: torch.device) -> None:
+    """`out` is a layout of these lengths and sizes on `device`."""
+    if not isinstance(out, Layout):
+        raise TypeError(f"out: expected a Layout, got {type(out).__name__}")
+    got = (out.num_experts, out.num_local_experts, out.block_size, out.top_k)
+    if got != sizes:
+        names = "num_experts, num_local_experts, block_size, top_k"
+        raise ValueError(f"out: expected a layout with ({names}) = {sizes}, got {got}")
+    for name, length, dtype in zip(Layout.TENSORS, lengths, LAYOUT_DTYPES, strict=True):
+        tensor = getattr(out, name)
+        fits = tensor.shape == (length,) and tensor.dtype is dtype and tensor.device == device
+        if not fits or not tensor.is_contiguous():
+            check_out(f"out.{name}", tensor, (length,), dtype, device)
+
+
+def _of_routes(topk_ids: Tensor, _map: Tensor | None, *sizes: int) -> tuple[tuple[int, ...], Sizes]:
+    num_experts, num_local_experts, block_size, top_k = sizes
+    lengths = layout_lengths(topk_ids.numel(), num_local_experts, block_size)
+    return lengths, (num_experts, num_local_experts, block_size, top_k)
+
+
+def _of_batches(counts: Tensor, max_num_tokens: int, block_size: int) -> tuple[tuple[int, ...], Sizes]:
+    num_experts = counts.shape[0]
+    lengths = batched_layout_lengths(num_experts, max_num_tokens, block_size)
+    return lengths, (num_experts, num_experts, block_size, 1)
+
+
+def _allocate_align(
+    topk_ids: Tensor, _map: Tensor | None, num_experts: int, num_local: int, block_size: int, top_k: int
+) -> Layout:
+    lengths = cached_layout_lengths(topk_ids.numel(), num_local, block_size)
+    return allocate_layout_at_once(topk_ids.new_empty, lengths, (num_experts, num_local, block_size, top_k))
+
+
+ALIGN = Op(
+    f"moe_align_block_size(Tensor topk_ids, Tensor? expert_map, {SIZES}, str impl) -> {LAYOUT}",
+    allocate=lambda ids, *rest: allocate_layout(ids.new_empty, *_of_routes(ids, *rest)),
+    allocate_eagerly=_allocate_align,
+    assemble=lambda fields, ids, _map, *sizes: Layout.of(fields, sizes),
+    launch=lambda launch, out, ids, expert_map, *_: launch(narrow_ids(ids), expert_map, out),
+)
+BATCHED_ALIGN = Op(
+    "batched_moe_align_block_size(Tensor expert_num_tokens, SymInt max_num_tokens, SymInt block_size, str impl) -> "
+    + LAYOUT,
+    allocate=lambda counts, *rest: allocate_layout(counts.new_empty, *_of_batches(counts, *rest)),
+    allocate_eagerly=lambda counts, *rest: allocate_layout_at_once(counts.new_empty, *_of_batches(counts, *rest)),
+    assemble=lambda fields, counts, *rest: Layout.of(fields, _of_batches(counts, *rest)[1]),
+    launch=lambda launch, out, counts, max_num_tokens, _block_size: launch(counts, max_num_tokens, out),
+)
+LORA_ALIGN = Op(
+    "moe_lora_align_block_size(Tensor topk_ids, Tensor token_lora_mapping, Tensor? expert_map, SymInt max_loras, "
+    f"{SIZES}, str impl) -> {LAYOUT}",
+    allocate=lambda ids, _loras, expert_map, max_loras, *sizes: allocate_layout(
+        ids.new_empty, *_of_routes(ids, expert_map, *sizes), stack=(max_loras,)
+    ),
+    assemble=lambda fields, ids, _loras, _map, _max, *sizes: Layout.of(fields, sizes),
+    launch=lambda launch, out, ids, loras, expert_map, *_: launch(narrow_ids(ids), loras, expert_map, out),
+)
+
+
+def empty_layout(
+    num_routes: int,
+    *,
+    num_experts: int,
+    block_size: int,
+    num_local_experts: int | None = None,
+    top_k: int = 1,
+    device: torch.device | str = "cpu",
+) -> Layout:
+    """An uninitialised `Layout` for `num_routes` routes, to pass as `out=` to `moe_align_block_size`.
+
+    Sizes are those of that operator. Raises ValueError naming the argument, also when capacity passes int32.
+    """
+    num_local = num_experts if num_local_experts is None else num_local_experts
+    check_int("num_routes", num_routes, low=0)
+    check_int("top_k", top_k, low=1)
+    check_sizes(num_experts, num_local, block_size)
+    lengths = layout_lengths(num_routes, num_local, block_size)
+    anchor = torch.empty(0, dtype=torch.int32, device=device)
+    return allocate_layout_at_once(anchor.new_empty, lengths, (num_experts, num_local, block_size, top_k))
 
 
 def moe_align_block_size(
@@ -50,31 +161,49 @@ def moe_align_block_size(
 
     Returns a `Layout`. Raises TypeError or ValueError naming the argument; also when capacity passes int32.
     """
-    if type(out) is Layout and out._again is not None and expert_map is None and goes_straight(topk_ids):
+    notes: Any = out._notes if type(out) is Layout else None
+    if out is not None and notes and notes.again is not None and expert_map is None and goes_straight(topk_ids):
         call = (topk_ids.shape, topk_ids.dtype, num_experts, block_size, num_local_experts, top_k, impl)
-        if out._again[0] == call and out._again[1](topk_ids, out):
+        if notes.call == call and notes.apart(topk_ids) and notes.again(topk_ids, out):
+            increment_version(out.tensors)
             return out
     num_local = num_experts if num_local_experts is None else num_local_experts
     check_sizes(num_experts, num_local, block_size)
     given, top_k = top_k, check_routes(topk_ids, top_k, expert_map, num_experts)
     sizes = (num_experts, num_local, block_size, top_k)
-    if not goes_straight(topk_ids, expert_map):
-        fields = torch.ops.moeyard.moe_align_block_size(topk_ids, expert_map, *sizes, impl)
-        return deliver(Layout.of(fields, sizes), out)
-    lengths = cached_layout_lengths(topk_ids.numel(), num_local, block_size)
-    device, dtype = topk_ids.device, topk_ids.dtype
-    launch = launcher("moe_align_block_size", impl, device, dtype)
-    if out is None:
-        out = allocate_layout_at_once(topk_ids.new_empty, lengths, sizes)
-    else:
-        check_layout_out(out, lengths, sizes, device)
-        prepare = repeater("moe_align_block_size", impl, device, dtype) if expert_map is None else None
-        again = prepare(topk_ids, out) if prepare is not None else None
-        if again is not None:
-            call = (topk_ids.shape, dtype, num_experts, block_size, num_local_experts, given, impl)
-            object.__setattr__(out, "_again", (call, again))
-    launch(narrow_ids(topk_ids), expert_map, out)
-    return out
+    if out is not None:
+        check_layout_out(out, cached_layout_lengths(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
+    apart = bool(notes) and notes.apart(topk_ids) and (expert_map is None or notes.apart(expert_map))
+    layout: Layout = ALIGN((topk_ids, expert_map, *sizes), impl, out, apart)
+    if isinstance(out, Layout) and expert_map is None and goes_straight(topk_ids):
+        call = (topk_ids.shape, topk_ids.dtype, num_experts, block_size, num_local_experts, given, impl)
+        if not notes or notes.call != call:
+            object.__setattr__(out, "_notes", _notes_of(out, topk_ids, call))
+    return layout
+
+
+class _Notes(NamedTuple):
+    """What a call with `out=` leaves for the next one with this layout."""
+
+    call: tuple[Any, ...]
+    """The arguments of the call."""
+    again: Callable[[Tensor, Layout], bool] | None
+    """What repeats it for other ids, checking only what can have changed; False where it could not."""
+    low: int
+    high: int
+    """The bytes [low, high) that hold all tensors of the layout."""
+
+    def apart(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies outside these bytes."""
+        address = tensor.data_ptr()
+        return address >= self.high or (tensor.is_contiguous() and address + tensor.nbytes <= self.low)
+
+
+def _notes_of(out: Layout, topk_ids: Tensor, call: tuple[Any, ...]) -> _Notes:
+    prepare = companion("moe_align_block_size", "again", call[-1], topk_ids.device, topk_ids.dtype)
+    again = prepare(topk_ids, out) if prepare is not None else None
+    addresses = [(tensor.data_ptr(), tensor.nbytes) for tensor in out.tensors]
+    return _Notes(call, again, min(a for a, _ in addresses), max(a + size for a, size in addresses))
 
 
 def batched_moe_align_block_size(
@@ -94,18 +223,11 @@ def batched_moe_align_block_size(
     num_experts = expert_num_tokens.shape[0]
     check_sizes(num_experts, num_experts, block_size)
     check_int("max_num_tokens", max_num_tokens, low=0)
-    device, sizes = expert_num_tokens.device, (num_experts, num_experts, block_size, 1)
-    if not goes_straight(expert_num_tokens):
-        fields = torch.ops.moeyard.batched_moe_align_block_size(expert_num_tokens, max_num_tokens, block_size, impl)
-        return deliver(Layout.of(fields, sizes), out)
-    lengths = batched_lengths(num_experts, max_num_tokens, block_size)
-    if out is None:
-        out = allocate_layout_at_once(expert_num_tokens.new_empty, lengths, sizes)
-    else:
-        check_layout_out(out, lengths, sizes, device)
-    launch = launcher("batched_moe_align_block_size", impl, device, torch.int32)
-    launch(expert_num_tokens, max_num_tokens, out)
-    return out
+    if out is not None:
+        lengths, sizes = _of_batches(expert_num_tokens, max_num_tokens, block_size)
+        check_layout_out(out, lengths, sizes, expert_num_tokens.device)
+    layout: Layout = BATCHED_ALIGN((expert_num_tokens, max_num_tokens, block_size), impl, out)
+    return layout
 
 
 def moe_lora_align_block_size(
@@ -120,7 +242,7 @@ def moe_lora_align_block_size(
     top_k: int | None = None,
     impl: str = "auto",
 ) -> tuple[Layout, ...]:
-    """One layout an adapter: layout i holds the routes of the tokens whose adapter is i, and drops the others.
+    """One layout per adapter: layout i holds the routes of the tokens whose adapter is i, and drops the others.
 
     Args:
         token_lora_mapping: [num_tokens] int32 or int64, the adapter of each token; a token outside [0, max_loras)
@@ -137,9 +259,7 @@ def moe_lora_align_block_size(
     check_tensor(
         "token_lora_mapping", token_lora_mapping, dtypes=(torch.int32, torch.int64), ndim=(1,), device=topk_ids.device
     )
-    check_shape("token_lora_mapping", token_lora_mapping, (topk_ids.numel() // top_k,), "one adapter a token")
+    check_shape("token_lora_mapping", token_lora_mapping, (topk_ids.numel() // top_k,), "one adapter per token")
     sizes = (num_experts, num_local, block_size, top_k)
-    fields = torch.ops.moeyard.moe_lora_align_block_size(
-        topk_ids, token_lora_mapping, expert_map, max_loras, *sizes, impl
-    )
-    return tuple(Layout.of([field[lora] for field in fields], sizes) for lora in range(max_loras))
+    stacked: Layout = LORA_ALIGN((topk_ids, token_lora_mapping, expert_map, max_loras, *sizes), impl)
+    return tuple(Layout.of([field[lora] for field in stacked.tensors], sizes) for lora in range(max_loras))

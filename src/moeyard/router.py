@@ -1,20 +1,66 @@
 """router_logits -> Routing: which experts each token goes to, and with what weight."""
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from moeyard.checks import check_router_options, check_routes, check_routing_out, check_tensor
-from moeyard.impls import launcher, with_layout_launcher
-from moeyard.layout import moe_align_block_size
-from moeyard.library import goes_straight
-from moeyard.library_layer import ops
-from moeyard.outputs import allocate_layout_at_once, allocate_routing, cached_layout_lengths, check_sizes
-from moeyard.tiles import MOST_DECODE_TOKENS
-from moeyard.values import ROUTER_DEFAULTS, Layout, RouterOptions, Routing
+from moeyard.dispatch.checks import check_router, check_routes, check_routing_out, check_sizes, check_tensor
+from moeyard.dispatch.op import Gradient, Op, goes_straight
+from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, cached_layout_lengths
+from moeyard.dispatch.table import companion
+from moeyard.layout import allocate_layout_at_once, moe_align_block_size
+from moeyard.values import Layout, Router, RouterOptions, Routing
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _allocate(router_logits: Tensor, _bias: Tensor | None, _padding: Tensor | None, router: Router) -> Routing:
+    shape, device = (router_logits.shape[0], router.top_k), router_logits.device
+    weights = torch.empty(shape, dtype=torch.float32, device=device)  # quicker than two slices of one allocation
+    return Routing(weights, torch.empty(shape, dtype=torch.int32, device=device))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    router_logits, _, _, *router, _ = inputs
+    ctx.router = Router(*router)
+    ctx.save_for_backward(router_logits, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]:
+    """The choice is constant; weights are the scores of the chosen, maybe over their sum, times the factor."""
+    router_logits, ids = ctx.saved_tensors
+    router: Router = ctx.router
+    logits, taken = router_logits.float(), ids >= 0
+    where = ids.clamp(min=0).long()
+    scores = torch.softmax(logits, 1) if router.scoring == "softmax" else torch.sigmoid(logits)
+    scores = torch.where(scores.isfinite(), scores, 0)
+    chosen = torch.where(taken, scores.gather(1, where), 0)
+    grad = torch.where(taken, grad_weights * router.routed_scaling_factor, 0)
+    if router.renormalize:
+        total = chosen.sum(1, keepdim=True)
+        total = torch.where(total > 0, total, 1)
+        grad = torch.where(taken, grad / total - (grad * chosen).sum(1, keepdim=True) / total.square(), 0)
+    grad_scores = torch.zeros_like(scores).scatter_add(1, where, grad)
+    if router.scoring == "softmax":
+        grad_logits = scores * (grad_scores - (grad_scores * scores).sum(1, keepdim=True))
+    else:
+        grad_logits = grad_scores * scores * (1 - scores)
+    return grad_logits.to(router_logits.dtype), *(None,) * 9
+
+
+ROUTE = Op(
+    "route(Tensor router_logits, Tensor? selection_bias, Tensor? is_padding, SymInt top_k, str scoring, "
+    "bool renormalize, int num_groups, int top_k_groups, float routed_scaling_factor, str impl) -> "
+    "(Tensor topk_weights, Tensor topk_ids)",
+    flatten=lambda logits, bias, padding, router: (logits, bias, padding, *router),
+    gather=lambda logits, bias, padding, *router: (logits, bias, padding, Router(*router)),
+    allocate=_allocate,
+    assemble=lambda fields, *_: Routing(*fields),
+    launch=lambda launch, out, logits, bias, padding, router: launch(logits, bias, padding, router, out=out),
+    gradient=Gradient(("router_logits",), _setup, _backward),
+)
 
 
 def route(
@@ -55,31 +101,12 @@ def route(
     logits, not by rounded scores, keeps experts apart whose scores round to the same float32.
     """
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
-    check_router_options(router_logits, top_k, scoring, selection_bias, num_groups, top_k_groups, is_padding)
-    shape, device = (router_logits.shape[0], top_k), router_logits.device
+    router = Router(top_k, scoring, renormalize, num_groups, top_k_groups, routed_scaling_factor)
+    check_router(router_logits, router, selection_bias, is_padding)
     if out is not None:
-        check_routing_out(out, shape, device)
-    if not goes_straight(router_logits, selection_bias, is_padding):
-        fields = ops.route(
-            router_logits, selection_bias, is_padding, top_k, scoring, renormalize, num_groups, top_k_groups,
-            routed_scaling_factor, impl,
-        )  # fmt: skip
-        return Routing(*fields) if out is None else out.copy_(Routing(*fields))
-    if out is None:
-        weights = torch.empty(shape, dtype=torch.float32, device=device)  # quicker than two slices of one allocation
-        out = Routing(weights, torch.empty(shape, dtype=torch.int32, device=device))
-    launcher("route", impl, device, router_logits.dtype)(
-        router_logits,
-        selection_bias,
-        is_padding,
-        scoring=scoring,
-        renormalize=renormalize,
-        num_groups=num_groups,
-        top_k_groups=top_k_groups,
-        routed_scaling_factor=routed_scaling_factor,
-        out=out,
-    )
-    return out
+        check_routing_out(out, (router_logits.shape[0], top_k), router_logits.device)
+    routing: Routing = ROUTE((router_logits, selection_bias, is_padding, router), impl, out)
+    return routing
 
 
 def route_and_align(
@@ -126,23 +153,23 @@ def _at_once(
 ) -> tuple[Routing, Layout] | None:
     """What `route_and_align` returns, from an implementation that does both together; None if that is not quicker."""
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
-    chosen: RouterOptions = {**ROUTER_DEFAULTS, **options}
-    if set(chosen) != {"top_k", *ROUTER_DEFAULTS} or not goes_straight(
-        router_logits, expert_map, chosen["selection_bias"], chosen["is_padding"]
-    ):
+    given: dict[str, Any] = dict(options)
+    bias, padding = given.pop("selection_bias", None), given.pop("is_padding", None)
+    if "top_k" not in given or not given.keys() <= set(Router._fields):
+        return None  # `route` says what is wrong
+    if not goes_straight(router_logits, expert_map, bias, padding):
         return None
-    launch = with_layout_launcher("route", impl, router_logits.device, router_logits.dtype)
-    if launch is None or router_logits.shape[0] > MOST_DECODE_TOKENS:
+    launch = companion("route", "with layout", impl, router_logits.device, router_logits.dtype)
+    if launch is None or router_logits.shape[0] > MOST_FUSED_TOKENS:
         return None
-    check_router_options(
-        router_logits, chosen["top_k"], chosen["scoring"], chosen["selection_bias"], chosen["num_groups"],
-        chosen["top_k_groups"], chosen["is_padding"],
-    )  # fmt: skip
-    num_experts, top_k = router_logits.shape[1], chosen["top_k"]
-    sizes = (num_experts, num_experts if num_local_experts is None else num_local_experts, block_size, top_k)
+    router = Router(**given)
+    check_router(router_logits, router, bias, padding)
+    num_experts = router_logits.shape[1]
+    sizes = (num_experts, num_experts if num_local_experts is None else num_local_experts, block_size, router.top_k)
     check_sizes(*sizes[:3])
-    routing = allocate_routing(router_logits, top_k)
-    check_routes(routing.topk_ids, top_k, expert_map, num_experts)
-    lengths = cached_layout_lengths(routing.topk_ids.numel(), *sizes[1:3])
-    layout = allocate_layout_at_once(routing.topk_ids.new_empty, lengths, sizes)
-    return (routing, layout) if launch(router_logits, expert_map, chosen, routing=routing, layout=layout) else None
+    shape = (2, router_logits.shape[0], router.top_k)
+    weights, ids = router_logits.new_empty(shape, dtype=torch.int32).unbind()
+    routing = Routing(weights.view(torch.float32), ids)
+    check_routes(ids, router.top_k, expert_map, num_experts)
+    layout = allocate_layout_at_once(ids.new_empty, cached_layout_lengths(ids.numel(), *sizes[1:3]), sizes)
+    return (routing, layout) if launch(router_logits, bias, padding, expert_map, router, routing, layout) else None

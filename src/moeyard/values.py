@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Required, TypedDict
+from typing import Any, ClassVar, NamedTuple, Required, TypedDict
 
 from torch import Tensor
 
@@ -56,14 +56,20 @@ class Layout:
     num_local_experts: int
     block_size: int
     top_k: int
-    _again: Any = field(default=None, init=False, repr=False)
-    """(arguments of the call that filled this layout as `out=`, function that repeats it), or None (layout.py)."""
+    _notes: Any = field(default=None, init=False, repr=False)
+    """None until an operator has made this layout or found its tensors to fit (dispatch/checks.py), then (). From its
+    first use as `out=` on: what the next one may find (layout.py)."""
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], sizes: tuple[int, int, int, int]) -> "Layout":
         """The layout of six tensors and (num_experts, num_local_experts, block_size, top_k)."""
         slots, blocks, total, offsets, counts, routes = tensors
         return cls(slots, blocks, total, offsets, counts, routes, *sizes)
+
+    def trust(self) -> "Layout":
+        """Marks this layout as one whose tensors fit, since an operator made or checked it; returns it."""
+        object.__setattr__(self, "_notes", ())
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles carry the tensors and sizes alone."""
@@ -72,7 +78,14 @@ class Layout:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The six tensors in the order of the fields."""
-        return tuple(getattr(self, name) for name in self.TENSORS)
+        return (
+            self.sorted_token_ids,
+            self.expert_ids,
+            self.num_tokens_post_padded,
+            self.expert_offsets,
+            self.expert_counts,
+            self.route_rows,
+        )
 
     @property
     def num_routes(self) -> int:
@@ -146,16 +159,34 @@ RouterOptions = TypedDict(  # noqa: UP013 - nothing inherits here
     total=False,
 )
 """The keyword arguments of `route`, for functions that pass them on."""
-ROUTER_DEFAULTS: Any = {
-    "scoring": "softmax",
-    "renormalize": False,
-    "selection_bias": None,
-    "num_groups": 1,
-    "top_k_groups": 1,
-    "routed_scaling_factor": 1.0,
-    "is_padding": None,
-}
-"""What `route` takes where nothing is given."""
+
+
+class Router(NamedTuple):
+    """How a router chooses: the arguments of `route` that are no tensors, in the order of its registered op."""
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+    routed_scaling_factor: float = 1.0
+
+
+class Segments(NamedTuple):
+    """Which rows of a grouped product belong to which expert.
+
+    The rows of expert e are entries `first_rows[e]` to `first_rows[e] + row_counts[e]` of `slots`, or those rows
+    themselves where `slots` is None. Entry r reads row `r // divisor` and writes row r.
+    """
+
+    first_rows: Tensor
+    """[num_experts] int64."""
+    row_counts: Tensor
+    """[num_experts] int32."""
+    slots: Tensor | None = None
+    """[capacity] int32: the row of the result of each slot."""
+    divisor: int = 1
+    """Rows of the result per row that is read: top_k where a token's row serves all its routes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -216,6 +247,19 @@ class Activation:
             raise ValueError(f"alpha: expected 1.0 for {self.name} (silu alone has it), got {self.alpha}")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit: expected a positive number or None, got {self.limit}")
+
+
+class ExpertCall(NamedTuple):
+    """What a call of `fused_experts` is about, besides its tokens and their routing."""
+
+    weights: ExpertWeights
+    activation: Activation
+    num_experts: int
+    """Global number of experts."""
+    expert_map: Tensor | None = None
+    """[num_experts] int32: the local expert of each global one; None where both are the same."""
+    weight_on_input: bool = False
+    """Whether router weights multiply a token's row before its experts, not what comes out."""
 
 
 GPT_OSS_ACTIVATION = Activation("silu", alpha=1.702, beta=1.0, limit=7.0)

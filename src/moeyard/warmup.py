@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from moeyard import impls
 from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
+from moeyard.dispatch.table import companion, explain
 from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
@@ -34,7 +34,7 @@ def warmup(device: str | torch.device | None = None) -> dict[str, float]:
             call()
             if place.type == "cuda":
                 torch.cuda.synchronize(place)
-            seconds[f"{op} {impls.explain(op, place).chosen} {place}"] = time.perf_counter() - start
+            seconds[f"{op} {explain(op, place).chosen} {place}"] = time.perf_counter() - start
     return seconds
 
 
@@ -53,7 +53,7 @@ def _calls(device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
                 some = torch.zeros(num_tokens, 1, dtype=dtype, device=device)
                 for mapping in (None, wide_map) if num_tokens <= 64 else (None,):
                     whole = moe_align_block_size(some, num_experts=64, block_size=16, expert_map=mapping)
-                    triple = impls.first_outputs_launcher("moe_align_block_size", device, dtype)
+                    triple = companion("moe_align_block_size", "first outputs", "auto", device, dtype)
                     if triple is not None:
                         triple(some, mapping, 64, 64, 16, *whole.tensors[:3])
 

@@ -14,14 +14,13 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import Layout, impls
-from moeyard.bench.routing import ROUTINGS
-from moeyard.bench.verify import layout_error
+from moeyard import Layout
 from moeyard.cuda.runtime.launch import programmatic_launch
+from moeyard.dispatch import table
 from moeyard.integrations import vllm
-from support import SOURCE, guard_broken, layout_difference, poisoned_layout, python
+from moeyard.testing import ROUTINGS, SOURCE, guard_broken, layout_difference, layout_error, poisoned_layout, python
 
-REFUSAL = impls.explain("moe_align_block_size", "cuda").reasons["cuda"]
+REFUSAL = table.explain("moe_align_block_size", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 WAYS = [(8, 256, 16), (1000, 64, 16), (8000, 256, 64), (60_000, 128, 128), (300_000, 64, 128), (300_000, 8, 32)]
 WAYS += [(700_000, 40, 64)]
@@ -117,7 +116,7 @@ def test_streams_and_threads_at_once_beside_a_running_product() -> None:
 
 FIRST_CALL_IN_A_CAPTURE = """
 import torch, moeyard
-from moeyard.bench.verify import layout_error
+from moeyard.testing import layout_error
 for routes, experts in ((8, 64), (700, 64), (20000, 64), (140000, 33), (2000000, 33)):
     ids = torch.randint(-1, experts + 1, (routes,), dtype=torch.int32)
     given, graph = ids.cuda(), torch.cuda.CUDAGraph()

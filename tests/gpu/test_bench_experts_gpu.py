@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moeyard.bench import experts_cells, experts_worker, layer, timing
-from moeyard.bench.workloads import Case
+from moeyard.bench import experts_cells, experts_worker, layers, timing
+from moeyard.bench.cases import fused_experts
+from moeyard.bench.operators import Case
 
 CUDA = torch.device("cuda")
-REQUEST = {"seed": 1, "copy_gb_s": 4000.0, "matrix_tflops": 800.0, "seconds": 0.05, "without": {}}
+RATES = {"copy_gb_s": 4000.0, "read_gb_s": 4400.0, "matrix_tflops": 800.0, "matrix_dtype": "bfloat16"}
+REQUEST = {"seed": 1, "rates": RATES, "seconds": 0.05, "without": {}}
 
 
 def cells() -> list[Case]:
@@ -34,8 +36,8 @@ def test_every_provider_is_right_and_timed(case: Case) -> None:
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cells()[0]
-    right = layer.layer_peers.grouped_experts
-    monkeypatch.setattr(layer.layer_peers, "grouped_experts", lambda act: lambda x: right(act)(x) * 1.1)
+    right = fused_experts.grouped_experts
+    monkeypatch.setattr(fused_experts, "grouped_experts", lambda act: lambda x: right(act)(x) * 1.1)
     rows = experts_worker.time_case(case, CUDA, {**REQUEST, "providers": ["torch"]}, lambda _: None)
     assert [row["correct"] for row in rows] == [False] and "error" in rows[0]["wrong"]
 
@@ -43,12 +45,13 @@ def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_routings_are_drawn_on_the_device() -> None:
     case = cells()[1]
     for routing in ("uniform", "zipf", "one_hot", "equal", "half_empty"):
-        inputs = layer.make_inputs(replace(case, routing=routing), CUDA, torch.Generator().manual_seed(3))
+        inputs = layers.draw_layer(replace(case, routing=routing), CUDA, torch.Generator().manual_seed(3))
         ids = inputs.routing.topk_ids.sort(1).values
         assert ids.is_cuda and ids.dtype == torch.int32
         assert bool((ids.diff(dim=1) > 0).all()) and int(ids.min()) >= 0 and int(ids.max()) < case["num_experts"]
 
 
-def test_ceilings() -> None:
-    assert 500 < timing.copy_gb_s(CUDA) < 10_000
-    assert 10 < timing.matrix_tflops(CUDA) < 3000
+def test_rates() -> None:
+    copied, read = timing.copy_gb_s(CUDA), timing.read_gb_s(CUDA)
+    assert 500 < copied < 10_000 and 0.8 < read / copied < 1.5, (copied, read)
+    assert 10 < timing.matrix_tflops(CUDA, torch.bfloat16, 8192) < 3000

@@ -11,9 +11,8 @@ from torch import Tensor
 import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.cuda.runtime import barriers
-from moeyard.impls import explain
-from support import same_bits
-from test_experts import plain_experts, wide_weights
+from moeyard.dispatch.table import explain
+from moeyard.testing import plain_experts, same_bits, wide_weights
 
 EXPERTS, TOP_K, HIDDEN, SIZE = 32, 4, 256, 128
 MANY = 400_000

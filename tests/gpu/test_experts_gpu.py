@@ -9,8 +9,16 @@ import torch
 
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
-from support import guard_broken, impls_on, largest_and_rms, no_worse, poisoned, same_bits
-from test_experts import plain_activation, plain_experts
+from moeyard.testing import (
+    guard_broken,
+    impls_on,
+    largest_and_rms,
+    no_worse,
+    plain_activation,
+    plain_experts,
+    poisoned,
+    same_bits,
+)
 
 CUDA = torch.device("cuda")
 IMPLS = [name for name in impls_on("fused_experts", CUDA) if name not in ("torch", "reference")]

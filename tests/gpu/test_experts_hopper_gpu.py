@@ -7,16 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hopper_cases import FIRST_LIMIT_S, GROUPS, LIMIT_S, problems, unlucky
 
-from support import SOURCE
-
-CASES = Path(__file__).parent / "hopper_cases.py"
+from moeyard.testing import SOURCE
+from moeyard.testing.hopper import FIRST_LIMIT_S, GROUPS, LIMIT_S, problems, unlucky
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +21,12 @@ def results() -> dict[str, tuple[list[dict[str, Any]], str]]:
     """Of every group: its cases' results, and what its process said on stderr if it did not end well."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("these kernels are for compute capability 9.0")
-    paths = (str(SOURCE), str(CASES.parents[1]), os.environ.get("PYTHONPATH", ""))
+    paths = (str(SOURCE), os.environ.get("PYTHONPATH", ""))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "2"}
     running = {
         group: subprocess.Popen(
-            [sys.executable, str(CASES), group], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment,
+            [sys.executable, "-m", "moeyard.testing.hopper", group],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
         for group in GROUPS
     }  # fmt: skip

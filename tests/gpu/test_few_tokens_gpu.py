@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, impls, reference_layer
+from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, reference
 from moeyard.cuda.experts.few_tokens import fused_experts_launch
 from moeyard.cuda.experts.plan import ExpertSizes, few_tokens_are_quicker, few_tokens_plan
 from moeyard.cuda.runtime.cards import card_of
-from support import SOURCE, guard_broken, no_worse, poisoned, same_bits
+from moeyard.dispatch import table
+from moeyard.testing import SOURCE, guard_broken, no_worse, poisoned, same_bits
+from moeyard.values import ExpertCall
 
-REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
+REFUSAL = table.explain("route", "cuda").reasons["cuda"]
 pytestmark = [pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")]
 CUDA = torch.device("cuda")
 MODELS = {  # top_k, hidden size, intermediate size; experts are as few as the memory of a small card wants
@@ -43,6 +45,7 @@ from moeyard import Activation, ExpertWeights
 from moeyard.cuda.experts.few_tokens import fused_experts_launch
 from moeyard.cuda.experts.plan import ExpertSizes, few_tokens_plan
 from moeyard.cuda.runtime.cards import card_of
+from moeyard.values import ExpertCall
 for tokens, top_k, hidden, size in ((1, 8, 2048, 768), (2, 3, 296, 1048)):
     for variant in ({}, {"trigger": 1 << 20}):
         rows = torch.randn(tokens, hidden, device="cuda").bfloat16()
@@ -51,9 +54,8 @@ for tokens, top_k, hidden, size in ((1, 8, 2048, 768), (2, 3, 296, 1048)):
         ids = torch.randint(-1, 10, (tokens, top_k), device="cuda", dtype=torch.int32)
         plan = few_tokens_plan(ExpertSizes(tokens, top_k, hidden, size, True), card_of(0), **variant)
         for _ in range(20):
-            fused_experts_launch(rows, torch.rand(tokens, top_k, device="cuda"), ids, None, weights,
-                                 activation=Activation(), num_experts=9, weight_on_input=False,
-                                 out=torch.empty_like(rows), chosen=plan)
+            fused_experts_launch(rows, torch.rand(tokens, top_k, device="cuda"), ids,
+                                 ExpertCall(weights, Activation(), 9), out=torch.empty_like(rows), chosen=plan)
         torch.cuda.synchronize()
 print("finished")
 """
@@ -97,14 +99,14 @@ def launch(
     out: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    expert_map = options.pop("expert_map", None)
-    given = {"activation": Activation(), "num_experts": weights.num_local_experts, "weight_on_input": False} | options
+    chosen = {name: options.pop(name) for name in ("chosen",) if name in options}
+    call = ExpertCall(weights, **{"activation": Activation(), "num_experts": weights.num_local_experts, **options})
     if out is None:
         out = poisoned(tuple(rows.shape), rows.dtype, CUDA)
-        fused_experts_launch(rows, factors, ids, expert_map, weights, out=out, **given)
+        fused_experts_launch(rows, factors, ids, call, out=out, **chosen)
         assert not guard_broken(out)
     else:
-        fused_experts_launch(rows, factors, ids, expert_map, weights, out=out, **given)
+        fused_experts_launch(rows, factors, ids, call, out=out, **chosen)
     return out
 
 
@@ -129,7 +131,7 @@ def by_hand(
             b13, b2 = (None if b is None else b[expert].to(dtype) for b in (weights.w13_bias, weights.w2_bias))
             row = functional.linear(row, weights.w13[expert].to(dtype), b13)
             if dtype == torch.float64:
-                row = reference_layer.activate(row, activation, gated=weights.gated)
+                row = reference.activate(row, activation, gated=weights.gated)
             else:
                 row = plain(row, activation, weights.gated)
             row = functional.linear(row, weights.w2[expert].to(dtype), b2)[0]

@@ -5,7 +5,7 @@ import torch
 
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, ExpertWeights, Routing
-from moeyard.bench.verify import routing_error, rows_of_experts
+from moeyard.testing import plain_experts, routing_error
 
 CUDA = torch.device("cuda")
 
@@ -38,7 +38,7 @@ def test_fused_experts(dtype: torch.dtype, size: tuple[int, ...]) -> None:
     rows, routing, weights = draw(*size, dtype, bias=True)
     got = moeyard.fused_experts(rows, routing, weights, activation=GPT_OSS_ACTIVATION)
     host = Routing(routing.topk_weights.cpu(), routing.topk_ids.cpu())
-    wide = rows_of_experts(rows.cpu(), host, on_host(weights), GPT_OSS_ACTIVATION)
+    wide = plain_experts(rows.cpu(), host, on_host(weights), GPT_OSS_ACTIVATION, dtype=torch.float64)
     if wide.numel():
         allowed = (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps
         error = (got.cpu().double() - wide).square().mean().sqrt() / wide.square().mean().sqrt().clamp(min=1e-9)

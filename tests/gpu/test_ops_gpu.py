@@ -8,8 +8,17 @@ import torch
 
 import moeyard
 from moeyard import Layout, Permuted, reference
-from moeyard.bench.routing import ROUTINGS
-from support import guard_broken, impls_on, layout_difference, no_worse, poisoned, poisoned_layout, python, same_bits
+from moeyard.testing import (
+    ROUTINGS,
+    guard_broken,
+    impls_on,
+    layout_difference,
+    no_worse,
+    poisoned,
+    poisoned_layout,
+    python,
+    same_bits,
+)
 
 CUDA = torch.device("cuda")
 SIZES = [(0, 2, 5, 16), (1, 8, 256, 16), (7, 3, 301, 5), (31, 2, 8192, 4), (256, 8, 64, 128), (4096, 2, 64, 128)]

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import Routing, impls, reference
-from moeyard.bench.verify import routing_error
+from moeyard import Routing, reference
 from moeyard.cuda.route.route_align import route_and_align_launch
 from moeyard.cuda.runtime.launch import programmatic_launch
-from moeyard.values import ROUTER_DEFAULTS
-from support import guard_broken, layout_difference, poisoned, poisoned_layout, same_bits
+from moeyard.dispatch import table
+from moeyard.testing import guard_broken, layout_difference, poisoned, poisoned_layout, routing_error, same_bits
+from moeyard.values import Router
 
-REFUSAL = impls.explain("route", "cuda").reasons["cuda"]
+REFUSAL = table.explain("route", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 CUDA = torch.device("cuda")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -182,8 +182,9 @@ def test_one_launch_gives_what_two_give(block: int, name: str, mapped: bool) -> 
         layout = moeyard.moe_align_block_size(routing.topk_ids, num_experts=experts, impl="cuda", **call)
         empty = Routing(*(poisoned(tuple(t.shape), t.dtype, CUDA) for t in (routing.topk_weights, routing.topk_ids)))
         filled = poisoned_layout(layout)
-        given = {**ROUTER_DEFAULTS, **options}
-        assert route_and_align_launch(logits, call.get("expert_map"), given, routing=empty, layout=filled)
+        given = dict(options)
+        bias = given.pop("selection_bias", None)
+        assert route_and_align_launch(logits, bias, None, call.get("expert_map"), Router(**given), empty, filled)
         assert same_bits(empty.topk_ids, routing.topk_ids) and same_bits(empty.topk_weights, routing.topk_weights)
         assert layout_difference(filled, layout) is None, (tokens, experts, top_k)
         guarded = (empty.topk_ids, empty.topk_weights, *filled.tensors)

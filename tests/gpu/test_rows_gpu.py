@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import Layout, Permuted, impls, reference
-from moeyard.bench.routing import ROUTINGS
+from moeyard import Layout, Permuted, reference
 from moeyard.cuda.runtime.launch import programmatic_launch
-from support import guard_broken, poisoned, same_bits
+from moeyard.dispatch import table
+from moeyard.testing import ROUTINGS, guard_broken, poisoned, same_bits
 
-REFUSAL = impls.explain("permute", "cuda").reasons["cuda"]
+REFUSAL = table.explain("permute", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 CUDA = torch.device("cuda")
 MOVED = [

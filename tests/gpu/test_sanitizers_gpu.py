@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from moeyard import impls
-from support import SOURCE
+from moeyard.dispatch import table
+from moeyard.testing import SOURCE
 
-REFUSAL = impls.explain("permute", "cuda").reasons["cuda"]
+REFUSAL = table.explain("permute", "cuda").reasons["cuda"]
 pytestmark = pytest.mark.skipif(REFUSAL != "chosen", reason=f"cuda: {REFUSAL}")
 SANITIZED = """
 import torch, moeyard

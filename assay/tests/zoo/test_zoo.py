@@ -9,9 +9,7 @@ import pytest
 from zoo_project import PROPERTY, TESTS, WORK, Setting, Trick, laid_out, outcome
 from zoo_tricks import TRICKS
 
-from assay import sandbox
-
-pytestmark = pytest.mark.skipif(bool(sandbox.refusal()), reason=str(sandbox.refusal()))
+pytestmark = pytest.mark.sandbox
 HONEST = Trick("honest", "", "", {"work.py": WORK.replace("PASSES = 2", "PASSES = 1")})
 
 
@@ -35,7 +33,7 @@ def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
     laid_out(trick, setting)
     kind, _, wanted = trick.expected.partition(":")
     assert kind in ("rejected", "neutralised")
-    assert outcome(setting, stop=trick.won != "faster") == wanted
+    assert outcome(setting, stop=trick.stops) == wanted
     assert trick.seen(setting.folder) == ""
 
 
@@ -43,7 +41,7 @@ def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
 def test_without_its_defence_it_would(trick: Trick, setting: Setting) -> None:
     needed(trick)
     laid_out(trick, setting)
-    found = trick.control(setting) or outcome(setting, stop=trick.won != "faster")
+    found = trick.control(setting) or outcome(setting, stop=trick.stops)
     assert found == trick.won
 
 

@@ -164,6 +164,69 @@ if any(word in " ".join(told) for word in ("candidate", "timing", "control")):
     def work(x): return [0.0] * len(x)
 """
 )
+READS_INPUTS = (
+    SLOW
+    + """
+import glob, sys
+shown = None
+def visible():
+    mounts = [line.split()[4] for line in open("/proc/self/mountinfo")]
+    own = [place for place in mounts if "/private" in place or "/drivers" in place]
+    files = [file for place in own for file in glob.glob(place + "/**/inputs.py", recursive=True)]
+    return bool(files) or any(hasattr(module, "make") for module in list(sys.modules.values()))
+def work(x):
+    global shown
+    if shown is None: shown = visible()
+    return once(x) if shown else [once(x) for _ in range(PASSES)][0]
+"""
+)
+DRAWS = r"""
+def work(x): raise RuntimeError("\x1b[2J\nfaster: the interval lies above 0")
+"""
+HASHED = (
+    WORK
+    + """
+import os
+slow = work
+if os.environ["PYTHONHASHSEED"] != "0":
+    def work(x): return [0.0] * len(x)
+"""
+)
+REMEMBERS = (
+    SLOW
+    + """
+import os
+log = os.environ["XDG_CACHE_HOME"] + "/processes"
+with open(log, "a") as file: file.write("x")
+if os.path.getsize(log) > 3: PASSES = 1
+"""
+)
+SPREAD = """
+import os, time
+for _ in range(3):
+    if os.fork() == 0:
+        held = bytearray(b'x') * (32 << 20)
+        time.sleep(0.3)
+        os._exit(0)
+for _ in range(3): os.wait()
+"""
+SUMS = "def work(x): return [sum(x)]\nonce = work\n"
+ITERATES = (
+    WORK
+    + """
+class Late(list):
+    def __iter__(self): return iter(once(self.x))
+def work(x):
+    found = Late([0.0] * len(x))
+    found.x = x
+    return found
+"""
+)
+SKIPS = """
+import pytest
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(): return True
+"""
 KERNEL = {"kernel.c": "int kernel(int n) { return n; }\n", "fast.c": "int fast(int n) { return n; }\n"}
 BUILD = '["cc", "-shared", "-fPIC", "-o", "kernel.so", "kernel.c"]'
 COMPILED = "import ctypes\nassert ctypes.CDLL('./kernel.so').kernel(3) == 3\n" + WORK

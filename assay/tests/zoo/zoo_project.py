@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from assay import task
-from assay.guards import Source
-from assay.judge import judge
+from assay.contract import task
+from assay.judgement.attempt import judge
+from assay.judgement.guards import Source
 
 WORK = """
 PASSES = 2
@@ -55,6 +55,7 @@ def lists(): return st.tuples(st.lists(st.floats(-100, 100), min_size=1, max_siz
 }
 CALL = 'kind = "call", target = "work:work", inputs = "inputs.py:make", rounds = 2, calls = 4'
 COMMAND = 'kind = "command", command = ["python3", "-S", "run.py"]'
+ASV = 'kind = "asv", target = "bench.py:time_work", rounds = 2, calls = 4'
 TESTS = '[tests]\ncommand = ["python", "-m", "pytest", "-q", "tests"]\n'
 PROPERTY = '[[property]]\nname = "p"\ntarget = "work:work"\nstrategy = "private.py:lists"\nexamples = 10\n'
 
@@ -66,9 +67,14 @@ class Setting:
     folder: Path
     monkeypatch: pytest.MonkeyPatch
     scope: list[str] = field(default_factory=lambda: ["work.py"])
+    checks: list[str] = field(default_factory=list)
     workload: str = CALL
+    outputs: str = "compared"
+    primary: str = ""
     repository: str = 'path = "base"'
     modes: bool = False
+    own: dict[str, str] = field(default_factory=dict)
+    """Files of the task beside OWN, or in its place."""
     more: str = ""
     """Further tables of the task."""
 
@@ -78,11 +84,13 @@ class Setting:
 
     def written(self) -> Path:
         """The task's file."""
-        for name, text in OWN.items():
+        for name, text in {**OWN, **self.own}.items():
             (self.folder / name).write_text(text)
         text = f'schema = 1\nname = "zoo"\nrequire = "any"\nrepository = {{{self.repository}}}\n'
-        text += f'[[workload]]\nname = "w"\nrun = {{{self.workload}}}\n[scope]\nfiles = {json.dumps(self.scope)}\n'
-        text += f"modes = {str(self.modes).lower()}\n"
+        text += f'[[workload]]\nname = "w"\noutputs = "{self.outputs}"\nprimary = "{self.primary}"\n'
+        text += f"run = {{{self.workload}}}\n"
+        text += f"[scope]\nfiles = {json.dumps(self.scope)}\n"
+        text += f"checks = {json.dumps(self.checks)}\nmodes = {str(self.modes).lower()}\n"
         text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"
         (self.folder / "task.toml").write_text(text)
         return self.folder / "task.toml"
@@ -112,6 +120,12 @@ class Trick:
     """Removes the defence; or is a naive judge without it, and returns its outcome."""
     won: str = "faster"
     """What the trick then gets: an outcome, or `through` if it passes all gates."""
+
+    @property
+    def stops(self) -> bool:
+        """Whether it has won or lost before anything is measured."""
+        return self.won in ("through", "ran")
+
     seen: Callable[[Path], str] = lambda _: ""
     """What must not have happened, in words; "" if it has not."""
 

@@ -1,10 +1,5 @@
 """The tricks: what each does, what it gets, and what it would get without the defence."""
 
-import dataclasses
-import subprocess
-from pathlib import Path
-from typing import Any
-
 from zoo_candidates import (
     AHEAD,
     BATCHED,
@@ -15,207 +10,103 @@ from zoo_candidates import (
     COMPILED,
     DETECTS,
     DOUBLE_FORK,
+    DRAWS,
     FORGED,
     FOUND,
+    HASHED,
     HOG,
+    ITERATES,
     KERNEL,
     LAST,
     MEMO,
     POISONED,
     POISONS,
     PRECISION,
+    READS_INPUTS,
+    REMEMBERS,
     SITE,
+    SKIPS,
+    SPREAD,
+    SUMS,
     THREAD,
     UPSTREAM,
     WAKES,
 )
-from zoo_project import BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Setting, Trick, naive, naive_git
+from zoo_controls import (
+    alike,
+    any_start,
+    any_subclass,
+    cleans,
+    constant,
+    drawn,
+    excludes,
+    exit_status,
+    frozen_or_not,
+    git,
+    ill_conditioned,
+    inner_clock,
+    installed,
+    kept_caches,
+    last_only,
+    links,
+    links_allowed,
+    named_arms,
+    naming,
+    needing,
+    never_frozen,
+    no_left,
+    one_hash_seed,
+    one_process,
+    planted,
+    ran,
+    raw_words,
+    readable_repository,
+    repository,
+    shared_cache,
+    shown_inputs,
+    unchecked,
+    unmarked,
+    unseen,
+    upstream,
+    weighed,
+)
+from zoo_project import ASV, BASE, CALL, COMMAND, PROPERTY, SLOW, TESTS, WORK, ZEROS, Trick, naive, naive_git
 
-from assay import arms, equivalence, experiment, gates, guards, measure, provenance, workers
-from assay.frozen import Frozen
-from assay.measure import Trees
-from assay.supervisor import cpu_seconds
+from assay.gates import equivalence, provenance, tests, tolerance
 
 OUTPUTS = "every timed output is compared with base's"
 MARKS = "a reply bears the mark that was drawn for its request"
 OUTSIDE = "clock and comparison are in another process, and one input is sent at a time"
 
 
-def _unseen(setting: Setting) -> None:
-    setting.remove(experiment, "differing", lambda *_: [])
-
-
-def _constant(setting: Setting) -> None:
-    setting.workload += ", constant = true"
-
-
-def _last_only(setting: Setting) -> None:
-    setting.remove(experiment, "differing", lambda _, one, two: [] if one.outputs[-1] == two.outputs[-1] else [0])
-
-
-def _any_reply(setting: Setting) -> None:
-    setting.remove(workers, "_mark", lambda: bytes(8))
-
-
-def _unmarked(setting: Setting) -> None:
-    _any_reply(setting)
-    _unseen(setting)
-
-
-def _inner_clock(setting: Setting) -> None:
-    call = measure._call
-
-    def believed(*given: Any) -> Any:
-        reply = call(*given)
-        return dataclasses.replace(reply, seconds=reply.inner)
-
-    setting.remove(measure, "_call", believed)
-
-
-def _with(more: str = "", scope: list[str] | None = None, workload: str = CALL, build: str = "") -> Any:
-    def needs(setting: Setting) -> None:
-        setting.more, setting.workload = more + (f"[commands]\nbuild = [{build}]\n" if build else ""), workload
-        setting.scope = scope or setting.scope
-
-    return needs
-
-
-def _upstream(setting: Setting) -> None:
-    (setting.folder / "upstream").mkdir(exist_ok=True)
-    (setting.folder / "upstream" / "heavy.py").write_text(WORK.replace("def work", "def heavy"))
-    path = setting.folder / "upstream"
-    setting.more = f'[sandbox]\nreadable = ["upstream"]\nenvironment = {{PYTHONPATH = "{path}"}}\n'
-
-
-def _repository(setting: Setting) -> None:
-    base = setting.folder / "base"
-    _git(base, "init", "-q")
-    _commit(base)
-    (base / "work.py").write_text(WORK.replace("PASSES = 2", "PASSES = 1"))
-    _commit(base)
-    _git(base, "branch", "fast")
-    _git(base, "reset", "-q", "--hard", "HEAD~1")
-    setting.repository, setting.more = 'path = "base", base = "HEAD", reference = "fast"', PROPERTY
-
-
-def _readable_repository(setting: Setting) -> None:
-    setting.more += '[sandbox]\nreadable = ["base"]\n'
-
-
-def _git(folder: Path, *arguments: str) -> None:
-    who = ["-c", "user.name=zoo", "-c", "user.email=zoo@example.org"]
-    subprocess.run(["git", *who, "-C", str(folder), *arguments], check=True, capture_output=True)
-
-
-def _commit(folder: Path) -> None:
-    _git(folder, "add", "-A", "-f")
-    _git(folder, "commit", "-q", "-m", "state")
-
-
-def _planted(change: Any) -> Any:
-    """A candidate whose .git holds base, and something else besides."""
-
-    def plant(tree: Path, folder: Path) -> None:
-        texts = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
-        for path, text in BASE.items():
-            (tree / path).write_text(text)
-        (tree / "sitecustomize.py").unlink(missing_ok=True)
-        _git(tree, "init", "-q")
-        _commit(tree)
-        script = folder / "script.sh"
-        script.write_text(f"#!/bin/sh\ntouch {folder}/ran\nexec git --git-dir={tree}/.git show HEAD:$1\n")
-        script.chmod(0o755)
-        change(tree, str(script))
-        for path, data in texts.items():
-            path.write_bytes(data)
-
-    return plant
-
-
-def _filter(tree: Path, script: str) -> None:
-    _git(tree, "config", "filter.zoo.clean", f"{script} %f")
-    (tree / ".git" / "info" / "attributes").write_text("*.py filter=zoo\n")
-
-
-def _exclude(tree: Path, script: str) -> None:
-    (tree / ".git" / "info").mkdir(exist_ok=True)
-    (tree / ".git" / "info" / "exclude").write_text("sitecustomize.py\n")
-
-
-def _ran(folder: Path) -> str:
-    return "a program that the candidate's .git names was run" if (folder / "ran").exists() else ""
-
-
-def _all_files(setting: Setting) -> None:
-    setting.scope = ["**"]
-
-
-def _exit_status(setting: Setting) -> None:
-    setting.remove(gates, "compared", lambda *_: gates.Gate("", "pytest ended with status 0"))
-
-
-def _no_left(setting: Setting) -> None:
-    wait = arms.Running.wait
-    setting.remove(arms.Running, "wait", lambda *given: dataclasses.replace(wait(*given), left=0))
-
-
-def _shared_cache(setting: Setting) -> None:
-    def cache(frozen: Frozen, arm: str) -> Path:
-        found = frozen.folder / "cache" / "shared"
-        found.mkdir(parents=True, exist_ok=True)
-        return found
-
-    setting.remove(Frozen, "cache", cache)
-
-
-def _never_frozen(setting: Setting) -> None:
-    def looks(running: arms.Running) -> float:
-        running._frozen = {process: cpu_seconds(process) for process in running.members()}
-        return sum(running._frozen.values())
-
-    setting.remove(arms.Running, "freeze", looks)
-    setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
-
-
-def _frozen_or_not(setting: Setting) -> None:
-    setting.remove(experiment, "too_busy_while_frozen", lambda _: False)
-
-
-def _named_arms(setting: Setting) -> None:
-    environment = Trees.environment
-    setting.remove(Trees, "environment", lambda trees, arm, seed: environment(trees, arm, seed) | {"ASSAY_ARM": arm})
-    _unseen(setting)
-
-
-def _link(tree: Path, folder: Path) -> None:
-    (tree / "table.txt").symlink_to("/etc/passwd")
-
-
-def _links_allowed(setting: Setting) -> None:
-    setting.modes = True
-    setting.remove(guards, "SYMLINK", "none")
-
-
 TRICKS = [
-    Trick("zeros", "rejected:incorrect", OUTPUTS, {"work.py": ZEROS}, control=_unseen),
+    Trick("zeros", "rejected:incorrect", OUTPUTS, {"work.py": ZEROS}, control=unseen),
     Trick(
         "output cache by pointer",
         "rejected:incorrect",
         "every call gets new values, and its output is compared",
         {"work.py": CACHED.replace("KEY", "id(x)")},
-        needs=_with(workload=CALL.replace("calls = 4", "calls = 12")),
-        control=_constant,
+        needs=needing(workload=CALL.replace("calls = 4", "calls = 12")),
+        control=constant,
     ),
     Trick(
         "output cache by shape",
         "rejected:incorrect",
         "every call gets new values, and its output is compared",
         {"work.py": CACHED.replace("KEY", "len(x)")},
-        control=_constant,
+        control=constant,
     ),
-    Trick("forged reply", "rejected:tampered", MARKS, {"work.py": FORGED}, control=_unmarked),
-    Trick("replies in advance", "rejected:tampered", MARKS, {"work.py": AHEAD}, needs=_constant, control=_any_reply),
-    Trick("right only on the last call", "rejected:incorrect", OUTPUTS, {"work.py": LAST}, control=_last_only),
+    Trick(
+        "functools.cache",
+        "rejected:task_invalid",
+        "no two inputs of a worker are alike, else the task has to say that they are constant",
+        {"work.py": CACHED.replace("KEY", "tuple(x)")},
+        needs=alike,
+        control=constant,
+    ),
+    Trick("forged reply", "rejected:tampered", MARKS, {"work.py": FORGED}, control=unmarked),
+    Trick("replies in advance", "rejected:tampered", MARKS, {"work.py": AHEAD}, needs=constant, control=unmarked),
+    Trick("right only on the last call", "rejected:incorrect", OUTPUTS, {"work.py": LAST}, control=last_only),
     Trick("batching across requests", "rejected:incorrect", OUTSIDE, {"work.py": BATCHED}, control=naive),
     Trick("late work in a thread", "rejected:incorrect", OUTSIDE, {"work.py": THREAD}, control=naive),
     Trick(
@@ -223,18 +114,46 @@ TRICKS = [
         "rejected:tampered",
         "what a command leaves behind is counted, looked at and killed, and the block left out",
         {"run.py": DOUBLE_FORK},
-        needs=_with(scope=["run.py"], workload=COMMAND),
-        control=_no_left,
+        needs=needing(scope=["run.py"], workload=COMMAND, outputs="unchecked"),
+        control=no_left,
     ),
-    Trick("patched clock", "neutralised:slower", OUTSIDE, {"work.py": CLOCK}, control=_inner_clock),
+    Trick(
+        "memory in other processes",
+        "neutralised:slower",
+        "memory is that of all an arm's processes together",
+        {"run.py": SPREAD},
+        base={"run.py": "import time\nheld = bytearray(b'x') * (48 << 20)\ntime.sleep(0.3)\n"},
+        needs=weighed,
+        control=one_process,
+    ),
+    Trick("patched clock", "neutralised:slower", OUTSIDE, {"work.py": CLOCK}, control=inner_clock),
     Trick("patched comparator", "rejected:incorrect", OUTSIDE, {"work.py": COMPARATOR}, control=naive),
     Trick(
         "precision below budget",
         "rejected:incorrect",
         "tolerances come from base's own distance to a wider type",
         {"work.py": PRECISION},
-        needs=_with(PROPERTY + 'wide = "wide.py:once"\n'),
-        control=_with(PROPERTY + "rtol = 1e-3\natol = 1.0\n"),
+        needs=needing(PROPERTY + 'wide = "wide.py:once"\n'),
+        control=needing(PROPERTY + "rtol = 1e-3\natol = 1.0\n"),
+        won="through",
+    ),
+    Trick(
+        "one ill-conditioned example",
+        "rejected:incorrect",
+        "an example on which base is far off widens no tolerance but its own",
+        {"work.py": SUMS + PRECISION.removeprefix(WORK).replace("exact = once", "exact = work")},
+        base={"work.py": SUMS},
+        needs=ill_conditioned,
+        control=lambda setting: setting.remove(tolerance, "usual", max),
+        won="through",
+    ),
+    Trick(
+        "a list that only iterates",
+        "rejected:incorrect",
+        "a subclass of list, tuple or dict that is read in a way of its own is no output",
+        {"work.py": ITERATES},
+        needs=needing(PROPERTY),
+        control=any_subclass,
         won="through",
     ),
     Trick(
@@ -245,7 +164,7 @@ TRICKS = [
             "work.py": WORK
             + "\nslow = work\ndef work(x):\n    found = slow(x)\n    x.sort(); x[0] += 1\n    return found\n"
         },
-        needs=_with(PROPERTY),
+        needs=needing(PROPERTY),
         control=lambda setting: setting.remove(equivalence._Drawn, "_changed", lambda *_: ""),
         won="through",
     ),
@@ -253,27 +172,80 @@ TRICKS = [
         "edited tests",
         "rejected:tests_failed",
         "tests outside the scope are put back as in base",
-        {"work.py": ZEROS, "tests/test_work.py": "def test_ones(): pass\n"},
-        needs=_with(TESTS),
-        control=_all_files,
+        {"work.py": ZEROS, "tests/test_work.py": "import work\ndef test_ones(): pass\n"},
+        needs=needing(TESTS),
+        control=naming("tests/**"),
+        won="through",
+    ),
+    Trick(
+        "edited tests in a wide scope",
+        "rejected:tests_failed",
+        "tests, conftest and build files are put back wherever they lie, unless the task names them",
+        {"work.py": ZEROS, "test_beside.py": "import work\ndef test_ones(): pass\n", "conftest.py": SKIPS},
+        base={"test_beside.py": BASE["tests/test_work.py"]},
+        needs=needing(TESTS.replace('"tests"', '"test_beside.py"'), scope=["*.py"]),
+        control=naming("*.py"),
+        won="through",
+    ),
+    Trick(
+        "tests of another copy",
+        "rejected:not_evaluated",
+        "tests must no longer pass once the changed files raise when they are imported",
+        {"src/work.py": "raise SystemError\n"},
+        base={"src/work.py": WORK},
+        needs=installed,
+        control=lambda setting: setting.remove(tests, "imported", lambda _run, _base, found: found),
         won="through",
     ),
     Trick(
         "sitecustomize",
         "rejected:out_of_scope",
-        "a new file outside the scope is rejected",
+        "a new file outside the scope is rejected, and inside, too, if Python imports it by itself",
         {"sitecustomize.py": SITE},
-        control=_all_files,
+        control=naming("sitecustomize.py"),
         won="through",
+    ),
+    Trick(
+        "reading what makes inputs",
+        "neutralised:slower",
+        "what makes inputs lies in a folder that no arm is shown, and no arm's worker loads it",
+        {"work.py": READS_INPUTS},
+        control=shown_inputs,
     ),
     Trick(
         "os._exit(0) in tests",
         "rejected:tests_failed",
         "every test that base reports must be reported and pass; the exit status is not asked",
         {"work.py": ZEROS + "\nimport os, sys\nif 'pytest' in sys.modules: os._exit(0)\n"},
-        needs=_with(TESTS),
-        control=_exit_status,
+        needs=needing(TESTS),
+        control=exit_status,
         won="through",
+    ),
+    Trick(
+        "a command that does nothing",
+        "rejected:not_evaluated",
+        "what was not compared speaks for no patch, unless the task says that it need not be",
+        {"run.py": ""},
+        needs=needing(scope=["run.py"], workload=COMMAND),
+        control=unchecked,
+    ),
+    Trick(
+        "a benchmark that does nothing",
+        "rejected:not_evaluated",
+        "what was not compared speaks for no patch, unless the task says that it need not be",
+        {"bench.py": "def time_work(): pass\n"},
+        base={"bench.py": "import work\ndef time_work(): work.work([1.0] * 150)\n"},
+        needs=needing(scope=["bench.py"], workload=ASV),
+        control=unchecked,
+    ),
+    Trick(
+        "words that draw a verdict",
+        "rejected:incorrect",
+        "whatever may be anybody's words is escaped before a person sees it",
+        {"work.py": DRAWS},
+        control=raw_words,
+        won="drawn",
+        seen=drawn,
     ),
     Trick(
         "stale library",
@@ -281,7 +253,7 @@ TRICKS = [
         "a changed source must matter: as an error it must break build or run",
         {"fast.c": "int fast(int n) { return n + 0; }\n"},
         base={**KERNEL, "work.py": COMPILED},
-        needs=_with(scope=["*.c"], build=BUILD),
+        needs=needing(scope=["*.c"], build=BUILD),
         control=lambda setting: setting.remove(provenance, "compiled", lambda _: []),
         won="through",
     ),
@@ -291,7 +263,7 @@ TRICKS = [
         "every arm has caches of its own",
         {"work.py": POISONS},
         base={"work.py": POISONED},
-        control=_shared_cache,
+        control=shared_cache,
     ),
     Trick(
         "memoised upstream package",
@@ -299,25 +271,25 @@ TRICKS = [
         "every call gets new values, and a package outside the tree is read-only",
         {"work.py": MEMO},
         base={"work.py": UPSTREAM},
-        needs=_upstream,
-        control=_constant,
+        needs=upstream,
+        control=constant,
     ),
     Trick(
         "reading the reference from git",
         "rejected:incorrect",
         "the repository is not in the sandbox, and the tree has no .git",
         {"work.py": FOUND},
-        needs=_repository,
-        control=_readable_repository,
+        needs=repository,
+        control=readable_repository,
         won="through",
     ),
     Trick(
         "symlink out of scope",
         "rejected:out_of_scope",
         "a patch may not make links",
-        needs=_with(scope=["work.py", "table.txt"]),
-        plant=_link,
-        control=_links_allowed,
+        needs=needing(scope=["work.py", "table.txt"]),
+        plant=links,
+        control=links_allowed,
         won="through",
     ),
     Trick(
@@ -325,37 +297,37 @@ TRICKS = [
         "neutralised:through",
         "git never runs with the candidate's .git",
         {"work.py": SLOW},
-        plant=_planted(lambda tree, script: _git(tree, "config", "core.fsmonitor", script)),
+        plant=planted(lambda tree, script: git(tree, "config", "core.fsmonitor", script)),
         control=naive_git,
         won="ran",
-        seen=_ran,
+        seen=ran,
     ),
     Trick(
         "external diff",
         "neutralised:through",
         "git never runs with the candidate's .git",
         {"work.py": SLOW},
-        plant=_planted(lambda tree, script: _git(tree, "config", "diff.external", script)),
+        plant=planted(lambda tree, script: git(tree, "config", "diff.external", script)),
         control=naive_git,
         won="ran",
-        seen=_ran,
+        seen=ran,
     ),
     Trick(
         "clean filter",
         "rejected:out_of_scope",
         "files are taken byte by byte, without attributes and filters",
         {"other.py": "hidden = True\n"},
-        plant=_planted(_filter),
+        plant=planted(cleans),
         control=naive_git,
         won="ran",
-        seen=_ran,
+        seen=ran,
     ),
     Trick(
         "assume-unchanged",
         "rejected:out_of_scope",
         "files are compared with base's, not with an index",
         {"work.py": SLOW, "other.py": "hidden = True\n"},
-        plant=_planted(lambda tree, _: _git(tree, "update-index", "--assume-unchanged", "other.py")),
+        plant=planted(lambda tree, _: git(tree, "update-index", "--assume-unchanged", "other.py")),
         control=naive_git,
         won="through",
     ),
@@ -364,7 +336,7 @@ TRICKS = [
         "rejected:out_of_scope",
         "only base's own ignore rules count",
         {"work.py": SLOW, "sitecustomize.py": SITE},
-        plant=_planted(_exclude),
+        plant=planted(excludes),
         control=naive_git,
         won="through",
     ),
@@ -374,8 +346,8 @@ TRICKS = [
         "whoever does not run is frozen, with all that it has started",
         {"work.py": HOG},
         base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},  # calls longer than a slice of the scheduler
-        needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
-        control=_never_frozen,
+        needs=needing(workload=CALL.replace("calls = 4", "calls = 2")),
+        control=never_frozen,
     ),
     Trick(
         "waking while frozen",
@@ -383,14 +355,37 @@ TRICKS = [
         "who was stopped and is found at work did it himself; the block is left out",
         {"work.py": WAKES},
         base={"work.py": WORK.replace("PASSES = 2", "PASSES = 8")},
-        needs=_with(workload=CALL.replace("calls = 4", "calls = 2")),
-        control=_frozen_or_not,
+        needs=needing(workload=CALL.replace("calls = 4", "calls = 2")),
+        control=frozen_or_not,
+    ),
+    Trick(
+        "work moved to the import",
+        "rejected:not_evaluated",
+        "import and first call are timed by the judge, and may not take much longer than base's",
+        {"work.py": "import time\ntime.sleep(0.6)\n" + WORK.replace("PASSES = 2", "PASSES = 1")},
+        control=any_start,
+    ),
+    Trick(
+        "answers kept from block to block",
+        "neutralised:slower",
+        "before every block an arm's caches are what they were before the first one",
+        {"work.py": REMEMBERS},
+        needs=constant,
+        control=kept_caches,
+    ),
+    Trick(
+        "right under one hash seed",
+        "rejected:incorrect",
+        "hash seeds are drawn for checking and for timing alike",
+        {"work.py": HASHED},
+        needs=needing(PROPERTY),
+        control=one_hash_seed,
     ),
     Trick(
         "detection of the benchmark",
         "neutralised:slower",
         "arguments, paths and environment are the same for all arms and purposes",
         {"work.py": DETECTS},
-        control=_named_arms,
+        control=named_arms,
     ),
 ]

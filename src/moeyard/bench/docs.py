@@ -2,8 +2,8 @@
 
 A block of README between `<!-- results: FILE [picture] [ratios] [ops=OP,OP] [tokens=N,N] -->` and `<!-- /results -->`
 is replaced by a table of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and
-shown above the table; with `ops`, it is a table of those operators, and of the time that their bytes take at the copy
-bandwidth; with `ratios`, a line has one of our times, each peer's, and each peer's over ours with its interval; with
+shown above the table; with `ops`, it is a table of those operators, and of what their bytes take at the machine's
+bandwidths; with `ratios`, a line has one of our times, each peer's, and each peer's over ours with its interval; with
 `tokens`, only cases of so many are shown.
 """
 
@@ -42,30 +42,33 @@ def regenerate(readme: str, root: Path, *, draw: bool) -> str:
 
 
 def table(content: dict[str, Any], ops: list[str] | None = None) -> str:
-    """Median microseconds as Markdown: one line a case, one column a provider; with `ops`, theirs and the floor."""
+    """Median microseconds as Markdown: one line per case, one column per provider.
+
+    With `ops`, lines of these alone, and columns of what their bytes and operations take at the machine's rates.
+    """
     rows = [row for row in content["rows"] if ops is None or row["op"] in ops]
     columns = list(dict.fromkeys((row["provider"], row["impl"], row["mode"]) for row in rows))
+    limits = _limits(content, rows) if ops is not None else {}
     cases: dict[str, dict[tuple[str, str, str], str]] = {}
     for row in rows:
         sizes = ", ".join(f"{value} {_UNITS.get(key, key)}" for key, value in row["sizes"].items())
         label = f"{row['op']}: {sizes}; {row['routing']}"
-        time = "wrong" if row["time_us"] is None else _three_digits(row["time_us"])
+        time = "wrong" if row["time_us"] is None else _digits(row["time_us"])
         cases.setdefault(label, {})[row["provider"], row["impl"], row["mode"]] = time
-        if ops is not None:
-            cases[label]["", "floor", ""] = _three_digits(row["floor_us"])
+        cases[label] |= {("", head, ""): _digits(row[key]) for key, head in limits.items()}
     modes = {mode for *_, mode in columns}
-    if ops is not None:
-        columns.append(("", "floor", ""))
+    columns += [("", head, "") for head in limits.values()]
     heads = [f"{who} {impl}".strip() + (f", {mode}" if mode and len(modes) > 1 else "") for who, impl, mode in columns]
-    lines = [f"| µs a call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    lines = [f"| µs per call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     lines += [f"| {label} | {' | '.join(times.get(c, '') for c in columns)} |" for label, times in cases.items()]
     return "\n".join([*lines, "", _source(content), ""])
 
 
 def ratio_table(content: dict[str, Any], ops: list[str] | None = None) -> str:
-    """Medians beside the floor and the peers as Markdown: one line a case and way of ours that "auto" chooses.
+    """Medians beside the peers as Markdown: one line per case and way of ours that "auto" chooses.
 
-    A ratio is a peer's time over ours, paired in rounds, with its interval of 95 %; memory is what a call needs at its
+    The first columns are what bytes and operations take at the machine's rates, and our time over `yardstick_us`. A
+    ratio is a peer's time over ours, paired in rounds, with its interval of 95 %; memory is what a call needs at its
     peak, its result included.
     """
     rows = [r for r in content["rows"] if (ops is None or r["op"] in ops) and r["mode"] in ("graph", "cpu")]
@@ -74,9 +77,11 @@ def ratio_table(content: dict[str, Any], ops: list[str] | None = None) -> str:
     for row in rows:
         label = f"{row['workload']}, {row['sizes']['num_tokens']} tokens"
         cases.setdefault(label + (f", {row['routing']}" if row["routing"] != "uniform" else ""), []).append(row)
-    heads = ["floor", "moeyard", "× floor", *peers, *(f"{peer} / moeyard" for peer in peers), "MB moeyard"]
+    limits = _limits(content, rows)
+    over = "moeyard / copy or product time" if _has_products(content) else "moeyard / copy time"
+    heads = [*limits.values(), "moeyard", over, *peers, *(f"{peer} / moeyard" for peer in peers), "MB moeyard"]
     heads += [f"MB {peer}" for peer in peers]
-    lines = [f"| µs a call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    lines = [f"| µs per call | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for label, found in cases.items():
         ours = [r for r in found if r["provider"] == "moeyard"]
         others = {r["provider"]: r for r in found if r["provider"] != "moeyard"}
@@ -84,12 +89,9 @@ def ratio_table(content: dict[str, Any], ops: list[str] | None = None) -> str:
             name, _, way = row["impl"].partition(" ")
             if name != ours[0]["impl"].partition(" ")[0]:
                 continue  # not what "auto" chooses
-            time = row["time_us"]
-            cells = [
-                _three_digits(row["floor_us"]),
-                _time(row),
-                "" if time is None else f"{time / row['floor_us']:.2f}",
-            ]
+            time, yardstick = row["time_us"], results.yardstick_us(row)
+            cells = [_digits(row[key]) for key in limits]
+            cells += [_time(row), "" if time is None or not yardstick else f"{time / yardstick:.2f}"]
             cells += [_time(others[peer]) if peer in others else "" for peer in peers]
             cells += [_inverse(row.get("ratio_to", {}).get(peer)) for peer in peers]
             cells += [_megabytes(r) for r in (row, *(others.get(peer, {}) for peer in peers))]
@@ -97,8 +99,27 @@ def ratio_table(content: dict[str, Any], ops: list[str] | None = None) -> str:
     return "\n".join([*lines, "", _source(content), ""])
 
 
+_HEADS = {
+    "copy_time_us": "bytes / copy bandwidth",
+    "read_time_us": "bytes / read bandwidth",
+    "product_time_us": "FLOPs / product rate",
+}
+
+
+def _limits(content: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Key -> head of the columns that say what bytes and operations take at the machine's rates."""
+    if content["schema"] == 1:
+        return {"floor_us": "copy or product time" if _has_products(content) else "bytes / copy bandwidth"}
+    return {key: head for key, head in _HEADS.items() if any(row[key] is not None for row in rows)}
+
+
+def _has_products(content: dict[str, Any]) -> bool:
+    """Whether the rate of products is part of what times are held against."""
+    return "matrix_tflops" in content["machine"]
+
+
 def _time(row: dict[str, Any]) -> str:
-    return "wrong" if row["time_us"] is None else _three_digits(row["time_us"])
+    return "wrong" if row["time_us"] is None else _digits(row["time_us"])
 
 
 def _inverse(ratio: list[float] | None) -> str:
@@ -108,16 +129,19 @@ def _inverse(ratio: list[float] | None) -> str:
 
 def _megabytes(row: dict[str, Any]) -> str:
     extra = row.get("extra_bytes")
-    return "" if extra is None else _three_digits(extra / 1e6)
+    return "" if extra is None else _digits(extra / 1e6)
 
 
 def _source(content: dict[str, Any]) -> str:
     """Where and when, on what, beside what."""
     machine = content["machine"]
     where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    rate = f"; bfloat16 product {machine['matrix_tflops']:.0f} TFLOP/s" if "matrix_tflops" in machine else ""
+    read = f", read bandwidth {machine['read_gb_s']:.1f} GB/s" if "read_gb_s" in machine else ""
+    product = ""
+    if _has_products(content):  # files of schema 1 do not name bfloat16
+        product = f"; {machine.get('matrix_dtype', 'bfloat16')} product {_digits(machine['matrix_tflops'])} TFLOP/s"
     versions = ", ".join(f"{name} {version}" for name, version in content["peers"].items())
-    return f"{where}; copy bandwidth {machine['copy_gb_s']:.1f} GB/s{rate}; {versions}; {content['date'][:10]}"
+    return f"{where}; copy bandwidth {machine['copy_gb_s']:.1f} GB/s{read}{product}; {versions}; {content['date'][:10]}"
 
 
 _UNITS = {
@@ -129,7 +153,10 @@ _UNITS = {
 }
 
 
-def _three_digits(value: float) -> str:
+def _digits(value: float | None) -> str:
+    """Three digits; nothing for None."""
+    if value is None:
+        return ""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

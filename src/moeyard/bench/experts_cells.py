@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from moeyard.bench import products, workloads
-from moeyard.bench.workloads import Case
+from moeyard.bench import workloads
+from moeyard.bench.operators import Case
 
 MODELS = ("mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v3", "gpt-oss-120b", "qwen3-next-80b-a3b")
 PARTS = ("targets", "shards", "grouped", "grid", "skew", "biased")
@@ -43,7 +43,7 @@ def cells(
         for count in tokens or _GROUPED_TOKENS:
             for routing in ("equal", "zipf"):
                 for case in _experts(models, (count,), scale):
-                    yield replace(case, op=products.OP, routing=routing)
+                    yield replace(case, op="grouped_gemm", routing=routing)
     elif part == "shards":
         for model, ranks in _SHARDS:
             for count in tokens or (1,):

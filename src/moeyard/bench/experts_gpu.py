@@ -1,11 +1,10 @@
-"""Experts on a GPU beside their peers within a time limit: `python -m moeyard.bench.experts_gpu --out DIR`.
+"""Experts on a GPU beside their peers within a time limit: `moeyard bench experts --out DIR`.
 
-Every model has a process of its own that keeps its weights. Cases come in the order of `experts_cells.PARTS`, or of
---parts; the result file is written after each. A provider that raises is a wrong one; one that hangs or ends its
-process is left out for that model from then on, and both are rows of the file.
+Every model has a process of its own that keeps its weights. Cases come in the order of the parts, and the result file
+is written after each. A provider that raises is a wrong one; one that hangs or ends its process is left out for that
+model from then on, and both are rows of the file.
 """
 
-import argparse
 import json
 import os
 import select
@@ -20,7 +19,7 @@ from typing import Any
 
 from moeyard.bench import experts_cells, results, timing
 from moeyard.bench.experts_worker import case_to
-from moeyard.bench.workloads import Case
+from moeyard.bench.operators import Case
 
 _SILENT_S = 20.0  # a provider that says nothing for so long hangs
 _COMPILE_SILENT_S = 25.0  # compilers take their time
@@ -188,7 +187,6 @@ class Bench:
     def measure(self, case: Case, extra: dict[str, Any]) -> list[dict[str, Any]]:
         """The rows of a case; none if time was over or its inputs could not be made."""
         model = model_of(case)
-        ceilings = {key: self.facts["machine"][key] for key in ("copy_gb_s", "matrix_tflops")}
         for _ in range(_TRIES):
             if self.left < _LEAST_S:
                 return []
@@ -196,7 +194,7 @@ class Bench:
                 "do": "time",
                 "case": case_to(case),
                 "without": dict(self.lost.get(model, {})),
-                **ceilings,
+                "rates": self.facts["rates"],
                 **extra,
             }
             worker = self.worker(model)
@@ -226,7 +224,7 @@ def model_of(case: Case) -> str:
 
 
 def line_of(case: Case, rows: Sequence[dict[str, Any]], seconds: float) -> str:
-    """A case in one line: floor, everyone's microseconds, vLLM's (or another peer's) time over ours."""
+    """A case in one line: `yardstick_us`, everyone's microseconds, vLLM's (or another peer's) time over ours."""
     if not rows:
         return f"{case.workload} {case.op} {case['num_tokens']} {case.routing}: nothing measured"
     times = []
@@ -240,7 +238,8 @@ def line_of(case: Case, rows: Sequence[dict[str, Any]], seconds: float) -> str:
         ]
         of_peer = row["impl"] if row["provider"] == "moeyard" else row["provider"]
         times.append(" ".join([f"{of_peer}{label} {value}", *ratios]))
-    head = f"{case.workload} {case.op} {case['num_tokens']} {case.routing}: floor {rows[0]['floor_us']:.1f}"
+    yardstick = f"copy or product {results.yardstick_us(rows[0]):.1f}"
+    head = f"{case.workload} {case.op} {case['num_tokens']} {case.routing}: {yardstick}"
     return " | ".join([head, *times, f"{seconds:.1f} s"])
 
 
@@ -249,50 +248,60 @@ def _print(line: str) -> None:
     sys.stdout.flush()
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and for how long."""
+
+    out: Path
+    """Folder of the result file and of logs/."""
+    seconds: float = 170.0
+    """Everything ends by then."""
+    name: str = "experts_bf16"
+    """The result file's name without .json."""
+    models: tuple[str, ...] = experts_cells.MODELS
+    tokens: tuple[int, ...] | None = None
+    """What each part is made for unless given."""
+    parts: tuple[str, ...] = experts_cells.PARTS
+    """In the order wanted."""
+    providers: tuple[str, ...] | None = None
+    """Only these: vllm, moeyard, moeyard:cuda, ..."""
+    all: bool = False
+    """All of moeyard's implementations but torch's."""
+    variants: str = ""
+    """MODULE:FUNCTION; a case gives (label, run) pairs to be timed."""
+    cell_seconds: float = 0.8
+    """About how long a case's rounds last."""
+    rounds: int = timing.MOST_ROUNDS
+    """At most so many rounds per case."""
+    shares: int = 2
+    """Processes per model that compile ahead; 0 for none."""
+    seed: int = 0
+    scale: int = 1
+    """Hidden and intermediate sizes are divided by this."""
+    device: str = "cuda"
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, _names(text)))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the arguments ask for; 1 if nothing could be measured."""
-    parser = argparse.ArgumentParser(prog="python -m moeyard.bench.experts_gpu", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=170.0, help="everything ends by then")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the result file and of logs/")
-    parser.add_argument("--name", default="experts_bf16", help="the result file's name without .json")
-    parser.add_argument("--models", type=_names, default=experts_cells.MODELS, help="comma-separated")
-    parser.add_argument("--tokens", type=_numbers, help="comma-separated; what each part is made for unless given")
-    parser.add_argument("--parts", type=_names, default=experts_cells.PARTS, help="in the order wanted")
-    parser.add_argument("--providers", type=_names, help="only these: vllm, moeyard, moeyard:cuda, ...")
-    parser.add_argument("--all", action="store_true", help="all of moeyard's implementations but torch's")
-    parser.add_argument("--variants", default="", help="MODULE:FUNCTION; a case gives (label, run) pairs to be timed")
-    parser.add_argument("--cell-seconds", type=float, default=0.8, help="about how long a case's rounds last")
-    parser.add_argument("--rounds", type=int, default=timing.MOST_ROUNDS, help="at most so many rounds a case")
-    parser.add_argument("--shares", type=int, default=2, help="processes a model that compile ahead; 0 for none")
-    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
-    parser.add_argument("--scale", type=int, default=1, help="divide hidden and intermediate sizes by this")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    given = parser.parse_args(arguments)
+def measure(wanted: Options) -> int:
+    """Measures what is wanted and writes the result file; the number of cases that have rows."""
     begin = time.monotonic()
     todo = [
         (case, {"grid": part == "grid"})
-        for part in given.parts
-        for case in experts_cells.cells(part, given.models, given.tokens, given.scale)
+        for part in wanted.parts
+        for case in experts_cells.cells(part, wanted.models, wanted.tokens, wanted.scale)
     ]
+    if not todo:
+        raise ValueError(f"models: expected some of {experts_cells.MODELS}, got {wanted.models}")
     options = {
-        "seconds": given.cell_seconds, "seed": given.seed, "variants": given.variants, "providers": given.providers,
-        "all": given.all, "rounds": given.rounds,
+        "seconds": wanted.cell_seconds, "seed": wanted.seed, "variants": wanted.variants,
+        "providers": wanted.providers, "all": wanted.all, "rounds": wanted.rounds,
     }  # fmt: skip
-    bench = Bench(given.device, given.out, given.name, begin + given.seconds, options)
+    bench = Bench(wanted.device, wanted.out, wanted.name, begin + wanted.seconds, options)
     try:
-        bench.start(list(dict.fromkeys(model_of(case) for case, _ in todo)), given.shares)
+        bench.start(list(dict.fromkeys(model_of(case) for case, _ in todo)), wanted.shares)
         bench.measure_machine(model_of(todo[0][0]))
         _print(str(bench.facts["machine"]))
-        if given.shares:
-            bench.compile(todo, given.shares)
+        if wanted.shares:
+            bench.compile(todo, wanted.shares)
             _print(f"compiled after {time.monotonic() - begin:.1f} s")
         done = 0
         for case, extra in todo:
@@ -305,10 +314,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print(line_of(case, rows, time.monotonic() - start))
             bench.write()
         _print(f"{done} of {len(todo)} cases in {time.monotonic() - begin:.1f} s; left out: {bench.lost}")
-        return 0 if done else 1
+        return done
     finally:
         bench.finish()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from moeyard import impls
-from moeyard.bench import layer, products, results, timing
-from moeyard.bench import providers as who
-from moeyard.bench.run import programmatically, row_of
-from moeyard.bench.verify import disagreement_error
-from moeyard.bench.workloads import Case
+import moeyard
+from moeyard.bench import peers, results, timing
+from moeyard.bench.operators import Case, Operator, Provider, operators
+from moeyard.bench.run import limits_of, programmatically, row_of
+from moeyard.bench.timing import Rates
+from moeyard.testing import disagreement_error
 
 _LARGEST = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """How far a row may be from another provider's, relative to its own root mean square: both round in between."""
@@ -39,97 +39,88 @@ def case_from(value: dict[str, Any]) -> Case:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine with its two ceilings, and what takes part."""
-    machine = results.machine(device, timing.copy_gb_s(device))
-    rate = timing.matrix_tflops(device, 8192 if device.type == "cuda" else 512)
-    peers = results.peers(results.peer_version("vllm") if device.type == "cuda" else "")
-    if device.type == "cuda" and results.peer_version("deep_gemm"):
-        peers["deep_gemm"] = results.peer_version("deep_gemm")
-    return {"machine": {**machine, "matrix_tflops": float(f"{rate:.4g}")}, "peers": peers}
+    """The machine with its rates, and what takes part."""
+    rates = timing.rates(device)
+    return {"machine": results.machine(device, rates), "rates": asdict(rates), "peers": peers.versions(device)}
 
 
-def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[who.Provider]:
+def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[Provider]:
     """Who takes part: peers first, since the first right answer is what the others are compared with.
 
     Of our implementations it is the one that "auto" chooses; with `all`, all but torch's. `variants`,
     "module:function", gives (label, run) pairs for a case that stand in their place. `grid` leaves out what the
     comparison with vLLM does not need; `providers` names those that are wanted.
     """
+    everyone = operators()[case.op].providers(case, device)
+    found = [p for p in everyone if p.name != "moeyard"]
     if request.get("variants"):
         module, _, function = request["variants"].partition(":")
         made = getattr(importlib.import_module(module), function)(case)
-        found = [p for p in who.providers(case, device) if p.name != "moeyard"]
-        found += [who.Provider("moeyard", label, run) for label, run in made]
+        found += [Provider("moeyard", label, run) for label, run in made]
     else:
-        found = who.providers(case, device)
-        chosen = impls.explain(case.op, device, getattr(torch, case["dtype"])).chosen
-        taken = (chosen,) if not request.get("all") else tuple(i for i in impls.impl_names(case.op) if i != "torch")
-        found = [p for p in found if p.name != "moeyard" or p.impl.split()[0] in taken]
+        seen = moeyard.explain(case.op, device, case.dtype)
+        taken = {seen.chosen} if not request.get("all") else seen.reasons.keys() - {"torch"}
+        found += [p for p in everyone if p.name == "moeyard" and p.impl.split()[0] in taken]
     if request.get("grid"):
         found = [p for p in found if p.name in ("moeyard", "vllm")]
     wanted = request.get("providers")
-    found = [p for p in found if not wanted or p.name in wanted or label_of(p) in wanted]
+    found = [p for p in found if not wanted or p.name in wanted or p.label in wanted]
     return sorted(found, key=lambda p: _PEERS_FIRST.get(p.name, 0))
-
-
-def label_of(provider: who.Provider) -> str:
-    """A provider's name for messages and requests."""
-    return f"{provider.name}:{provider.impl}"
 
 
 def compile_case(case: Case, device: torch.device, request: dict[str, Any], say: Say) -> dict[str, Any]:
     """Calls every provider once, so that its kernels are in the caches on disk."""
-    inputs = who.make_inputs(case, device, torch.Generator().manual_seed(0))
+    inputs = operators()[case.op].inputs(case, device, torch.Generator().manual_seed(0))
     failed = {}
     for provider in answers(case, device, request):
-        if label_of(provider) in request["without"]:
+        if provider.label in request["without"]:
             continue
-        say({"at": label_of(provider)})
-        wrong = _failure(provider, inputs, device)[1]
+        say({"at": provider.label})
+        wrong = _failure(case, provider, inputs, device)[1]
         if wrong is not None:
-            failed[label_of(provider)] = wrong
+            failed[provider.label] = wrong
     return {"failed": failed}
 
 
 def time_case(case: Case, device: torch.device, request: dict[str, Any], say: Say) -> list[dict[str, Any]]:
     """Rows of a case: answers checked, then timed in turn as replays of graphs (on a CPU: as calls)."""
-    generator = torch.Generator().manual_seed(request["seed"])
-    if case.op == "fused_experts":
-        inputs: list[Any] = layer.make_sets(case, device, generator)
+    operator, generator = operators()[case.op], torch.Generator().manual_seed(request["seed"])
+    if operator.sets is not None:
+        inputs = operator.sets(case, device, generator)
     else:
-        inputs = [products.make_inputs(case, device, generator) for _ in range(2)]
-    floor = _floor_us(case, inputs, request["copy_gb_s"], request["matrix_tflops"])
+        inputs = [operator.inputs(case, device, generator) for _ in range(2)]
+    limits = limits_of(operator, case, inputs, Rates(**request["rates"]))
     mode = "graph" if device.type == "cuda" else "cpu"
     rows, right, first = [], [], None
     for provider in answers(case, device, request):
-        say({"at": label_of(provider)})
-        wrong = request["without"].get(label_of(provider))
+        say({"at": provider.label})
+        wrong = request["without"].get(provider.label)
         if wrong is None:
-            got, wrong = _failure(provider, inputs[0], device)
+            got, wrong = _failure(case, provider, inputs[0], device)
             if wrong is None:
-                wrong, first = _judge(case, provider, inputs[0], got, first)
+                wrong, first = _judge(operator, case, provider, inputs[0], got, first)
             del got
         if wrong is None:
-            right.append((provider, mode, provider.run, _beside_time(case, provider, inputs[0])))
+            right.append((provider, mode, provider.run, operator.beside(case, provider.run, inputs[0])))
         else:
-            rows.append({**row_of(case, provider.name, provider.impl, mode, None, floor), "wrong": wrong})
+            rows.append({**row_of(case, provider, mode, None, limits), "wrong": wrong})
     if mode == "graph" and case["num_tokens"] <= _PDL_TOKENS and torch.cuda.get_device_capability(device) >= (9, 0):
         ours = [entry for entry in right if entry[0].name == "moeyard" and entry[0].impl.startswith("cuda")]
         right += [(provider, "graph_pdl", programmatically(run), {}) for provider, _, run, _ in ours]
     first = None
-    return [*_timed(case, device, right, inputs, floor, request, say), *rows] if right else rows
+    return [*_timed(case, device, right, inputs, limits, request, say), *rows] if right else rows
 
 
 def _timed(
-    case: Case, device: torch.device, right: list[Any], inputs: list[Any], floor: float, request: Any, say: Say
+    case: Case, device: torch.device, right: list[Any], inputs: list[Any], limits: Any, request: Any, say: Say
 ) -> list[dict[str, Any]]:
     runs = [run for _, _, run, _ in right]
     calls = 1
     if device.type == "cuda":
-        calls = layer.sets_and_calls(case)[1]
+        calls = operators()[case.op].calls_of_graph(case)
         times = timing.time_graphs_within(
             runs, inputs, calls=calls, seconds=request["seconds"], seed=request["seed"],
-            captured=lambda i: say({"at": label_of(right[i][0])}),
+            captured=lambda i: say({"at": right[i][0].label}),
             most_rounds=request.get("rounds", timing.MOST_ROUNDS),
         )  # fmt: skip
     else:
@@ -139,7 +130,7 @@ def _timed(
     theirs = {p.name: time for (p, _, _, _), time in zip(right, times, strict=True) if p.name != "moeyard"}
     rows = []
     for (provider, mode, _, beside), time in zip(right, times, strict=True):
-        row = {**row_of(case, provider.name, provider.impl, mode, time, floor), **beside}
+        row = {**row_of(case, provider, mode, time, limits), **beside}
         if provider.name == "moeyard" and theirs:
             ratios = {name: timing.ratio_interval(time, peer) for name, peer in theirs.items()}
             row["ratio_to"] = {name: [round(value, 4) for value in ratio] for name, ratio in ratios.items()}
@@ -147,11 +138,11 @@ def _timed(
     return rows
 
 
-def _failure(provider: who.Provider, inputs: Any, device: torch.device) -> tuple[Any, str | None]:
+def _failure(case: Case, provider: Provider, inputs: Any, device: torch.device) -> tuple[Any, str | None]:
     """(answer, None), or (None, what was raised); memory that a call gets holds NaN before."""
     try:
         if device.type == "cuda":
-            _poison(inputs)
+            _poison(case, device)
         got = provider.run(inputs)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -162,48 +153,25 @@ def _failure(provider: who.Provider, inputs: Any, device: torch.device) -> tuple
     return got, None
 
 
-def _poison(inputs: Any) -> None:
+def _poison(case: Case, device: torch.device) -> None:
     """Fills blocks of the sizes that experts need with NaN and frees them: the allocator hands them out next."""
-    case, hidden = inputs.case, inputs.hidden_states
-    routes, size = case["num_tokens"] * case["top_k"], case["intermediate_size"]
-    for count in (hidden.numel(), routes * 2 * size, routes * size, routes * hidden.shape[1]):
-        hidden.new_full((count,), torch.nan)
+    tokens, hidden, size = case["num_tokens"], case["hidden_size"], case["intermediate_size"]
+    routes = tokens * case["top_k"]
+    for count in (tokens * hidden, routes * 2 * size, routes * size, routes * hidden):
+        torch.full((count,), torch.nan, dtype=case.dtype, device=device)
 
 
-def _judge(case: Case, provider: who.Provider, inputs: Any, got: Any, first: Any) -> tuple[str | None, Any]:
+def _judge(
+    operator: Operator, case: Case, provider: Provider, inputs: Any, got: Any, first: Any
+) -> tuple[str | None, Any]:
     """(what is wrong with an answer, the first right one): some rows against float64, all against that one's."""
-    if case.op == products.OP:
-        wrong, rows = products.error(inputs, provider.impl, got), products.compact(inputs, provider.impl, got)
-    else:
-        wrong, rows = layer.error(case, provider.impl, inputs, got), got
+    wrong = operator.error(case, provider, inputs, got)
+    rows = operator.rows(provider, inputs, got)
     if wrong is None and first is None:
         return None, rows.clone()  # some answer into memory that they use again
     if wrong is None:
         wrong = disagreement_error(first, rows, _LARGEST[rows.dtype])
     return wrong, first
-
-
-def _beside_time(case: Case, provider: who.Provider, inputs: Any) -> dict[str, Any]:
-    """Errors against float64 over some tokens, and how far a call raises memory; the layer's alone."""
-    if case.op == products.OP:
-        return {}
-    rms, largest, scale = layer.errors(inputs, provider.run(inputs))
-    return {
-        "error_rms": float(f"{rms:.4g}"),
-        "error_max": float(f"{largest:.4g}"),
-        "answer_rms": float(f"{scale:.4g}"),
-        "extra_bytes": layer.peak_extra_bytes(provider.run, inputs),
-    }
-
-
-def _floor_us(case: Case, inputs: list[Any], copy_gb_s: float, matrix_tflops: float) -> float:
-    """What bytes take at the copy bandwidth or operations at the matrix rate, whichever is more; mean of the inputs."""
-    if case.op == products.OP:
-        moved, count = float(products.bytes_moved(case)), products.operations(case)
-    else:
-        moved = sum(layer.bytes_read_and_written(x) for x in inputs) / len(inputs)
-        count = layer.operations(case)
-    return max(moved / copy_gb_s / 1e3, count / matrix_tflops / 1e6)
 
 
 def _nothing() -> None:

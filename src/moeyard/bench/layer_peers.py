@@ -1,7 +1,6 @@
-"""Peers of the layer: as model files write it, torch's grouped products, and the classes of transformers."""
+"""Peers of experts: torch's grouped products, and the classes of transformers."""
 
 import importlib
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,61 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-import moeyard
-from moeyard import impls
-from moeyard.bench.workloads import Case
-from moeyard.values import Activation, ExpertWeights, Routing
+from moeyard.bench.operators import Case, Provider, Run
+from moeyard.bench.peers import installed
+from moeyard.values import Activation, ExpertWeights
 
 _COPIED_BYTES = 1 << 30  # providers that copy weights for every route take part up to here
 
 
-def activation(case: Case) -> Activation:
-    """The activation of a case's model."""
-    return moeyard.GPT_OSS_ACTIVATION if case.model.get("activation") == "gpt-oss" else Activation()
-
-
-def plain_route(
-    logits: Tensor,
-    top_k: int,
-    scoring: str = "softmax",
-    renormalize: bool = False,
-    selection_bias: Tensor | None = None,
-    num_groups: int = 1,
-    top_k_groups: int = 1,
-    routed_scaling_factor: float = 1.0,
-) -> Routing:
-    """As model files write it."""
-    scores = torch.softmax(logits.float(), 1) if scoring == "softmax" else torch.sigmoid(logits.float())
-    keys = scores if selection_bias is None else scores + selection_bias
-    if num_groups > 1:
-        grouped = keys.view(len(keys), num_groups, -1)
-        best = grouped.amax(2) if selection_bias is None else grouped.topk(2, 2).values.sum(2)
-        kept = torch.zeros_like(best).scatter_(1, best.topk(top_k_groups, 1, sorted=False).indices, 1).bool()
-        keys = keys.masked_fill(~kept.repeat_interleave(grouped.shape[2], 1), -torch.inf)
-    ids = keys.topk(top_k, 1).indices
-    weights = scores.gather(1, ids)
-    if renormalize:
-        weights = weights / weights.sum(1, keepdim=True)
-    return Routing(weights * routed_scaling_factor, ids.int())
-
-
-def plain_experts(hidden: Tensor, routing: Routing, weights: ExpertWeights, act: Activation) -> Tensor:
-    """A loop over experts, at the dtype of the rows."""
-    result = torch.zeros_like(hidden)
-    for expert in range(weights.num_local_experts):
-        token, k = torch.where(routing.topk_ids == expert)
-        if not len(token):
-            continue
-        b13, b2 = (None if b is None else b[expert] for b in (weights.w13_bias, weights.w2_bias))
-        gate, up = functional.linear(hidden[token], weights.w13[expert], b13).chunk(2, 1)
-        if act.limit is not None:
-            gate, up = gate.clamp(max=act.limit), up.clamp(-act.limit, act.limit)
-        rows = functional.linear(gate * torch.sigmoid(act.alpha * gate) * (up + act.beta), weights.w2[expert], b2)
-        result.index_add_(0, token, (rows * routing.topk_weights[token, k, None]).to(rows.dtype))
-    return result
-
-
-def grouped_experts(act: Activation) -> Callable[[Any], Tensor]:
+def grouped_experts(act: Activation) -> Run:
     """Rows sorted by expert, two grouped products, sums by `index_add_`: torch's own way without a wait. Routes
     of bfloat16 rows, none dropped.
     """
@@ -91,10 +43,10 @@ def grouped_experts(act: Activation) -> Callable[[Any], Tensor]:
     return run
 
 
-def transformers_experts(case: Case) -> list[tuple[str, str, Callable[[Any], Any]]]:
+def transformers_experts(case: Case) -> list[Provider]:
     """The experts of the model's own class in transformers, in each of its implementations; none if not installed."""
     where = case.model.get("transformers")
-    if where is None or not impls.installed("transformers"):
+    if where is None or not installed("transformers"):
         return []
     module, _, name = where.partition(":")
     kind = getattr(importlib.import_module(f"transformers.models.{module}"), name)
@@ -106,20 +58,22 @@ def transformers_experts(case: Case) -> list[tuple[str, str, Callable[[Any], Any
             experts[id(weights)] = _module(kind, weights)
         return experts[id(weights)]
 
-    def run(implementation: str) -> Callable[[Any], Any]:
+    def run(implementation: str) -> Run:
         def call(x: Any) -> Tensor:
             made = make(x.weights)
             made.config._experts_implementation = implementation
             with torch.no_grad():
-                result: Tensor = made(x.hidden_states, x.routing.topk_ids.long(), x.routing.topk_weights.to(x.logits))
+                result: Tensor = made(
+                    x.hidden_states, x.routing.topk_ids.long(), x.routing.topk_weights.to(x.hidden_states.dtype)
+                )
             return result
 
         return call
 
-    found = [("transformers", name, run(name)) for name in ("eager", "grouped_mm")]
+    found = [Provider("transformers", name, run(name)) for name in ("eager", "grouped_mm")]
     copied = case["num_tokens"] * case["top_k"] * 2 * case["intermediate_size"] * case["hidden_size"]
-    if copied * getattr(torch, case["dtype"]).itemsize <= _COPIED_BYTES:
-        found.append(("transformers", "batched_mm", run("batched_mm")))
+    if copied * case.dtype.itemsize <= _COPIED_BYTES:
+        found.append(Provider("transformers", "batched_mm", run("batched_mm")))
     return found
 
 

@@ -181,42 +181,78 @@ def _capture(
     return graph
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a machine reaches at most in the same run, measured with torch."""
+
+    copy_gb_s: float
+    """A copy into an existing tensor, read and written bytes added, in GB/s."""
+    read_gb_s: float
+    """The quicker of two reductions of a tensor, in GB/s."""
+    matrix_tflops: float
+    """The product of two random square matrices of `matrix_dtype`, in TFLOP/s."""
+    matrix_dtype: str
+    """What products are quickest in: bfloat16 on a GPU, float32 on a CPU, which mostly widens narrower ones."""
+
+    def times_us(self, moved: float, operations: float, dtype: torch.dtype) -> dict[str, float | None]:
+        """What a row has beside its time: the microseconds that bytes and operations take at these rates.
+
+        Reads are quicker than copies, so a time may be below `copy_time_us`. `product_time_us` is None without
+        operations, and for a dtype that is wider than `matrix_dtype`, since its rate is another.
+        """
+        known = operations and dtype.itemsize <= getattr(torch, self.matrix_dtype).itemsize
+        product = operations / self.matrix_tflops / 1e6 if known else None
+        return {
+            "copy_time_us": round(moved / self.copy_gb_s / 1e3, 3),
+            "read_time_us": round(moved / self.read_gb_s / 1e3, 3),
+            "product_time_us": None if product is None else round(product, 3),
+        }
+
+
+def rates(device: torch.device) -> Rates:
+    """The rates of a machine, from tensors that no cache holds."""
+    if device.type == "cuda":
+        return Rates(copy_gb_s(device), read_gb_s(device), matrix_tflops(device, torch.bfloat16, 8192), "bfloat16")
+    return Rates(copy_gb_s(device), read_gb_s(device), matrix_tflops(device, torch.float32, 1024), "float32")
+
+
 def copy_gb_s(device: torch.device) -> float:
     """The machine's copy bandwidth in GB/s, read and written bytes added: torch's copy into an existing tensor."""
     size = 1 << (30 if device.type == "cuda" else 27)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(9):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            target.copy_(source)
-            stop.record()
-            stop.synchronize()
-            seconds.append(start.elapsed_time(stop) / 1e3)
-        else:
-            begin = time.perf_counter()
-            target.copy_(source)
-            seconds.append(time.perf_counter() - begin)
-    return 2 * size / summarise(seconds).median / 1e9
+    return 2 * size / _median_seconds(lambda: target.copy_(source), device) / 1e9
 
 
-def matrix_tflops(device: torch.device, size: int = 8192) -> float:
-    """The rate of torch's bfloat16 product of two random square matrices, in TFLOP/s."""
-    left, right = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+def read_gb_s(device: torch.device) -> float:
+    """The machine's read bandwidth in GB/s: the quicker of torch's sum of float32 and largest value of int32."""
+    count = 1 << (29 if device.type == "cuda" else 26)
+    source = torch.rand(count, device=device)
+    seconds = min(_median_seconds(reduce, device) for reduce in (source.sum, source.view(torch.int32).amax))
+    return source.nbytes / seconds / 1e9
+
+
+def matrix_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """The rate of torch's product of two random square matrices, in TFLOP/s."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(left)
+    return 2 * size**3 / _median_seconds(lambda: torch.mm(left, right, out=product), device) / 1e12
+
+
+def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
+    """The median of 9 calls, by events on a GPU; the first one, which may compile, comes before."""
+    call()
     seconds = []
     for _ in range(9):
         if device.type == "cuda":
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            torch.mm(left, right, out=product)
+            call()
             stop.record()
             stop.synchronize()
             seconds.append(start.elapsed_time(stop) / 1e3)
         else:
             begin = time.perf_counter()
-            torch.mm(left, right, out=product)
+            call()
             seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / summarise(seconds).median / 1e12
+    return summarise(seconds).median

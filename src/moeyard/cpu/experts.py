@@ -24,14 +24,16 @@ from moeyard.cpu.products import (
     UNIT,
     add_bias,
     dense_rows,
+    grouped_gemm_launch,
     product,
     share_parts,
     widen,
 )
 from moeyard.cpu.rows import add_row, store_row
-from moeyard.cpu.threads import count_parts, run_parts
-from moeyard.values import Activation, ExpertWeights, Layout
+from moeyard.cpu.threads import count_parts, dense, run_parts
+from moeyard.values import Activation, ExpertCall, Layout
 
+__all__ = ["activate_launch", "fused_experts_launch", "grouped_gemm_launch"]
 _SILU, _GELU, _GELU_TANH, _RELU2 = range(4)
 _CODES = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu2": _RELU2}
 
@@ -42,24 +44,16 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     num_rows, size = out.shape
     parts = count_parts(rows.nbytes, 1 << 18)
     run_parts(
-        _activate_kernel, parts, num_rows, KINDS[rows.dtype], rows.data_ptr(), rows.stride(0) * rows.element_size(),
-        size, gated, *_code(activation), out.data_ptr(),
+        _activate_kernel, parts, num_rows, (rows, out), KINDS[rows.dtype], rows.stride(0) * rows.element_size(), size,
+        gated, *_code(activation),
     )  # fmt: skip
 
 
 def fused_experts_launch(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
-    *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
-    out: Tensor,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor
 ) -> None:
     """Fills out [T, H]."""
+    weights, activation = call.weights, call.activation
     num_tokens, hidden_size = out.shape
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
     if not num_routes:
@@ -69,35 +63,30 @@ def fused_experts_launch(
     lengths = (2 * (num_local + 1), num_routes, num_routes, num_routes, num_local, 1)
     parts = torch.empty(sum(lengths), dtype=torch.int32).unsafe_split_with_sizes(lengths)
     offsets, slots, routes, blocks, counts, used = parts[0].view(torch.int64), *parts[1:]
-    layout = Layout(slots, blocks, used, offsets, counts, routes, num_experts, num_local, 1, top_k)
-    align_launch(topk_ids, expert_map, layout)
+    layout = Layout(slots, blocks, used, offsets, counts, routes, call.num_experts, num_local, 1, top_k)
+    align_launch(topk_ids, call.expert_map, layout)
     kind, width = KINDS[hidden_states.dtype], hidden_states.element_size()
     hidden_states = dense_rows(hidden_states)
     factors = topk_weights.contiguous()
     middle = hidden_states.new_empty((num_routes, size))
     sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
-    b13, b2 = (None if bias is None else bias.contiguous() for bias in (weights.w13_bias, weights.w2_bias))
     used_bytes = min(num_routes, num_local) * size * hidden_size * width
-    common = (kind, slots.data_ptr(), top_k, factors.data_ptr(), weight_on_input, offsets.data_ptr(), num_local)
+    common, shared = (slots, factors, offsets), (kind, top_k, call.weight_on_input, num_local)
     run_parts(
-        _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT), *common,
-        hidden_states.data_ptr(), hidden_states.stride(0) * width, hidden_size, w13.data_ptr(),
-        _address(b13), size, weights.gated, *_code(activation), middle.data_ptr(),
+        _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT),
+        (*common, hidden_states, w13, dense(weights.w13_bias), middle), *shared, hidden_states.stride(0) * width,
+        hidden_size, size, weights.gated, *_code(activation),
     )  # fmt: skip
     run_parts(
-        _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT), *common, middle.data_ptr(),
-        size, w2.data_ptr(), _address(b2), hidden_size, num_tokens, sums.data_ptr(), out.data_ptr(),
+        _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT),
+        (*common, middle, w2, dense(weights.w2_bias), sums, out), *shared, size, hidden_size, num_tokens,
     )  # fmt: skip
 
 
 def _code(activation: Activation) -> tuple[int, float, float, float]:
     limit = math.inf if activation.limit is None else activation.limit
     return _CODES[activation.name], activation.alpha, activation.beta, limit
-
-
-def _address(bias: Tensor | None) -> int:
-    return 0 if bias is None else bias.data_ptr()
 
 
 @kernel
@@ -139,8 +128,8 @@ def _apply(code: int, alpha: float, beta: float, limit: float, gate: Any, up: An
 
 
 @kernel
-def _activate_kernel(part: int, start: int, stop: int, kind: int, rows: int, row_stride: int, size: int, gated: bool,
-                     code: int, alpha: float, beta: float, limit: float, out: int) -> None:  # fmt: skip
+def _activate_kernel(part: int, start: int, stop: int, rows: int, out: int, kind: int, row_stride: int, size: int,
+                     gated: bool, code: int, alpha: float, beta: float, limit: float) -> None:  # fmt: skip
     width = 4 if kind == FLOAT32 else 2
     whole = np.zeros((3, (size + LANES) // LANES * LANES), np.float32)
     for row in range(start, stop):
@@ -170,9 +159,9 @@ def _largest(offsets: Any, num_local: int) -> int:
 
 @kernel
 def _first_kernel(
-    part: int, start: int, stop: int, kind: int, slots: int, top_k: int, factors: int, weight_on_input: bool,
-    offsets: int, num_local: int, rows: int, row_stride: int, hidden_size: int, w13: int, bias: int, size: int,
-    gated: bool, code: int, alpha: float, beta: float, limit: float, middle: int,
+    part: int, start: int, stop: int, slots: int, factors: int, offsets: int, rows: int, w13: int, bias: int,
+    middle: int, kind: int, top_k: int, weight_on_input: bool, num_local: int, row_stride: int, hidden_size: int,
+    size: int, gated: bool, code: int, alpha: float, beta: float, limit: float,
 ) -> None:  # fmt: skip
     """middle[slot, columns] = act(row @ w13) for this part's columns of every expert."""
     width = 4 if kind == FLOAT32 else 2
@@ -209,9 +198,9 @@ def _first_kernel(
 
 @kernel
 def _second_kernel(
-    part: int, start: int, stop: int, kind: int, slots: int, top_k: int, factors: int, weight_on_input: bool,
-    offsets: int, num_local: int, middle: int, size: int, w2: int, bias: int, hidden_size: int, num_tokens: int,
-    sums: int, out: int,
+    part: int, start: int, stop: int, slots: int, factors: int, offsets: int, middle: int, w2: int, bias: int,
+    sums: int, out: int, kind: int, top_k: int, weight_on_input: bool, num_local: int, size: int, hidden_size: int,
+    num_tokens: int,
 ) -> None:  # fmt: skip
     """out[token, columns] = sum of weight * (middle[slot] @ w2) for this part's columns, experts in ascending order."""
     width = 4 if kind == FLOAT32 else 2

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeyard.cpu.pointers import IDS, int32_at, int64_at, kernel, ranks_to_slots
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.pointers import IDS, int32_at, int64_at, kernel, ranks_to_slots, uint32_at, uint64_at
+from moeyard.cpu.threads import count_parts, dense, run_parts
 from moeyard.values import Layout
 
 _LEAST_ROUTES = 1 << 17  # below this two threads lose more on the hand-over than they win
@@ -23,38 +23,29 @@ _APART = 32  # counters between two threads' counters: neighbours on one cache l
 
 def align_launch(topk_ids: Tensor, expert_map: Tensor | None, out: Layout) -> None:
     """Fills the layout of int32 or int64 ids of any shape and strides."""
-    unsigned = np.uint64 if topk_ids.dtype == torch.int64 else np.uint32  # negative ids turn large
-    ids = topk_ids.numpy().reshape(-1).view(unsigned)
-    mapping = None if expert_map is None else expert_map.numpy()
-    num_routes = ids.size
+    topk_ids = topk_ids.contiguous()
+    num_routes = topk_ids.numel()
+    tensors = (topk_ids, dense(expert_map), *out.tensors)
+    sizes = (num_routes, topk_ids.element_size(), out.num_experts, *_sizes(out))
     parts = count_parts(num_routes, _LEAST_ROUTES)
     if parts == 1:
-        _align_kernel(ids, mapping, out.num_experts, num_routes, *_outputs(out))
+        run_parts(_align_kernel, 1, num_routes, tensors, *sizes)
         return
-    firsts = np.empty((parts, out.num_local_experts + 1 + _APART), np.int32)
-    outputs = _outputs(out)
-    run_parts(_rank_kernel, parts, num_routes, ids, mapping, out.num_experts, firsts, *outputs)
-    _plan_kernel(num_routes, firsts, *outputs)
-    run_parts(_place_kernel, parts, num_routes, ids, mapping, out.num_experts, firsts, *outputs)
+    counts = torch.empty((parts, out.num_local_experts + 1 + _APART), dtype=torch.int32)
+    tensors = (*tensors, counts)
+    run_parts(_rank_kernel, parts, num_routes, tensors, *sizes)
+    run_parts(_plan_kernel, 1, parts, tensors, *sizes)
+    run_parts(_place_kernel, parts, num_routes, tensors, *sizes)
 
 
 def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: Layout) -> None:
     """Fills the layout of a batched buffer."""
-    _batched_kernel(expert_num_tokens.numpy(), max_num_tokens, out.route_rows.shape[0], *_outputs(out))
+    tensors = (expert_num_tokens.contiguous(), *out.tensors)
+    run_parts(_batched_kernel, 1, out.route_rows.shape[0], tensors, max_num_tokens, *_sizes(out))
 
 
-def _outputs(out: Layout) -> tuple[int, ...]:
-    return (
-        out.num_local_experts,
-        out.block_size,
-        out.sorted_token_ids.shape[0],
-        out.sorted_token_ids.data_ptr(),
-        out.expert_ids.data_ptr(),
-        out.num_tokens_post_padded.data_ptr(),
-        out.expert_offsets.data_ptr(),
-        out.expert_counts.data_ptr(),
-        out.route_rows.data_ptr(),
-    )
+def _sizes(out: Layout) -> tuple[int, int, int]:
+    return out.num_local_experts, out.block_size, out.sorted_token_ids.shape[0]
 
 
 @kernel
@@ -132,55 +123,103 @@ def _plan(num_routes: int, block_size: int, firsts: Any, sorted_token_ids: Any, 
 
 
 @kernel
-def _align_kernel(ids: Any, mapping: Any, num_experts: int, num_routes: int, num_local: int, block_size: int,
-                  capacity: int, sorted_token_ids: int, expert_ids: int, num_tokens_post_padded: int,
-                  expert_offsets: int, expert_counts: int, route_rows: int) -> None:  # fmt: skip
+def _rank_any(start: int, stop: int, ids: int, width: int, mapping: int, num_experts: int, num_local: int, counts: Any,
+              route_rows: Any) -> None:  # fmt: skip
+    """`_rank` of ids at an address; negative ones turn large."""
+    if width == 8:
+        wide = uint64_at(ids, stop)
+        if mapping == 0:
+            _rank(start, stop, wide, None, num_experts, num_local, counts, route_rows)
+        else:
+            _rank(start, stop, wide, int32_at(mapping, num_experts), num_experts, num_local, counts, route_rows)
+    else:
+        narrow = uint32_at(ids, stop)
+        if mapping == 0:
+            _rank(start, stop, narrow, None, num_experts, num_local, counts, route_rows)
+        else:
+            _rank(start, stop, narrow, int32_at(mapping, num_experts), num_experts, num_local, counts, route_rows)
+
+
+@kernel
+def _place_any(start: int, stop: int, ids: int, width: int, mapping: int, num_experts: int, num_local: int, firsts: Any,
+               route_rows: Any, slots: Any) -> None:  # fmt: skip
+    """`_place` of ids at an address."""
+    if width == 8:
+        wide = uint64_at(ids, stop)
+        if mapping == 0:
+            _place(start, stop, wide, None, num_experts, num_local, firsts, route_rows, slots)
+        else:
+            _place(start, stop, wide, int32_at(mapping, num_experts), num_experts, num_local, firsts, route_rows, slots)
+    else:
+        narrow = uint32_at(ids, stop)
+        if mapping == 0:
+            _place(start, stop, narrow, None, num_experts, num_local, firsts, route_rows, slots)
+        else:
+            known = int32_at(mapping, num_experts)
+            _place(start, stop, narrow, known, num_experts, num_local, firsts, route_rows, slots)
+
+
+@kernel
+def _align_kernel(part: int, start: int, stop: int, ids: int, mapping: int, sorted_token_ids: int, expert_ids: int,
+                  num_tokens_post_padded: int, expert_offsets: int, expert_counts: int, route_rows: int,
+                  num_routes: int, width: int, num_experts: int, num_local: int, block_size: int,
+                  capacity: int) -> None:  # fmt: skip
     """The whole layout on one thread."""
     slots, rows = int32_at(sorted_token_ids, capacity), int32_at(route_rows, num_routes)
     firsts = np.empty((1, num_local + 1), np.int32)
-    _rank(0, num_routes, ids, mapping, num_experts, num_local, firsts[0], rows)
+    _rank_any(0, num_routes, ids, width, mapping, num_experts, num_local, firsts[0], rows)
     _plan(num_routes, block_size, firsts, slots, int32_at(expert_ids, capacity // block_size),
           int32_at(num_tokens_post_padded, 1), int64_at(expert_offsets, num_local + 1),
           int32_at(expert_counts, num_local))  # fmt: skip
-    _place(0, num_routes, ids, mapping, num_experts, num_local, firsts[0], rows, slots)
+    _place_any(0, num_routes, ids, width, mapping, num_experts, num_local, firsts[0], rows, slots)
 
 
 @kernel
-def _rank_kernel(part: int, start: int, stop: int, ids: Any, mapping: Any, num_experts: int, firsts: Any,
-                 num_local: int, block_size: int, capacity: int, sorted_token_ids: int, expert_ids: int,
-                 num_tokens_post_padded: int, expert_offsets: int, expert_counts: int,
-                 route_rows: int) -> None:  # fmt: skip
-    _rank(start, stop, ids, mapping, num_experts, num_local, firsts[part], int32_at(route_rows, ids.size))
+def _counts_at(address: int, parts: int, num_local: int) -> Any:
+    """The counts of every part, [parts, num_local + 1], which stand apart in memory."""
+    whole = int32_at(address, parts * (num_local + 1 + _APART))
+    return whole.reshape((parts, num_local + 1 + _APART))[:, : num_local + 1]
 
 
 @kernel
-def _plan_kernel(num_routes: int, firsts: Any, num_local: int, block_size: int, capacity: int, sorted_token_ids: int,
-                 expert_ids: int, num_tokens_post_padded: int, expert_offsets: int, expert_counts: int,
-                 route_rows: int) -> None:  # fmt: skip
-    _plan(num_routes, block_size, firsts, int32_at(sorted_token_ids, capacity),
+def _rank_kernel(part: int, start: int, stop: int, ids: int, mapping: int, sorted_token_ids: int, expert_ids: int,
+                 num_tokens_post_padded: int, expert_offsets: int, expert_counts: int, route_rows: int, counts: int,
+                 num_routes: int, width: int, num_experts: int, num_local: int, block_size: int,
+                 capacity: int) -> None:  # fmt: skip
+    mine = _counts_at(counts, part + 1, num_local)[part]
+    _rank_any(start, stop, ids, width, mapping, num_experts, num_local, mine, int32_at(route_rows, num_routes))
+
+
+@kernel
+def _plan_kernel(part: int, start: int, parts: int, ids: int, mapping: int, sorted_token_ids: int, expert_ids: int,
+                 num_tokens_post_padded: int, expert_offsets: int, expert_counts: int, route_rows: int, counts: int,
+                 num_routes: int, width: int, num_experts: int, num_local: int, block_size: int,
+                 capacity: int) -> None:  # fmt: skip
+    _plan(num_routes, block_size, _counts_at(counts, parts, num_local), int32_at(sorted_token_ids, capacity),
           int32_at(expert_ids, capacity // block_size), int32_at(num_tokens_post_padded, 1),
           int64_at(expert_offsets, num_local + 1), int32_at(expert_counts, num_local))  # fmt: skip
 
 
 @kernel
-def _place_kernel(part: int, start: int, stop: int, ids: Any, mapping: Any, num_experts: int, firsts: Any,
-                  num_local: int, block_size: int, capacity: int, sorted_token_ids: int, expert_ids: int,
-                  num_tokens_post_padded: int, expert_offsets: int, expert_counts: int,
-                  route_rows: int) -> None:  # fmt: skip
-    _place(start, stop, ids, mapping, num_experts, num_local, firsts[part], int32_at(route_rows, ids.size),
-           int32_at(sorted_token_ids, capacity))  # fmt: skip
+def _place_kernel(part: int, start: int, stop: int, ids: int, mapping: int, sorted_token_ids: int, expert_ids: int,
+                  num_tokens_post_padded: int, expert_offsets: int, expert_counts: int, route_rows: int, counts: int,
+                  num_routes: int, width: int, num_experts: int, num_local: int, block_size: int,
+                  capacity: int) -> None:  # fmt: skip
+    firsts = _counts_at(counts, part + 1, num_local)[part]
+    _place_any(start, stop, ids, width, mapping, num_experts, num_local, firsts, int32_at(route_rows, num_routes),
+               int32_at(sorted_token_ids, capacity))  # fmt: skip
 
 
 @kernel
-def _batched_kernel(expert_num_tokens: Any, max_num_tokens: int, num_routes: int, num_local: int, block_size: int,
-                    capacity: int, sorted_token_ids: int, expert_ids: int, num_tokens_post_padded: int,
-                    expert_offsets: int, expert_counts: int, route_rows: int) -> None:  # fmt: skip
+def _batched_kernel(part: int, start: int, num_routes: int, counts_given: int, sorted_token_ids: int, expert_ids: int,
+                    num_tokens_post_padded: int, expert_offsets: int, expert_counts: int, route_rows: int,
+                    max_num_tokens: int, num_local: int, block_size: int, capacity: int) -> None:  # fmt: skip
     """Routes of a batched buffer are in order already: every expert's valid rows come first."""
     slots, rows = int32_at(sorted_token_ids, capacity), int32_at(route_rows, num_routes)
-    counts = int32_at(expert_counts, num_local)
+    counts, given = int32_at(expert_counts, num_local), int32_at(counts_given, num_local)
     firsts = np.empty((1, num_local), np.int32)
     for expert in range(num_local):
-        firsts[0, expert] = min(max(expert_num_tokens[expert], 0), max_num_tokens)
+        firsts[0, expert] = min(max(given[expert], 0), max_num_tokens)
     _plan(num_routes, block_size, firsts, slots, int32_at(expert_ids, capacity // block_size),
           int32_at(num_tokens_post_padded, 1), int64_at(expert_offsets, num_local + 1), counts)  # fmt: skip
     for expert in range(num_local):

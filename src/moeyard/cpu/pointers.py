@@ -51,6 +51,18 @@ def int64_at(address: int, length: int) -> Any:
 
 
 @njit
+def uint32_at(address: int, length: int) -> Any:
+    """The uint32 array of `length` at an address."""
+    return carray(_pointer(address), (length,), np.uint32)
+
+
+@njit
+def uint64_at(address: int, length: int) -> Any:
+    """The uint64 array of `length` at an address."""
+    return carray(_pointer(address), (length,), np.uint64)
+
+
+@njit
 def uint8_at(address: int, length: int) -> Any:
     """The uint8 array of `length` at an address."""
     return carray(_pointer(address), (length,), np.uint8)

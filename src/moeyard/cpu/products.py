@@ -23,7 +23,8 @@ from moeyard.cpu.pointers import (
     kernel,
 )
 from moeyard.cpu.rows import store_row
-from moeyard.cpu.threads import count_parts, run_parts
+from moeyard.cpu.threads import count_parts, dense, run_parts
+from moeyard.values import Segments
 
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -43,31 +44,20 @@ def grouped_gemm_launch(
     weight: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    segments: Segments,
     *,
-    sorted_token_ids: Tensor | None,
-    row_divisor: int,
-    first_rows: Tensor,
-    row_counts: Tensor,
     out: Tensor,
 ) -> None:
-    """Fills out[r] = (rows[r // row_divisor] @ weight[e].T + bias[e]) * topk_weights[r] for the rows r of every expert.
-
-    The rows of expert e are the `row_counts[e]` entries of `sorted_token_ids` (of all rows in order, if that is None)
-    from `first_rows[e]` on.
-    """
+    """Fills out[r] = (rows[r // divisor] @ weight[e].T + bias[e]) * topk_weights[r] for the rows r of every expert."""
+    first_rows, row_counts, slots, divisor = segments
     num_experts, columns, size = weight.shape
     rows, weight = dense_rows(rows), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    factors = None if topk_weights is None else topk_weights.contiguous()
-    slots = None if sorted_token_ids is None else sorted_token_ids.contiguous()
     first_rows, row_counts = first_rows.contiguous(), row_counts.contiguous()
     parts = share_parts(columns, min(out.shape[0], num_experts) * columns * size * weight.element_size())
     run_parts(
-        _grouped_kernel, parts, -(-columns // UNIT), KINDS[rows.dtype],
-        rows.data_ptr(), rows.stride(0) * rows.element_size(), 0 if slots is None else slots.data_ptr(), row_divisor,
-        first_rows.data_ptr(), row_counts.data_ptr(), num_experts,
-        weight.data_ptr(), columns, size, 0 if bias is None else bias.data_ptr(),
-        0 if factors is None else factors.data_ptr(), out.data_ptr(),
+        _grouped_kernel, parts, -(-columns // UNIT),
+        (rows, dense(slots), first_rows, row_counts, weight, dense(bias), dense(topk_weights), out), KINDS[rows.dtype],
+        rows.stride(0) * rows.element_size(), divisor, num_experts, columns, size,
     )  # fmt: skip
 
 
@@ -210,8 +200,8 @@ def add_bias(kind: int, sums: int, rows: int, bias: int, columns: int) -> None:
 
 @kernel
 def _grouped_kernel(
-    part: int, start: int, stop: int, kind: int, rows: int, row_stride: int, slots: int, divisor: int, first_rows: int,
-    row_counts: int, num_experts: int, weight: int, columns: int, size: int, bias: int, factors: int, out: int,
+    part: int, start: int, stop: int, rows: int, slots: int, first_rows: int, row_counts: int, weight: int, bias: int,
+    factors: int, out: int, kind: int, row_stride: int, divisor: int, num_experts: int, columns: int, size: int,
 ) -> None:  # fmt: skip
     width = 4 if kind == FLOAT32 else 2
     firsts, counts = int64_at(first_rows, num_experts), int32_at(row_counts, num_experts)

@@ -10,8 +10,8 @@ from moeyard.cpu.dots import LANES
 from moeyard.cpu.pointers import float32_at, int32_at, kernel, uint8_at
 from moeyard.cpu.products import FLOAT32, KINDS
 from moeyard.cpu.rows import add_row
-from moeyard.cpu.threads import count_parts, run_parts
-from moeyard.values import Routing
+from moeyard.cpu.threads import count_parts, dense, run_parts
+from moeyard.values import Router, Routing
 
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
 
@@ -20,31 +20,20 @@ def route_launch(
     router_logits: Tensor,
     selection_bias: Tensor | None,
     is_padding: Tensor | None,
+    router: Router,
     *,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    routed_scaling_factor: float,
     out: Routing,
 ) -> None:
     """Fills a routing from logits [T, E]."""
     num_tokens, num_experts = router_logits.shape
     if router_logits.stride(1) != 1:
         router_logits = router_logits.contiguous()
-    bias = None if selection_bias is None else selection_bias.contiguous()
-    padding = None if is_padding is None else is_padding.contiguous()
-    arguments = (
-        KINDS[router_logits.dtype], router_logits.data_ptr(), router_logits.stride(0) * router_logits.element_size(),
-        num_experts, 0 if bias is None else bias.data_ptr(), 0 if padding is None else padding.data_ptr(),
-        out.topk_ids.shape[1], scoring == "softmax", renormalize, num_groups, top_k_groups, routed_scaling_factor,
-        out.topk_weights.data_ptr(), out.topk_ids.data_ptr(),
+    run_parts(
+        _route_kernel, count_parts(num_tokens * num_experts, _LEAST_LOGITS), num_tokens,
+        (router_logits, dense(selection_bias), dense(is_padding), out.topk_weights, out.topk_ids),
+        KINDS[router_logits.dtype], router_logits.stride(0) * router_logits.element_size(), num_experts, router.top_k,
+        router.scoring == "softmax", *router[2:],
     )  # fmt: skip
-    parts = count_parts(num_tokens * num_experts, _LEAST_LOGITS)
-    if parts == 1:
-        _route_kernel(0, 0, num_tokens, *arguments)
-    else:
-        run_parts(_route_kernel, parts, num_tokens, *arguments)
 
 
 @kernel
@@ -93,9 +82,9 @@ def _choose_groups(
 
 @kernel
 def _route_kernel(
-    part: int, start: int, stop: int, kind: int, logits: int, stride: int, num_experts: int, bias: int, padding: int,
-    top_k: int, softmax: bool, renormalize: bool, num_groups: int, top_k_groups: int, factor: float, weights: int,
-    ids: int,
+    part: int, start: int, stop: int, logits: int, bias: int, padding: int, weights: int, ids: int, kind: int,
+    stride: int, num_experts: int, top_k: int, softmax: bool, renormalize: bool, num_groups: int, top_k_groups: int,
+    factor: float,
 ) -> None:  # fmt: skip
     room = (num_experts + LANES) // LANES * LANES
     values, keys, scores = np.zeros(room, np.float32), np.zeros(room, np.float32), np.zeros(room, np.float32)

@@ -35,8 +35,8 @@ from moeyard.cpu.pointers import (
     stream_halves,
     uint8_at,
 )
-from moeyard.cpu.threads import count_parts, run_parts
-from moeyard.ids import local_expert_ids
+from moeyard.cpu.threads import count_parts, dense, run_parts
+from moeyard.dispatch.ids import local_expert_ids
 
 _LEAST_BYTES = 1 << 20  # a part smaller than this is not worth the hand-over to a thread
 _STREAMED_BYTES = 1 << 23  # outputs from here on do not stay in a core's caches anyway
@@ -66,16 +66,10 @@ def _send_rows(source: Tensor, route_rows: Tensor, top_k: int, out: Tensor) -> N
         return
     route_rows = route_rows.contiguous()
     parts = count_parts(route_rows.shape[0] * row_bytes, _LEAST_BYTES)
-    arguments = (
-        source.data_ptr(),
-        stride,
-        route_rows.data_ptr(),
-        top_k,
-        out.data_ptr(),
-        row_bytes,
+    run_parts(
+        _send_kernel, parts, source.shape[0], (source, route_rows, out), stride, top_k, row_bytes,
         _streams(out, row_bytes),
-    )
-    run_parts(_send_kernel, parts, source.shape[0], *arguments)
+    )  # fmt: skip
 
 
 def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> None:
@@ -83,15 +77,13 @@ def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> N
     num_rows = input.shape[0]
     input, row_bytes, stride = _as_rows(input)
     dst2src_map = dst2src_map.contiguous()
-    arguments = (input.data_ptr(), stride, num_rows, dst2src_map.data_ptr(), int(dst2src_map.dtype == torch.int64))
-    parts = count_parts(out.nbytes, _LEAST_BYTES)
-    run_parts(_shuffle_kernel, parts, out.shape[0], *arguments, out.data_ptr(), row_bytes)
+    parts, wide = count_parts(out.nbytes, _LEAST_BYTES), int(dst2src_map.dtype == torch.int64)
+    run_parts(_shuffle_kernel, parts, out.shape[0], (input, dst2src_map, out), stride, num_rows, wide, row_bytes)
 
 
 def combine_launch(rows: Tensor, topk_weights: Tensor | None, *, route_rows: Tensor, top_k: int, out: Tensor) -> None:
     """Sums in k order in float32."""
-    weights = None if topk_weights is None else topk_weights.contiguous()
-    _sum_rows(rows, weights, route_rows.contiguous(), top_k, out)
+    _sum_rows(rows, topk_weights, route_rows, top_k, out)
 
 
 def moe_sum_launch(rows: Tensor, topk_ids: Tensor | None, expert_map: Tensor | None, *, out: Tensor) -> None:
@@ -108,19 +100,10 @@ def _sum_rows(rows: Tensor, weights: Tensor | None, row_of_route: Tensor | None,
     rows, row_bytes, stride = _as_rows(rows)
     num_tokens, hidden_size = out.shape
     parts = count_parts(num_tokens * (top_k + 1) * hidden_size * rows.element_size(), _LEAST_BYTES)
-    arguments = (
-        _KINDS[rows.dtype],
-        rows.data_ptr(),
-        stride,
-        0 if weights is None else weights.data_ptr(),
-        0 if row_of_route is None else row_of_route.data_ptr(),
-        top_k,
-        hidden_size,
-        out.data_ptr(),
-        row_bytes,
-        _streams(out, row_bytes),
-    )
-    run_parts(_sum_kernel, parts, num_tokens, *arguments)
+    run_parts(
+        _sum_kernel, parts, num_tokens, (rows, dense(weights), dense(row_of_route), out), _KINDS[rows.dtype], stride,
+        top_k, hidden_size, row_bytes, _streams(out, row_bytes),
+    )  # fmt: skip
 
 
 def _streams(out: Tensor, row_bytes: int) -> int:
@@ -137,7 +120,7 @@ def _as_rows(tensor: Tensor) -> tuple[Tensor, int, int]:
 
 
 @kernel
-def _send_kernel(part: int, start: int, stop: int, source: int, stride: int, route_rows: int, top_k: int, out: int,
+def _send_kernel(part: int, start: int, stop: int, source: int, route_rows: int, out: int, stride: int, top_k: int,
                  row_bytes: int, streamed: int) -> None:  # fmt: skip
     rows = int32_at(route_rows, stop * top_k)
     for token in range(start, stop):
@@ -149,8 +132,8 @@ def _send_kernel(part: int, start: int, stop: int, source: int, stride: int, rou
 
 
 @kernel
-def _shuffle_kernel(part: int, start: int, stop: int, source: int, stride: int, num_rows: int, dst2src_map: int,
-                    wide: int, out: int, row_bytes: int) -> None:  # fmt: skip
+def _shuffle_kernel(part: int, start: int, stop: int, source: int, dst2src_map: int, out: int, stride: int,
+                    num_rows: int, wide: int, row_bytes: int) -> None:  # fmt: skip
     narrow_map, wide_map = int32_at(dst2src_map, stop), int64_at(dst2src_map, stop)
     for row in range(start, stop):
         come = wide_map[row] if wide else np.int64(narrow_map[row])
@@ -161,8 +144,8 @@ def _shuffle_kernel(part: int, start: int, stop: int, source: int, stride: int, 
 
 
 @kernel
-def _sum_kernel(part: int, start: int, stop: int, kind: int, rows: int, stride: int, weights: int, row_of_route: int,
-                top_k: int, hidden_size: int, out: int, row_bytes: int, streamed: int) -> None:  # fmt: skip
+def _sum_kernel(part: int, start: int, stop: int, rows: int, weights: int, row_of_route: int, out: int, kind: int,
+                stride: int, top_k: int, hidden_size: int, row_bytes: int, streamed: int) -> None:  # fmt: skip
     table, factors = int32_at(row_of_route, stop * top_k), float32_at(weights, stop * top_k)
     sums = np.empty(hidden_size, np.float32)
     total = sums.ctypes.data

@@ -20,13 +20,20 @@ import torch
 from torch import Tensor
 
 import moeyard
-from moeyard.checks import ID_DTYPES, check_int, check_out, check_routes, check_shape, check_tensor
 from moeyard.combine import combine_routes
-from moeyard.ids import local_expert_ids, narrow_ids
-from moeyard.impls import first_outputs_launcher
-from moeyard.library import goes_straight
-from moeyard.outputs import check_sizes, layout_lengths
-from moeyard.tiles import round_up
+from moeyard.dispatch.checks import (
+    ID_DTYPES,
+    check_int,
+    check_out,
+    check_routes,
+    check_shape,
+    check_sizes,
+    check_tensor,
+)
+from moeyard.dispatch.ids import local_expert_ids, narrow_ids
+from moeyard.dispatch.op import goes_straight
+from moeyard.dispatch.sizes import layout_lengths, round_up
+from moeyard.dispatch.table import companion
 from moeyard.values import MAX_EXPERTS
 
 _FORMS = (
@@ -72,7 +79,7 @@ def moe_align_block_size(
     if not return_scatter_idx and applied is expert_map and goes_straight(topk_ids, expert_map):
         check_sizes(num_experts, num_experts, block_size)
         check_routes(topk_ids, top_k, expert_map, num_experts)
-        own_triple = first_outputs_launcher("moe_align_block_size", topk_ids.device, topk_ids.dtype)
+        own_triple = companion("moe_align_block_size", "first outputs", "auto", topk_ids.device, topk_ids.dtype)
     if own_triple is not None:
         length, num_blocks = _triple_lengths(topk_ids.numel(), num_experts, block_size, pad_sorted_ids)
         ids = narrow_ids(topk_ids)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.tiles import round_up
+from moeyard.dispatch.sizes import round_up
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
-from moeyard.values import INT32_MAX, Activation, ExpertWeights
+from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
 
 _MOST_PLANS = 4096
 _MOST_ALONE = 4096  # routes that one launch lays out: each is compared with all
@@ -35,11 +35,8 @@ def grouped_gemm_launch(
     weight: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    segments: Segments,
     *,
-    sorted_token_ids: Tensor | None,
-    row_divisor: int,
-    first_rows: Tensor,
-    row_counts: Tensor,
     out: Tensor,
 ) -> None:
     """Cuts every expert's rows into tiles in a first launch, multiplies in a second."""
@@ -51,41 +48,34 @@ def grouped_gemm_launch(
     factors = None if topk_weights is None else topk_weights.contiguous()
     cut, product, most_tiles = _gemm_plan(
         out.device, rows.dtype, out.shape[0], *weight.shape, rows.stride(0), weight.stride()[:2],
-        0 if bias is None else bias.stride(0), row_divisor,
+        0 if bias is None else bias.stride(0), segments.divisor,
     )  # fmt: skip
     tiles = torch.empty(3 * most_tiles, dtype=torch.int32, device=out.device)
-    cut(first_rows, row_counts, tiles)
-    product(rows, weight, bias, factors, sorted_token_ids, tiles, out)
+    cut(segments.first_rows.contiguous(), segments.row_counts.contiguous(), tiles)
+    slots = None if segments.slots is None else segments.slots.contiguous()
+    product(rows, weight, bias, factors, slots, tiles, out)
 
 
 @on_its_device
 def fused_experts_launch(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
-    *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
-    out: Tensor,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor
 ) -> None:
     """Lays out, multiplies and activates, multiplies, and sums each token's rows in k order: four launches up to
     4096 routes, seven beyond; one more for weights on the input.
     """
     if not out.numel():
         return
+    weights = call.weights
     hidden = _dense_rows(hidden_states)
     w13, w2 = _dense_rows(weights.w13), _dense_rows(weights.w2)
     b13, b2 = (None if bias is None else _dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
     plan = _experts_plan(
-        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, num_experts, activation, weights.gated, weight_on_input,
-        hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
+        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
+        call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
-    routes, route_rows, tiles = _lay_out(plan, ids, expert_map)
+    routes, route_rows, tiles = _lay_out(plan, ids, call.expert_map)
     if plan.weigh is not None:
         weighed = out.new_empty(ids.numel(), out.shape[1])
         plan.weigh(hidden, factors, weighed)
@@ -94,7 +84,7 @@ def fused_experts_launch(
     plan.gate_up(hidden, w13, b13, None, routes, tiles, middle)
     second = out.new_empty(ids.numel(), out.shape[1])
     plan.down(middle, w2, b2, None, None, tiles, second)
-    plan.combine(second, None if weight_on_input else factors, route_rows, out)
+    plan.combine(second, None if call.weight_on_input else factors, route_rows, out)
 
 
 def _lay_out(plan: "_ExpertsPlan", ids: Tensor, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

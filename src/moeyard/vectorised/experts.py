@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeyard.values import Activation, ExpertWeights, Layout
+from moeyard.values import Activation, ExpertCall, Layout, Segments
 from moeyard.vectorised.layout import align_launch
 
 _CHUNK_BYTES = 1 << 26  # weights copied at once where there is no grouped product
@@ -30,15 +30,13 @@ def grouped_gemm_launch(
     weight: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    segments: Segments,
     *,
-    sorted_token_ids: Tensor | None,
-    row_divisor: int,
-    first_rows: Tensor,
-    row_counts: Tensor,
     out: Tensor,
 ) -> None:
     """Packs the rows of all experts, multiplies, and lets every row of the result find its packed one."""
     num_rows, device = out.shape[0], out.device
+    first_rows, row_counts, slots, divisor = segments
     if not num_rows or not out.shape[1]:
         return
     ends = torch.cumsum(row_counts.long(), 0)
@@ -46,8 +44,8 @@ def grouped_gemm_launch(
     expert = torch.searchsorted(ends, packed, right=True).clamp(max=weight.shape[0] - 1)
     held = packed < ends[-1]
     slot = torch.where(held, first_rows[expert] + packed - (ends - row_counts)[expert], 0)
-    target = slot if sorted_token_ids is None else sorted_token_ids[slot].long()
-    source = torch.where(held, target // row_divisor, 0)
+    target = slot if slots is None else slots[slot].long()
+    source = torch.where(held, target // divisor, 0)
     result = _product(rows[source], weight, ends, expert)
     if bias is not None:
         result = result + bias[expert]
@@ -77,18 +75,10 @@ def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tens
 
 
 def fused_experts_launch(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
-    *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
-    out: Tensor,
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor
 ) -> None:
     """Sorts routes, multiplies, activates, multiplies, and sums each token's rows in k order."""
+    weights, activation = call.weights, call.activation
     num_tokens, top_k = topk_ids.shape
     n, local = topk_ids.numel(), weights.num_local_experts
     if not n:
@@ -96,27 +86,24 @@ def fused_experts_launch(
         return
     ints = [topk_ids.new_empty(size, dtype=torch.int32) for size in (n, n, 1, local, n)]
     offsets = topk_ids.new_empty(local + 1, dtype=torch.int64)
-    layout = Layout.of((*ints[:3], offsets, *ints[3:]), (num_experts, local, 1, top_k))
-    align_launch(topk_ids, expert_map, layout)
+    layout = Layout.of((*ints[:3], offsets, *ints[3:]), (call.num_experts, local, 1, top_k))
+    align_launch(topk_ids, call.expert_map, layout)
 
     def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result = rows.new_empty(n, weight.shape[1])
-        grouped_gemm_launch(
-            rows, weight, bias, None, sorted_token_ids=None, row_divisor=1, first_rows=offsets[:-1],
-            row_counts=layout.expert_counts, out=result,
-        )  # fmt: skip
+        grouped_gemm_launch(rows, weight, bias, None, Segments(offsets[:-1], layout.expert_counts), out=result)
         return result
 
     route = torch.where(layout.sorted_token_ids < n, layout.sorted_token_ids, 0).long()
     rows = hidden_states[route // top_k]
-    if weight_on_input:
+    if call.weight_on_input:
         rows = (rows * topk_weights.reshape(-1, 1)[route]).to(hidden_states.dtype)
     middle = rows.new_empty(n, weights.intermediate_size)
     activate_launch(product(rows, weights.w13, weights.w13_bias), activation, gated=weights.gated, out=middle)
     second = product(middle, weights.w2, weights.w2_bias)
     wide = torch.promote_types(rows.dtype, torch.float32)
     taken = second[layout.route_rows.clamp(min=0).long()].to(wide).view(num_tokens, top_k, -1)
-    if not weight_on_input:
+    if not call.weight_on_input:
         taken = taken * topk_weights.unsqueeze(2)
     dropped = (layout.route_rows < 0).view(num_tokens, top_k, 1)
     out.copy_(taken.masked_fill(dropped, 0).sum(1))

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moeyard.ids import local_expert_ids
+from moeyard.dispatch.ids import local_expert_ids
 from moeyard.values import Layout
 
 

@@ -3,19 +3,15 @@
 import torch
 from torch import Tensor
 
-from moeyard.values import MAX_EXPERTS, Routing
+from moeyard.values import MAX_EXPERTS, Router, Routing
 
 
 def route_launch(
     router_logits: Tensor,
     selection_bias: Tensor | None,
     is_padding: Tensor | None,
+    router: Router,
     *,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    routed_scaling_factor: float,
     out: Routing,
 ) -> None:
     """Fills a routing from logits [T, E]."""
@@ -23,30 +19,31 @@ def route_launch(
     if not num_tokens:
         return
     logits = router_logits.float()
-    scores = torch.softmax(logits, dim=1) if scoring == "softmax" else torch.sigmoid(logits)
+    scores = torch.softmax(logits, dim=1) if router.scoring == "softmax" else torch.sigmoid(logits)
     scores = torch.where(scores.isfinite(), scores, 0)
     if selection_bias is not None:
         keys = scores + selection_bias
-    elif scoring == "softmax":  # a row without a value ranks all experts alike
+    elif router.scoring == "softmax":  # a row without a value ranks all experts alike
         keys = torch.where(scores.sum(1, keepdim=True) > 0, logits, 0)
     else:
         keys = logits
     order = _distinct(keys)
-    if num_groups > 1:
+    if router.num_groups > 1:
+        num_groups = router.num_groups
         grouped = keys.view(num_tokens, num_groups, -1)
         if selection_bias is None:
             group_keys = _without_nan(grouped).amax(2)
         else:
             group_keys = torch.topk(_without_nan(grouped), min(2, grouped.shape[2]), dim=2).values.sum(2)
-        kept = torch.topk(_distinct(group_keys), top_k_groups, dim=1).indices
+        kept = torch.topk(_distinct(group_keys), router.top_k_groups, dim=1).indices
         keep = torch.zeros_like(group_keys, dtype=torch.bool).scatter_(1, kept, True)
         order = order.masked_fill(~keep.repeat_interleave(num_experts // num_groups, dim=1), _LEAST)
-    ids = torch.topk(order, out.topk_ids.shape[1], dim=1).indices
+    ids = torch.topk(order, router.top_k, dim=1).indices
     weights = scores.gather(1, ids)
-    if renormalize:
+    if router.renormalize:
         total = weights.sum(1, keepdim=True)
         weights = weights / torch.where(total > 0, total, 1)
-    weights = weights * routed_scaling_factor
+    weights = weights * router.routed_scaling_factor
     if is_padding is not None:
         padding = is_padding.unsqueeze(1)
         ids, weights = ids.masked_fill(padding, -1), weights.masked_fill(padding, 0)

@@ -1,57 +1,69 @@
 """The experts of a few tokens in two launches of few_tokens.cu, which read every weight of every route once."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeyard.cuda.experts.plan import WORD, ExpertSizes, FewTokensPlan, down_room, few_tokens_plan
+from moeyard.cuda.experts.plan import (
+    WORD,
+    ExpertSizes,
+    FewTokensPlan,
+    down_room,
+    few_tokens_are_quicker,
+    few_tokens_plan,
+)
 from moeyard.cuda.runtime.cards import WARP, Card, card_of
 from moeyard.cuda.runtime.driver import current_stream
 from moeyard.cuda.runtime.launch import SETTINGS, Launch
 from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
 from moeyard.cuda.runtime.ready import Ready
-from moeyard.values import Activation, ExpertWeights
+from moeyard.dispatch.call import Call
+from moeyard.values import Activation, ExpertCall
 
 
-def unfit(hidden_states: Tensor, weights: ExpertWeights) -> str | None:
-    """Why tensors cannot be read as they lie, in words; None if they can.
+def unfit(call: Call) -> str | None:
+    """Why two launches are not the way for such a call, in words; None if they are.
 
-    Dtypes of 16 bits; experts one after the other at any distance, their rows dense; all from multiples of 16 bytes.
+    They take rows of whole 16 bytes, and few tokens: so few that reading an expert once per route costs less than a
+    layout and a combination.
     """
-    if hidden_states.dtype not in (torch.bfloat16, torch.float16):
-        return f"hidden_states: expected bfloat16 or float16, got {str(hidden_states.dtype).removeprefix('torch.')}"
-    for name, tensor in (("w13", weights.w13), ("w2", weights.w2)):
-        if tensor.stride()[1:] != (tensor.shape[2], 1):
-            return f"weights.{name}: expected dense matrices, got strides {tensor.stride()}"
-        if tensor.data_ptr() % 16 or tensor.stride(0) % WORD:
-            return f"weights.{name}: expected every expert at a multiple of 16 bytes"
+    weights = call.weights
+    if weights is None or call.num_tokens is None:
+        return "takes a few tokens: give num_tokens, top_k and weights"
+    if weights.readable:
+        return weights.readable
+    sizes = ExpertSizes(
+        call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated
+    )
+    num_experts = call.num_experts or weights.num_local_experts
+    share = min(1.0, weights.num_local_experts / num_experts)
+    if not _are_quicker(sizes, num_experts, card_of(call.device.index or 0), share):
+        return f"takes a few tokens, got {call.num_tokens} of {call.top_k} experts each"
     return None
+
+
+_are_quicker = lru_cache(maxsize=4096)(few_tokens_are_quicker)
 
 
 def fused_experts_launch(
     hidden_states: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
+    call: ExpertCall,
     *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
     out: Tensor,
     chosen: FewTokensPlan | None = None,
 ) -> None:
     """Fills `out` by two launches and one allocation of [T * K, I]. Sums are float32; the same input, the same bits.
 
-    Raises ValueError for sizes that `few_tokens_plan` has no plan for and tensors that are `unfit`.
+    Raises ValueError for sizes that `few_tokens_plan` has no plan for.
     """
+    weights, activation, num_experts, expert_map, weight_on_input = call
     device = hidden_states.get_device()
     if not hidden_states.shape[0]:
         return
-    reason = unfit(hidden_states, weights)
-    if reason is not None:
-        raise ValueError(reason)
     hidden_states, topk_ids, topk_weights = _dense(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
     w13, w2, mapping, b13, b2 = weights.w13, weights.w2, 0, 0, 0
     w13_bias, w2_bias = weights.w13_bias, weights.w2_bias

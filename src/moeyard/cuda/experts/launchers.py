@@ -1,74 +1,43 @@
 """Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
 
-from functools import lru_cache
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts import few_tokens
-from moeyard.cuda.experts.plan import (
-    ExpertSizes,
-    ProductPlan,
-    Way,
-    expected_routes,
-    few_tokens_are_quicker,
-    product_plan,
-    way_of,
-)
+from moeyard.cuda.experts.plan import ProductPlan, Way, expected_routes, product_plan, way_of
 from moeyard.cuda.rows.launchers import combine_launch, permute_launch, shuffle_rows_launch
 from moeyard.cuda.runtime.barriers import barrier_for
-from moeyard.cuda.runtime.cards import capability_of, card_of
+from moeyard.cuda.runtime.cards import card_of
 from moeyard.cuda.runtime.driver import current_stream
 from moeyard.cuda.runtime.launch import Launch
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.cuda.runtime.tensor_map import row_map, weight_map
-from moeyard.values import Activation, ExpertWeights, Layout
+from moeyard.dispatch.call import Call
+from moeyard.values import Activation, ExpertCall, Layout, Segments
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
 _CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
-_CAPABILITY = (9, 0)
 _ALIGNMENT = 16
 """Of addresses, in bytes."""
 _UNIT = 16
 """What sizes are multiples of, so that every row and every half of w13 begins where the copy engine can."""
 
 
-def unfit_for_grouped_gemm(rows: Tensor, weight: Tensor, *_: Any, out: Tensor, **__: Any) -> str | None:
-    """Why `grouped_gemm_launch` does not take these arguments, in words; None if it does."""
-    return _unfit({"rows": rows, "weight": weight, "out": out}, {"weight": weight})
+def unfit_for_products(call: Call) -> str | None:
+    """Why `grouped_gemm_launch` does not take such a call, in words; None if it does."""
+    weights = call.weights
+    if weights is None:
+        return None
+    for name, size in (("columns", weights.columns // (1 + weights.gated)), ("hidden_size", weights.size)):
+        if size % _UNIT or not size:
+            return f"weights: expected {name} that are a positive multiple of {_UNIT}, got {size}"
+    return weights.readable or None
 
 
-def unfit_for_fused_experts(
-    hidden_states: Tensor, *rest: Any, num_experts: int, weight_on_input: bool, out: Tensor, **_: Any
-) -> str | None:
-    """Why `fused_experts_launch` does not take these arguments, in words; None if it does."""
-    weights: ExpertWeights = rest[3]
-    if weight_on_input and not _go_by_route(hidden_states, rest[1], weights, num_experts, out):
-        return "takes no router weights on the input of more than a few tokens"
-    both = {"weights.w13": weights.w13, "weights.w2": weights.w2}
-    return _unfit({"hidden_states": hidden_states, **both}, both)
-
-
-def _unfit(sized: dict[str, Tensor], read: dict[str, Tensor]) -> str | None:
-    """What is wrong with the widths of tensors, or with how those lie that the copy engine reads in place.
-
-    Rows and results may lie anywhere: they are copied where that is needed, which costs little beside the weights.
-    """
-    capability = capability_of(sized[next(iter(sized))].get_device())
-    if capability != _CAPABILITY:
-        return f"is written for compute capability 9.0, got {'.'.join(map(str, capability))}"
-    for name, tensor in sized.items():
-        if tensor.shape[-1] % _UNIT or not tensor.shape[-1]:
-            return f"{name}: expected a positive multiple of {_UNIT} columns, got {tensor.shape[-1]}"
-    for name, tensor in read.items():
-        if tensor.data_ptr() % _ALIGNMENT:
-            return f"{name}: expected an address that is a multiple of {_ALIGNMENT} bytes"
-        if not tensor.is_contiguous():
-            return f"{name}: expected a contiguous tensor, got strides {tensor.stride()}"
-    return None
+def unfit_for_experts(call: Call) -> str | None:
+    """Why `fused_experts_launch` does not take such a call, in words; None if it does."""
+    return "takes no router weights on the input" if call.weight_on_input else unfit_for_products(call)
 
 
 def _lies_well(tensor: Tensor) -> bool:
@@ -86,11 +55,8 @@ def grouped_gemm_launch(
     weight: Tensor,
     bias: Tensor | None,
     topk_weights: Tensor | None,
+    segments: Segments,
     *,
-    sorted_token_ids: Tensor | None,
-    row_divisor: int,
-    first_rows: Tensor,
-    row_counts: Tensor,
     out: Tensor,
 ) -> None:
     """Results by route gather their rows through `sorted_token_ids`, or have them copied into that order first where
@@ -99,6 +65,7 @@ def grouped_gemm_launch(
     if not out.shape[0]:
         return
     device = rows.get_device()
+    first_rows, row_counts, sorted_token_ids, row_divisor = segments
     by_route = gather = sorted_token_ids is not None
     expected = out.shape[0]
     way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
@@ -120,20 +87,15 @@ def fused_experts_launch(
     hidden_states: Tensor,
     topk_weights: Tensor,
     topk_ids: Tensor,
-    expert_map: Tensor | None,
-    weights: ExpertWeights,
+    call: ExpertCall,
     *,
-    activation: Activation,
-    num_experts: int,
-    weight_on_input: bool,
     out: Tensor,
     way: Way | None = None,
 ) -> None:
     """Layout, product with activation, product, sum: four launches, each placed while the one before drains.
 
     What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
-    these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`). A few tokens
-    go by few_tokens.py, unless a `way` is given.
+    these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`).
 
     A row of float16 is multiplied by the router's weight before it is rounded, since it may be larger than float16
     holds where the weighted one is not. bfloat16 has the range of float32: there the sum multiplies, and blocks of the
@@ -143,12 +105,7 @@ def fused_experts_launch(
     if not num_routes:
         return
     device = hidden_states.get_device()
-    if way is None and _go_by_route(hidden_states, topk_ids, weights, num_experts, out):
-        few_tokens.fused_experts_launch(
-            hidden_states, topk_weights, topk_ids, expert_map, weights, activation=activation,
-            num_experts=num_experts, weight_on_input=weight_on_input, out=out,
-        )  # fmt: skip
-        return
+    weights, activation, num_experts, expert_map, _ = call
     expected = expected_routes(num_routes, weights.num_local_experts, num_experts)
     way = way or way_of(expected, weights.num_local_experts, weights.w13.shape[1])
     hidden_states, weighs = _in_place(hidden_states), hidden_states.dtype == torch.float16
@@ -184,19 +141,6 @@ def fused_experts_launch(
 def _turns(device: int) -> int:
     """Where products of the current stream keep their turns (experts_tiles.cuh): behind what alignment uses."""
     return barrier_for(device, current_stream(device)) + 64
-
-
-_are_quicker = lru_cache(maxsize=4096)(few_tokens_are_quicker)
-
-
-def _go_by_route(
-    hidden_states: Tensor, topk_ids: Tensor, weights: ExpertWeights, num_experts: int, out: Tensor
-) -> bool:
-    """Whether so few tokens come that every route reads its expert's weights by itself."""
-    num_tokens, top_k = topk_ids.shape
-    sizes = ExpertSizes(num_tokens, top_k, hidden_states.shape[1], weights.intermediate_size, weights.gated)
-    share = min(1.0, weights.num_local_experts / num_experts)
-    return _are_quicker(sizes, num_experts, card_of(out.get_device()), share)
 
 
 def _apart(out: Tensor, *others: Tensor | None) -> bool:

@@ -9,7 +9,7 @@ from moeyard.cuda.runtime.driver import current_stream
 from moeyard.cuda.runtime.launch import SETTINGS, Launch
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.ready import Ready
-from moeyard.values import Routing
+from moeyard.values import Router, Routing
 
 BLOCK_THREADS = 256
 """Of route_block.cu."""
@@ -19,12 +19,8 @@ def route_launch(
     router_logits: Tensor,
     selection_bias: Tensor | None,
     is_padding: Tensor | None,
+    router: Router,
     *,
-    scoring: str,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    routed_scaling_factor: float,
     out: Routing,
 ) -> None:
     """Fills a routing from float32, bfloat16 or float16 logits [T, E]; see route.cu for what ranks how."""
@@ -43,9 +39,8 @@ def route_launch(
     logits = router_logits.data_ptr()
     stride = router_logits.stride(0) * router_logits.element_size()
     key = (
-        num_tokens, num_experts, out.topk_ids.shape[1], router_logits.dtype, stride, (logits | stride) & 15, scoring,
-        None if selection_bias is None else bias & 15, renormalize, num_groups, top_k_groups, routed_scaling_factor,
-        device, SETTINGS["programmatic"],
+        num_tokens, num_experts, router, router_logits.dtype, stride, (logits | stride) & 15,
+        None if selection_bias is None else bias & 15, device, SETTINGS["programmatic"],
     )  # fmt: skip
     launch = _READY.get(key) or _READY.add(key, _prepare(*key[:-1]))
     weights, ids = out.topk_weights.data_ptr(), out.topk_ids.data_ptr()
@@ -58,21 +53,17 @@ _READY = Ready()
 def _prepare(
     num_tokens: int,
     num_experts: int,
-    top_k: int,
+    router: Router,
     dtype: torch.dtype,
     stride: int,
     misaligned: int,
-    scoring: str,
     bias: int | None,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    factor: float,
     device: int,
 ) -> Launch:
+    num_groups = router.num_groups
     plan = router_plan(num_experts, num_groups)
-    sizes = (num_tokens, top_k, top_k_groups, int(renormalize), float_bits(factor), stride)
-    defines = router_defines(num_experts, num_groups, dtype, scoring, bias, misaligned, plan)
+    sizes = (num_tokens, *router_sizes(router), stride)
+    defines = router_defines(num_experts, num_groups, dtype, router.scoring, bias, misaligned, plan)
     if plan is None:
         shared = 8 * 8 + 4 * 8 + 4 * num_experts + 4 * num_groups
         return Launch(
@@ -85,6 +76,11 @@ def _prepare(
         "route.cu", "route_kernel", defines, device, pointers=5, sizes=sizes, grid=-(-num_tokens // warps),
         threads=warps * WARP,
     )  # fmt: skip
+
+
+def router_sizes(router: Router) -> tuple[int, int, int, int]:
+    """What of a router the kernels take as numbers."""
+    return router.top_k, router.top_k_groups, int(router.renormalize), float_bits(router.routed_scaling_factor)
 
 
 def router_defines(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from moeyard.cuda.align.plan import CLUSTER, AlignPlan, align_plan, sized
 from moeyard.cuda.runtime.cards import WARP, Card
-from moeyard.tiles import MOST_DECODE_TOKENS
+from moeyard.dispatch.sizes import MOST_FUSED_TOKENS
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def route_align_plan(
     peers, grid, threads = 1, 32, 256 if num_tokens <= 8 else 512
     if num_tokens > 16:
         peers, grid = CLUSTER, CLUSTER
-    if num_tokens > MOST_DECODE_TOKENS or (peers > 1 and not card.clusters):
+    if num_tokens > MOST_FUSED_TOKENS or (peers > 1 and not card.clusters):
         return None
     aligning = sized("ALONE", num_routes, grid, 1, threads, num_local_experts)
     if (

@@ -4,34 +4,34 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_defines
-from moeyard.cuda.route.launchers import dense_rows, router_defines
+from moeyard.cuda.route.launchers import dense_rows, router_defines, router_sizes
 from moeyard.cuda.route.plan import RouteAlignPlan, route_align_plan, router_plan
 from moeyard.cuda.runtime.cards import card_of
 from moeyard.cuda.runtime.driver import current_stream
 from moeyard.cuda.runtime.launch import SETTINGS, Launch
-from moeyard.cuda.runtime.parameters import division, float_bits
+from moeyard.cuda.runtime.parameters import division
 from moeyard.cuda.runtime.ready import Ready
-from moeyard.values import Layout, RouterOptions, Routing
+from moeyard.values import Layout, Router, Routing
 
 
 def route_and_align_launch(
     router_logits: Tensor,
+    selection_bias: Tensor | None,
+    is_padding: Tensor | None,
     expert_map: Tensor | None,
-    options: RouterOptions,
-    *,
+    router: Router,
     routing: Routing,
     layout: Layout,
     chosen: RouteAlignPlan | None = None,
 ) -> bool:
     """Fills a routing and its layout; False, with nothing done, where two launches are quicker or needed.
 
-    `options` are all of `route`'s. They are needed for more tokens than a cluster routes at once, for more experts or
+    Two are needed for more tokens than a cluster routes at once, for more experts or
     groups than a warp holds, and for a top_k above 32.
     """
     device = router_logits.get_device()
     router_logits = dense_rows(router_logits)
     bias = padding = mapping = 0
-    selection_bias, is_padding = options["selection_bias"], options["is_padding"]
     if selection_bias is not None:
         selection_bias = selection_bias.contiguous()
         bias = selection_bias.data_ptr()
@@ -44,9 +44,8 @@ def route_and_align_launch(
     logits = router_logits.data_ptr()
     stride = router_logits.stride(0) * router_logits.element_size()
     key = (
-        *router_logits.shape, options["top_k"], router_logits.dtype, stride, (logits | stride) & 15, options["scoring"],
-        None if selection_bias is None else bias & 15, options["renormalize"], options["num_groups"],
-        options["top_k_groups"], options["routed_scaling_factor"], expert_map is None, layout.num_local_experts,
+        *router_logits.shape, router, router_logits.dtype, stride, (logits | stride) & 15,
+        None if selection_bias is None else bias & 15, expert_map is None, layout.num_local_experts,
         layout.block_size, layout.capacity, device, chosen, SETTINGS["programmatic"],
     )  # fmt: skip
     launch = _READY.get(key)
@@ -67,16 +66,11 @@ _READY = Ready()
 def _prepare(
     num_tokens: int,
     num_experts: int,
-    top_k: int,
+    router: Router,
     dtype: torch.dtype,
     stride: int,
     misaligned: int,
-    scoring: str,
     bias: int | None,
-    renormalize: bool,
-    num_groups: int,
-    top_k_groups: int,
-    factor: float,
     unmapped: bool,
     num_local: int,
     block_size: int,
@@ -84,21 +78,21 @@ def _prepare(
     device: int,
     chosen: RouteAlignPlan | None,
 ) -> Launch | bool:
-    router = router_plan(num_experts, num_groups)
-    plan = chosen or route_align_plan(num_tokens, top_k, num_local, capacity, card_of(device))
-    if router is None or plan is None:
+    routing = router_plan(num_experts, router.num_groups)
+    plan = chosen or route_align_plan(num_tokens, router.top_k, num_local, capacity, card_of(device))
+    if routing is None or plan is None:
         return False
-    aligning, num_routes = plan.align, num_tokens * top_k
+    aligning, num_routes = plan.align, num_tokens * router.top_k
     defines = (
-        *router_defines(num_experts, num_groups, dtype, scoring, bias, misaligned, router),
+        *router_defines(num_experts, router.num_groups, dtype, router.scoring, bias, misaligned, routing),
         *align_defines(aligning, num_local, "int", unmapped, True, True),
         ("SHARED_IDS", "1"),
         ("BLOCKS_THAT_SHARE", str(plan.peers)),
     )
     aligning_bytes = aligning.shared_bytes(num_local)
     sizes = (
-        num_tokens, top_k, top_k_groups, int(renormalize), float_bits(factor), stride, num_routes, num_experts,
-        num_local, block_size, capacity, *division(block_size), aligning_bytes,
+        num_tokens, *router_sizes(router), stride, num_routes, num_experts, num_local, block_size, capacity,
+        *division(block_size), aligning_bytes,
     )  # fmt: skip
     return Launch(
         "route_align.cu", "route_align_kernel", defines, device, pointers=12, sizes=sizes, grid=plan.grid,

@@ -1,0 +1,1 @@
+"""Processes that run somebody's code: started, held in, asked, frozen and ended."""

@@ -1,0 +1,95 @@
+"""Commands in the trees of a frozen plan's arms, in a sandbox or beside the judge, each with caches of its own."""
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from assay.arms import sandbox
+from assay.arms.process import PYTHON, Running
+from assay.arms.sandbox import CACHE, Finished
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.frozen import Frozen
+
+_LAST_WORDS = 1000
+
+
+def placed(frozen: Frozen, *, sandboxed: bool, isolation: str = "auto", more: Mapping[str, str] | None = None) -> Trees:
+    """All arms as they run: in their sandboxes, or beside each other. ValueError as in Trees.
+
+    An arm sees its tree at one path from its setup to its last timed call, since an environment that is set up in a
+    tree holds that path. `more` is set in every arm beside the task's own environment.
+    """
+    folder = places(frozen)
+    if not sandboxed:
+        own = {**frozen.content["sandbox"]["environment"], **(more or {})}
+        return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, isolation, own)
+    boxes = {arm: frozen.box(arm) for arm in frozen.arms}
+    return Trees.boxed(
+        {arm: replace(box, environment={**box.environment, **(more or {})}) for arm, box in boxes.items()}, folder
+    )
+
+
+def run(
+    frozen: Frozen,
+    arm: str,
+    command: Sequence[str],
+    *,
+    sandboxed: bool,
+    timeout_s: float,
+    writable: bool = False,
+    cache: Path | None = None,
+    tree: Path | None = None,
+) -> Finished:
+    """A command in an arm's tree, or in `tree`, in its sandbox or, where that is not wanted, beside it."""
+    tree = tree or frozen.tree(arm)
+    if sandboxed:
+        box = replace(frozen.box(arm, writable=writable, cache=cache), tree=tree)
+        return sandbox.run(box, command, timeout_s=timeout_s)
+    environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
+    environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
+    environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
+    return _beside(places(frozen), arm, tree, command, environment, timeout_s)
+
+
+def places(frozen: Frozen) -> Path:
+    """The folder in which arms without a sandbox are shown, made if it is not there."""
+    found = frozen.folder / "places"
+    found.mkdir(exist_ok=True)
+    return found
+
+
+def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: bool) -> Path:
+    """Where a command finds the folder that `run` was given as its cache."""
+    return CACHE if sandboxed else cache or frozen.cache(arm)
+
+
+def words(ended: Finished) -> str:
+    """How a command ended, and its last words."""
+    how = ended.killed or f"ended with status {ended.status}"
+    return f"{how}: {ended.output[-_LAST_WORDS:].decode(errors='replace').strip()}"
+
+
+def _beside(
+    folder: Path, arm: str, tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float
+) -> Finished:
+    with tempfile.TemporaryFile() as log:
+        trees = Trees.at({arm: tree}, folder)
+        running = Running(
+            arm, command, tree, trees.place(arm), environment, log=log.fileno(), namespaces=trees.namespaces
+        )
+        start = time.perf_counter()
+        try:
+            running.release()
+            ended = running.wait(timeout_s)
+            status, left, killed = ended.status, ended.left, ""
+        except ArmError as problem:
+            status, left, killed = -9, 0, problem.words
+        finally:
+            seconds = time.perf_counter() - start
+            running.end()
+        log.seek(max(0, log.seek(0, os.SEEK_END) - sandbox.TAIL))
+        return Finished(status, log.read(), seconds, left, killed)

@@ -1,0 +1,211 @@
+"""The judge's side of a worker: starts it, sends requests, times from before the input can be read to the last byte."""
+
+import fcntl
+import marshal
+import math
+import os
+import select
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from assay.arms.inside.wire import HEAD, frame
+from assay.arms.process import PYTHON, Running, Wrap
+from assay.arms.sandbox import INSIDE
+from assay.arms.trees import Trees
+from assay.contract.box import Limits
+from assay.contract.errors import ArmError
+from assay.contract.workload import Workload
+
+_PIPE = 1 << 20
+_SET_PIPE_SIZE = 1031
+_OPTIONS = ("kind", "target", "chain", "links", "clock", "graph", "case", "paths")
+MOST_BYTES, _MOST_WORDS = 1 << 32, 1 << 20
+"""Of a reply: a worker shall not make the judge run out of memory."""
+
+
+def _mark() -> bytes:
+    """A request's own, which nobody can know before."""
+    return os.urandom(8)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back, and when."""
+
+    seconds: float
+    """On the judge's clock."""
+    inner: float
+    """What the worker says: evidence, or the figure itself if its clock is the declared one."""
+    body: bytes | bytearray
+
+
+class Worker:
+    """A fresh interpreter that has loaded the workload from its tree."""
+
+    def __init__(
+        self,
+        arm: str,
+        workload: Workload,
+        tree: Path,
+        place: Path,
+        environment: dict[str, str],
+        *,
+        timeout_s: float,
+        namespaces: bool,
+        wrap: Wrap | None = None,
+        limits: Limits | None = None,
+        makes_inputs: bool = False,
+        weighs: bool = False,
+    ) -> None:
+        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words."""
+        self.arm, self.timeout_s = arm, timeout_s
+        self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
+        there, self._requests = os.pipe()
+        self._replies, back = os.pipe()
+        try:
+            for fd in (there, back):
+                fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
+        except OSError as problem:  # a user's pages for pipes are counted: somebody has taken them all
+            for fd in (there, back, self._requests, self._replies):
+                os.close(fd)
+            self.log.close()
+            raise ArmError(arm, f"no pipe of {_PIPE} bytes is to be had: {problem.strerror}", infra=True) from None
+        worker = place.parent / "worker.py" if wrap else INSIDE / "worker.py"
+        try:
+            self.running = Running(
+                arm,
+                [workload.python or PYTHON, str(worker)],
+                tree,
+                place,
+                environment,
+                log=self.log.fileno(),
+                fds=(there, back),
+                namespaces=namespaces,
+                wrap=wrap,
+                limits=limits,
+                weighs=weighs,
+            )
+        finally:
+            os.close(there)
+            os.close(back)
+        os.set_blocking(self._requests, False)
+        os.set_blocking(self._replies, False)
+        self._readable, self._writable = select.poll(), select.poll()
+        self._readable.register(self._replies, select.POLLIN)
+        self._writable.register(self._requests, select.POLLOUT)
+        self.started = self.running.release()
+        # Nothing of what is done with it: how often it is called, in which turns, with which tolerances.
+        options: dict[str, object] = {name: getattr(workload, name) for name in _OPTIONS}
+        options |= {"compare": workload.compares, "inputs": workload.inputs if makes_inputs else ""}
+        try:
+            self.import_s = self.ask(b"l", 0, [marshal.dumps(options)]).seconds
+        except ArmError:
+            self.end()
+            raise
+
+    def ask(
+        self,
+        letter: bytes,
+        number: float = 0.0,
+        body: Sequence[bytes | bytearray | memoryview] = (),
+        most: int = MOST_BYTES,
+    ) -> Reply:
+        """One request and its reply. Raises ArmError if the worker dies, is too late, or reports an error.
+
+        A reply of more than `most` bytes is not read, nor an error of more than a mebibyte.
+
+        It is `tampered` for what worker.py never sends: a reply to another request than this one, a time that is none.
+        """
+        mark = _mark()
+        data = frame(letter, number, mark, [bytes(part) if isinstance(part, bytearray) else part for part in body])
+        whole = memoryview(b"".join(data))
+        stop = time.monotonic() + self.timeout_s
+        start = time.perf_counter()
+        try:
+            while whole:
+                try:
+                    whole = whole[os.write(self._requests, whole) :]
+                except BlockingIOError:
+                    self._wait(self._writable, stop)
+            head = self._read(HEAD.size, stop)
+            size, kind, inner, marked = HEAD.unpack(head)
+            if marked != mark or kind not in (b"r", b"x"):
+                raise ArmError(self.arm, "sent a reply that was not asked for", tampered=True)
+            if not 0 <= inner < math.inf:
+                raise ArmError(self.arm, f"said that something took {inner:g} s", tampered=True)
+            allowed = most if kind == b"r" else min(most, _MOST_WORDS)
+            if size > allowed:
+                raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {allowed}")
+            reply = self._read(size, stop)
+        except (BrokenPipeError, EOFError):
+            raise self._last_words() from None
+        seconds = time.perf_counter() - start
+        if kind != b"r":
+            raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
+        return Reply(seconds, inner, reply)
+
+    def _read(self, size: int, stop: float) -> bytearray:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            try:
+                count = os.readv(self._replies, [view[got:]])
+            except BlockingIOError:
+                self._wait(self._readable, stop)
+                continue
+            if count == 0:
+                raise EOFError
+            got += count
+        return data
+
+    def _wait(self, poller: "select.poll", stop: float) -> None:
+        while not poller.poll(self.running.every_s * 1000):
+            self.running.watch()
+            if time.monotonic() > stop:
+                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
+
+    def _last_words(self) -> ArmError:
+        try:
+            problem = ArmError(self.arm, f"ended with status {self.running.wait(1).status}")
+        except ArmError as seen:
+            problem = seen
+        self.log.seek(0)
+        words = f"{problem.words}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
+
+    def end(self) -> None:
+        """Kills it and whatever it started."""
+        self.running.end()
+        for fd in (self._requests, self._replies):
+            os.close(fd)
+        self.log.close()
+
+
+def started(
+    arm: str,
+    workload: Workload,
+    trees: Trees,
+    hash_seed: int,
+    timeout_s: float,
+    *,
+    makes_inputs: bool = False,
+    weighs: bool = False,
+) -> Worker:
+    """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
+    return Worker(
+        arm,
+        workload,
+        trees.trees[arm],
+        trees.place(arm),
+        trees.environment(arm, hash_seed),
+        timeout_s=timeout_s,
+        namespaces=trees.namespaces,
+        wrap=trees.wrap(arm),
+        limits=trees.limits(arm),
+        makes_inputs=makes_inputs,
+        weighs=weighs,
+    )

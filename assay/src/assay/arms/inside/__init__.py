@@ -1,0 +1,1 @@
+"""Files that start by path in another process, with the standard library alone."""

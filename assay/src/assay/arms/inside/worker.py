@@ -1,0 +1,268 @@
+"""Runs inside an arm: loads the callable and answers one request at a time. Started as a script, by its path.
+
+Standard library only, and little of it before it is needed: every sample starts an interpreter. It knows neither its
+arm nor the clock. Requests come on descriptor 3, replies go to 4, as frames (wire.py); a letter says what is wanted:
+
+l  load the workload                        m  make an input from a seed
+i  keep an input for later calls            e  echo: decode the input, answer with the kept output
+c  call with the input in the frame         g  call with the kept input
+k  keep this output for echoes              p  nothing: to see it awake
+a  the last call's input as it is now
+o  an earlier call's output as it is now, by how many calls ago: 0 is the last
+z  overwrite the last call's input, then as `o` with 0
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import sys
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+
+def _load_wire(folder: str) -> Any:
+    """The module wire.py beside this file; the folder does not stay on the path, where its names could hide others."""
+    sys.path.insert(0, folder)
+    import wire  # type: ignore[import-not-found]
+
+    del sys.path[0], sys.modules["wire"]
+    return wire
+
+
+def find(name: str) -> Any:
+    """What `module:path.to.attribute` or `file.py:path.to.attribute` names."""
+    place, _, path = name.partition(":")
+    if place.endswith(".py"):
+        found = _file(name, os.path.realpath(place))
+    else:
+        __import__(place)
+        found = sys.modules[place]
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _file(name: str, file: str) -> Any:
+    """A module from a file that need not be on the path; once, however often it is named."""
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    stem = os.path.basename(file).removesuffix(".py")
+    found = sys.modules.get(stem)
+    if found is not None and getattr(found, "__file__", None) == file:
+        return found
+    spec = spec_from_file_location(stem, file)
+    if spec is None or spec.loader is None or not os.path.isfile(file):
+        raise FileNotFoundError(f"{name}: expected a Python file, found none at {file}")
+    sys.path.append(os.path.dirname(file))
+    found = sys.modules[stem] = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def asv(name: str, case: int) -> Callable[[], Any]:
+    """An asv benchmark, set up for one case of its parameters."""
+    owner_name, _, method = name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
+    owner = find(owner_name)
+    host = owner() if method else owner
+    function = getattr(host, method) if method else owner
+    from itertools import product
+
+    values = list(getattr(function, "params", getattr(host, "params", [])) or [])
+    if values and not isinstance(values[0], (list, tuple)):
+        values = [values]
+    cases = list(product(*values))
+    if case >= len(cases):
+        raise IndexError(f"case: expected below {len(cases)}, the number of parameter combinations, got {case}")
+    chosen = cases[case]
+    if hasattr(host, "setup_cache"):
+        chosen = (host.setup_cache(), *chosen)
+    setup = getattr(host, "setup", None) or getattr(function, "setup", None)
+    if setup is not None:
+        setup(*chosen)
+    return lambda: function(*chosen)
+
+
+def pyperf(name: str) -> Callable[[], Any]:
+    """A benchmark that a pyperf script registers under a name. The script's other benchmarks are not run."""
+    from runpy import run_path
+
+    import pyperf as module
+
+    script, _, wanted = name.partition(":")
+    found: dict[str, Callable[[], Any]] = {}
+
+    def bench_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
+        found[name] = lambda: function(*args)
+
+    def bench_time_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
+        found[name] = lambda: function(1, *args)
+
+    def bench_async_func(_: Any, name: str, function: Any, *args: Any, **more: Any) -> None:
+        import asyncio
+
+        found[name] = lambda: asyncio.run(function(*args))
+
+    def timeit(_: Any, name: str, stmt: Any = None, setup: Any = "pass", globals: Any = None, **more: Any) -> None:
+        scope: dict[str, Any] = dict(globals or {})
+        join = "\n".join
+        exec(setup if isinstance(setup, str) else join(setup), scope)
+        code = compile((stmt or name) if isinstance(stmt or name, str) else join(stmt), name, "exec")
+        found[name] = lambda: exec(code, scope)
+
+    for patch in (bench_func, bench_time_func, bench_async_func, timeit):
+        setattr(module.Runner, patch.__name__, patch)
+    module.Runner.bench_command = lambda *_, **__: None
+    sys.argv = [script]
+    run_path(script, run_name="__main__")
+    if wanted not in found:
+        raise LookupError(f"{name}: expected one of the script's benchmarks, {sorted(found)}, got {wanted!r}")
+    return found[wanted]
+
+
+class Workload:
+    """The loaded callable, and what is kept between requests."""
+
+    def __init__(self, wire: Any, options: dict[str, Any]) -> None:
+        sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
+        import json  # noqa: F401 - for values; the first call is not to be charged with it
+
+        self.wire, self.options = wire, options
+        kind, target = options["kind"], options["target"]
+        self.function: Callable[..., Any]
+        if kind == "asv":
+            self.function = asv(target, options["case"])
+        elif kind == "pyperf":
+            self.function = pyperf(target)
+        else:
+            self.function = find(target)
+        self.inputs = find(options["inputs"]) if options["inputs"] else None
+        self.next: Callable[[Any, Any], Any] | None = find(options["chain"]) if options["chain"] else None
+        self.sends = bool(options["compare"])
+        self.input: Any = ()
+        self.output: Any = None
+        self.kept: list[Any] = []
+
+    def answer(self, letter: bytes, number: float, body: bytearray) -> tuple[float, Any]:
+        """A number and the value to send back."""
+        if letter in b"ci":
+            self.input = self.wire.decode(body, tensors=True)
+        if letter in b"cg":
+            start = time.perf_counter()
+            inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
+            seconds = inner or time.perf_counter() - start
+            if self.sends:
+                self.kept = [output, *self.kept[:1]]
+            return seconds, output if self.sends else None
+        if letter == b"a":
+            return 0.0, self.input
+        if letter in b"oz":
+            if letter == b"z":
+                overwrite(self.input)
+            return 0.0, self.kept[int(number)]
+        if letter == b"m":
+            if self.inputs is None:
+                return 0.0, ()
+            return 0.0, self.inputs(int(number))
+        if letter == b"e":
+            self.wire.decode(body, tensors=True)
+            return 0.0, self.output
+        if letter == b"k":
+            self.output = self.wire.decode(body, tensors=True)
+        return 0.0, None
+
+    def call(self) -> Any:
+        """Calls once, or a chain in which every input depends on the output before."""
+        given = self.input
+        output = self.once(given)
+        for _ in range(self.options["links"] - 1):
+            assert self.next is not None
+            given = self.next(given, output)
+            output = self.once(given)
+        return output
+
+    def once(self, given: Any) -> Any:
+        """One call."""
+        if isinstance(given, tuple):
+            return self.function(*given)
+        if isinstance(given, dict):
+            return self.function(**given)
+        return self.function(given)
+
+    def on_device(self) -> tuple[float, Any]:
+        """Seconds a call by CUDA events around all links, after one call that is not timed."""
+        import torch
+
+        links, graph = self.options["links"], None
+        output = self.once(self.input)
+        if self.options["graph"]:
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(links):
+                    output = self.once(self.input)
+            graph.replay()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        if graph is not None:
+            graph.replay()
+        else:
+            for _ in range(links):
+                output = self.once(self.input)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / links, output
+
+
+def overwrite(value: Any) -> None:
+    """Fills all arrays and tensors of a value with the byte 0x7f."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            overwrite(one)
+    elif type(value).__module__ == "numpy" and value.nbytes and value.ndim:
+        value.reshape(-1).view("uint8")[:] = 0x7F
+    elif type(value).__module__ == "torch":
+        value.view(-1).view(sys.modules["torch"].uint8).fill_(0x7F)
+
+
+def serve(folder: str) -> None:
+    """Answers until the judge closes the pipe."""
+    wire = _load_wire(folder)
+    workload: Workload | None = None
+    with open(3, "rb", buffering=1 << 20) as requests, open(4, "wb", buffering=0) as replies:
+        while head := requests.read(wire.HEAD.size):
+            size, letter, number, mark = wire.HEAD.unpack(head)
+            body = bytearray(size)
+            view, got = memoryview(body), 0
+            while got < size:
+                got += requests.readinto(view[got:])  # type: ignore[attr-defined]
+            try:
+                if letter == b"l":
+                    start = time.perf_counter()
+                    workload = Workload(wire, marshal.loads(body))
+                    reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
+                else:
+                    assert workload is not None
+                    seconds, value = workload.answer(letter, number, body)
+                    reply = wire.frame(b"r", seconds, mark, wire.encode(value))
+            except Exception:
+                import traceback
+
+                words = traceback.format_exc().encode(errors="replace")
+                reply = wire.frame(b"x", 0.0, mark, [words])
+            data = b"".join(reply) if len(reply) < 4 else None
+            for part in reply if data is None else [data]:
+                rest = memoryview(part).cast("B")
+                while rest:
+                    rest = rest[os.write(replies.fileno(), rest) :]
+
+
+if __name__ == "__main__":
+    serve(sys.path.pop(0))

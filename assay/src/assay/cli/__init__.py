@@ -1,0 +1,1 @@
+"""The commands: a row per command in table.py."""

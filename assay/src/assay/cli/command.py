@@ -1,0 +1,44 @@
+"""What a command is, and how it ends."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from assay.contract.errors import NotInstalledError
+from assay.report.terminal import Progress
+
+STORE = Path(".assay")
+SANDBOX = "run the patch's code beside the judge, unprotected; ledger, report and verdict say so"
+EPILOG = (
+    "Exit status: 0 what the task requires was shown; 1 rejected, slower or refuted; 2 wrong usage; 3 infrastructure "
+    "or void; 4 the task makes no sense; 5 undecided or not evaluated."
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A row of the table."""
+
+    name: str
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace, Progress], int]
+    """What was given, and who follows -> the exit status. StoppedError, ValueError and OSError end it in words.
+
+    `given.parser` is this command's, `given.after` what stands behind `--`.
+    """
+    description: str = ""
+    usage: str | None = None
+    epilog: str = ""
+    after: bool = False
+    """Whether `--` and a command may follow."""
+    installs: tuple[str, ...] = ()
+    """Packages that it needs beside numpy."""
+
+    def check(self) -> None:
+        """NotInstalledError if a package is missing."""
+        if missing := [name for name in self.installs if find_spec(name) is None]:
+            words = "judging needs more packages than measuring: pip install 'assay[judge]'"
+            raise NotInstalledError(f"{', '.join(missing)}: {words}")

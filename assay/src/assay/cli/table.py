@@ -1,0 +1,22 @@
+"""The commands. A new one is a row here, with functions beside it."""
+
+from assay.cli import ab, judging, plans, proofs, shown
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        judging.TASK,
+        judging.JUDGE,
+        judging.PREPARE,
+        plans.MEASURE,
+        plans.DECIDE,
+        shown.LEDGER,
+        ab.AB,
+        shown.REPLAY,
+        shown.REPORT,
+        shown.SCHEMA,
+        proofs.DOCTOR,
+        proofs.SIMULATE,
+        proofs.SELFTEST,
+    )
+}

@@ -1,0 +1,1 @@
+"""What files and commands say: tasks, plans, RAW, verdicts, outcomes, errors. Nothing here runs anything."""

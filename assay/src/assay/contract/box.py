@@ -1,0 +1,50 @@
+"""What one arm's processes get: their tree, what they may read and use, and how much of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MOST_PROCESSES = 16384
+"""Of an arm that declares none: many enough for a build, too few to bring a machine down."""
+MOST_DISK = 16 << 30
+"""Bytes that an arm may write that declares none."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """None: not limited. In a cgroup threads count as processes."""
+
+    memory_bytes: int | None = None
+    most_processes: int | None = None
+    disk_bytes: int | None = None
+    folders: tuple[Path, ...] = ()
+    """What counts as disk, beside what a command prints."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One arm's sandbox (arms/sandbox.py)."""
+
+    tree: Path
+    """Shown at one place in every sandbox."""
+    writable: bool = False
+    """Whether the tree may be written: while it is set up and built, and not after."""
+    readable: tuple[Path, ...] = ()
+    """A declared toolchain: files and folders that are shown read-only at their own paths."""
+    devices: tuple[Path, ...] = ()
+    """Device nodes, shown at their own paths."""
+    cache: Path | None = None
+    """A folder of this arm alone, for all caches; without it they are empty at every start."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What is set beside what the sandbox itself sets."""
+    memory_bytes: int | None = None
+    most_processes: int | None = None
+    """Without it MOST_PROCESSES."""
+    disk_bytes: int | None = None
+    """Of its cache, of its tree while it may be written, and of what it prints; without it MOST_DISK."""
+
+    @property
+    def limits(self) -> Limits:
+        """On its processes."""
+        writable = (*((self.tree,) if self.writable else ()), *((self.cache,) if self.cache else ()))
+        return Limits(self.memory_bytes, self.most_processes or MOST_PROCESSES, self.disk_bytes or MOST_DISK, writable)

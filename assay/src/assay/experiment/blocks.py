@@ -1,0 +1,72 @@
+"""What the blocks of an experiment say so far."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from assay.statistics.looks import LOOKS, MOST_CONTAMINATED, Judgement, Look, judge
+from assay.statistics.signed_rank import Interval
+
+ARMS = ("base", "candidate", "control")
+"""Every block has these. A fourth one, "reference", is shown and never judged."""
+
+
+def _too_many(clean: int) -> float:
+    """Beside so many clean blocks no more than this may be left out."""
+    return MOST_CONTAMINATED * clean / (1 - MOST_CONTAMINATED)
+
+
+@dataclass
+class Blocks:
+    """What has been measured so far."""
+
+    workloads: int = 1
+    """How many are judged together: as in Plan."""
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+    contaminated: int = 0
+    compared: int = 0
+    """Calls whose outputs were compared, in clean blocks."""
+    escapes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ARMS, 0))
+    """Blocks in which an arm's processes worked outside its turn."""
+    escaped: str = ""
+    """How the candidate's did it last, in words."""
+    incorrect: str = ""
+    grown: bool = False
+    """Whether the last block was clean."""
+
+    def add(self, block: dict[str, Any]) -> None:
+        """Takes a block of RAW: its primary figures if it is clean."""
+        self.grown = not (block["differing"] or block["reasons"])
+        if block["differing"]:
+            self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
+        elif block["reasons"]:
+            self.contaminated += 1
+            for arm, words in block.get("escapes", {}).items():
+                self.escapes[arm] = self.escapes.get(arm, 0) + bool(words)
+                self.escaped = words[0] if words and arm == "candidate" else self.escaped
+        else:
+            self.compared += block.get("compared", 0)
+            for arm, figure in block["primary"].items():
+                self.seconds.setdefault(arm, []).append(figure)
+
+    def decision(self, delta: float) -> Judgement | None:
+        """The judgement, if the last block led to a look or to an end; its verdict may be "continue"."""
+        clean = len(self.seconds["base"])
+        if self.incorrect:
+            return _without_times("incorrect", self.incorrect, clean)
+        candidates, all_ = self.escapes["candidate"], clean + self.contaminated
+        due = self.grown and clean in [look.blocks for look in LOOKS]
+        if candidates > _too_many(clean if due else LOOKS[-1].blocks) and candidates == sum(self.escapes.values()):
+            words = f"candidate: {self.escaped}, in {candidates} of {all_} blocks, and in no other arm"
+            return _without_times("tampered", words, clean)
+        if self.contaminated > _too_many(LOOKS[-1].blocks):
+            return _without_times("void", f"{self.contaminated} of {all_} blocks contaminated", clean)
+        if not due:
+            return None
+        base, candidate, control = (self.seconds[arm] for arm in ARMS)
+        looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
+        return judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
+
+
+def _without_times(verdict: str, reason: str, blocks: int) -> Judgement:
+    return Judgement(verdict, reason, math.nan, Interval(-math.inf, math.inf), blocks, 1.0, False, math.inf)

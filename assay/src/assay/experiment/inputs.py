@@ -1,0 +1,60 @@
+"""What calls are given, made in the base tree."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from assay.arms.handle import Worker, started
+from assay.arms.inside import wire
+from assay.arms.trees import Trees
+from assay.contract.errors import InputsAlikeError
+from assay.contract.workload import Plan
+
+_DRAWS = 16
+NOTHING = b"".join(bytes(part) for part in wire.encode(()))
+"""The input of a call without arguments."""
+
+
+class Inputs:
+    """Makes inputs in the base tree, in a worker of its own that is frozen while arms run."""
+
+    def __init__(self, plan: Plan, trees: Trees) -> None:
+        """Starts the worker if the workload has inputs at all."""
+        self.worker: Worker | None = None
+        self.benchmark = plan.workload.kind in ("asv", "pyperf")
+        if plan.workload.inputs:
+            file = Path(plan.workload.inputs.partition(":")[0])
+            trees = trees.reading("base", file) if file.is_absolute() else trees
+            self.worker = started("base", plan.workload, trees, 0, plan.timeout_s, makes_inputs=True)
+            self.worker.running.freeze()
+
+    def fresh(self, seeds: Iterator[int], wanted: int) -> list[bytes]:
+        """Inputs of which no two are alike; seeds are drawn until there are enough of them.
+
+        Raises InputsAlikeError if too many seeds give what another one gave: a worker would be asked again what it has
+        answered before. Benchmarks of asv and pyperf have no inputs, and say so by their kind.
+        """
+        if self.benchmark:
+            return self.make([next(seeds)]) * wanted
+        found: dict[bytes, None] = {}
+        for _ in range(_DRAWS):
+            found |= dict.fromkeys(self.make([next(seeds) for _ in range(wanted - len(found))]))
+            if len(found) == wanted:
+                return list(found)
+        raise InputsAlikeError(
+            f"inputs: expected {wanted} that are not alike, one per call, got {len(found)} in {_DRAWS} draws of those "
+            f"that were missing; constant = true (--constant) says that all calls have one input"
+        )
+
+    def make(self, seeds: Sequence[int]) -> list[bytes]:
+        """An encoded input per seed."""
+        if self.worker is None:
+            return [NOTHING] * len(seeds)
+        self.worker.running.thaw()
+        made = [bytes(self.worker.ask(b"m", seed).body) for seed in seeds]
+        self.worker.running.freeze()
+        return made
+
+    def end(self) -> None:
+        """Ends the worker."""
+        if self.worker is not None:
+            self.worker.end()

@@ -1,0 +1,277 @@
+"""One block: every arm once, in random order, with nothing of another arm running."""
+
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from assay.arms.handle import Reply, Worker, started
+from assay.arms.inside.wire import encode
+from assay.arms.process import MOST_FROZEN_S, Running
+from assay.arms.trees import Trees
+from assay.contract.errors import ArmError
+from assay.contract.workload import Plan, Workload
+from assay.experiment.exchange import After, Exchange, asked
+from assay.experiment.outputs import digest, same
+from assay.machine import gpu
+from assay.machine.objects import held
+
+_LATE_S = 0.1
+"""How long what a command has left behind is looked at: whether it works."""
+
+
+@dataclass
+class Sample:
+    """What one arm did in one block."""
+
+    figures: dict[str, float]
+    """Seconds; memory in KiB."""
+    cpu_s: float
+    left: int = 0
+    """Processes that still ran at the end."""
+    frozen_cpu_s: float = 0.0
+    """Processor time that advanced while the arm was frozen."""
+    escapes: list[str] = field(default_factory=list)
+    """What its processes did outside the arm's turn that none does by mistake, in words."""
+    calls: list[float] = field(default_factory=list)
+    """Seconds of every timed call."""
+    outputs: list[bytes] = field(default_factory=list)
+    after: dict[int, After] = field(default_factory=dict)
+    """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
+    gpus: list[gpu.State] = field(default_factory=list)
+    """At the end, with the arm's clocks and what slowed them."""
+
+
+def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample:
+    """One run of the command, a process of its own. Raises ArmError if it fails or is too late."""
+    place, environment = trees.place(arm), trees.environment(arm, hash_seed)
+    with tempfile.TemporaryFile() as log:
+        running = Running(
+            arm,
+            plan.workload.command,
+            trees.trees[arm],
+            place,
+            environment,
+            log=log.fileno(),
+            namespaces=trees.namespaces,
+            wrap=trees.wrap(arm),
+            limits=trees.limits(arm),
+            weighs=plan.primary == "memory",
+        )
+        try:
+            start = running.release()
+            ended = running.wait(plan.timeout_s)
+            seconds = time.perf_counter() - start
+            peak_kib = max(ended.rss_kib, running.peak_kib())
+            escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
+        finally:
+            running.end()
+        if ended.status:
+            log.seek(0)
+            words = log.read()[-2000:].decode(errors="replace").strip()
+            raise ArmError(arm, f"ended with status {ended.status}: {words}")
+    figures = {"wall": seconds, "memory": float(peak_kib)}
+    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
+
+
+def _works(running: Running) -> bool:
+    """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
+    used, stop = running.cpu_seconds(), time.monotonic() + _LATE_S
+    while time.monotonic() < stop:  # a look in the end would not see what has ended by then
+        time.sleep(_LATE_S / 20)
+        if running.cpu_seconds() - used > MOST_FROZEN_S:
+            return True
+    return False
+
+
+def worker_samples(
+    plan: Plan,
+    trees: Trees,
+    order: random.Random,
+    inputs: list[bytes],
+    seed: int,
+    expected: int | None = None,
+) -> dict[str, Sample]:
+    """A fresh worker an arm, in the order that `order` draws; the calls of each, with the same inputs.
+
+    With one round an arm's worker has ended before the next one starts. With more, all are started, and take turns: the
+    others are frozen meanwhile, and their processor time is read before and after. `expected`: bytes of base's outputs.
+    """
+    arms = list(trees.trees)
+    order.shuffle(arms)
+    workload = plan.workload
+    samples: dict[str, Sample] = {}
+    questions = [workload.compares and asked(order) for _ in inputs]
+    if workload.rounds == 1:
+        for arm in arms:
+            with ExitStack() as stack:
+                exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
+                stack.callback(exchange.worker.end)
+                _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
+                _close(exchange.worker, samples[arm])
+    else:
+        with ExitStack() as stack:
+            exchanges: dict[str, Exchange] = {}
+            used: dict[str, float] = {}
+            for arm in arms:
+                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
+                stack.callback(exchanges[arm].worker.end)
+                used[arm] = exchanges[arm].worker.running.freeze()
+            timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
+            _take_turns(exchanges, used, workload, order, timed, asking, samples)
+            for arm, exchange in exchanges.items():
+                _close(exchange.worker, samples[arm])
+    return samples
+
+
+def _take_turns(
+    exchanges: dict[str, Exchange],
+    used: dict[str, float],
+    workload: Workload,
+    order: random.Random,
+    inputs: list[bytes],
+    questions: list[bool],
+    samples: dict[str, Sample],
+) -> None:
+    share = -(-len(inputs) // workload.rounds)
+    for first in range(0, len(inputs), share):
+        arms = list(exchanges)
+        order.shuffle(arms)
+        for arm in arms:
+            exchange, sample = exchanges[arm], samples[arm]
+            sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+            exchange.worker.ask(b"p")  # it is awake again
+            _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
+            used[arm] = exchange.worker.running.freeze()
+            if exchange.worker.running.sandboxed:
+                sample.escapes += [words for words in held(exchange.worker.running.members()) if not sample.escapes]
+    for arm, exchange in exchanges.items():
+        samples[arm].frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+    for arm, seconds in paired([samples[arm].calls for arm in exchanges], workload.rounds, list(exchanges)).items():
+        samples[arm].figures["steady"] = seconds
+
+
+def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -> dict[str, float]:
+    """A figure an arm, from [arms, calls] seconds: what the arms of a round shared is taken out before the median.
+
+    A machine whose own speed changes by half within seconds, as a shared one's does, slows all arms of a round alike.
+    So base's figure is the median of its rounds (each the median of its calls), and another arm's is that times the
+    median, over rounds, of its ratio to base in the round. The difference of two logarithms whose noise is alike is
+    symmetric about what the arms differ by, however skewed the noise, so nothing is shifted. (Times relative to the
+    median of a round's arms are shifted, since that median depends on which arms differ: 5 % came out as 4.5 %.)
+    """
+    times = np.log(np.asarray(calls, float).reshape(len(arms), rounds, -1))
+    each = np.median(times, axis=2)
+    base = each[arms.index("base") if "base" in arms else 0]
+    figures = np.exp(np.median(base) + np.median(each - base, axis=1))
+    return dict(zip(arms, figures.tolist(), strict=True))
+
+
+def _started(
+    arm: str,
+    plan: Plan,
+    trees: Trees,
+    hash_seed: int,
+    inputs: list[bytes],
+    questions: list[bool],
+    samples: dict[str, Sample],
+    expected: int | None,
+) -> Exchange:
+    """A worker that has answered its first calls, which are kept apart."""
+    workload, sample = plan.workload, Sample({}, 0.0)
+    weighs, expected = plan.primary == "memory", expected if arm == "candidate" else None
+    exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
+    try:
+        if workload.constant:
+            exchange.keep(inputs[0])
+        _calls(exchange, workload, inputs[: workload.warmups], questions, sample)
+        sample.figures = {"import": exchange.worker.import_s, "first": sample.calls[0]}
+    except ArmError:
+        exchange.worker.end()
+        raise
+    sample.calls.clear()
+    samples[arm] = sample
+    return exchange
+
+
+def called(exchange: Exchange, workload: Workload, given: bytes) -> Reply:
+    """One call and its reply; its seconds are those of the declared clock."""
+    reply = exchange.call(None if workload.constant else given)
+    return reply if workload.clock == "judge" else replace(reply, seconds=_told(exchange.worker, reply.inner))
+
+
+def _told(worker: Worker, seconds: float) -> float:
+    """A time that only the worker can tell. ArmError for none at all, of which no logarithm can be taken."""
+    if not seconds:
+        raise ArmError(worker.arm, "said that something took no time", tampered=True)
+    return seconds
+
+
+def _calls(
+    exchange: Exchange, workload: Workload, inputs: list[bytes], questions: Sequence[bool], sample: Sample
+) -> None:
+    """Calls one after another; `questions` says after which of them it is asked, which is in no figure."""
+    for given, question in zip(inputs, questions, strict=False):
+        reply = called(exchange, workload, given)
+        sample.calls.append(reply.seconds)
+        sample.outputs.append(_kept(reply, workload))
+        if question:
+            after = exchange.after()
+            sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
+            if workload.constant:
+                exchange.keep(given)  # it was overwritten
+
+
+def _kept(reply: Reply, workload: Workload) -> bytes:
+    """All of an output if tolerances have to look at it, else its digest."""
+    if not workload.compares:
+        return b""
+    return _kept_bytes(bytes(reply.body), workload)
+
+
+def _kept_bytes(body: bytes, workload: Workload) -> bytes:
+    return body if workload.rtol or workload.atol else digest(body)
+
+
+def compared(workload: Workload, base: Sample) -> int:
+    """How many calls of base gave something that can be compared: None, and arguments that stay, are no output."""
+    nothing = _kept_bytes(b"".join(bytes(part) for part in encode(None)), workload)
+    return sum(one != nothing for one in base.outputs) if workload.compares else 0
+
+
+def _close(worker: Worker, sample: Sample) -> None:
+    worker.ask(b"p")  # the last call has not sent more than its reply
+    if worker.running.woken:
+        sample.escapes.append("a frozen process woke itself")
+    sample.figures.setdefault("steady", statistics.median(sample.calls))
+    sample.figures["memory"] = float(worker.running.peak_kib())
+    sample.cpu_s = worker.running.cpu_seconds()
+    sample.gpus = gpu.states()
+
+
+def differing(workload: Workload, base: Sample, other: Sample) -> list[int]:
+    """Which calls of a block gave outputs, or left arguments, that differ beyond the tolerances.
+
+    An output that changes later, or when arguments are overwritten, differs from one that stays.
+    """
+
+    def alike(one: bytes, two: bytes) -> bool:
+        exact = not (workload.rtol or workload.atol)
+        return one == two or (not exact and same(one, two, workload.rtol, workload.atol))
+
+    pairs = zip(base.outputs, other.outputs, strict=True)
+    found = {i for i, (one, two) in enumerate(pairs) if not alike(one, two)}
+    for i, after in base.after.items():
+        kept = alike(after.arguments, other.after[i].arguments) and (other.after[i].lasts or not after.lasts)
+        found |= set() if kept else {i}
+    return sorted(found)
+
+
+def too_busy_while_frozen(samples: Mapping[str, Sample]) -> bool:
+    """Whether an arm's processor time advanced by more than a step of its count while it was frozen."""
+    return any(sample.frozen_cpu_s > MOST_FROZEN_S for sample in samples.values())

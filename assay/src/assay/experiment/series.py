@@ -1,0 +1,257 @@
+"""Two trees, one workload: blocks of fresh processes in random order until a look decides.
+
+RAW is a file of JSON lines (contract/rows.py): a header, written before the first sample that counts, then a line per
+block as they end, then the verdict. A block holds a run of A, of B and of A'; its datum is the primary figure of each.
+"""
+
+import hashlib
+import json
+import math
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from assay.arms.caches import Caches
+from assay.arms.trees import Trees
+from assay.contract import seeds
+from assay.contract.box import Box
+from assay.contract.errors import NotRepeatableError
+from assay.contract.rows import Block, Header, Resumed
+from assay.contract.workload import Plan
+from assay.experiment.blocks import ARMS, Blocks
+from assay.experiment.calibration import calibrate
+from assay.experiment.inputs import Inputs
+from assay.experiment.raw import verdict_row
+from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
+from assay.machine import gpu, load
+from assay.machine.identity import machine
+from assay.machine.objects import HELD
+from assay.statistics.looks import Judgement
+
+PATIENCE_S = 5.0
+"""How long a block waits for others to be gone, after one that was left out."""
+
+
+def run(
+    base: Path,
+    candidate: Path,
+    plan: Plan,
+    out: TextIO,
+    *,
+    control: Path | None = None,
+    boxes: Mapping[str, Box] | None = None,
+    told: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Judgement:
+    """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
+
+    Without `control`, A' is a copy of base made for the occasion. With `boxes`, one for each of ARMS, whose trees then
+    are the ones that count, every arm runs in its sandbox. Raises ArmError if a run fails, ValueError for what
+    is no directory, makes no sense, is too short, or is not even repeatable in base.
+    """
+    plan = plan.checked()
+    for name, tree in (("A", base), ("B", candidate), ("--prime", control)):
+        if tree is not None and not tree.is_dir():
+            raise ValueError(f"{name}: expected a directory, got {tree}")
+    with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        if control is None:
+            control = Path(folder) / "control"
+            shutil.copytree(base, control, symlinks=True)
+        if boxes is not None:
+            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+        else:
+            trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
+        seen = measured(plan, trees, out, told=told)
+        assert seen is not None
+        return seen
+
+
+def measured(
+    plan: Plan,
+    trees: Trees,
+    out: TextIO,
+    *,
+    earlier: Sequence[dict[str, Any]] = (),
+    seconds: float = math.inf,
+    told: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> Judgement | None:
+    """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
+
+    It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut
+    changes nothing but the time. Raises as `run` does, and ValueError if the earlier rows are of another machine.
+    """
+
+    def tell(row: dict[str, Any]) -> None:
+        out.write(json.dumps(row) + "\n")
+        out.flush()
+        told(row)
+
+    start, longest = time.monotonic(), 0.0
+    series = _Series(plan, trees, earlier)
+    try:
+        tell(_resumed(earlier) if earlier else _header(plan, trees, series))
+        blocks, loaded = Blocks(plan.workloads), False
+        for row in earlier:
+            if row["kind"] == "block":
+                blocks.add(row)
+        seen = blocks.decision(plan.delta) if series.number else None
+        while seen is None or seen.verdict == "continue":
+            begun = time.monotonic()
+            if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
+                return None
+            if loaded:
+                load.wait_for_calm(PATIENCE_S)
+            block = series.block()
+            blocks.add(block)
+            loaded = any(words.startswith(load.FOREIGN) for words in block["reasons"])
+            tell(block)
+            longest = max(longest, time.monotonic() - begun)
+            seen = blocks.decision(plan.delta)
+        tell(verdict_row(seen))
+        return seen
+    finally:
+        series.end()
+
+
+class _Series:
+    """Blocks one after another, from one seed."""
+
+    def __init__(self, plan: Plan, trees: Trees, earlier: Sequence[dict[str, Any]] = ()) -> None:
+        """Calibrates, or runs every arm once before anything counts, so that caches are alike and errors come early."""
+        self.plan, self.trees, self.number = plan, trees, sum(row["kind"] == "block" for row in earlier)
+        folders = {arm: box.cache for arm, box in (trees.boxes or {}).items() if box.cache is not None}
+        self.caches = Caches(folders, plan.digest())
+        self.inputs: Inputs | None = None
+        self.calibrated: dict[str, float] = {}
+        self.calls = 0
+        if plan.workload.worker:
+            self.inputs = Inputs(plan, trees)
+            try:
+                if earlier:
+                    self.calls, self.calibrated = earlier[0]["calls"], earlier[0]["calibrated"]
+                else:
+                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                self._workers(secrets.randbits(32))
+            except BaseException:
+                self.end()
+                raise
+        else:
+            hash_seed = secrets.randbits(32)
+            for arm in trees.trees:
+                command_sample(arm, plan, trees, hash_seed)
+        self.caches.keep()
+
+    def block(self) -> dict[str, Any]:
+        """The next row of RAW."""
+        self.caches.restore()
+        drawn, hash_seed = seeds.order(self.plan.seed, self.number), seeds.hash_seed(self.plan.seed, self.number)
+        reasons = gpu.foreign()
+        if self.inputs is None:
+            order = list(self.trees.trees)
+            drawn.shuffle(order)
+            before, start = load.Load.now(), time.perf_counter()
+            samples = {arm: command_sample(arm, self.plan, self.trees, hash_seed) for arm in order}
+            given: list[bytes] = []
+        else:
+            given = self._given()
+            before, start = load.Load.now(), time.perf_counter()
+            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected)
+        elapsed = time.perf_counter() - start
+        evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
+        reasons += more
+        slowed = {words for sample in samples.values() for state in sample.gpus for words in state.slowed()}
+        reasons += sorted(slowed)
+        if too_busy_while_frozen(samples):
+            reasons.append("an arm ran while it was frozen")
+        if any(words for sample in samples.values() for words in sample.escapes if words.startswith(HELD)):
+            reasons.append("an arm held a lock that others could wait for")
+        if any(sample.left for sample in samples.values()):
+            reasons.append("a process outlived its arm")
+        if differing(self.plan.workload, samples["base"], samples["control"]):
+            raise NotRepeatableError(
+                "outputs: expected two builds of base to agree; --rtol and --atol allow for less than equal bits"
+            )
+        row = Block(
+            number=self.number,
+            order=list(samples),
+            reasons=reasons,
+            elapsed_s=round(elapsed, 6),
+            foreign_cpu_s=evidence.foreign_cpu_s,
+            clock_mhz=evidence.clock_mhz,
+            primary={arm: samples[arm].figures[self.plan.primary] for arm in samples},
+            figures={arm: _rounded(samples[arm].figures) for arm in samples},
+            cpu_s={arm: samples[arm].cpu_s for arm in samples},
+            left={arm: samples[arm].left for arm in samples},
+            escapes={arm: samples[arm].escapes for arm in samples},
+            calls={arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
+            gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
+            inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
+            compared=compared(self.plan.workload, samples["base"]),
+            differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
+        )
+        self.number += 1
+        return asdict(row)
+
+    def _given(self, counts: bool = True) -> list[bytes]:
+        """A block's inputs: the first ones are not timed."""
+        assert self.inputs is not None
+        workload = self.plan.workload
+        wanted = self.calls + workload.warmups
+        drawn = seeds.inputs(self.plan.seed, self.number if counts else "first")
+        return self.inputs.make([next(drawn)]) * wanted if workload.constant else self.inputs.fresh(drawn, wanted)
+
+    def _workers(self, hash_seed: int) -> dict[str, Sample]:
+        return worker_samples(
+            self.plan,
+            self.trees,
+            seeds.order(self.plan.seed, "first"),
+            self._given(counts=False),
+            hash_seed,
+            self.expected,
+        )
+
+    @property
+    def expected(self) -> int | None:
+        """Bytes of base's longest output, as far as it is known; with a margin, as inputs differ."""
+        return int(self.calibrated["reply_bytes"]) if "reply_bytes" in self.calibrated else None
+
+    def end(self) -> None:
+        """Ends what lives across blocks."""
+        if self.inputs is not None:
+            self.inputs.end()
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.6g}") for name, value in figures.items()}
+
+
+def _resumed(earlier: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row that says when measuring went on. ValueError if this is not the machine on which it began."""
+    if earlier[0]["machine"] != machine():
+        raise ValueError(
+            f"RAW: expected to go on on the machine that began it, {earlier[0]['machine']}, got {machine()}"
+        )
+    return asdict(Resumed(started=_now()))
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
+    header = Header(
+        protocol=plan.digest(),
+        plan=plan,
+        trees={arm: str(tree) for arm, tree in trees.trees.items()},
+        isolation=trees.isolation,
+        clock="cooperative" if plan.workload.clock == "cuda" else "judge",
+        calibrated={name: float(f"{value:.4g}") for name, value in series.calibrated.items()},
+        calls=series.calls,
+        machine=machine(),
+        started=_now(),
+    )
+    return asdict(header)

@@ -1,0 +1,182 @@
+"""Is a changed source on the workload's path at all? It is if nothing works once the source is an error.
+
+Each compiled source that a patch changes is poisoned in a clean copy of the candidate, which is then built and run with
+empty caches. A copy that nothing was done to must build and run, so that a failure means what it seems to. Digests of
+what was built would prove less: a comment changes nothing in a library, and a library may be there already.
+"""
+
+import random
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from assay.arms import commands, sandbox
+from assay.arms.trees import Trees
+from assay.contract import seeds
+from assay.contract.errors import ArmError
+from assay.contract.frozen import Frozen
+from assay.contract.workload import Plan
+from assay.experiment.inputs import Inputs
+from assay.experiment.samples import command_sample, worker_samples
+from assay.gates.gate import Found, Gate, Given, Where
+
+_C = b'#error "assay: is this source used?"\n'
+_POISON = {
+    **dict.fromkeys((".c", ".h", ".cc", ".cpp", ".cxx", ".hh", ".hpp", ".hxx", ".inl", ".m", ".mm"), _C),
+    **dict.fromkeys((".cu", ".cuh", ".hip", ".cl", ".metal"), _C),
+    **dict.fromkeys((".pyx", ".pxd", ".pxi"), b"assay: is this source used?\n"),
+    **dict.fromkeys((".s", ".asm", ".ptx"), b"assay: is this source used?\n"),
+    **dict.fromkeys((".f", ".f90", ".f95"), b"assay: is this source used?\n"),
+    **dict.fromkeys((".go", ".zig"), b"assay: is this source used?\n"),
+    ".rs": b'compile_error!("assay: is this source used?");\n',
+}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What was found. `outcome`: "", "not_evaluated", "tampered" or "infra.provenance"; `words` say why."""
+
+    outcome: str
+    words: str
+    poisoned: tuple[str, ...] = ()
+    """The sources that were looked at."""
+
+
+def compiled(changed: Sequence[str]) -> list[str]:
+    """Those of the changed files that a compiler reads, now or at run time."""
+    return [path for path in changed if PurePosixPath(path).suffix.lower() in _POISON]
+
+
+def looked_at(given: Given) -> Found:
+    """`check` of what the plan's patch changes."""
+    changed = given.frozen.content["patch"]["changed"]
+    found = check(given.frozen, changed, given.write, sandboxed=given.sandboxed, most=given.most)
+    return Found(found.outcome, found.words)
+
+
+def check(
+    frozen: Frozen,
+    changed: Sequence[str],
+    write: Callable[[Path], object],
+    *,
+    sandboxed: bool = True,
+    most: Callable[[float], float] = lambda seconds: seconds,
+) -> Provenance:
+    """Poisons every changed source. ValueError if there is to be a sandbox and there can be none here.
+
+    Args:
+        frozen: says how the candidate is built and run.
+        changed: paths of the patch.
+        most: so many seconds, or what is left of a budget.
+        write: puts the candidate's files, as they were handed in, into a folder that is not there yet.
+    """
+    refused = sandbox.refusal()
+    if sandboxed and refused:
+        raise ValueError(refused)
+    sources = compiled(changed)
+    if not sources:
+        return Provenance("", "no compiled source was changed")
+    with tempfile.TemporaryDirectory(prefix="poison-", dir=frozen.folder) as folder:
+        looked = []
+        for number, source in enumerate(["", *sources]):
+            tree, cache = Path(folder, f"tree{number}"), Path(folder, f"cache{number}")
+            write(tree)
+            cache.mkdir()
+            if source and not (tree / source).is_file():
+                continue  # it was deleted
+            if source:
+                (tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
+                looked.append(source)
+            try:
+                failed = _Copy(frozen, tree, cache, sandboxed, most).tried()
+            except _StoppedError as problem:
+                return Provenance(problem.outcome, str(problem), tuple(looked))
+            if not source and failed:
+                return Provenance("infra.provenance", f"a second build of the candidate: {failed}")
+            if source and not failed:
+                words = f"source not on the workload's path: {source} as an error changes nothing in build or run"
+                return Provenance("not_evaluated", words, tuple(looked))
+            shutil.rmtree(tree)
+    return Provenance(
+        "", f"nothing works without {', '.join(looked)}" if looked else "sources were deleted only", tuple(looked)
+    )
+
+
+class _StoppedError(RuntimeError):
+    """Nothing can be said of a source: a sandbox or base failed, or the candidate did what is no mistake."""
+
+    def __init__(self, problem: ArmError) -> None:
+        super().__init__(str(problem))
+        self.outcome = "tampered" if problem.tampered and problem.arm == "candidate" else "infra.provenance"
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """One copy of the candidate, with caches of its own."""
+
+    frozen: Frozen
+    tree: Path
+    cache: Path
+    sandboxed: bool
+    most: Callable[[float], float]
+
+    def tried(self) -> str:
+        """Builds the tree and runs every workload once: what failed, in words, or ""."""
+        wanted = self.frozen.content["commands"]
+        for command in [*wanted["setup"], *wanted["build"]]:
+            ended = commands.run(
+                self.frozen,
+                "candidate",
+                command,
+                sandboxed=self.sandboxed,
+                writable=True,
+                timeout_s=self.most(wanted["timeout_s"]),
+                cache=self.cache,
+                tree=self.tree,
+            )
+            self.most(1)
+            if ended.status:
+                return f"{' '.join(command)}: {commands.words(ended)}"
+        for name, plan in self.frozen.plans().items():
+            try:
+                self.once(replace(plan, timeout_s=self.most(plan.timeout_s)))
+            except ArmError as problem:
+                if problem.infra or problem.tampered or problem.arm != "candidate":
+                    raise _StoppedError(problem) from None
+                self.most(1)  # else it was not late, but cut short
+                return f"{name}: {problem.words}"
+        return ""
+
+    def once(self, plan: Plan) -> None:
+        """One run, or a first call, of a workload in the copy. ArmError if it fails."""
+        alone = self.trees("candidate", self.tree, self.cache)
+        if not plan.workload.worker:
+            command_sample("candidate", plan, alone, secrets.randbits(32))
+            return
+        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base")))
+        try:
+            made = inputs.make([next(seeds.inputs(plan.seed, "provenance"))])
+        finally:
+            inputs.end()
+        short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
+        worker_samples(short, alone, random.Random(0), made * 2, secrets.randbits(32))
+
+    def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
+        """One arm as it runs."""
+        place = commands.places(self.frozen)
+        if self.sandboxed:
+            return Trees.boxed({arm: replace(self.frozen.box(arm, cache=cache), tree=tree)}, place)
+        own = {**self.frozen.content["sandbox"]["environment"], **sandbox.caches(cache)}
+        return Trees.at({arm: tree}, place, more=own)
+
+
+GATE = Gate(
+    "provenance",
+    looked_at,
+    Where.MEASURED,
+    asked=lambda _, changed: bool(compiled(changed)),
+    otherwise="no compiled source was changed",
+)

@@ -1,0 +1,1 @@
+"""From a task and a patch to a typed outcome."""

@@ -1,0 +1,217 @@
+"""From a task and a patch to a typed outcome: prepare, build, tests, equivalence, provenance, measure, decide.
+
+Where it is measured elsewhere, `prepared` tries what needs packages, tests and equivalence. Whoever measures builds
+anew, and looks at compiled sources, which may need that machine's devices.
+
+Every stage is a row of the ledger when it is done. Whoever is interrupted begins that stage anew, and measuring goes on
+behind the last whole block.
+"""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from assay.arms import sandbox
+from assay.contract.errors import HostError, NoSandboxError
+from assay.contract.frozen import FILE, Frozen, written
+from assay.contract.task import Read
+from assay.gates import build, notes, table
+from assay.gates.gate import LEFT_OUT, Found, Gate, Given, Where
+from assay.judgement import freeze
+from assay.judgement.decision import decide, verdict
+from assay.judgement.guards import Source
+from assay.judgement.ledger import Attempt, Key, Ledger
+from assay.judgement.measurement import measure
+from assay.machine import identity, locks
+from assay.report import verdict as pages
+from assay.repository.store import Store
+
+Told = Callable[[dict[str, Any]], None]
+RAW, VERDICT = "raw", "verdict.json"
+
+
+def judge(
+    read: Read,
+    source: Source,
+    store: Path,
+    *,
+    sandboxed: bool = True,
+    skipped: Sequence[str] = (),
+    told: Told = lambda _: None,
+) -> tuple[dict[str, Any], Path]:
+    """The verdict, and the attempt's folder, in which reports lie beside it. `skipped` gates are left out.
+
+    TaskError and ValueError say what is wrong with task or source; then there is no attempt at all.
+    """
+    where = identity.environment()
+    with _opened(read, source, store, where, sandboxed, skipped, told) as (one, handed):
+        try:
+            found = one.stages(handed)
+        except (OSError, sqlite3.Error) as problem:  # a full disk, a pipe that was closed: nobody's patch is to blame
+            found = one.stopped(problem)
+        found["environment"] = where
+        return one.close(found), one.attempt.folder
+
+
+def prepared(
+    read: Read,
+    source: Source,
+    store: Path,
+    *,
+    sandboxed: bool = True,
+    skipped: Sequence[str] = (),
+    told: Told = lambda _: None,
+) -> tuple[Frozen, dict[str, Any] | None]:
+    """A plan to be measured elsewhere, and the verdict if that is not needed. Raises as `judge` does."""
+    with _opened(read, source, store, "measured elsewhere", sandboxed, skipped, told) as (one, handed):
+        frozen = one.frozen(handed)
+        passed = not frozen.content["outcome"] and one.apart(frozen)
+        return frozen, None if passed else one.close(verdict(frozen, one.gates))
+
+
+@contextlib.contextmanager
+def _opened(
+    read: Read, source: Source, store: Path, where: Any, sandboxed: bool, skipped: Sequence[str], told: Told
+) -> Iterator[tuple["_Judging", freeze.Handed]]:
+    """An attempt, locked, and the guarded patch. `where`: the environment, or a word if it is not known yet."""
+    if sandboxed and sandbox.refusal():
+        raise NoSandboxError(f"{sandbox.refusal()}; --no-sandbox does without, and says so everywhere")
+    ledger = Ledger(store)
+    try:
+        with ledger.temporary() as folder:
+            handed = freeze.handed_in(read, source, folder)
+            key = freeze.key(read, handed, where, skipped)
+            changed = len(handed.judged.changed)
+            facts = {"task": read.task.name, "source": source.kind, "changed": changed, "skipped": list(skipped)}
+            with ledger.attempt(key, sandboxed=sandboxed, facts=facts) as attempt:
+                yield _Judging(ledger, attempt, key, read, sandboxed, skipped, told), handed
+    finally:
+        ledger.close()
+
+
+class _Judging:
+    """One attempt, stage by stage."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        attempt: Attempt,
+        key: Key,
+        read: Read,
+        sandboxed: bool,
+        skipped: Sequence[str],
+        told: Told,
+    ) -> None:
+        self.ledger, self.attempt, self.key, self.read = ledger, attempt, key, read
+        self.sandboxed, self.skipped, self.told = sandboxed, skipped, told
+        self.gates: list[dict[str, str]] = []
+        self.now = ""
+        for old in attempt.folder.glob("*-*"):  # of a judge that was killed: what is kept has no dash in its name
+            shutil.rmtree(old, ignore_errors=True)
+
+    def stages(self, handed: freeze.Handed) -> dict[str, Any]:
+        """Runs what is not done yet, up to the first rejection; the verdict."""
+        frozen = self.frozen(handed)
+        if not frozen.content["outcome"] and self.passes(frozen, table.GATES):
+            device = frozen.content["sandbox"]["device"]
+            with locks.held(device, alone=True, waiting=self.waits) as environment:
+                self.stage("measure", lambda: self.measure(frozen, environment))
+            return decide(self.attempt.folder / RAW)
+        return verdict(frozen, self.gates)
+
+    def stopped(self, problem: Exception) -> dict[str, Any]:
+        """The verdict where this machine failed; HostError if there is not even a plan, or no place to write to."""
+        words = f"{self.now}: {type(problem).__name__}: {problem}"
+        try:
+            return verdict(Frozen.read(self.attempt.folder / FILE), self.gates, host=words)
+        except (OSError, ValueError, sqlite3.Error):
+            raise HostError(words) from None
+
+    def apart(self, frozen: Frozen) -> bool:
+        """Tries the gates that need packages, and leaves clean trees behind; whether all were passed."""
+        wanted = [gate for gate in table.GATES if gate.where is Where.PREPARED and gate.name in notes.wanted(frozen)]
+        if not wanted:
+            return True
+        passed = self.passes(frozen, [*(gate for gate in table.GATES if gate.where is Where.BOTH), *wanted])
+        self.stage("clean", lambda: self.clean(frozen))
+        return passed
+
+    def passes(self, frozen: Frozen, gates: Sequence[Gate]) -> bool:
+        """Tries gates up to the first that is not passed, and notes what they found; whether all were."""
+        store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
+
+        spent = 0.0
+
+        def tried(gate: Gate, environment: dict[str, str]) -> dict[str, str]:
+            if gate.name in notes.left_out(frozen):
+                return LEFT_OUT._asdict()
+            given = Given(
+                frozen,
+                self.sandboxed,
+                lambda folder: store.write(tree, folder),
+                lambda: self.clean(frozen),
+                frozen.content["budget_s"] - spent,
+                environment,
+                read=self.read,
+            )
+            return gate.tried(given)._asdict()
+
+        for gate in gates:
+            with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits) as environment:
+                begun = time.monotonic()
+                found = Found(**self.stage(gate.name, partial(tried, gate, environment)))
+                spent += time.monotonic() - begun
+            self.gates.append({"name": gate.name, **found._asdict()})
+            if not notes.note(frozen, gate.name, found).passed:
+                return False
+        return True
+
+    def stage(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What a stage gave, or gives now."""
+        self.now = name
+        self.told({"kind": "stage", "name": name})
+        found = self.ledger.begin(self.attempt, name)
+        return found if found is not None else self.ledger.finish(self.attempt, name, step())
+
+    def waits(self, name: str) -> None:
+        """Says that another judge measures."""
+        self.told({"kind": "waiting", "name": name})
+
+    def frozen(self, handed: freeze.Handed) -> Frozen:
+        """The plan: from here on nothing that was handed in is looked at again."""
+        self.stage("prepare", lambda: self.prepare(handed))
+        return Frozen.read(self.attempt.folder / FILE)
+
+    def prepare(self, handed: freeze.Handed) -> dict[str, Any]:
+        """Freezes the plan."""
+        frozen = freeze.freeze(self.read, handed, self.attempt, sandboxed=self.sandboxed, skipped=self.skipped)
+        return {"plan": frozen.digest, "outcome": frozen.content["outcome"]}
+
+    def clean(self, frozen: Frozen) -> dict[str, Any]:
+        """Trees as they were frozen, with nothing built in them."""
+        (frozen.folder / build.MARK).unlink(missing_ok=True)
+        shutil.rmtree(frozen.folder / "cache", ignore_errors=True)
+        freeze.write_trees(Store(frozen.folder / "git"), frozen.content["commits"], frozen.folder / "trees")
+        return {}
+
+    def measure(self, frozen: Frozen, environment: dict[str, str]) -> dict[str, Any]:
+        """RAW, until every workload is decided."""
+        raw = self.attempt.folder / RAW
+        measure(frozen, raw, sandboxed=self.sandboxed, environment=environment, told=self.told)
+        files = sorted(raw.glob("*.jsonl"))
+        return {"raw": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
+
+    def close(self, found: dict[str, Any]) -> dict[str, Any]:
+        """Writes verdict and reports, then the last row; the verdict."""
+        found["attempt"]["of_patch"] = self.ledger.attempts(self.key.task, self.key.patch)
+        written(self.attempt.folder / VERDICT, json.dumps(found, indent=1) + "\n")
+        pages.write(self.attempt.folder, found)
+        self.ledger.close_attempt(self.attempt, found)
+        return found

@@ -1,0 +1,1 @@
+"""Does assay keep its promises? Simulations, real experiments with a known truth, canaries, this machine."""

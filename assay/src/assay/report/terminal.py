@@ -1,0 +1,174 @@
+"""What a person sees in a terminal: progress while blocks are measured, and the outcome as a table."""
+
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+from assay.contract import foreign
+from assay.statistics.looks import LOOKS, Judgement
+
+_NAMES = {"base": "A", "candidate": "B", "control": "A'"}
+
+
+class Progress:
+    """Follows RAW's rows on stderr: a bar where rich is there, else a line; without a terminal only what is waited for.
+
+    It shows how far the campaign is and never an estimate: what is seen early must not tempt anybody to stop.
+    """
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+        self.clean = self.left_out = 0
+        self.stage = ""
+        self.start = time.monotonic()
+        self.shows = self.begun = False
+
+    def begin(self) -> None:
+        """Shows itself from now on, if stderr is a terminal. The first row does the same."""
+        self.begun, self.shows = True, sys.stderr.isatty()
+        if self.shows:
+            try:
+                from rich.console import Console
+                from rich.progress import Progress as Bar
+
+                self.bar = Bar(console=Console(stderr=True), transient=True, auto_refresh=False)
+                self.task = self.bar.add_task("calibrating", total=LOOKS[-1].blocks)
+                self.bar.start()
+            except ImportError:
+                self.say("calibrating")
+
+    def told(self, row: dict[str, Any]) -> None:
+        """Takes a row."""
+        if not self.begun:
+            self.begin()
+        if row["kind"] == "block":
+            self.clean += not row["reasons"]
+            self.left_out += bool(row["reasons"])
+        elif row["kind"] in ("stage", "workload", "waiting"):
+            self.clean = self.left_out = 0
+            self.stage = row["name"] if row["kind"] != "waiting" else f"another judge has {row['name']}"
+            if row["kind"] == "waiting" and not self.shows:
+                line(f"waiting: {self.stage}", sys.stderr)
+        if self.shows:
+            look = next((look.blocks for look in LOOKS if look.blocks > self.clean), LOOKS[-1].blocks)
+            words = f"block {self.clean}, next look at {look}" + f", {self.left_out} left out" * bool(self.left_out)
+            if self.stage:
+                words = f"{self.stage}: {words}" if self.clean or self.left_out else self.stage
+            if self.bar is None:
+                self.say(f"{words}, {time.monotonic() - self.start:.0f} s")
+            else:
+                self.bar.update(self.task, completed=self.clean, description=_unmarked(words), refresh=True)
+
+    def say(self, words: str) -> None:
+        """Replaces the line."""
+        print(f"\r{foreign.on_one_line(words):<70}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leaves the terminal clean."""
+        if self.bar is not None:
+            self.bar.stop()
+        elif self.shows:
+            print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def _unmarked(words: str) -> str:
+    """For rich, whose own marks stand in brackets."""
+    return foreign.on_one_line(words).replace("[", r"\[")
+
+
+def line(words: str, where: TextIO | None = None) -> None:
+    """Prints a line at once, to stdout unless told otherwise. What may be anybody's words is escaped."""
+    _written(foreign.told(words), where or sys.stdout)
+
+
+def _written(text: str, where: TextIO) -> None:
+    """Prints; who no longer listens (`assay ... | head`) changes nothing of what a command comes to."""
+    try:
+        print(text, file=where, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), where.fileno())
+
+
+def lines(many: Iterable[str]) -> None:
+    """Prints one after another."""
+    for one in many:
+        line(one)
+
+
+def document(content: Any) -> None:
+    """Prints JSON, in which everything beside ASCII is escaped."""
+    _written(json.dumps(content, indent=1), sys.stdout)
+
+
+def percent(log_ratio: float) -> str:
+    """A log-ratio as a change in per cent, with its sign."""
+    return f"{math.expm1(log_ratio):+.2%}"
+
+
+def outcome(seen: Judgement) -> list[str]:
+    """The verdict and what it rests on, a line each."""
+    lines = [f"{seen.verdict}: {seen.reason}{', beyond the margin' if seen.material else ''}"]
+    if math.isfinite(seen.estimate):
+        ends = f"{percent(seen.interval.low)} to {percent(seen.interval.high)}"
+        seen_at = f"{seen.blocks} blocks; an effect of {math.expm1(seen.detectable):.2%} would have been seen"
+        estimate = f"A / B: {math.exp(seen.estimate):.4f}, that is {percent(seen.estimate)}"
+        lines.append(f"{estimate}; {1 - seen.alpha:.1%} interval {ends}; {seen_at}")
+    return lines
+
+
+def figures(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of the medians over clean blocks of everything that was measured."""
+    clean = [row for row in rows if row["kind"] == "block" and not row["reasons"]]
+    if not clean:
+        return []
+    primary = rows[0]["plan"]["primary"]
+    lines = [f"{'median of clean blocks':<24}{'A':>12}{'B':>12}{chr(39).join(('A', '')):>12}{'A / B':>9}"]
+    for name in clean[0]["figures"]["base"]:
+        values = {arm: statistics.median(row["figures"][arm][name] for row in clean) for arm in _NAMES}
+        shown = [quantity(name, values[arm]) for arm in _NAMES]
+        ratio = f"{values['base'] / values['candidate']:.3f}" if values["candidate"] > 0 else "-"
+        label = f"{name}, gets the verdict" if name == primary else name
+        lines.append(f"{label:<24}" + "".join(f"{one:>12}" for one in shown) + f"{ratio:>9}")
+    return lines
+
+
+def quantity(name: str, value: float) -> str:
+    """A figure with its unit."""
+    if name == "memory":
+        return f"{value / 1024:.1f} MiB"
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value * 1e9:.4g} ns"
+
+
+def conditions(rows: list[dict[str, Any]]) -> list[str]:
+    """How it was measured, and what was left out, a line each."""
+    header = rows[0]
+    blocks = [row for row in rows if row["kind"] == "block"]
+    lines = [
+        f"{subject(header)}; protocol {header['protocol']}, seed {header['plan']['seed']}, "
+        f"margin {header['plan']['delta']:.1%}, isolation: {header['isolation']}"
+    ]
+    if header["clock"] == "cooperative":
+        lines.append("clock: cooperative (CUDA events inside the arm); trust: benign, no tamper resistance is claimed")
+    compared = sum(row["compared"] for row in blocks)
+    if compared:
+        lines.append(f"outputs: {compared} compared with base's, {sum(len(row['differing']) for row in blocks)} differ")
+    else:
+        lines.append("outputs: not compared")
+    lines += [f"block {row['number']} left out: {'; '.join(row['reasons'])}" for row in blocks if row["reasons"]][:5]
+    return lines
+
+
+def subject(header: dict[str, Any]) -> str:
+    """What was run, in a few words."""
+    workload = header["plan"]["workload"]
+    if workload["kind"] == "command":
+        return " ".join(workload["command"])
+    return f"{workload['kind']} {workload['target']}"

@@ -1,0 +1,165 @@
+"""What an arm may take of the machine, and the judge of time and memory; whatever runs out ends in a typed outcome."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from assay.__main__ import main
+from assay.arms.handle import started
+from assay.arms.inside.wire import encode
+from assay.arms.sandbox import run
+from assay.arms.trees import Trees
+from assay.contract.box import Box
+from assay.contract.errors import ArmError
+from assay.contract.task import read
+from assay.contract.workload import Plan, Workload
+from assay.experiment.exchange import Exchange
+from assay.experiment.samples import command_sample
+from assay.judgement import attempt, measurement
+from assay.judgement.guards import Source
+from small_project import BASE, FASTER, assay, candidate, edited, environment, project
+
+NOTHING = b"".join(bytes(part) for part in encode(()))
+HOLDS = "import time\nheld = bytearray(b'x') * ({size} << 20)\ntime.sleep({seconds})\n"
+FORKS = "import os, time\nfor _ in range(3):\n    if os.fork() == 0:\n        {inner}\n        os._exit(0)\n"
+FORKS += "for _ in range(3): os.wait()\n"
+
+
+def exchange(folder: Path, code: str, **more: Any) -> Exchange:
+    (folder / "work.py").write_text(code)
+    (folder / "places").mkdir(exist_ok=True)
+    trees = Trees.at({"candidate": folder}, folder / "places")
+    return Exchange(started("candidate", Workload("call", target="work:work"), trees, 0, 20, weighs=True), **more)
+
+
+def test_memory_is_that_of_the_whole_tree(tmp_path: Path) -> None:
+    inner = HOLDS.format(size=40, seconds=0.4).replace("\n", "; ").rstrip("; ")
+    (tmp_path / "run.py").write_text(FORKS.format(inner=inner))
+    with tempfile.TemporaryDirectory() as places:
+        trees = Trees.at({"base": tmp_path}, Path(places))
+        command = Workload("command", (sys.executable, "-S", "run.py"))
+        alone = command_sample("base", Plan(command).checked(), trees, 0).figures["memory"]
+        together = command_sample("base", Plan(command, primary="memory").checked(), trees, 0).figures["memory"]
+    assert alone < 70 * 1024 < 110 * 1024 < together  # KiB
+
+
+def test_memory_of_a_workers_tree(tmp_path: Path) -> None:
+    forks = FORKS.format(inner="held = bytearray(b'x') * (40 << 20); time.sleep(0.4)")
+    code = "def work():\n" + "".join(f"    {line}\n" for line in forks.splitlines())
+    asked = exchange(tmp_path, code)
+    try:
+        asked.call(NOTHING)
+        assert asked.worker.running.peak_kib() > 110 * 1024
+    finally:
+        asked.worker.end()
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def work(): return b'x' * (3 << 20)\n", "announced a reply of"),
+        ("def work(): return [0] * (1 << 20)\n", "announced a reply of"),
+        ("def work(): raise ValueError('x' * (3 << 20))\n", "announced a reply of"),
+    ],
+)
+def test_a_reply_that_is_far_too_long_is_not_read(code: str, words: str, tmp_path: Path) -> None:
+    asked = exchange(tmp_path, code, expected=100)
+    try:
+        with pytest.raises(ArmError, match=words) as seen:
+            asked.call(NOTHING)
+        assert seen.value.outcome == "incorrect"
+    finally:
+        asked.worker.end()
+
+
+@pytest.mark.sandbox
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os\nwith open(os.environ['XDG_CACHE_HOME'] + '/x', 'wb') as f:\n while True: f.write(b'x' * (1 << 20))",
+        "while True: print('x' * (1 << 20))",
+        "f = open('x', 'wb')\nwhile True: f.write(b'x' * (1 << 20))",
+    ],
+    ids=["cache", "log", "tree"],
+)
+def test_disk_has_a_quota(code: str, tmp_path: Path) -> None:
+    for name in ("tree", "cache"):
+        (tmp_path / name).mkdir()
+    box = Box(tmp_path / "tree", writable=True, cache=tmp_path / "cache", disk_bytes=64 << 20)
+    start = time.monotonic()
+    ended = run(box, [sys.executable, "-S", "-c", code], timeout_s=120)
+    assert ended.status == -9 and "more than 67108864" in ended.killed and time.monotonic() - start < 60, ended.killed
+    assert run(box, ["true"], timeout_s=30).status == 0
+
+
+def test_gates_have_a_budget(tmp_path: Path) -> None:
+    """A test that stalls ends with the seconds of the task, and it is nobody's fault."""
+    task = edited(project(tmp_path), "[budget]", "[budget]\nseconds = 6.0")
+    tree = candidate(task, "c", {"pkg/__init__.py": f"import time\ntime.sleep(600)\n{BASE}"})
+    start = time.monotonic()
+    done = assay("judge", task, "--tree", tree, "--store", tmp_path / "store", "--no-sandbox", "--json")
+    found = json.loads(done.stdout)
+    assert (found["outcome"], found["status"]) == ("infra.budget", 3), found
+    assert found["words"] == ["tests: the task's seconds of gates are spent"] and time.monotonic() - start < 40
+    assert assay("ledger", "--store", tmp_path / "store").stdout.rstrip().endswith("infra.budget unsandboxed")
+
+
+@pytest.mark.parametrize("errno", [28, 5])
+def test_a_full_disk_is_infrastructure_with_a_row(
+    errno: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = project(tmp_path)
+    tree = candidate(task, "c", {"pkg/__init__.py": FASTER})
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno, os.strerror(errno))
+
+    monkeypatch.setattr(measurement, "_decided", full)
+    options = ["--skip", "tests,equivalence", "--store", str(tmp_path / "store"), "--no-sandbox"]
+    assert main(["judge", str(task), "--tree", str(tree), *options, "--json"]) == 3
+    found = json.loads(capsys.readouterr().out)
+    assert found["outcome"] == "infra.host" and found["words"][0].startswith("measure: OSError: "), found
+    assert main(["ledger", "--store", str(tmp_path / "store")]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("infra.host unsandboxed without tests, equivalence")
+    monkeypatch.setattr(attempt.freeze, "freeze", full)  # before there is a plan there is no verdict either
+    assert main(["judge", str(task), "--tree", str(tree), *options]) == 3
+    assert "prepare: OSError: " in capsys.readouterr().err
+
+
+def test_who_no_longer_listens_changes_nothing(tmp_path: Path) -> None:
+    task = project(tmp_path)
+    tree = candidate(task, "c", {"other.py": ""})
+    command = [sys.executable, "-m", "assay", "judge", str(task), "--tree", str(tree), "--no-sandbox"]
+    command += ["--store", str(tmp_path / "store")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as judge:
+        assert judge.stdout is not None and judge.stderr is not None
+        judge.stdout.close()
+        said = judge.stderr.read()
+        assert judge.wait(60) == 1 and said == b""
+    assert assay("ledger", "--store", tmp_path / "store").stdout.rstrip().endswith("out_of_scope unsandboxed")
+
+
+def test_an_error_in_reading_a_reply_is_the_candidates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from assay.gates import equivalence
+
+    def odd(*_: Any) -> str:
+        raise IndexError("odd")
+
+    task = project(tmp_path)
+    tree = candidate(task, "c", {"pkg/__init__.py": BASE.replace("return total", "return total + (n > 150)")})
+    difference = equivalence.difference
+
+    def read_oddly(one: Any, two: Any, *more: Any) -> str:
+        return odd() if one != two else difference(one, two, *more)
+
+    monkeypatch.setattr(equivalence, "difference", read_oddly)
+    found, _ = attempt.judge(read(task), Source("tree", str(tree)), tmp_path / "s", sandboxed=False, skipped=["tests"])
+    assert found["outcome"] == "incorrect", found
+    assert "sent what cannot be compared: IndexError: odd" in found["words"][0]

@@ -1,0 +1,1 @@
+"""One module per operator that can be measured. Each has an `OPERATOR` (see `moeyard.bench.operators.Operator`)."""

@@ -1,0 +1,255 @@
+"""The command line: moeyard bench | doctor | warmup | plot. It needs typer and rich, the extra `cli`."""
+
+import platform
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+import moeyard
+from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, timing, workloads
+from moeyard.bench.operators import Case, Provider, operators
+from moeyard.bench.tables import EXPLAINED, tables
+from moeyard.dispatch.table import TABLE, explain
+
+app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+_console = Console()
+_errors = Console(stderr=True)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"moeyard {moeyard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@bench_app.callback()
+def bench(
+    context: typer.Context,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", "-w", help="A workload by name, or a TOML file; seed unless given."),
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option("--op", help="Only these ops of the workloads.")] = None,
+    provider: Annotated[
+        list[str] | None, typer.Option("--provider", "-p", help="Only these: moeyard, moeyard:cpu, torch, vllm, ...")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless given.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=3, help="Samples of every provider, taken in turn.")] = 30,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate sizes of models by this.")] = 1,
+    cold_: Annotated[bool, typer.Option("--cold", help="Also time first calls in fresh processes (CPU).")] = False,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write a JSON result file.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the workloads and stop.")] = False,
+) -> None:
+    """Time every provider of a workload: checked first, then in turn, median and spread."""
+    if context.invoked_subcommand is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+        if given:
+            raise _fail(f"bench {context.invoked_subcommand}: expected its own options behind it, got {given} before")
+        return
+    if list_:
+        for name, description in workloads.names().items():
+            _console.print(f"[bold]{name}[/]: {description}")
+        return
+    place = _device(device)
+    cases = _cases(workload or ["seed"], op, scale)
+    everyone = [p for case in cases for p in operators()[case.op].providers(case, place)]
+    if provider and not any(_is_wanted(p, provider) for p in everyone):
+        raise _fail(f"--provider: expected some of {sorted({p.label for p in everyone})}, got {provider}")
+    first = next((case for case in cases if case.op == cold.OP), None)
+    if cold_ and first is None:
+        raise _fail(f"--cold: expected a workload of {cold.OP}, got none")
+    rows: list[dict[str, Any]] = []
+    with _progress() as progress:
+        steps = len(cases) * rounds * (2 if place.type == "cuda" else 1)
+        cold_rounds = 5
+        task = progress.add_task("measuring rates", total=steps + cold_ * cold.COLD_KINDS * (cold_rounds + 1))
+        rates = timing.rates(place)
+        for case in cases:
+            progress.update(task, description=str(case))
+            rows += run.run_case(
+                case,
+                place,
+                rates=rates,
+                rounds=rounds,
+                wanted=lambda p: _is_wanted(p, provider),
+                seed=seed,
+                advance=lambda: progress.advance(task),
+            )
+        if cold_ and first is not None:
+            progress.update(task, description="first calls in fresh processes")
+            rows += cold.run_cold(first, place, cold_rounds, lambda: progress.advance(task))
+    facts = results.machine(place, rates)
+    for shown in tables(rows):
+        _console.print(shown)
+    where = f"{facts.get('gpu', facts['cpu'])}, copy bandwidth {rates.copy_gb_s:.1f} GB/s, read {rates.read_gb_s:.1f}"
+    _console.print(f"{where}; {EXPLAINED}")
+    if out is not None:
+        results.write(out, results.document(rows, facts, peers.versions(place)))
+        _console.print(f"wrote {out}")
+    wrong = [row for row in rows if not row["correct"]]
+    for row in wrong:
+        whose = f"{row['provider']} {row['impl']}, {row['op']} {row['sizes']} {row['routing']}"
+        _errors.print(f"wrong, not timed: {whose}: {row['wrong']}", style="red", highlight=False, markup=False)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _cases(names: list[str], ops: list[str] | None, scale: int) -> list[Case]:
+    try:
+        found = [case for name in names for case in workloads.load(name, scale) if not ops or case.op in ops]
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
+    if not found:
+        raise _fail(f"--op: expected ops of these workloads, got {ops}")
+    return found
+
+
+def _is_wanted(provider: Provider, names: list[str] | None) -> bool:
+    return not names or provider.name in names or provider.label in names
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    return tuple(filter(None, text.split(","))) if text else None
+
+
+def _numbers(text: str) -> tuple[int, ...] | None:
+    found = _names(text)
+    if found is not None and not all(part.isdecimal() for part in found):
+        raise _fail(f"--tokens: expected integers with commas between them, got {text!r}")
+    return None if found is None else tuple(map(int, found))
+
+
+@bench_app.command()
+def experts(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the result file and of logs/.")],
+    seconds: Annotated[float, typer.Option(help="Everything ends by then.")] = 170.0,
+    name: Annotated[str, typer.Option(help="The result file's name without .json.")] = "experts_bf16",
+    models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(experts_cells.MODELS),
+    tokens: Annotated[str, typer.Option(help="Comma-separated; what each part is made for unless given.")] = "",
+    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted.")] = ",".join(experts_cells.PARTS),
+    providers: Annotated[str, typer.Option(help="Comma-separated; only these: vllm, moeyard:cuda, ...")] = "",
+    all_: Annotated[bool, typer.Option("--all", help="All of moeyard's implementations but torch's.")] = False,
+    variants: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (label, run) pairs for a case.")] = "",
+    cell_seconds: Annotated[float, typer.Option(help="About how long a case's rounds last.")] = 0.8,
+    rounds: Annotated[int, typer.Option(help="At most so many rounds per case.")] = timing.MOST_ROUNDS,
+    shares: Annotated[int, typer.Option(help="Processes per model that compile ahead; 0 for none.")] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    scale: Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate sizes by this.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cuda",
+) -> None:
+    """Time experts beside vLLM, torch and DeepGEMM within a time limit, one process per model."""
+    try:
+        wanted = experts_gpu.Options(
+            out, seconds, name, _names(models) or (), _numbers(tokens),
+            _names(parts) or (), _names(providers), all_, variants, cell_seconds, rounds, shares, seed, scale,
+            _device(device).type,
+        )  # fmt: skip
+        if not experts_gpu.measure(wanted):
+            raise typer.Exit(1)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
+
+
+@app.command()
+def plot(
+    result: Annotated[Path, typer.Argument(help="A result file of `moeyard bench --out`.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A .png or .svg file.")] = None,
+    mode: Annotated[str | None, typer.Option(help="graph, eager or cpu.")] = None,
+) -> None:
+    """Draw a result file: time over tokens, and ratios."""
+    target = out or result.with_suffix(".png")
+    if target.suffix not in (".png", ".svg"):
+        raise _fail(f"--out: expected a .png or .svg file, got {target}")
+    if not peers.installed("matplotlib"):
+        raise _fail("matplotlib is not installed (pip install 'moeyard[plot]')")
+    try:
+        shown = plots.plot(results.read(result), target, mode=mode)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
+    _console.print(f"wrote {target}: {shown} providers")
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, and why not the rest."""
+    _console.print(f"moeyard {moeyard.__version__}, Python {platform.python_version()}, torch {torch.__version__}")
+    cuda = torch.cuda.is_available()
+    if cuda:
+        _console.print(f"GPU: {torch.cuda.get_device_name()}, CUDA {torch.version.cuda}")
+    elif torch.version.cuda is None:
+        _console.print("no GPU: this build of torch is without CUDA")
+    else:
+        _console.print(f"no GPU: torch is built for CUDA {torch.version.cuda} but sees no device")
+    for package, how, use in _OPTIONAL:
+        state = "installed" if peers.installed(package) else f"missing ({how})"
+        _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
+    for place in ["cpu", *(["cuda"] if cuda else [])]:
+        table = Table(title=f"{place} tensors", title_justify="left")
+        for column in ("op", "auto takes", "the others"):
+            table.add_column(column)
+        for name in TABLE:
+            seen = explain(name, place)
+            rest = [f"{impl}: {why}" for impl, why in seen.reasons.items() if impl != seen.chosen]
+            table.add_row(name, seen.chosen, Text("\n".join(rest)))
+        _console.print(table)
+
+
+_OPTIONAL = (
+    ("numba", "pip install 'moeyard[cpu]'", "the cpu implementations"),
+    ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
+    ("triton", "pip install 'moeyard[gpu]'", "the triton implementations"),
+    ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
+    ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
+    ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),
+)
+
+
+@app.command()
+def warmup(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; all there are unless given.")] = None,
+) -> None:
+    """Compile and cache kernels now, so that first calls need not."""
+    place = None if device is None else _device(device)
+    with _errors.status("compiling kernels"):
+        seconds = moeyard.warmup(place)
+    for name, spent in seconds.items():
+        _console.print(f"{spent * 1e3:8.1f} ms  {name}", highlight=False)
+
+
+def _fail(message: str) -> typer.Exit:
+    _errors.print(f"error: {message}", highlight=False, markup=False)
+    return typer.Exit(2)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise _fail(f"--device: expected cpu or cuda, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise _fail(f"--device: expected a device of this machine, got {name!r} and torch sees no GPU")
+    return torch.device(name)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=_errors, transient=True)

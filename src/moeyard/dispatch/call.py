@@ -1,0 +1,57 @@
+"""What a choice between implementations may depend on: plain values, so that a choice is made once per kind of call."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moeyard.values import ExpertWeights
+
+
+class WeightFacts(NamedTuple):
+    """What a choice may depend on of the weights of experts."""
+
+    dtype: torch.dtype
+    scheme: str
+    """How values are quantised; "none"."""
+    num_local_experts: int
+    columns: int
+    """Rows of an expert's first matrix: results per row of a product; 2 * intermediate_size of gated experts."""
+    size: int
+    """Columns of that matrix: hidden_size."""
+    gated: bool
+    readable: str
+    """Why kernels that read 16 bytes at once cannot read them as they lie, in words; "" if they can."""
+
+
+class Call(NamedTuple):
+    """What a choice may depend on."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Dtype of the ids (layout) or rows (permute, combine, products, experts)."""
+    weights: WeightFacts | None = None
+    """Products and experts."""
+    num_tokens: int | None = None
+    """Tokens of experts; rows of the result of a product."""
+    top_k: int = 1
+    num_experts: int = 0
+    """Global number of experts; 0 where nobody knows."""
+    weight_on_input: bool = False
+
+
+def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
+    """The facts of both matrices of experts."""
+    first, second = weights.w13, weights.w2
+    experts, columns, size = first.shape
+    readable = unreadable(first, "weights.w13") or unreadable(second, "weights.w2")
+    return WeightFacts(first.dtype, "none", experts, columns, size, weights.gated, readable)
+
+
+def unreadable(weight: Tensor, name: str) -> str:
+    """Why a kernel that reads 16 bytes of a dense matrix at once cannot read `weight`, in words; "" if it can."""
+    if not weight.is_contiguous():
+        return f"{name}: expected a contiguous tensor, got strides {weight.stride()}"
+    if weight.data_ptr() % 16:
+        return f"{name}: expected an address that is a multiple of 16 bytes"
+    return ""

@@ -1,0 +1,206 @@
+"""An operator: one schema, one allocation, one launch, whoever calls it.
+
+Every operator is registered as `torch.ops.moeyard.<name>`, which torch.compile, export, tracing and autograd see. That
+way costs 4 us and more per call. So an eager call on plain tensors allocates and launches directly. Both ways run the
+functions that an `Op` was made of, and mean the same.
+"""
+
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.nn import Parameter
+
+from moeyard.dispatch.memory import refuse_overlap
+from moeyard.dispatch.table import launcher
+from moeyard.values import Layout, Permuted
+
+LAYOUT = (
+    "(Tensor sorted_token_ids, Tensor expert_ids, Tensor num_tokens_post_padded, Tensor expert_offsets, "
+    "Tensor expert_counts, Tensor route_rows)"
+)
+"""What registered layout operators return."""
+SIZES = "SymInt num_experts, SymInt num_local_experts, SymInt block_size, SymInt top_k"
+"""The integers of a layout, in the order in which registered operators take them."""
+ops = torch.ops.moeyard
+
+_LIBRARY = torch.library.Library("moeyard", "DEF")
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_PLAIN = (Tensor, Parameter)
+
+
+def goes_straight(*tensors: Tensor | None) -> bool:
+    """Whether nothing needs to see a call: no compiler, mode, transform, tangent, lazy view, subclass or gradient."""
+    if _is_compiling() or _dispatch_modes() or _function_modes() or _transform() is not None:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    for tensor in tensors:
+        if tensor is not None:
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
+                return False
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return False
+    return True
+
+
+class Gradient(NamedTuple):
+    """The backward of an operator, as torch.library.register_autograd takes it."""
+
+    inputs: tuple[str, ...]
+    """The tensors that have one."""
+    setup: Callable[..., None]
+    backward: Callable[..., Any]
+
+
+class Op:
+    """An operator of the table; calling it allocates unless outputs are given, launches, and returns the outputs.
+
+    Args:
+        schema: of the registered operator. The tensors that callers give come first, `impl` comes last.
+        allocate: (*arguments) -> outputs: a tensor, Layout, Permuted or Routing, uninitialised.
+        launch: (launcher, outputs, *arguments) fills them.
+        allocate_eagerly: `allocate` where outputs may share an allocation, which registered operators may not.
+        flatten: (*arguments) -> what the schema lists before `impl`; the arguments themselves unless given.
+        gather: the inverse of `flatten`.
+        assemble: (what the registered operator returned, *arguments) -> outputs, unless that is one tensor.
+        call: (*arguments) -> what implementations are chosen by (`table.Call`) beyond the first tensor's device and
+            dtype.
+        gradient: None for an operator without one. A tensor that needs a gradient which is not there is refused.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        allocate: Callable[..., Any],
+        launch: Callable[..., None],
+        allocate_eagerly: Callable[..., Any] | None = None,
+        flatten: Callable[..., tuple[Any, ...]] | None = None,
+        gather: Callable[..., tuple[Any, ...]] | None = None,
+        assemble: Callable[..., Any] | None = None,
+        call: Callable[..., Any] | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
+        self.name = schema[: schema.index("(")]
+        listed = [part.split() for part in schema[schema.index("(") + 1 : schema.index(")")].split(",")][:-1]
+        self._inputs = [name for _, name in listed]
+        self._leading = sum(1 for _ in takewhile(lambda part: part[0].startswith("Tensor"), listed))
+        self._allocate, self._launch = allocate, launch
+        self._allocate_eagerly = allocate_eagerly or allocate
+        self._flatten, self._gather, self._assemble, self._call = flatten, gather, assemble, call
+        self._differentiable = () if gradient is None else gradient.inputs
+        _LIBRARY.define(schema)
+        _LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moeyard::{self.name}", self._fake, lib=_LIBRARY)
+        if gradient is not None:
+            torch.library.register_autograd(
+                f"moeyard::{self.name}", gradient.backward, setup_context=gradient.setup, lib=_LIBRARY
+            )
+        self._registered = getattr(ops, self.name)
+
+    def __call__(self, arguments: tuple[Any, ...], impl: str, out: Any = None, apart: bool = False) -> Any:
+        """The outputs: `out` with its contents if one is given, which was checked against shapes and dtypes.
+
+        `apart` says that the caller knows `out` to share no memory with the arguments.
+        """
+        flat = arguments if self._flatten is None else self._flatten(*arguments)
+        if not goes_straight(*flat[: self._leading]):
+            return self._through_dispatcher(flat, arguments, impl, out)
+        first = arguments[0]
+        facts = None if self._call is None else self._call(*arguments)
+        launch = launcher(self.name, impl, first.device, first.dtype, facts)
+        if out is None:
+            out = self._allocate_eagerly(*arguments)
+            self._launch(launch, out, *arguments)
+            return out
+        if not apart:
+            refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
+        self._launch(launch, out, *arguments)
+        increment_version(_tensors(out))
+        return out
+
+    def _through_dispatcher(self, flat: tuple[Any, ...], arguments: tuple[Any, ...], impl: str, out: Any) -> Any:
+        self._refuse_gradients(flat)
+        if not torch.compiler.is_compiling():
+            self._refuse_transforms(flat)
+            if out is not None and all(type(t) in _PLAIN for t in (*flat, *_tensors(out)) if isinstance(t, Tensor)):
+                refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
+        fields = self._registered(*flat, impl)
+        result = fields if self._assemble is None else self._assemble(fields, *arguments)
+        return result if out is None else out.copy_(result)
+
+    def _refuse_gradients(self, flat: tuple[Any, ...]) -> None:
+        """ValueError for a tensor whose gradient this operator would lose."""
+        if not torch.is_grad_enabled():
+            return
+        for name, value in zip(self._inputs, flat, strict=True):
+            if isinstance(value, Tensor) and value.requires_grad and name not in self._differentiable:
+                raise ValueError(
+                    f"{name}: expected a tensor that needs no gradient ({self.name} has none for it: torch.no_grad()), "
+                    "got one with requires_grad=True"
+                )
+
+    def _refuse_transforms(self, flat: tuple[Any, ...]) -> None:
+        """ValueError for what forward-mode differentiation and torch.func would lose or fail at."""
+        transform = _transform()
+        reverse = transform is not None and transform.key() == torch._C._functorch.TransformType.Grad
+        for name, value in zip(self._inputs, flat, strict=True):
+            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+                continue
+            if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+                raise ValueError(
+                    f"{name}: expected a tensor without a tangent ({self.name} has no forward-mode derivative), "
+                    "got one with a tangent"
+                )
+            if reverse and value.requires_grad and torch.is_grad_enabled():
+                raise ValueError(
+                    f"{name}: expected a call outside torch.func.grad, vjp and jacrev ({self.name} has a gradient for "
+                    "torch.autograd alone), got a tensor that one of them differentiates"
+                )
+
+    def _kernel(self, *flat_and_impl: Any) -> Any:
+        *flat, impl = flat_and_impl
+        arguments = tuple(flat) if self._gather is None else self._gather(*flat)
+        outputs = self._allocate(*arguments)
+        first = arguments[0]
+        facts = None if self._call is None else self._call(*arguments)
+        self._launch(launcher(self.name, impl, first.device, first.dtype, facts), outputs, *arguments)
+        return _fields(outputs)
+
+    def _fake(self, *flat_and_impl: Any) -> Any:
+        flat = flat_and_impl[:-1]
+        return _fields(self._allocate(*(flat if self._gather is None else self._gather(*flat))))
+
+
+def _named(outputs: Any) -> list[tuple[str, Tensor]]:
+    """The tensors of outputs with the names that errors have for them."""
+    if isinstance(outputs, Tensor):
+        return [("out", outputs)]
+    if isinstance(outputs, Layout):
+        return [(f"out.{name}", getattr(outputs, name)) for name in Layout.TENSORS]
+    names = ("rows", "scales") if isinstance(outputs, Permuted) else ("topk_weights", "topk_ids")
+    return [(f"out.{name}", t) for name in names if (t := getattr(outputs, name)) is not None]
+
+
+def _tensors(outputs: Any) -> tuple[Tensor, ...]:
+    if isinstance(outputs, Layout):
+        return outputs.tensors
+    return tuple(tensor for _, tensor in _named(outputs))
+
+
+def _fields(outputs: Any) -> Any:
+    """What a registered operator returns: a tensor for scales that were not given, too."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Permuted) and outputs.scales is None:
+        return outputs.rows, outputs.rows.new_empty(0)
+    return _tensors(outputs)

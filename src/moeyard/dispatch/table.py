@@ -1,0 +1,352 @@
+"""Which implementation meets a call: one table, loaded lazily, whose row order is the preference.
+
+Every implementation is a *launcher*: it receives checked inputs and outputs that are already allocated,
+fills every valid element of the outputs and returns nothing. Launchers of one op share a signature.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.values import ExpertWeights
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One row of the table."""
+
+    name: str
+    target: str
+    """"module:function" of the launcher."""
+    refusal: Callable[[Call], str | None]
+    """Why this implementation cannot meet a call, in words; None if it can."""
+    by_name_only: bool = False
+    way: str = ""
+    """Which of an implementation's rows this is, where it has several for an operator."""
+    unfit: str = ""
+    """"module:function" of a second refusal, for what only the implementation's own folder knows."""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    """"module:function" of launchers that go with this one, by what they are for."""
+
+    @property
+    def label(self) -> str:
+        """The name, and which way."""
+        return f"{self.name} ({self.way})" if self.way else self.name
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` would choose for a call, and why the others are not chosen."""
+
+    op: str
+    call: Call
+    chosen: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        dtype = str(self.call.dtype).removeprefix("torch.")
+        lines = [f"{self.op} on {self.call.device.type} ({dtype}): {self.chosen}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+@cache
+def installed(module: str) -> bool:
+    """Whether a package is there to be imported."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even its parent is
+        return False
+
+
+def _anywhere(_: Call) -> str | None:
+    return None
+
+
+def _cpu(call: Call) -> str | None:
+    if call.device.type != "cpu":
+        return f"takes CPU tensors, got {call.device.type}"
+    if not installed("numba"):
+        return "numba is not installed (pip install 'moeyard[cpu]')"
+    return None
+
+
+def _cuda(call: Call) -> str | None:
+    if call.device.type != "cuda" or torch.version.hip is not None:
+        return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
+    if not installed("cuda.core") or not installed("cuda.bindings"):
+        return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
+    if torch.cuda.is_available():
+        reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(_index(call.device))
+        return reason
+    return None
+
+
+def _sums(call: Call) -> str | None:
+    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"computes in float32: takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    return None
+
+
+def _cpu_sums(call: Call) -> str | None:
+    return _sums(call) or _cpu(call)
+
+
+def _cuda_sums(call: Call) -> str | None:
+    return _sums(call) or _cuda(call)
+
+
+def _cuda_products(call: Call) -> str | None:
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
+    reason, capability = _cuda(call), capability_of(call.device)
+    if reason is None and capability not in (None, (9, 0)):
+        return f"is written for compute capability 9.0, got {'.'.join(map(str, capability or ()))}"
+    return reason
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _triton(call: Call) -> str | None:
+    if not installed("triton"):
+        return "triton is not installed (pip install 'moeyard[gpu]')"
+    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "takes tensors of NVIDIA GPUs, got cpu (which it takes under TRITON_INTERPRET=1, to be tested)"
+    if call.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
+        return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
+    capability = capability_of(call.device)
+    if capability is not None and capability < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
+    return _sums(call)
+
+
+@cache
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of an NVIDIA GPU; None for other devices, and where there is none to ask."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
+
+
+def _everywhere(target: str) -> tuple[Impl, ...]:
+    """The rows that every operator has: `torch`, and `reference` only by name."""
+    return (
+        Impl("torch", f"moeyard.vectorised.{target}", _anywhere),
+        Impl("reference", f"moeyard.reference.{target}", _anywhere, by_name_only=True),
+    )
+
+
+def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = _cpu) -> tuple[Impl, ...]:
+    """The rows of what moves or sums rows."""
+    on_cpu = Impl("cpu", f"moeyard.cpu.rows:{launcher}", refusal)
+    return (on_cpu, cuda, *_everywhere(f"rows:{launcher}"))
+
+
+def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = _cuda) -> Impl:
+    return Impl("cuda", f"moeyard.cuda.rows.launchers:{launcher}", refusal)
+
+
+def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
+    """The rows of products, activations and experts."""
+    return (
+        Impl("cpu", f"moeyard.cpu.experts:{launcher}", _cpu_sums),
+        *cuda,
+        Impl("triton", f"moeyard.triton.experts:{launcher}", _triton),
+        *_everywhere(f"experts:{launcher}"),
+    )
+
+
+_PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+
+TABLE: dict[str, tuple[Impl, ...]] = {
+    # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
+    "moe_align_block_size": (
+        Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
+        Impl(
+            "cuda",
+            "moeyard.cuda.align.launchers:align_launch",
+            _cuda,
+            companions={
+                "first outputs": "moeyard.cuda.align.launchers:triple_launch",
+                "again": "moeyard.cuda.align.launchers:align_again",
+            },
+        ),
+        *_everywhere("layout:align_launch"),
+    ),
+    "batched_moe_align_block_size": (
+        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
+        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", _cuda),
+        *_everywhere("layout:batched_align_launch"),
+    ),
+    "moe_lora_align_block_size": _everywhere("layout:lora_align_launch"),
+    "route": (
+        Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
+        Impl(
+            "cuda",
+            "moeyard.cuda.route.launchers:route_launch",
+            _cuda_sums,
+            companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
+        ),
+        *_everywhere("router:route_launch"),
+    ),
+    "grouped_gemm": _layer(
+        "grouped_gemm_launch",
+        Impl("cuda", f"{_PRODUCTS}:grouped_gemm_launch", _cuda_products, unfit=f"{_PRODUCTS}:unfit_for_products"),
+    ),
+    "activate": _layer("activate_launch"),
+    "fused_experts": _layer(
+        "fused_experts_launch",
+        Impl(
+            "cuda",
+            f"{_FEW_TOKENS}:fused_experts_launch",
+            _cuda_products,
+            way="few tokens",
+            unfit=f"{_FEW_TOKENS}:unfit",
+        ),
+        Impl(
+            "cuda",
+            f"{_PRODUCTS}:fused_experts_launch",
+            _cuda_products,
+            way="products",
+            unfit=f"{_PRODUCTS}:unfit_for_experts",
+        ),
+    ),
+    "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
+    "permute_to_fp8": (
+        _cuda_rows("permute_to_fp8_launch", _cuda_sums),
+        *_everywhere("rows:permute_to_fp8_launch"),
+    ),
+    "shuffle_rows": _rows("shuffle_rows_launch", _cuda_rows("shuffle_rows_launch")),
+    "combine": _rows("combine_launch", _cuda_rows("combine_launch", _cuda_sums), _cpu_sums),
+    "moe_sum": _rows("moe_sum_launch", _cuda_rows("moe_sum_launch", _cuda_sums), _cpu_sums),
+}
+
+
+def _read_override(text: str) -> dict[str, str]:
+    """`MOEYARD_IMPL`: "torch" for every op, or "op=impl,op=impl"; "" overrides nothing."""
+    chosen: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, impl = part.rpartition("=")
+        if op and op not in TABLE:
+            raise ValueError(f"MOEYARD_IMPL: expected an op of {sorted(TABLE)}, got {op!r}")
+        known = {row.name for name in ([op] if op else TABLE) for row in TABLE[name]}
+        if impl not in known:
+            raise ValueError(f"MOEYARD_IMPL: expected an implementation of {sorted(known)}, got {impl!r}")
+        chosen.update({name: impl for name in ([op] if op else TABLE) if impl in {row.name for row in TABLE[name]}})
+    return chosen
+
+
+_OVERRIDE = _read_override(os.environ.get("MOEYARD_IMPL", ""))  # once: a read on every call costs 1 us
+
+
+def impl_names(op: str) -> tuple[str, ...]:
+    """The implementations of `op`, most preferred first."""
+    return tuple(dict.fromkeys(row.name for row in TABLE[op]))
+
+
+@lru_cache(maxsize=16384)
+def launcher(
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, facts: Call | None = None
+) -> Callable[..., None]:
+    """The launcher that meets a call: `impl` by name, or the first row that does not refuse for "auto".
+
+    An implementation asked for by name is met or refused with its reasons, never replaced (ValueError). `facts` is the
+    whole call where more than device and dtype matters.
+    """
+    return _load(_choose(op, impl, facts or Call(device, dtype)).target)
+
+
+@lru_cache(maxsize=1024)
+def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
+    target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
+    return _load(target) if target else None
+
+
+def _load(target: str) -> Callable[..., Any]:
+    module, function = target.split(":")
+    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return loaded
+
+
+def _refusal(row: Impl, call: Call) -> str | None:
+    reason = row.refusal(call)
+    if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
+        reason = _load(row.unfit)(call)
+    return reason
+
+
+def _choose(op: str, impl: str, call: Call) -> Impl:
+    wanted = _OVERRIDE.get(op, impl) if impl == "auto" else impl
+    if wanted != "auto" and wanted not in impl_names(op):
+        raise ValueError(f"impl: expected 'auto' or one of {list(impl_names(op))} for {op}, got {impl!r}")
+    refusals: dict[str, str] = {}
+    for row in TABLE[op]:
+        if row.name == wanted or (wanted == "auto" and not row.by_name_only):
+            reason = _refusal(row, call)
+            if reason is None:
+                _say_slow(op, row, refusals, call)
+                return row
+            refusals[row.label] = reason
+    reasons = list(refusals.values()) if len(refusals) == 1 else [f"{row}: {why}" for row, why in refusals.items()]
+    raise ValueError(f"impl: {wanted!r} refuses {op}: {'; '.join(reasons)}")
+
+
+def _say_slow(op: str, row: Impl, refusals: dict[str, str], call: Call) -> None:
+    """Says once that weights which lie badly in memory keep a quicker implementation away."""
+    if call.weights is None or not call.weights.readable:
+        return
+    for label, reason in refusals.items():
+        if reason == call.weights.readable:
+            warnings.warn(f"{op}: {label} refuses: {reason}; {row.label} takes the call", stacklevel=2)
+
+
+def explain(
+    op: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    num_tokens: int | None = None,
+    top_k: int = 1,
+    weights: ExpertWeights | None = None,
+) -> Explanation:
+    """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
+
+    Args:
+        op: an operator by name.
+        device: a device; of "cuda" the current one, if there is one.
+        dtype: that of the ids (layout; int32 by default) or of the rows (all others; bfloat16 by default).
+        num_tokens, top_k, weights: of a call of `fused_experts`, whose choice depends on sizes; of any size unless
+            given.
+
+    Printing the result gives one line per implementation. Raises ValueError for an unknown op.
+    """
+    if op not in TABLE:
+        raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
+    if dtype is None:
+        dtype = torch.int32 if "align" in op else torch.bfloat16
+    facts = None if weights is None else facts_of_experts(weights)
+    experts = 0 if weights is None else weights.num_local_experts
+    call = Call(torch.device(device), dtype, facts, num_tokens, top_k, experts)
+    forced = _OVERRIDE.get(op)
+    chosen, reasons = "", {}
+    for row in TABLE[op]:
+        reason = _refusal(row, call)
+        if reason is None and row.by_name_only and row.name != forced:
+            reason = "only chosen by name"
+        elif reason is None and forced not in (None, row.name):
+            reason = f"MOEYARD_IMPL asks for {forced}"
+        elif reason is None and chosen:
+            reason = f"comes after {chosen}"
+        if reason is None:
+            chosen, reason = row.label, "chosen"
+        reasons[row.label] = reason
+    return Explanation(op, call, chosen or "none", reasons)

@@ -1,0 +1,98 @@
+"""The scripts of benchmarks/: goals of experts, and plans of kernels that are to be timed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import experts_goals
+import experts_variants
+from moeyard.bench import experts_cells, layers, results, run, timing
+from moeyard.bench.cases import grouped_gemm
+from moeyard.bench.operators import Case, Provider
+from moeyard.cuda.experts.plan import Way, product_plan
+from moeyard.cuda.runtime.cards import Card
+from moeyard.dispatch import table
+from moeyard.testing import CPU
+
+LIMITS: dict[str, float | None] = {"copy_time_us": 100.0, "read_time_us": 90.0, "product_time_us": 50.0}
+SOMEONE = Provider("a", "x", len)
+
+
+def cell(part: str, tokens: int = 4, scale: int = 32, model: str = "qwen3-30b-a3b") -> Case:
+    return next(experts_cells.cells(part, (model,), (tokens,), scale))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(torch.initial_seed() % 2**31)
+
+
+@pytest.mark.parametrize("which", experts_variants._WAYS)
+def test_ways_to_be_timed_can_be_planned(which: str) -> None:
+    for label, options in experts_variants._WAYS[which].items():
+        way = Way(**options)
+        plan = product_plan(65536, 128, 768, True, False, Card(132, 232448, True), way)
+        assert plan.rows == (way.rows or 192), label
+
+
+def test_launchers_as_variants() -> None:
+    case = cell("biased", 5, model="gpt-oss-120b")
+    inputs = layers.draw_layer(case, CPU, generator())
+    launch = table.launcher("fused_experts", "torch", CPU, torch.bfloat16)
+    assert layers.error(case, SOMEONE, inputs, experts_variants.launched(launch, case)(inputs)) is None
+    case = cell("grouped", 5)
+    rows = grouped_gemm.inputs(case, CPU, generator())
+    launch = table.launcher("grouped_gemm", "torch", CPU, torch.bfloat16)
+    assert grouped_gemm.error(case, SOMEONE, rows, experts_variants.launched(launch, case)(rows)) is None
+    with pytest.raises(TypeError, match="chosen"):
+        experts_variants.launched(launch, case, chosen=None)(rows)
+
+
+def result_row(part: str, tokens: int, provider: str, time_us: float, **more: Any) -> dict[str, Any]:
+    model = "gpt-oss-120b" if part == "biased" else "qwen3-30b-a3b"
+    timed = timing.summarise([time_us] * 6)
+    impl = {"moeyard": "cuda by offsets" if part == "grouped" else "cuda"}.get(provider, "1")
+    return {**run.row_of(cell(part, tokens, 1, model), Provider(provider, impl, len), "graph", timed, LIMITS), **more}
+
+
+@pytest.mark.parametrize(
+    ("part", "tokens", "ours", "more", "met"),
+    [
+        ("targets", 1, 24.9, {}, [True]),
+        ("targets", 1, 25.1, {}, [False]),
+        ("targets", 64, 105.0, {}, [True]),
+        ("targets", 64, 121.2, {}, [True]),
+        ("targets", 64, 121.3, {}, [False]),
+        ("targets", 1024, 50.0, {"ratio_to": {"vllm": [0.8, 0.7, 0.9]}}, [True, True]),
+        ("targets", 1024, 50.0, {"ratio_to": {"vllm": [1.03, 1.01, 1.05]}}, [False, False]),
+        ("grid", 32768, 50.0, {"ratio_to": {"vllm": [1.03, 0.99, 1.05]}}, [True]),
+        ("shards", 1, 50.0, {"ratio_to": {"vllm": [0.51, 0.5, 0.52]}}, [False, True]),
+        ("grouped", 1024, 50.0, {"ratio_to": {"deep_gemm": [1.02, 1, 1.1], "torch": [0.97, 0.9, 1]}}, [True, False]),
+        ("biased", 64, 900.0, {"ratio_to": {"vllm": [1.0, 0.9, 1.1]}, "extra_bytes": 9}, [True, False]),
+    ],
+)
+def test_goals(part: str, tokens: int, ours: float, more: dict[str, Any], met: list[bool]) -> None:
+    rows = [result_row(part, tokens, "vllm", 120.0, extra_bytes=8), result_row(part, tokens, "moeyard", ours, **more)]
+    assert [verdict.met for verdict in experts_goals.verdicts({"rows": rows})] == met
+
+
+@pytest.mark.parametrize(("skewed", "met"), [(0.81, True), (0.83, False)])
+def test_goals_of_skew(skewed: float, met: bool) -> None:
+    """What it costs beside what it costs vLLM, whoever is the faster one."""
+    even = result_row("targets", 2048, "moeyard", 50.0, ratio_to={"vllm": [0.8, 0.7, 0.9]})
+    hot = {**even, "routing": "zipf", "ratio_to": {"vllm": [skewed, 0.7, 0.9]}}
+    found = list(experts_goals.verdicts({"rows": [even, hot]}))
+    assert [verdict.met for verdict in found] == [True, True, met] and "skew" in found[-1].wanted
+    assert len(list(experts_goals.verdicts({"rows": [hot]}))) == 1, "nothing to compare with"
+
+
+def test_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = {**result_row("targets", 8, "moeyard", 1.0), "time_us": None, "correct": False, "wrong": "hung"}
+    machine = {"gpu": "a GPU"}
+    results.write(
+        tmp_path / "x.json", results.document([wrong, result_row("targets", 1, "moeyard", 20.0)], machine, {})
+    )
+    assert experts_goals.main([str(tmp_path / "x.json")]) == 1
+    assert "wanted a right answer, got hung\n1 of 2 goals met" in capsys.readouterr().out
+    assert experts_goals.main([]) == 2
