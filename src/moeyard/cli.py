@@ -208,7 +208,7 @@ def doctor() -> None:
             table.add_column(column)
         for name in TABLE:
             seen = explain(name, place)
-            rest = [f"{impl}: {why}" for impl, why in seen.reasons.items() if impl != seen.chosen]
+            rest = [f"{impl}: {why}" for impl, why in seen.reasons.items() if why != "chosen"]
             table.add_row(name, seen.chosen, Text("\n".join(rest)))
         _console.print(table)
 

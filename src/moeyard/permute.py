@@ -101,6 +101,11 @@ SHUFFLE_ROWS = Op(
 )
 
 
+def _without_conjugation(tensor: Tensor) -> Tensor:
+    """A tensor whose memory holds its values: a complex one may be conjugated by a bit alone."""
+    return tensor.resolve_conj() if tensor.dtype.is_complex else tensor
+
+
 def check_permuted_out(
     out: object,
     layout: Layout,
@@ -151,6 +156,8 @@ def permute(
         check_permuted_out(
             out, layout, hidden_states.device, tuple(hidden_states.shape[1:]), hidden_states.dtype, of_scales
         )
+    hidden_states = _without_conjugation(hidden_states)
+    scales = None if scales is None else _without_conjugation(scales)
     permuted: Permuted = PERMUTE(
         (hidden_states, scales, layout.sorted_token_ids, layout.route_rows, layout.top_k), impl, out
     )
@@ -214,5 +221,5 @@ def shuffle_rows(input: Tensor, dst2src_map: Tensor, *, out: Tensor | None = Non
     shape = (dst2src_map.shape[0], input.shape[1])
     if out is not None:
         check_out("out", out, shape, input.dtype, input.device)
-    result: Tensor = SHUFFLE_ROWS((input, dst2src_map), impl, out)
+    result: Tensor = SHUFFLE_ROWS((_without_conjugation(input), dst2src_map), impl, out)
     return result

@@ -58,8 +58,8 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
         made = getattr(importlib.import_module(module), function)(case)
         found += [Provider("moeyard", label, run) for label, run in made]
     else:
-        seen = moeyard.explain(case.op, device, case.dtype)
-        taken = {seen.chosen} if not request.get("all") else seen.reasons.keys() - {"torch"}
+        able = moeyard.explain(case.op, device, case.dtype).able
+        taken = set(able) - {"torch"} if request.get("all") else set(able[:1])
         found += [p for p in everyone if p.name == "moeyard" and p.impl.split()[0] in taken]
     if request.get("grid"):
         found = [p for p in found if p.name in ("moeyard", "vllm")]

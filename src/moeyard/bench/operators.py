@@ -136,8 +136,7 @@ def operators() -> dict[str, Operator]:
 
 def able(op: str, case: Case, device: torch.device) -> list[str]:
     """moeyard's implementations of an op that "auto" may choose for a case, the preferred one first."""
-    reasons = moeyard.explain(op, device, case.dtype).reasons
-    return [name for name, reason in reasons.items() if reason == "chosen" or reason.startswith("comes after")]
+    return list(moeyard.explain(op, device, case.dtype).able)
 
 
 def reusing(call: Callable[[Any, Any], Any]) -> Run:

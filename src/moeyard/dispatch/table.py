@@ -49,7 +49,15 @@ class Explanation:
     op: str
     call: Call
     chosen: str
+    """The implementation; "none" where all refuse."""
     reasons: dict[str, str]
+    """By row of the table: an implementation, and which way where it has several."""
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """The implementations that "auto" may choose for such a call, the preferred one first."""
+        rows = [row for row, reason in self.reasons.items() if reason.startswith(("chosen", "comes after"))]
+        return tuple(dict.fromkeys(row.partition(" (")[0] for row in rows))
 
     def __str__(self) -> str:
         dtype = str(self.call.dtype).removeprefix("torch.")
@@ -348,6 +356,6 @@ def explain(
         elif reason is None and chosen:
             reason = f"comes after {chosen}"
         if reason is None:
-            chosen, reason = row.label, "chosen"
+            chosen, reason = row.name, "chosen"
         reasons[row.label] = reason
     return Explanation(op, call, chosen or "none", reasons)
