@@ -97,11 +97,13 @@ def fused_experts(
     checks.check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
     check_shape("routing.topk_ids", ids, (num_tokens, ids.shape[1]), "the tokens of hidden_states")
     check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
     if num_experts is None:
         num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
+    checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
     if expert_map is not None:
-        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
