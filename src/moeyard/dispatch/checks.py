@@ -1,5 +1,6 @@
 """Argument checks that name the argument, what was expected and what was got. None of them costs a host sync."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ def check_number(name: str, value: object) -> None:
     """`value` is a finite number of Python (a tensor would have to be read from its device)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
-    if value != value or abs(value) == float("inf"):
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value}")
 
 

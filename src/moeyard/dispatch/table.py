@@ -315,9 +315,7 @@ def _choose(op: str, impl: str, call: Call) -> Impl:
 def _say_slow(op: str, row: Impl, refusals: dict[str, str], call: Call) -> None:
     """Says once what keeps a quicker implementation away: a package that is not installed, weights that lie badly."""
     if row.name == "torch" and refusals.get("cpu") == _NO_NUMBA:
-        warnings.warn(
-            f"the torch implementation takes calls on the CPU, 3 to 11 times slower: {_NO_NUMBA}", stacklevel=2
-        )
+        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {_NO_NUMBA}", stacklevel=2)
     if call.weights is None or not call.weights.readable:
         return
     for label, reason in refusals.items():
