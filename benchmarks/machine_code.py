@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from moeyard.tiles import layout_capacity
 
 from moeyard.cuda.align.launchers import align_defines
 from moeyard.cuda.align.plan import AlignPlan, align_plan
@@ -28,6 +27,7 @@ from moeyard.cuda.route.plan import route_align_plan, router_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.compile import compile_source, compiler_version
 from moeyard.cuda.runtime.sources import SOURCES
+from moeyard.dispatch.sizes import layout_capacity
 from moeyard.values import GPT_OSS_ACTIVATION, Activation
 
 ARCH = "sm_90a"

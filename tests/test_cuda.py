@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from moeyard import empty_layout
 from moeyard.cuda.align import launchers
 from moeyard.cuda.align.plan import MAX_ROUNDS, align_plan
 from moeyard.cuda.route.plan import route_align_plan, router_plan
@@ -12,6 +11,7 @@ from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import WARP, Card
 from moeyard.cuda.runtime.parameters import division
 from moeyard.cuda.runtime.sources import SOURCES
+from moeyard.dispatch.call import Call
 from moeyard.dispatch.sizes import layout_capacity
 
 H200 = Card(132, 232448, True)
@@ -183,11 +183,10 @@ def test_cards_with_little_shared_memory_say_what_they_do_not_take(
     monkeypatch.setattr(launchers, "card_of", lambda device: card)
 
     def refused(routes: int, experts: int) -> str | None:
-        ids = torch.zeros(routes, dtype=torch.int32)
-        out = empty_layout(routes, num_experts=experts, block_size=16)
-        reason = launchers.unfit_for_align(ids, None, out)
+        call = Call(torch.device("cuda", 0), torch.int32, num_tokens=routes, num_experts=experts)
+        reason = launchers.unfit_for_align(call)
         try:
-            align_plan(routes, experts, out.capacity, card)
+            align_plan(routes, experts, layout_capacity(routes, experts, 16), card)
         except ValueError as problem:
             assert reason == str(problem), "what is let through can be launched"
         else:

@@ -22,6 +22,7 @@ from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
 from moeyard.cuda.runtime.tensor_map import weight_boxes
+from moeyard.dispatch.call import Call, facts_of_experts
 
 H200 = Card(132, 232448, True)
 MODELS = {  # hidden, intermediate, experts, top_k
@@ -127,39 +128,28 @@ def off_by(tensor: torch.Tensor, elements: int) -> torch.Tensor:
     return room[elements:].view(tensor.shape).copy_(tensor)
 
 
-def test_rows_may_lie_anywhere_and_weights_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_may_lie_anywhere_and_weights_may_not() -> None:
     """Rows and results are copied where the copy engine cannot read or write them; weights are refused in words."""
-    monkeypatch.setattr(launches, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(launches, "card_of", lambda device: H200)
     w13, w2 = torch.randn(4, 64, 32).bfloat16(), torch.randn(4, 32, 32).bfloat16()
-    hidden, ids, factors = torch.randn(6, 32).bfloat16(), torch.zeros(6, 2, dtype=torch.int32), torch.rand(6, 2)
+    hidden = torch.randn(6, 32).bfloat16()
 
-    def refused(rows: torch.Tensor, up: torch.Tensor, down: torch.Tensor, out: torch.Tensor) -> str | None:
-        weights = ExpertWeights(up, down)
-        one = launches.unfit_for_grouped_gemm(rows, up, None, None, out=out.new_empty(6, 64))
-        both = launches.unfit_for_fused_experts(
-            rows, factors, ids, None, weights, activation=None, num_experts=4, weight_on_input=False, out=out
-        )
-        names = {"weight": "weights.w13", "rows": "hidden_states"}
-        assert one is None or both == re.sub(r"^\w+", lambda found: names[found[0]], one)
-        return both
+    def refused(up: torch.Tensor, down: torch.Tensor) -> str | None:
+        facts = facts_of_experts(ExpertWeights(up, down))
+        call = Call(torch.device("cuda", 0), torch.bfloat16, facts, 6, 2, 4)
+        reason = launches.unfit_for_experts(call)
+        assert reason == launches.unfit_for_products(call)
+        return reason
 
-    columns = torch.randn(6, 96).bfloat16()[:, 32:64]
-    for rows in (hidden, off_by(hidden, 1), columns, torch.randn(32, 6).bfloat16().T):
-        for out in (hidden.clone(), off_by(hidden, 3)):
-            assert refused(rows, w13, w2, out) is None
-            placed = launches._in_place(rows)
-            assert launches._lies_well(placed) and torch.equal(placed, rows)
+    for rows in (hidden, off_by(hidden, 1), torch.randn(6, 96).bfloat16()[:, 32:64], torch.randn(32, 6).bfloat16().T):
+        placed = launches._in_place(rows)
+        assert launches._lies_well(placed) and torch.equal(placed, rows)
     assert launches._in_place(hidden) is hidden, "nothing is copied that need not be"
+    assert refused(w13, w2) is None
     away = "expected an address that is a multiple of 16 bytes"
-    assert refused(hidden, off_by(w13, 4), w2, hidden) == f"weights.w13: {away}"
-    assert refused(hidden, w13, off_by(w2, 1), hidden) == f"weights.w2: {away}"
-    assert refused(hidden, w13.mT.contiguous().mT, w2, hidden) == (
+    assert refused(off_by(w13, 4), w2) == f"weights.w13: {away}"
+    assert refused(w13, off_by(w2, 1)) == f"weights.w2: {away}"
+    assert refused(w13.mT.contiguous().mT, w2) == (
         "weights.w13: expected a contiguous tensor, got strides (2048, 1, 64)"
-    )
-    narrow = torch.randn(4, 64, 40).bfloat16()
-    assert refused(torch.randn(6, 40).bfloat16(), narrow, w2, hidden) == (
-        "hidden_states: expected a positive multiple of 16 columns, got 40"
     )
 
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from support import CPU, impls_on, same_bits
 from torch import Tensor
 
 import moeyard
 from moeyard import ExpertWeights, Layout, Permuted, Routing
 from moeyard.dispatch import table
+from moeyard.testing import CPU, impls_on, same_bits
 
 Call = Callable[..., Any]
 

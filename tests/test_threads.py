@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from support import python
 
 from moeyard.cpu import threads
+from moeyard.testing import python
 
 SETUP = """
 import os, signal, sys, threading, time, torch, moeyard
@@ -144,10 +144,10 @@ def test_every_part_runs_once_and_problems_are_raised() -> None:
         if address:
             raise ValueError(f"part {i}")
 
-    threads.run_parts(part, 7, 100, 0)
+    threads.run_parts(part, 7, 100, [None])
     assert sorted(seen) == [(i, 100 * i // 7, 100 * (i + 1) // 7) for i in range(7)]
     with pytest.raises(ValueError, match="part"):
-        threads.run_parts(part, 7, 100, torch.zeros(1))
+        threads.run_parts(part, 7, 100, [torch.zeros(1)])
 
 
 def test_a_problem_waits_for_the_other_parts() -> None:
@@ -165,7 +165,7 @@ def test_a_problem_waits_for_the_other_parts() -> None:
 
     for _ in range(5):
         with pytest.raises(ValueError, match="first"):
-            threads.run_parts(part, 3, 3)
+            threads.run_parts(part, 3, 3, ())
         assert running == 0
 
 
@@ -187,5 +187,5 @@ def test_interrupts_wait_for_the_other_parts() -> None:
             time.sleep(0.01)
 
     with pytest.raises(KeyboardInterrupt):
-        threads.run_parts(part, 2, 2)
+        threads.run_parts(part, 2, 2, ())
     assert running == 0

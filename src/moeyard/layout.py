@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from moeyard.dispatch.call import call_of_alignment
 from moeyard.dispatch.checks import (
     LAYOUT_DTYPES,
     check_int,
@@ -90,6 +91,7 @@ ALIGN = Op(
     allocate=lambda ids, *rest: allocate_layout(ids.new_empty, *_of_routes(ids, *rest)),
     allocate_eagerly=_allocate_align,
     assemble=lambda fields, ids, _map, *sizes: Layout.of(fields, sizes),
+    call=lambda ids, _map, _num_experts, num_local, *_: call_of_alignment(ids, num_local),
     launch=lambda launch, out, ids, expert_map, *_: launch(narrow_ids(ids), expert_map, out),
 )
 BATCHED_ALIGN = Op(

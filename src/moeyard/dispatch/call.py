@@ -33,11 +33,22 @@ class Call(NamedTuple):
     weights: WeightFacts | None = None
     """Products and experts."""
     num_tokens: int | None = None
-    """Tokens of experts; rows of the result of a product."""
+    """Tokens of experts; rows of the result of a product; routes of an alignment of very many experts."""
     top_k: int = 1
     num_experts: int = 0
-    """Global number of experts; 0 where nobody knows."""
+    """Global number of experts, of an alignment the local one; 0 where nobody knows."""
     weight_on_input: bool = False
+
+
+def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:
+    """What an alignment is chosen by; of few experts nothing but device and dtype, None, so that choices are few."""
+    if num_local_experts <= _MANY_EXPERTS:
+        return None
+    return Call(topk_ids.device, topk_ids.dtype, num_tokens=topk_ids.numel(), num_experts=num_local_experts)
+
+
+_MANY_EXPERTS = 2048
+"""Tables of so many fit a block of every GPU that has kernels here."""
 
 
 def facts_of_experts(weights: ExpertWeights) -> WeightFacts:

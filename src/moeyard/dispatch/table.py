@@ -183,6 +183,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             "cuda",
             "moeyard.cuda.align.launchers:align_launch",
             _cuda,
+            unfit="moeyard.cuda.align.launchers:unfit_for_align",
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
                 "again": "moeyard.cuda.align.launchers:align_again",

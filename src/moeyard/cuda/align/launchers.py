@@ -13,6 +13,7 @@ from moeyard.cuda.runtime.driver import current_stream
 from moeyard.cuda.runtime.launch import SETTINGS, Launch
 from moeyard.cuda.runtime.parameters import division, id_type
 from moeyard.cuda.runtime.ready import Ready
+from moeyard.dispatch.call import Call
 from moeyard.values import Layout
 
 
@@ -39,12 +40,19 @@ def align_launch(
     )
 
 
-def unfit_for_align(topk_ids: Tensor, _map: Tensor | None, out: Layout) -> str | None:
-    """Why `align_launch` does not take these arguments, in words; None if it does."""
-    if out.num_local_experts <= _ALWAYS_FIT:
+def unfit_for_align(call: Call) -> str | None:
+    """Why `align_launch` does not take such a call, in words; None if it does."""
+    if call.num_tokens is None or call.device.type != "cuda":
+        return None
+    return _too_many(call.num_tokens, call.num_experts, call.device.index or 0)
+
+
+def _too_many(num_routes: int, experts: int, device: int) -> str | None:
+    """What is wrong with so many local experts on a card, whose blocks hold tables of them."""
+    if experts <= _ALWAYS_FIT:
         return None
     try:
-        align_plan(topk_ids.numel(), out.num_local_experts, out.capacity, card_of(topk_ids.get_device()))
+        align_plan(num_routes, experts, 0, card_of(device))  # the capacity only sizes grids
     except ValueError as problem:
         return str(problem)
     return None
@@ -63,6 +71,8 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
     device, pointers = topk_ids.get_device(), _addresses(out)
     capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
     if topk_ids.dtype not in (torch.int32, torch.int64) or topk_ids.data_ptr() % 16 or not capacity:
+        return None
+    if _too_many(topk_ids.numel(), experts, device):
         return None
     programmatic = SETTINGS["programmatic"]
     sizes = (topk_ids.numel(), out.num_experts, experts, capacity, out.block_size, topk_ids.dtype)

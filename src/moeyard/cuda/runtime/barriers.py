@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moeyard.cuda.runtime.driver import check, current_device, on_device, outside_capture
+from moeyard.cuda.runtime.driver import at_work_on, check, current_device
 
 
 def barrier_for(device: int, stream: int) -> int:
@@ -20,7 +20,7 @@ def barrier_for(device: int, stream: int) -> int:
     its graph may be replayed on any stream, and they come back when neither the graph nor what was made of it is left.
     """
     if current_device() != device:
-        with on_device(device):
+        with torch.cuda.device(device):
             return barrier_for(device, stream)
     if torch.cuda.is_current_stream_capturing():
         return _captured(device, stream)
@@ -43,7 +43,7 @@ def _zeroed(device: int) -> Iterator[int]:
     """Addresses of zeroed bytes of a device; also while this thread captures a graph."""
     from cuda.bindings import driver
 
-    with on_device(device), outside_capture():
+    with at_work_on(device):
         size = _LINE * _LINES
         _, address = check(driver.cuMemAlloc(size))
         _, stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))

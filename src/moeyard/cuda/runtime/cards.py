@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from moeyard.cuda.runtime.compile import compile_source, compiler_capabilities, compiler_version
-from moeyard.cuda.runtime.driver import check, core, on_device, outside_capture
+from moeyard.cuda.runtime.driver import at_work_on, check, core
 
 WARP = 32
 RESERVED = 1024
@@ -101,7 +101,7 @@ def driver_version() -> tuple[int, int]:
 
 def _load_something(device: int, arch: str) -> None:
     code = compile_source('extern "C" __global__ void nothing_kernel() {}', (), arch)
-    with on_device(device), outside_capture():
+    with at_work_on(device):
         core().ObjectCode.from_cubin(code).get_kernel("nothing_kernel")
 
 

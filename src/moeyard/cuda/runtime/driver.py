@@ -12,14 +12,6 @@ current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # ab
 """The raw stream of a device that this thread works on."""
 
 
-@contextmanager
-def on_device(device: int) -> Iterator[None]:
-    """Inside, `device` is this thread's current one, for torch and for the driver."""
-    with torch.cuda.device(device):
-        give_context(device)
-        yield
-
-
 def give_context(device: int) -> None:
     """Makes the primary context of the current device current, in a thread that has none yet.
 
@@ -44,16 +36,20 @@ _IMPORTING = Lock()
 
 
 @contextmanager
-def outside_capture() -> Iterator[None]:
-    """What this thread does inside may allocate and load, even while it captures a graph; it is not captured."""
+def at_work_on(device: int) -> Iterator[None]:
+    """What this thread does inside may allocate and load on a device, even while it captures a graph; that is not
+    captured.
+    """
     from cuda.bindings import driver
 
-    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    _, mode = check(driver.cuThreadExchangeStreamCaptureMode(mode))
-    try:
-        yield
-    finally:
-        check(driver.cuThreadExchangeStreamCaptureMode(mode))
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    with torch.cuda.device(device):
+        give_context(device)
+        _, before = check(driver.cuThreadExchangeStreamCaptureMode(relaxed))
+        try:
+            yield
+        finally:
+            check(driver.cuThreadExchangeStreamCaptureMode(before))
 
 
 def check(result: tuple[Any, ...]) -> tuple[Any, ...]:

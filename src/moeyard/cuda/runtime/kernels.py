@@ -6,7 +6,7 @@ from typing import Any
 
 from moeyard.cuda.runtime.cards import arch_of
 from moeyard.cuda.runtime.compile import cubin
-from moeyard.cuda.runtime.driver import check, core, on_device, outside_capture
+from moeyard.cuda.runtime.driver import at_work_on, check, core
 
 Defines = tuple[tuple[str, str], ...]
 
@@ -19,7 +19,7 @@ def kernel(source: str, name: str, defines: Defines, device: int, suffix: str = 
     """
     from cuda.bindings import driver
 
-    with on_device(device), outside_capture():
+    with at_work_on(device):
         loaded = _module(source, defines, arch_of(device, suffix)).get_kernel(name)
         limit = core().Device(device).properties.max_shared_memory_per_block_optin
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -46,5 +46,5 @@ def prefer_shared_memory(loaded: Any, device: int) -> None:
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    with on_device(device), outside_capture():
+    with at_work_on(device):
         check(driver.cuKernelSetAttribute(attribute, 100, driver.CUkernel(int(loaded.handle)), driver.CUdevice(device)))

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from moeyard.cuda.runtime.cards import capability_of
-from moeyard.cuda.runtime.driver import current_device, give_context, on_device
+from moeyard.cuda.runtime.driver import current_device, give_context
 from moeyard.cuda.runtime.kernels import Defines, kernel, prefer_shared_memory
 from moeyard.cuda.runtime.ready import Ready
 
@@ -89,7 +91,7 @@ class Launch:
     def __call__(self, stream: int, *pointers: int) -> None:
         """Starts the kernel on a raw stream of its device. Raises RuntimeError if the driver refuses."""
         if current_device() != self._device:
-            with on_device(self._device):
+            with torch.cuda.device(self._device):
                 self(stream, *pointers)
             return
         config = self._configs.get(stream)
