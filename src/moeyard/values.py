@@ -213,6 +213,8 @@ class ExpertWeights:
     w2_bias: Tensor | None = None
     """[num_local_experts, hidden_size], dtype of w13."""
     gated: bool = True
+    scheme: str = "none"
+    """How w13 and w2 are quantised: "none", or a name of dispatch/schemes.py, which then also says their dtype."""
 
     @property
     def num_local_experts(self) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.schemes import weight_dtype
 from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, Layout, Router, Routing
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
@@ -141,9 +142,9 @@ def check_experts(weights: object, rows: Tensor) -> None:
     """`weights` are those of experts that take `rows` [num_tokens, hidden_size]."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
-    w13, w2 = weights.w13, weights.w2
-    check_tensor("weights.w13", w13, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
-    check_tensor("weights.w2", w2, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
+    w13, w2, dtype = weights.w13, weights.w2, weight_dtype(weights.scheme, rows.dtype)
+    check_tensor("weights.w13", w13, dtypes=(dtype,), ndim=(3,), device=rows.device)
+    check_tensor("weights.w2", w2, dtypes=(dtype,), ndim=(3,), device=rows.device)
     experts, wide, hidden_size = w13.shape
     if experts < 1 or (weights.gated and wide % 2):
         raise ValueError(

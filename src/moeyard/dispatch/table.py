@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
 
@@ -290,7 +291,8 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = row.refusal(call)
+    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
+    reason = reason or row.refusal(call)
     if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason
