@@ -42,10 +42,10 @@ def experts_from_interleaved(
         raise ValueError(f"down_proj: expected shape {wanted} (that of gate_up_proj), got {tuple(down_proj.shape)}")
     if gate_up_proj_bias is not None:
         check_tensor("gate_up_proj_bias", gate_up_proj_bias, dtypes=dtypes, ndim=(2,), device=device)
-        check_shape("gate_up_proj_bias", gate_up_proj_bias, (experts, both), "one row an expert")
+        check_shape("gate_up_proj_bias", gate_up_proj_bias, (experts, both), "one row per expert")
     if down_proj_bias is not None:
         check_tensor("down_proj_bias", down_proj_bias, dtypes=dtypes, ndim=(2,), device=device)
-        check_shape("down_proj_bias", down_proj_bias, (experts, hidden_size), "one row an expert")
+        check_shape("down_proj_bias", down_proj_bias, (experts, hidden_size), "one row per expert")
     first = torch.cat((rows[:, 0::2], rows[:, 1::2]), 1)
     bias = None if gate_up_proj_bias is None else torch.cat((gate_up_proj_bias[:, 0::2], gate_up_proj_bias[:, 1::2]), 1)
     return ExpertWeights(first.contiguous(), second.contiguous(), bias, down_proj_bias)

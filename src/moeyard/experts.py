@@ -83,13 +83,13 @@ def fused_experts(
             nothing: a token with no other gets zeros.
         weights: of the experts of this rank, dtype of `hidden_states`.
         activation: silu unless given.
-        num_experts: global number of experts; those of `weights`, or of `expert_map`, unless given.
+        num_experts: global number of experts; as many as `weights` or `expert_map` has unless given.
         expert_map: [num_experts] int32, as in `moe_align_block_size`.
         apply_router_weight_on_input: whether weights multiply a token's row before its experts, not what comes out.
         out: [num_tokens, hidden_size] of the dtype of `hidden_states`, to overwrite.
 
-    Returns [num_tokens, hidden_size]. Sums are float32 (float64 rows: float64); what the activation leaves is rounded
-    to the dtype once, and the result once (beyond a few tokens on a GPU also each route's row before the sum). Raises
+    Returns [num_tokens, hidden_size]. Sums are float32 (float64 rows: float64). What the activation leaves is rounded
+    to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too. Raises
     TypeError or ValueError naming the argument; also where a gradient is needed, which this op does not have yet.
     Follows vLLM's `fused_experts`.
     """
@@ -148,7 +148,7 @@ def moe_layer(
         shared: one expert (several shared ones side by side are one wide one) that every token goes through.
         shared_gate: [1, hidden_size]: the sigmoid of its product with a token weighs the shared expert (Qwen3-Next).
         impl: an implementation of the experts by name, or "auto"; the router takes "auto".
-        router_options: those of `route`; `top_k` must be among them. Padding tokens get what the shared expert gives.
+        router_options: options of `route`; `top_k` must be among them. Padding tokens get what the shared expert gives.
 
     Returns [num_tokens, hidden_size]. Raises TypeError or ValueError naming the argument.
     """

@@ -73,19 +73,19 @@ def grouped_gemm(
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Multiplies each row by the weights of its expert; exactly one of the three last tensors says whose it is.
+    """Multiplies each row by the weights of its expert; `layout`, `expert_offsets` or `expert_num_tokens` names it.
 
     Args:
         rows: float32, bfloat16, float16 or float64. With `layout` [num_tokens, hidden_size] (a token's row serves all
-            its routes) or [num_tokens * top_k, hidden_size] (a row a route); with `expert_offsets` [num_rows,
+            its routes) or [num_tokens * top_k, hidden_size] (one row per route); with `expert_offsets` [num_rows,
             hidden_size]; with `expert_num_tokens` [num_local_experts, max_num_tokens, hidden_size].
         weight: [num_local_experts, columns, hidden_size] of the dtype of `rows`.
         bias: [num_local_experts, columns] of that dtype, added to the product.
         topk_weights: [num_tokens, top_k] float32, multiplies product plus bias; with `layout` alone.
         layout: results are by route, [num_tokens * top_k, columns], whatever its block_size.
-        expert_offsets: [num_local_experts + 1] int64: rows from offset e to offset e + 1 are those of expert e, as
-            `permute` leaves them with block_size 1. One that is less than one before it counts as that, so that no row
-            has two experts.
+        expert_offsets: [num_local_experts + 1] int64: expert e has the rows from offset e to offset e + 1, as
+            `permute` leaves them with block_size 1. An offset below an earlier one counts as the earlier one, so that
+            no row has two experts.
         expert_num_tokens: [num_local_experts] int32: the valid rows of each expert's batch.
         out: the result's shape, dtype of `rows`, to overwrite.
 
@@ -100,7 +100,7 @@ def grouped_gemm(
     check_tensor("weight", weight, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
     experts, columns, size = weight.shape
     if rows.shape[-1] != size:
-        raise ValueError(f"rows: expected {size} columns (those of weight), got {rows.shape[-1]}")
+        raise ValueError(f"rows: expected {size} columns (as weight has), got {rows.shape[-1]}")
     if bias is not None:
         check_tensor("bias", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
         check_shape("bias", bias, (experts, columns), "one row per expert")
@@ -128,11 +128,11 @@ def grouped_gemm(
 def _segments(
     rows: Tensor, experts: int, layout: Layout | None, offsets: Tensor | None, counts: Tensor | None
 ) -> Segments:
-    """The segments that one of the three says."""
+    """The segments that layout, offsets or counts describe: the one of them that is given."""
     if layout is not None:
         check_layout(layout)
         if layout.num_local_experts != experts:
-            raise ValueError(f"weight: expected {layout.num_local_experts} experts (those of layout), got {experts}")
+            raise ValueError(f"weight: expected {layout.num_local_experts} experts (as layout has), got {experts}")
         routes, top_k = layout.num_routes, layout.top_k
         if rows.shape[0] not in (routes, routes // top_k):
             raise ValueError(f"rows: expected {routes // top_k} or {routes} rows (of layout), got {rows.shape[0]}")

@@ -125,7 +125,7 @@ def empty_layout(
 ) -> Layout:
     """An uninitialised `Layout` for `num_routes` routes, to pass as `out=` to `moe_align_block_size`.
 
-    Sizes are those of that operator. Raises ValueError naming the argument, also when capacity passes int32.
+    Sizes mean what they mean there. Raises ValueError naming the argument, also when capacity passes int32.
     """
     num_local = num_experts if num_local_experts is None else num_local_experts
     check_int("num_routes", num_routes, low=0)
@@ -262,7 +262,7 @@ def moe_lora_align_block_size(
         token_lora_mapping: [num_tokens] int32 or int64, the adapter of each token; a token outside [0, max_loras)
             (by convention -1: the base model) is in no layout.
         max_loras: adapters, at least 1.
-        The others are those of `moe_align_block_size`; every layout has the capacity of all routes.
+        The others: as in `moe_align_block_size`; every layout has the capacity of all routes.
 
     Returns `max_loras` layouts that are views of stacked tensors. Follows vLLM's `moe_lora_align_block_size`.
     """

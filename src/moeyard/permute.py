@@ -177,7 +177,7 @@ def permute_to_fp8(
     Args:
         hidden_states: [num_tokens, hidden_size] float32, bfloat16 or float16 of finite values; rows may be strided.
         layout: as in `permute`.
-        group_size: None for one scale a token, 128 for one scale of 128 neighbours (hidden_size is a multiple then).
+        group_size: None for one scale per token; 128 for one per 128 neighbours (hidden_size is a multiple then).
         out: tensors to overwrite, of the shapes and dtypes of the result.
 
     Returns `Permuted(rows [capacity, hidden_size] float8_e4m3fn, scales [capacity] or [capacity, hidden_size / 128]

@@ -121,7 +121,7 @@ def route_and_align(
     """`route`, then `moe_align_block_size` of what it chose: where every token goes, from its logits.
 
     Args:
-        router_logits: [num_tokens, num_experts], as in `route`; `options` are those of `route`.
+        router_logits: [num_tokens, num_experts], as in `route`; `options` are the keyword arguments of `route`.
         block_size, expert_map, num_local_experts: as in `moe_align_block_size`.
         impl: an implementation of both by name, or "auto".
 

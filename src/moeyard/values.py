@@ -108,7 +108,7 @@ class Layout:
         return self.sorted_token_ids.shape[-1]
 
     def copy_(self, other: "Layout") -> "Layout":
-        """Overwrites this layout's tensors with those of `other`, which has the same sizes."""
+        """Copies the tensors of `other`, whose sizes are equal, into this layout's."""
         for mine, theirs in zip(self.tensors, other.tensors, strict=True):
             mine.copy_(theirs)
         return self
@@ -131,7 +131,7 @@ class Permuted:
     """[capacity] or [capacity, groups], dtype of the input scales; None if none were given."""
 
     def copy_(self, other: "Permuted") -> "Permuted":
-        """Overwrites these tensors with those of `other`, which has the same shapes."""
+        """Copies the tensors of `other`, whose shapes are equal, into these."""
         self.rows.copy_(other.rows)
         if self.scales is not None and other.scales is not None:
             self.scales.copy_(other.scales)
@@ -148,7 +148,7 @@ class Routing:
     """[num_tokens, top_k] int32, best first; -1 drops the route (rows of padding tokens)."""
 
     def copy_(self, other: "Routing") -> "Routing":
-        """Overwrites these tensors with those of `other`, which has the same shapes."""
+        """Copies the tensors of `other`, whose shapes are equal, into these."""
         self.topk_weights.copy_(other.topk_weights)
         self.topk_ids.copy_(other.topk_ids)
         return self
@@ -236,8 +236,8 @@ class ExpertWeights:
 class Activation:
     """What stands between the two products of an expert.
 
-    With g the gate and u the up half of a row, each clamped first if there is a `limit` (g from above, u on both
-    sides): act(g) * (u + beta). Without a gate: act(x), x clamped from above. The activations are silu,
+    Of a row with gate half g and up half u: act(g) * (u + beta). A `limit` first clamps g from above and u on both
+    sides. Without a gate: act(x), x clamped from above. The activations are silu,
     x * sigmoid(alpha * x); gelu by the error function; gelu_tanh by its tanh approximation; relu2, max(x, 0) squared.
     """
 
@@ -273,7 +273,7 @@ class ExpertCall(NamedTuple):
     num_experts: int
     """Global number of experts."""
     expert_map: Tensor | None = None
-    """[num_experts] int32: the local expert of each global one; None where both are the same."""
+    """[num_experts] int32: the local expert of each global one; None where they are equal."""
     weight_on_input: bool = False
     """Whether router weights multiply a token's row before its experts, not what comes out."""
 

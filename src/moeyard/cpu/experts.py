@@ -1,8 +1,8 @@
 """The experts of a layer in two passes over their weights, for one token as for many.
 
-The first pass gathers rows, multiplies by gate and up, and keeps only what the activation leaves, a row a route, in the
+The first pass gathers rows, multiplies by gate and up, and keeps what the activation leaves: one row per route, in the
 dtype of the weights. The second multiplies by the down weights and adds each row, weighted, to its token's float32 sum:
-experts in ascending order. Each thread has its columns of every expert, so nobody waits in between.
+experts in ascending order. Each thread has its columns of every expert, so no thread waits in between.
 """
 
 import math
@@ -193,7 +193,7 @@ def _first_kernel(
                     up = float32_at(ups + 4 * i * COLUMNS, COLUMNS if gated else 0)
                     _apply(code, alpha, beta, limit, gate, up, some, scratch)
                     store_row(kind, middle + width * ((chunk + i) * size + column), gate.ctypes.data, some, 0)
-    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    packed[:1] = 0  # numba frees an array after its last use, though its address is still in use
 
 
 @kernel
@@ -232,5 +232,5 @@ def _second_kernel(
         for token in range(num_tokens):
             at = token * hidden_size + low
             store_row(kind, out + width * at, sums + 4 * at, high - low, 0)
-    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    packed[:1] = 0  # numba frees an array after its last use, though its address is still in use
     kept[:1] = 0

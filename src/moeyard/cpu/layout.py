@@ -1,7 +1,7 @@
 """Layouts by a counting sort in two passes; stable, and exact whatever the number of threads.
 
 The first pass leaves each route's rank among its expert's routes in `route_rows`, and the counts; the second adds the
-expert's first slot and writes the route there. Every thread ranks its own span of routes, and one prefix over
+expert's first slot and writes the route there. Every thread ranks its own span of routes. One prefix over
 (expert, thread) gives each thread the first slot of its span in every expert.
 """
 

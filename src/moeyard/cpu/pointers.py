@@ -183,7 +183,7 @@ def ranks_to_slots(context: Any, ids: Any, ranks: Any, firsts: Any, bound: Any) 
 
 @njit
 def copy_row(target: int, source: int, row_bytes: int, streamed: int) -> None:
-    """Copies a row; `streamed` rows are whole aligned lines that nobody reads soon."""
+    """Copies a row; `streamed` rows are whole aligned lines that are not read soon."""
     if streamed:
         for at in range(0, row_bytes, 64):
             _stream_line(target + at, source + at)

@@ -227,7 +227,7 @@ def _grouped_kernel(
                     if factors != 0:
                         float32_at(sums + 4 * i * COLUMNS, some)[:] *= float32_at(factors, row + 1)[row]
                     store_row(kind, out + width * (row * columns + column), sums + 4 * i * COLUMNS, some, 0)
-    packed[:1] = 0  # numba frees an array after its last use, whoever has its address
+    packed[:1] = 0  # numba frees an array after its last use, though its address is still in use
     kept[:1] = 0
 
 

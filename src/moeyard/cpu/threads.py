@@ -34,7 +34,7 @@ def run_parts(
 ) -> None:
     """Calls `part(i, start, stop, *addresses, *values)` once for every part i of range(amount), here and on helpers.
 
-    The addresses are those of `tensors`, 0 for None. Helpers hold the tensors while they work. This function returns or
+    The addresses belong to `tensors`, 0 for None. Helpers hold the tensors while they work. This function returns or
     raises only after the last part has ended. Where no helper can be had (no more threads, a process that is ending),
     this thread does all parts.
     """
@@ -61,8 +61,8 @@ def dense(tensor: Tensor | None) -> Tensor | None:
 
 
 class _Job:
-    """The parts of one call. A part belongs to the thread that takes it out of `todo`; nobody waits for a helper that
-    never came, and a helper that comes late finds nothing to do.
+    """The parts of one call. A part belongs to the thread that takes it out of `todo`; no thread waits for a helper
+    that never came, and a helper that comes late finds nothing to do.
 
     Signals interrupt the main thread between any two steps, so all counts are deques, whose operations are atomic: a
     helper first enters, then looks for parts, and leaves when there are none.

@@ -36,12 +36,12 @@ class Call(NamedTuple):
     """Tokens of experts; rows of the result of a product; routes of an alignment of very many experts."""
     top_k: int = 1
     num_experts: int = 0
-    """Global number of experts, of an alignment the local one; 0 where nobody knows."""
+    """Global number of experts, of an alignment the local one; 0 where it is unknown."""
     weight_on_input: bool = False
 
 
 def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:
-    """What an alignment is chosen by; of few experts nothing but device and dtype, None, so that choices are few."""
+    """What an alignment is chosen by. None for few experts: then device and dtype are enough, and choices are few."""
     if num_local_experts <= _MANY_EXPERTS:
         return None
     return Call(topk_ids.device, topk_ids.dtype, num_tokens=topk_ids.numel(), num_experts=num_local_experts)

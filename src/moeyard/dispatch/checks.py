@@ -139,7 +139,7 @@ def check_layout(layout: object) -> None:
 
 
 def check_experts(weights: object, rows: Tensor) -> None:
-    """`weights` are those of experts that take `rows` [num_tokens, hidden_size]."""
+    """`weights` belong to experts that take `rows` [num_tokens, hidden_size]."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
     w13, w2, dtype = weights.w13, weights.w2, weight_dtype(weights.scheme, rows.dtype)
@@ -150,13 +150,13 @@ def check_experts(weights: object, rows: Tensor) -> None:
         raise ValueError(
             f"weights.w13: expected shape (experts, 2 * intermediate_size, hidden_size), got {tuple(w13.shape)}"
         )
-    check_shape("weights.w2", w2, (experts, hidden_size, wide // 2 if weights.gated else wide), "that of weights.w13")
+    check_shape("weights.w2", w2, (experts, hidden_size, wide // 2 if weights.gated else wide), "as weights.w13 has")
     if rows.shape[1] != hidden_size:
         raise ValueError(f"hidden_states: expected {hidden_size} columns (hidden_size of weights), got {rows.shape[1]}")
     for name, bias, size in (("w13_bias", weights.w13_bias, wide), ("w2_bias", weights.w2_bias, hidden_size)):
         if bias is not None:
             check_tensor(f"weights.{name}", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
-            check_shape(f"weights.{name}", bias, (experts, size), "one row an expert")
+            check_shape(f"weights.{name}", bias, (experts, size), "one row per expert")
 
 
 def check_router(
@@ -180,10 +180,10 @@ def check_router(
     check_int("top_k", top_k, low=1, high=top_k_groups * (num_experts // num_groups))
     if selection_bias is not None:
         check_tensor("selection_bias", selection_bias, dtypes=(torch.float32,), ndim=(1,), device=router_logits.device)
-        check_shape("selection_bias", selection_bias, (num_experts,), "one an expert")
+        check_shape("selection_bias", selection_bias, (num_experts,), "one per expert")
     if is_padding is not None:
         check_tensor("is_padding", is_padding, dtypes=(torch.bool,), ndim=(1,), device=router_logits.device)
-        check_shape("is_padding", is_padding, (num_tokens,), "one a token")
+        check_shape("is_padding", is_padding, (num_tokens,), "one per token")
 
 
 def check_routing_out(out: object, shape: tuple[int, int], device: torch.device) -> None:

@@ -7,7 +7,7 @@ from moeyard.values import INT32_MAX
 
 
 def narrow_ids(topk_ids: Tensor) -> Tensor:
-    """uint32 ids as int32 of the same bits: those of 2^31 and above turn negative, hence dropped."""
+    """uint32 ids as int32 of the same bits: ids of 2^31 and above turn negative, hence dropped."""
     return topk_ids.view(torch.int32) if topk_ids.dtype == torch.uint32 else topk_ids
 
 

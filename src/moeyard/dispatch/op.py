@@ -1,8 +1,8 @@
-"""An operator: one schema, one allocation, one launch, whoever calls it.
+"""An operator: one schema, one allocation and one launch for all callers.
 
 Every operator is registered as `torch.ops.moeyard.<name>`, which torch.compile, export, tracing and autograd see. That
 way costs 4 us and more per call. So an eager call on plain tensors allocates and launches directly. Both ways run the
-functions that an `Op` was made of, and mean the same.
+functions that an `Op` was made of, and give equal results.
 """
 
 from collections.abc import Callable

@@ -4,8 +4,8 @@ As a library: import the functions from here instead of from vLLM. As a launcher
 
     python -m moeyard.integrations.vllm SCRIPT [ARGUMENT ...]
 
-runs an unchanged script whose vLLM imports find these operators, whether vLLM is installed (its operators are
-replaced) or not (the import paths of the operators exist, nothing else of vLLM does).
+runs an unchanged script whose vLLM imports find these operators. Where vLLM is installed its operators are replaced.
+Where it is not, the import paths of the operators exist, and nothing else of vLLM does.
 
 Deviations from vLLM, all in what it leaves undefined: orders are stable; ids that are out of range are dropped
 everywhere; the unused end of `expert_ids` stays -1 when a map is applied afterwards, where vLLM sends it through
@@ -156,12 +156,12 @@ def moe_permute(
 
     Returns (permuted_hidden_states [T * top_k, H], a1q_scale, expert_first_token_offset [n_local_expert + 1] int64,
     inv_permuted_idx [T * top_k] int32, permuted_idx [T * top_k] int32). The two maps are inverse permutations of all
-    routes: those of other ranks come last, by id, invalid ids as n_expert. With a map, their rows are not written and
+    routes: routes of other ranks come last, by id, invalid ids as n_expert. With a map, their rows are not written and
     their permuted_idx is T * top_k; without one they are copied to the end.
     """
     check_tensor("hidden_states", hidden_states, ndim=(2,))
     check_tensor("topk_ids", topk_ids, dtypes=ID_DTYPES, ndim=(2,), device=hidden_states.device)
-    check_shape("topk_ids", topk_ids, (hidden_states.shape[0], topk_ids.shape[1]), "one row a token")
+    check_shape("topk_ids", topk_ids, (hidden_states.shape[0], topk_ids.shape[1]), "one row per token")
     mapped = expert_map is not None
     check_int("n_expert", n_expert, low=1, high=MAX_EXPERTS // 2 if mapped else MAX_EXPERTS - 1)
     n_local = n_expert if n_local_expert == -1 else n_local_expert
@@ -174,7 +174,7 @@ def moe_permute(
     if permuted_hidden_states is not None:
         check_out("permuted_hidden_states", permuted_hidden_states, shape, hidden_states.dtype, hidden_states.device)
 
-    # every route gets a key, so that one layout over the keys orders those of other ranks too
+    # every route gets a key, so that one layout over the keys orders the routes of other ranks, too
     ids = local_expert_ids(narrow_ids(topk_ids), None, n_expert)
     keys = torch.where(ids < 0, n_expert, ids)
     if mapped:
@@ -205,7 +205,7 @@ def moe_unpermute(
 ) -> None:
     """vLLM's `moe_unpermute`: out[t] = sum over k of topk_weights[t, k] * permuted_hidden_states[inverse[t, k]].
 
-    Rows at or past the last entry of `expert_first_token_offset` (those of other ranks) are skipped, and so are map
+    Rows at or past the last entry of `expert_first_token_offset` (of other ranks) are skipped, and so are map
     entries that point outside the rows.
     """
     check_tensor("permuted_hidden_states", permuted_hidden_states, ndim=(2,))
@@ -304,7 +304,7 @@ def fused_experts(
         activation: one of vLLM's `MoEActivation`, or its value: silu, gelu, gelu_tanh, swigluoai_uninterleave, and
             silu_no_mul, gelu_no_mul, gelu_tanh_no_mul, relu2_no_mul. swigluoai, whose rows interleave gate and up, is
             refused.
-        global_num_experts: -1 for those of `w1`, or of `expert_map`.
+        global_num_experts: -1 for as many as `w1` or `expert_map` has.
         quant_config: None, or one that quantises nothing; its `w1_bias` and `w2_bias` are added.
 
     Returns [T, H]. Raises ValueError for what is quantised.
@@ -343,7 +343,7 @@ _QUANTISED = ("quant_dtype", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1
 def _check_tokens(hidden_states: Tensor, gating_output: Tensor) -> None:
     if hidden_states.shape[0] != gating_output.shape[0]:
         raise ValueError(
-            f"gating_output: expected {hidden_states.shape[0]} rows (those of hidden_states), "
+            f"gating_output: expected {hidden_states.shape[0]} rows (as hidden_states has), "
             f"got {gating_output.shape[0]}"
         )
 

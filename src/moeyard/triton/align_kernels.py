@@ -195,7 +195,7 @@ def place_kernel(
     EXPERTS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Slots of MINE routes of a chunk: the expert's first, those of earlier chunks, those before in this one."""
+    """Slots of MINE routes of a chunk: the expert's first, plus its earlier routes in other chunks and in this one."""
     start(PDL)
     mine = tl.program_id(0) * MINE + tl.arange(0, MINE)
     chunk = tl.program_id(0) * MINE // CHUNK

@@ -63,7 +63,7 @@ def product_kernel(
     bias_stride,
     out_stride,
     divisor,
-    GATHER: tl.constexpr,  # rows are those of the routes, otherwise those of slots
+    GATHER: tl.constexpr,  # rows are read by route, otherwise by slot
     SCATTER: tl.constexpr,  # results go to the rows that routes name, otherwise to slots
     GATED: tl.constexpr,
     NAME: tl.constexpr,  # of the activation, "" for none
@@ -176,7 +176,7 @@ def activate_kernel(
 
 @triton.jit
 def weigh_kernel(rows_ptr, factors_ptr, out_ptr, columns, row_stride, top_k, COLUMNS: tl.constexpr, PDL: tl.constexpr):
-    """A row a route: that of its token times the route's factor, rounded once."""
+    """One row per route: its token's row times the route's factor, rounded once."""
     start(PDL)
     route = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

@@ -36,14 +36,14 @@ def product_tile(
     """The tile for `num_rows` rows on `experts` experts; `columns` of the result, `size` elements a sum.
 
     - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
-      routing, so that most weights are read by one row tile; 16 to 128, what the matrix instructions are good for.
+      routing. So one row tile reads most weights. 16 to 128 is what the matrix instructions are good for.
     - Up to 64 rows a product is bytes over bandwidth. Tiles are then as narrow as it takes to leave every
       multiprocessor two programs, one of which loads while the other starts or ends; the narrowest, as it takes to
       leave it one. On compute capability 9.0 the weights are the long side, 64, of wgmma; for less than 64 of gate
       or up, and on other cards, mma.sync takes 16 rows at a time.
-    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need less traffic through shared memory, but
-      leave a multiprocessor one program, whose start and end nothing hides: they are taken for long sums, and where
-      every multiprocessor still has two programs, one after the other.
+    - 128 rows are arithmetic. 256 columns (128 each of gate and up) need less traffic through shared memory. But
+      they leave a multiprocessor one program, whose start and end nothing hides. They are taken for long sums, and
+      where every multiprocessor still has two programs, one after the other.
     - float32 is multiplied without matrix instructions, in tiles whose sums fit into registers.
 
     Of the result, `rows` depends on `num_rows`, `experts` and `itemsize` alone: one list of tiles serves both products.
@@ -83,6 +83,6 @@ def _stages(step_bytes: int, shared_bytes: int) -> int:
 
 
 def most_row_tiles(num_rows: int, experts: int, rows: int) -> int:
-    """Row tiles that `num_rows` rows on `experts` experts need at most: one an expert touched, more by full tiles."""
+    """Row tiles that `num_rows` rows on `experts` experts need at most: one per expert, more by full tiles."""
     touched = min(num_rows, experts)
     return touched + (num_rows - touched) // rows

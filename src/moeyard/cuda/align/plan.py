@@ -146,7 +146,7 @@ class BatchedAlignPlan:
 
 
 def batched_align_plan(num_experts: int, max_num_tokens: int, block_size: int, card: Card) -> BatchedAlignPlan:
-    """The launch for batches of `max_num_tokens` rows: a piece of one expert's rows a block, as far as blocks go."""
+    """The launch for batches of `max_num_tokens` rows; a block takes pieces, each of one expert's rows."""
     threads = _threads_for(num_experts, 128)
     rows = -(-max_num_tokens // block_size) * block_size
     pieces = max(1, -(-rows // (4 * threads)))

@@ -97,8 +97,8 @@ def fused_experts_launch(
     What stands between is compact: [routes, intermediate_size] and [routes, hidden_size] of the dtype. The second of
     these first holds the rows in the order of experts where a fifth launch copies them there (`way_of`).
 
-    A row of float16 is multiplied by the router's weight before it is rounded, since it may be larger than float16
-    holds where the weighted one is not. bfloat16 has the range of float32: there the sum multiplies, and blocks of the
+    A row of float16 is multiplied by the router's weight before it is rounded: it may be larger than float16 holds
+    where the weighted one is not. bfloat16 has the range of float32: there the sum multiplies, and blocks of the
     second product need not know their routes.
     """
     num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
@@ -144,7 +144,7 @@ def _turns(device: int) -> int:
 
 
 def _apart(out: Tensor, *others: Tensor | None) -> bool:
-    """Whether no other tensor can share memory with `out`, as those that are next to each other in a storage could."""
+    """Whether no other tensor can share memory with `out`, as neighbours in a storage could."""
     storage = out.untyped_storage().data_ptr()
     return all(other is None or other.untyped_storage().data_ptr() != storage for other in others)
 
@@ -154,9 +154,9 @@ def _compact_layout(
 ) -> Layout:
     """An uninitialised layout of block_size 1: what the sum reads has memory of its own.
 
-    The rest lies in memory that holds something else later: `expert_ids`, which nobody reads, in `middle` behind as
-    much as `sorted_token_ids` take, those in `room` if at most the first product reads them, and what both products
-    read in `out`, where there is room.
+    The rest lies in memory that holds something else later. `expert_ids`, which nothing reads, lie in `middle`, behind
+    room for `sorted_token_ids`. These lie in `room` if at most the first product reads them. What both products read
+    lies in `out`, where there is room.
     """
     n = topk_ids.numel()
     slots = topk_ids.new_empty(n, dtype=torch.int32) if room is None else room.view(torch.int32).as_strided((n,), (1,))
@@ -195,7 +195,7 @@ def _product(
 ) -> None:
     """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
 
-    Results go to row r of `out`, or `by_route` to row `slots[r]`; `factors` are those of routes. `expected` counts the
+    Results go to row r of `out`, or `by_route` to row `slots[r]`; `factors` belong to routes. `expected` counts the
     rows that are likely to come, of as many as `out` has. `ready` says that the launch ahead did not write the
     layout. `turns` is the address of two words of zeros, which are left so.
     """
@@ -213,7 +213,7 @@ def _product(
     weights = weight_map(
         weight.data_ptr(), experts, weight_rows, size, rows.dtype, plan.weight_rows, plan.turn, not plan.streams
     )
-    boxes = weights  # where rows are gathered nobody looks at the second map
+    boxes = weights  # where rows are gathered the second map is not read
     if not gather:
         boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.box)
     launch.with_maps(

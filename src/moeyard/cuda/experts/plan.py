@@ -68,8 +68,8 @@ class ProductPlan:
     def streams(self) -> bool:
         """Whether weights are read so little at a time that it matters how the L2 cache takes them.
 
-        Blocks of one warpgroup that multiplies read up to 3 % quicker where weights may leave the cache first and no
-        more than the 128 bytes of a row that are asked for are brought; those of two warpgroups read up to 3 % slower.
+        Weights may leave the cache first, and no more than the 128 bytes of a row that are asked for are brought. With
+        that, blocks of one multiplying warpgroup read up to 3 % quicker, and blocks of two up to 3 % slower.
         """
         return self.groups == 1
 
@@ -90,16 +90,16 @@ def product_plan(
     `num_rows` come at most, and `expected_rows` are likely to, all unless given: of the routes of all ranks an
     expert-parallel rank has its share. `routed` says that blocks keep the routes of a tile's rows.
 
-    How many rows an expert has is not known on the host. A tile holds those of most experts if they are spread evenly
-    at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but stages,
-    since a tile multiplies only rows that are there; less has weights read again, from the L2 cache as a rule. The
-    smallest tiles have to hold four deviations: 16 rows cost next to nothing more, and less where routing is skewed.
+    How many rows an expert has is not known on the host. A tile holds the rows of most experts if they are spread
+    evenly at random, mean plus two standard deviations: then weights are read once. More than that costs nothing but
+    stages, since a tile multiplies only rows that are there. Less has weights read again, from the L2 cache as a rule.
+    The smallest tiles have to hold four deviations: 16 rows take next to no longer, and less where routing is skewed.
 
     Up to 16 rows the limit is the reading of weights: blocks are small, two to a multiprocessor, so that one reads
     while the other writes results, and the last round leaves little undone. With more rows it is also what rows take
-    of the L2 cache's bandwidth, since a tile reads all its rows for every 64 values of its weight rows: so tiles get
+    of the L2 cache's bandwidth: a tile reads all its rows for every 64 values of its weight rows. So tiles get
     taller, 128 weight rows for 32 rows and 256 from 64 rows on. At 192 rows the sums of two warpgroups fill the
-    registers: 56 KiB a stage for 1536 cycles of products.
+    registers: 56 KiB per stage for 1536 cycles of products.
     """
     way = way or Way()
     likely = num_rows if expected_rows is None else expected_rows
@@ -269,8 +269,8 @@ def few_tokens_plan(
     a third (benchmarks/results/h200/decode_plans.json, which `trigger` comes from as well). `share` is that of all
     experts which are here, and so of all routes.
 
-    They take rows of whole words (16 bytes), at most 32 routes, and what leaves both launches enough shared memory
-    beside each other on a multiprocessor for rings, tokens [T, H] and activations [T * K, I].
+    They take rows of whole words (16 bytes) and at most 32 routes. Both launches stand beside each other on a
+    multiprocessor and need shared memory there for rings, tokens [T, H] and activations [T * K, I].
     """
     sides = (sizes.hidden_size, sizes.intermediate_size)
     if not 1 <= sizes.num_routes <= WARP or any(s < WORD or s % WORD or s > _MOST_VALUES for s in sides):
@@ -334,9 +334,9 @@ def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card, sha
     """Whether these two launches are the quicker way for 16-bit weights: a pure function of sizes and card.
 
     A route reads its expert's weights whether or not another route of the batch has read them: at one token that is
-    all that anyone can do, and with more it costs the bytes of experts that tokens share, on average over even
-    routings. That must be less than what a layout, a combination and tiles that are mostly empty take. Of the routes to
-    all `num_experts` those to the `share` of them that is here read weights.
+    the least possible. With more it costs the bytes of experts that tokens share, on average over even routings. That
+    must be less than what a layout, a combination and tiles that are mostly empty take. Only routes to experts that
+    are here read weights: the `share` of `num_experts`.
     """
     if few_tokens_plan(sizes, card, share) is None or sizes.top_k > num_experts:
         return False

@@ -232,7 +232,7 @@ def _prepare(
     sizes: tuple[int, ...],
     blocks: int | None = None,
 ) -> Launch:
-    """A launch over `rows` rows of `words` words, a warp a piece; or of so many `blocks`."""
+    """A launch over `rows` rows of `words` words, one warp per piece; or of so many `blocks`."""
     pieces = max(1, -(-words // (WARP * plan.loads)))
     given = {"BLOCK": plan.threads, "LOADS": plan.loads, "STORE": plan.store, "MAP_TYPE": "int"} | dict(defines)
     launch = Launch(

@@ -20,7 +20,7 @@ class RowPlan:
 
 
 def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
-    """A warp a piece: pieces as long as leaves enough warps, `rows_at_once` words of each lane's being in flight."""
+    """One warp per piece. Pieces are as long as leaves enough warps; each lane has `rows_at_once` words in flight."""
     loads = 8
     while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
         loads //= 2
@@ -30,7 +30,7 @@ def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
 
 
 def whole_row_plan(rows: int, words: int) -> RowPlan:
-    """A team of threads a row, all of it in registers as far as they go; blocks of several small teams."""
+    """One team of threads per row, which it holds in registers as far as they go. Small teams share a block."""
     team = WARP
     while team < 512 and 4 * team < words:
         team *= 2

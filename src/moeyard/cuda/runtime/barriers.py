@@ -17,7 +17,7 @@ def barrier_for(device: int, stream: int) -> int:
 
     A stream is known by its handle: one that is made while launches of a destroyed stream of the same handle still run
     would share theirs. Launches on one stream follow each other and share theirs. A captured launch gets its own, since
-    its graph may be replayed on any stream, and they come back when neither the graph nor what was made of it is left.
+    its graph may be replayed on any stream. They come back when neither the graph nor what was made of it is left.
     """
     if current_device() != device:
         with torch.cuda.device(device):

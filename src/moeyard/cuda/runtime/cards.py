@@ -67,8 +67,8 @@ def refusal(device: int) -> str | None:
     """Why kernels of this package cannot run on a device, in words; None if they can.
 
     Neither the card nor the installation is to blame for what passes: a compute capability of 8.0 or later, an NVRTC
-    that can be loaded and knows it, and a driver that loads what NVRTC makes. The last is tried, once a process, where
-    NVRTC is newer than the driver.
+    that can be loaded and knows it, and a driver that loads what NVRTC makes. The last is tried, once per process,
+    where NVRTC is newer than the driver.
     """
     try:
         version = compiler_version()

@@ -1,4 +1,4 @@
-"""Kernels, compiled and loaded once a process."""
+"""Kernels, compiled and loaded once per process."""
 
 from functools import cache
 from threading import Lock
@@ -35,7 +35,7 @@ _LOCKS: dict[tuple[str, Defines, str], Lock] = {}
 def _module(source: str, defines: Defines, arch: str) -> Any:
     """The machine code that all kernels of a source and all devices of an architecture share."""
     key = (source, defines, arch)
-    with _LOCKS.setdefault(key, Lock()):  # a second thread waits instead of compiling the same
+    with _LOCKS.setdefault(key, Lock()):  # a second thread waits instead of compiling it again
         if key not in _MODULES:
             _MODULES[key] = core().ObjectCode.from_cubin(cubin(source, defines, arch))
         return _MODULES[key]

@@ -21,7 +21,7 @@ def programmatic_launch(enabled: bool | None = None) -> bool:
     """Whether launches prepared from now on may start before the one ahead of them in their stream has ended.
 
     With programmatic dependent launch (compute capability 9.0 and later) a kernel's blocks are placed while the one
-    before drains, and wait there for its writes; results are the same. Off unless MOEYARD_PDL=1 is set or this is
+    before drains, and wait there for its writes; results do not change. Off unless MOEYARD_PDL=1 is set or this is
     called with True. Returns the setting.
     """
     if enabled is not None:
