@@ -174,7 +174,8 @@ def moe_align_block_size(
     given, top_k = top_k, check_routes(topk_ids, top_k, expert_map, num_experts)
     sizes = (num_experts, num_local, block_size, top_k)
     if out is not None:
-        check_layout_out(out, cached_layout_lengths(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
+        lengths = layout_lengths if torch.compiler.is_compiling() else cached_layout_lengths  # traced without a cache
+        check_layout_out(out, lengths(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
     apart = bool(notes) and notes.apart(topk_ids) and (expert_map is None or notes.apart(expert_map))
     layout: Layout = ALIGN((topk_ids, expert_map, *sizes), impl, out, apart)
     if isinstance(out, Layout) and expert_map is None and goes_straight(topk_ids):
