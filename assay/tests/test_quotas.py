@@ -99,6 +99,17 @@ def test_disk_has_a_quota(code: str, tmp_path: Path) -> None:
     assert run(box, ["true"], timeout_s=30).status == 0
 
 
+@pytest.mark.sandbox
+def test_pipes_have_a_quota(tmp_path: Path) -> None:
+    """Whoever has all of a user's pages for pipes would leave none to the judge, who is the same user."""
+    code = "import os, resource, time\nmost = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+    code += "held = [os.pipe() for _ in range({})]\ntime.sleep({})"
+    ended = run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(700, 60)], timeout_s=30)
+    assert ended.status == -9 and "pipes, more than 512" in ended.killed, ended
+    assert run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(100, 2.5)], timeout_s=30).status == 0
+
+
 def test_gates_have_a_budget(tmp_path: Path) -> None:
     """A test that stalls ends with the seconds of the task, and it is nobody's fault."""
     task = edited(project(tmp_path), "[budget]", "[budget]\nseconds = 6.0")

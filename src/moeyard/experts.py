@@ -10,7 +10,7 @@ from moeyard.dispatch import checks
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
-from moeyard.dispatch.op import Op
+from moeyard.dispatch.op import Op, goes_straight
 from moeyard.router import route
 from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
 
@@ -34,7 +34,7 @@ def _gather(
 
 
 def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | None:
-    if hidden_states.is_cpu:  # where no implementation looks at sizes
+    if hidden_states.is_cpu and call.weights.scheme == "none":  # where no implementation looks at sizes
         return None
     tokens, top_k = routing.topk_ids.shape
     facts = facts_of_experts(call.weights)
@@ -97,14 +97,22 @@ def fused_experts(
     checks.check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
     check_shape("routing.topk_ids", ids, (num_tokens, ids.shape[1]), "the tokens of hidden_states")
     check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
     if num_experts is None:
         num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
+    checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
     if expert_map is not None:
-        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
+    given = (hidden_states, factors, ids, expert_map, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias)
+    if weights.scheme != "none" and not goes_straight(*given):
+        raise ValueError(
+            "weights.scheme: expected 'none' in a call that a compiler, a mode, a transform or a gradient sees "
+            f"(the registered operator has no argument for it), got {weights.scheme!r}"
+        )
     call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
     result: Tensor = FUSED_EXPERTS((hidden_states, routing, call), impl, out)
     return result

@@ -13,7 +13,7 @@ class WeightFacts(NamedTuple):
 
     dtype: torch.dtype
     scheme: str
-    """How values are quantised; "none"."""
+    """How values are quantised (`ExpertWeights.scheme`)."""
     num_local_experts: int
     columns: int
     """Rows of an expert's first matrix: results per row of a product; 2 * intermediate_size of gated experts."""
@@ -56,7 +56,7 @@ def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     first, second = weights.w13, weights.w2
     experts, columns, size = first.shape
     readable = unreadable(first, "weights.w13") or unreadable(second, "weights.w2")
-    return WeightFacts(first.dtype, "none", experts, columns, size, weights.gated, readable)
+    return WeightFacts(first.dtype, weights.scheme, experts, columns, size, weights.gated, readable)
 
 
 def unreadable(weight: Tensor, name: str) -> str:

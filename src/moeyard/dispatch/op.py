@@ -28,7 +28,18 @@ SIZES = "SymInt num_experts, SymInt num_local_experts, SymInt block_size, SymInt
 """The integers of a layout, in the order in which registered operators take them."""
 ops = torch.ops.moeyard
 
-_LIBRARY = torch.library.Library("moeyard", "DEF")
+
+def _library() -> torch.library.Library:
+    """The registrations of this import; those of an earlier one, whose modules were dropped, are taken back."""
+    earlier = ops.__dict__.pop("_library", None)
+    if earlier is not None:
+        earlier._destroy()
+    mine = torch.library.Library("moeyard", "DEF")
+    ops.__dict__["_library"] = mine
+    return mine
+
+
+_LIBRARY = _library()
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack

@@ -68,6 +68,13 @@ def grouped_gemm(
     return result.view(*rows.shape[:-1], columns) if rows.dim() == 3 else result
 
 
+def matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
+    """What rows are multiplied by, both times; ValueError for a scheme that means nothing here."""
+    if weights.scheme != "none":
+        raise ValueError(f"weights.scheme: expected 'none', got {weights.scheme!r}")
+    return weights.w13, weights.w2
+
+
 def fused_experts(
     hidden_states: Tensor,
     routing: Routing,
@@ -80,6 +87,7 @@ def fused_experts(
 ) -> Tensor:
     """Every token through its experts, one by one, in float64; rounded once at the end."""
     local = weights.num_local_experts
+    w13, w2 = matrices(weights)
     if num_experts is None:
         num_experts = local if expert_map is None else len(expert_map)
     experts = local_experts(routing.topk_ids, num_experts, expert_map, local)
@@ -91,11 +99,11 @@ def fused_experts(
         token, k = divmod(route, top_k)
         factor = routing.topk_weights[token, k].double()
         row = hidden_states[token].double()
-        row = weights.w13[expert].double() @ (row * factor if apply_router_weight_on_input else row)
+        row = w13[expert].double() @ (row * factor if apply_router_weight_on_input else row)
         if weights.w13_bias is not None:
             row = row + weights.w13_bias[expert].double()
         row = activate(row.unsqueeze(0), activation or Activation(), gated=weights.gated)[0]
-        row = weights.w2[expert].double() @ row
+        row = w2[expert].double() @ row
         if weights.w2_bias is not None:
             row = row + weights.w2_bias[expert].double()
         result[token] += row if apply_router_weight_on_input else row * factor
@@ -138,7 +146,7 @@ def fused_experts_launch(
     weights = call.weights
     mine = ExpertWeights(
         weights.w13.detach().cpu(), weights.w2.detach().cpu(), host(weights.w13_bias), host(weights.w2_bias),
-        weights.gated,
+        weights.gated, weights.scheme,
     )  # fmt: skip
     result = fused_experts(
         hidden_states.detach().cpu(),
