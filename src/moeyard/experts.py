@@ -182,5 +182,6 @@ def moe_layer(
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden_states @ weight.T + bias in the dtype of `weight`, also under autocast."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    kind = "cpu" if hidden_states.device.type == "meta" else hidden_states.device.type
+    with torch.autocast(kind, enabled=False):  # there is none for meta tensors
         return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
