@@ -14,7 +14,7 @@ from moeyard.cpu.rows import add_row
 from moeyard.cpu.threads import count_parts, dense, run_parts
 from moeyard.values import Router, Routing
 
-_TINY = np.float32(1e-30)  # sums of scores below this are computed again, in float64
+_TINY = np.float32(1e-36)  # scores below this may have been flushed to 0, and are computed again in float64
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
 
 
@@ -178,11 +178,12 @@ def _route_kernel(
                     dots.exponentials(keys.ctypes.data + 4 * k, keys.ctypes.data + 4 * k)
                 else:
                     dots.sigmoids(keys.ctypes.data + 4 * k, keys.ctypes.data + 4 * k)
-        kept = np.float32(0)
+        kept, least = np.float32(0), np.float32(1)
         for k in range(top_k):
             keys[k] = keys[k] / total if keys[k] == keys[k] else np.float32(0)
             kept += keys[k]
-        if renormalize and kept < _TINY:
+            least = min(least, keys[k])
+        if renormalize and least < _TINY:
             kept = _tiny_scores(values[:num_experts], top, softmax, best_ids, keys)
         scale = np.float32(factor)
         for k in range(top_k):
