@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeyard.testing.callers import Question, Tensors
+from moeyard.testing.callers import Question
+from moeyard.testing.draws import Tensors
 
 
 def _permute(given: Tensors, question: Question, _answer: list[Tensor]) -> Tensor:
@@ -34,7 +35,7 @@ def _moe_sum(given: Tensors, _question: Question, _answer: list[Tensor]) -> Tens
     if ids is None:
         return rows.sum(1)
     ids = (ids.view(torch.int32) if ids.dtype == torch.uint32 else ids).long()
-    taken = ids >= 0
+    taken = (ids >= 0) & (ids < 2**31 - 1)
     if mapping is not None:
         taken = taken & (ids < len(mapping)) & (mapping[ids.clamp(0, len(mapping) - 1)] >= 0)
     return torch.where(taken.unsqueeze(2), rows, 0).sum(1)
