@@ -47,8 +47,8 @@ def _route(given: Tensors, question: Question, answer: list[Tensor]) -> Tensor:
     scores = torch.softmax(logits, 1) if question.options["scoring"] == "softmax" else torch.sigmoid(logits)
     chosen = torch.where(ids >= 0, scores.gather(1, ids.clamp(min=0)), 0)
     if question.options["renormalize"]:
-        total = chosen.sum(1, keepdim=True)
-        chosen = chosen / torch.where(total > 0, total, 1)
+        kept = answer[0].sum(1, keepdim=True) > 0  # where float32 holds a score
+        chosen = torch.where(kept, chosen / torch.where(kept, chosen.sum(1, keepdim=True), 1), 0)
     factor: float = question.options["routed_scaling_factor"]
     return chosen * factor
 
