@@ -122,7 +122,8 @@ def moe_sum(
 
     Args:
         rows: float32, bfloat16, float16 or float64, of any strides.
-        topk_ids: [num_tokens, top_k] int32, int64 or uint32: routes with an id below 0 are not read.
+        topk_ids: [num_tokens, top_k] int32, int64 or uint32: routes with an id below 0, or of 2^31 - 1 and above, are
+            not read.
         expert_map: [num_experts] int32: routes whose id it sends below 0, or does not hold, are not read either.
         out: [num_tokens, hidden_size] of the dtype of `rows`, to overwrite.
 

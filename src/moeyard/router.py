@@ -32,16 +32,17 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]
     """The choice is constant; weights are the scores of the chosen, maybe over their sum, times the factor."""
     router_logits, ids = ctx.saved_tensors
     router: Router = ctx.router
-    logits, taken = router_logits.float(), ids >= 0
-    where = ids.clamp(min=0).long()
+    taken, where = ids >= 0, ids.clamp(min=0).long()
+    logits = router_logits.double() if router.renormalize else router_logits.float()  # tiny scores have ratios, too
     scores = torch.softmax(logits, 1) if router.scoring == "softmax" else torch.sigmoid(logits)
     scores = torch.where(scores.isfinite(), scores, 0)
     chosen = torch.where(taken, scores.gather(1, where), 0)
-    grad = torch.where(taken, grad_weights * router.routed_scaling_factor, 0)
+    grad = torch.where(taken, grad_weights.to(logits.dtype) * router.routed_scaling_factor, 0)
     if router.renormalize:
-        total = chosen.sum(1, keepdim=True)
-        total = torch.where(total > 0, total, 1)
-        grad = torch.where(taken, grad / total - (grad * chosen).sum(1, keepdim=True) / total.square(), 0)
+        kept = chosen.float().sum(1, keepdim=True) > 0  # the others got weights of 0
+        total = torch.where(kept, chosen.sum(1, keepdim=True), 1)
+        centred = grad - (grad * chosen / total).sum(1, keepdim=True)
+        grad = torch.where(taken & kept, centred / total, 0)
     grad_scores = torch.zeros_like(scores).scatter_add(1, where, grad)
     if router.scoring == "softmax":
         grad_logits = scores * (grad_scores - (grad_scores * scores).sum(1, keepdim=True))

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moeyard.testing.callers import Question, Tensors
+from moeyard.testing.callers import Question
+from moeyard.testing.draws import Tensors
 
 
 def _permute(given: Tensors, question: Question, _answer: list[Tensor]) -> Tensor:
@@ -34,7 +35,7 @@ def _moe_sum(given: Tensors, _question: Question, _answer: list[Tensor]) -> Tens
     if ids is None:
         return rows.sum(1)
     ids = (ids.view(torch.int32) if ids.dtype == torch.uint32 else ids).long()
-    taken = ids >= 0
+    taken = (ids >= 0) & (ids < 2**31 - 1)
     if mapping is not None:
         taken = taken & (ids < len(mapping)) & (mapping[ids.clamp(0, len(mapping) - 1)] >= 0)
     return torch.where(taken.unsqueeze(2), rows, 0).sum(1)
@@ -46,8 +47,8 @@ def _route(given: Tensors, question: Question, answer: list[Tensor]) -> Tensor:
     scores = torch.softmax(logits, 1) if question.options["scoring"] == "softmax" else torch.sigmoid(logits)
     chosen = torch.where(ids >= 0, scores.gather(1, ids.clamp(min=0)), 0)
     if question.options["renormalize"]:
-        total = chosen.sum(1, keepdim=True)
-        chosen = chosen / torch.where(total > 0, total, 1)
+        kept = answer[0].sum(1, keepdim=True) > 0  # where float32 holds a score
+        chosen = torch.where(kept, chosen / torch.where(kept, chosen.sum(1, keepdim=True), 1), 0)
     factor: float = question.options["routed_scaling_factor"]
     return chosen * factor
 

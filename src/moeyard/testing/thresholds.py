@@ -13,7 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from moeyard.testing.callers import OPERATORS, Sizes
+from moeyard.testing.callers import OPERATORS
+from moeyard.testing.draws import Sizes
 
 SOURCE = Path(__file__).parents[1]
 FOLDERS = ("cpu", "vectorised", "triton", "dispatch", "cuda")
