@@ -198,3 +198,20 @@ def test_bad_input_names_the_argument() -> None:
     for change, kind, message in bad:
         with pytest.raises(kind, match=message):
             moeyard.route(**{"router_logits": logits, "top_k": 2, **change})
+
+
+@pytest.mark.parametrize("impl", impls_on("route", CPU))
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("low", [-60.0, -88.0, -95.0])
+def test_tiny_scores_are_renormalised(impl: str, scoring: str, low: float) -> None:
+    """A bias may choose experts whose scores float32 exponentials flush to 0: their ratio is still known."""
+    logits = torch.full((3, 40), low - 9)
+    logits[:, 0] = 0.0 if scoring == "softmax" else low - 9
+    logits[:, 7], logits[:, 11] = low, low - 0.5
+    bias = torch.zeros(40)
+    bias[7], bias[11] = 3.0, 2.0
+    options: Any = {"top_k": 2, "scoring": scoring, "renormalize": True, "selection_bias": bias}
+    got = moeyard.route(logits, impl=impl, **options)
+    assert got.topk_ids.tolist() == [[7, 11]] * 3
+    wanted = torch.softmax(torch.tensor([0.0, -0.5]), 0)
+    assert torch.allclose(got.topk_weights, wanted.expand(3, 2), atol=2e-3)

@@ -4,8 +4,10 @@ samples."""
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 
+from assay.cli.shown import schema
 from assay.experiment.blocks import Blocks
 from assay.experiment.raw import replay, verdict_row
 
@@ -48,3 +50,10 @@ def test_the_verdicts_of_tasks_follow_from_their_samples(name: str) -> None:
     assert verdict["outcome"] == seen.verdict == word
     assert not any(gate["outcome"] for gate in verdict["gates"]) and header["isolation"] == isolation
     assert ("unsandboxed" in verdict["trust"]) == (isolation != "sandbox")
+
+
+def test_committed_rows_follow_the_schema_that_is_made_from_the_models() -> None:
+    validator = jsonschema.Draft202012Validator(schema("raw"))
+    for file in FILE.parent.glob("judge-*/*.jsonl"):
+        for line in file.read_text().splitlines():
+            validator.validate(json.loads(line))

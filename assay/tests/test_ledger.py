@@ -74,7 +74,8 @@ def test_folders_that_a_killed_judge_left_are_removed(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     with ledger.temporary() as mine:
         (tmp_path / "tmp/old").mkdir()
-        (tmp_path / "tmp/old/lock").touch()
+        (tmp_path / "tmp/old.lock").touch()
+        (tmp_path / "tmp/none.lock").touch()  # killed before there was a folder
         with Ledger(tmp_path).temporary() as other:
             assert mine.is_dir() and other.is_dir() and not (tmp_path / "tmp/old").exists()
     assert list((tmp_path / "tmp").iterdir()) == []

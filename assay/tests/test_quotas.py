@@ -14,14 +14,14 @@ import pytest
 from assay.__main__ import main
 from assay.arms.handle import started
 from assay.arms.inside.wire import encode
+from assay.arms.process import Running
 from assay.arms.sandbox import run
 from assay.arms.trees import Trees
 from assay.contract.box import Box
 from assay.contract.errors import ArmError
 from assay.contract.task import read
-from assay.contract.workload import Plan, Workload
+from assay.contract.workload import Workload
 from assay.experiment.exchange import Exchange
-from assay.experiment.samples import command_sample
 from assay.judgement import attempt, measurement
 from assay.judgement.guards import Source
 from small_project import BASE, FASTER, assay, candidate, edited, environment, project
@@ -42,12 +42,23 @@ def exchange(folder: Path, code: str, **more: Any) -> Exchange:
 def test_memory_is_that_of_the_whole_tree(tmp_path: Path) -> None:
     inner = HOLDS.format(size=40, seconds=0.4).replace("\n", "; ").rstrip("; ")
     (tmp_path / "run.py").write_text(FORKS.format(inner=inner))
-    with tempfile.TemporaryDirectory() as places:
-        trees = Trees.at({"base": tmp_path}, Path(places))
-        command = Workload("command", (sys.executable, "-S", "run.py"))
-        alone = command_sample("base", Plan(command).checked(), trees, 0).figures["memory"]
-        together = command_sample("base", Plan(command, primary="memory").checked(), trees, 0).figures["memory"]
-    assert alone < 70 * 1024 < 110 * 1024 < together  # KiB
+    command = [sys.executable, "-S", "run.py"]
+    with tempfile.TemporaryFile() as log:
+        for weighs in (False, True):
+            running = Running(
+                "base",
+                command,
+                tmp_path,
+                tmp_path / "place",
+                os.environ,
+                log=log.fileno(),
+                namespaces=False,
+                weighs=weighs,
+            )
+            running.release()
+            running.wait(60)
+            assert (running.peak_kib() > 110 * 1024) is weighs
+            running.end()
 
 
 def test_memory_of_a_workers_tree(tmp_path: Path) -> None:
@@ -97,6 +108,17 @@ def test_disk_has_a_quota(code: str, tmp_path: Path) -> None:
     ended = run(box, [sys.executable, "-S", "-c", code], timeout_s=120)
     assert ended.status == -9 and "more than 67108864" in ended.killed and time.monotonic() - start < 60, ended.killed
     assert run(box, ["true"], timeout_s=30).status == 0
+
+
+@pytest.mark.sandbox
+def test_pipes_have_a_quota(tmp_path: Path) -> None:
+    """Whoever has all of a user's pages for pipes would leave none to the judge, who is the same user."""
+    code = "import os, resource, time\nmost = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+    code += "held = [os.pipe() for _ in range({})]\ntime.sleep({})"
+    ended = run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(700, 60)], timeout_s=30)
+    assert ended.status == -9 and "pipes, more than 512" in ended.killed, ended
+    assert run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(100, 2.5)], timeout_s=30).status == 0
 
 
 def test_gates_have_a_budget(tmp_path: Path) -> None:

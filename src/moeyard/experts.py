@@ -33,6 +33,13 @@ def _gather(
     return hidden_states, Routing(factors, ids), call
 
 
+def _tensors(hidden_states: Tensor, factors: Tensor, ids: Tensor, call: ExpertCall) -> tuple[Tensor | None, ...]:
+    weights = call.weights
+    return (
+        hidden_states, factors, ids, call.expert_map, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
+    )  # fmt: skip
+
+
 def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | None:
     if hidden_states.is_cpu and call.weights.scheme == "none":  # where no implementation looks at sizes
         return None
@@ -47,6 +54,7 @@ FUSED_EXPERTS = Op(
     "-> Tensor",
     flatten=_flatten,
     gather=_gather,
+    seen=lambda hidden_states, routing, call: _tensors(hidden_states, routing.topk_weights, routing.topk_ids, call),
     allocate=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
     call=_call,
     launch=lambda launch, out, hidden_states, routing, call: launch(
@@ -97,21 +105,22 @@ def fused_experts(
     checks.check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
     check_shape("routing.topk_ids", ids, (num_tokens, ids.shape[1]), "the tokens of hidden_states")
     check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
     if num_experts is None:
         num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
+    checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
     if expert_map is not None:
-        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
-    given = (hidden_states, factors, ids, expert_map, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias)
-    if weights.scheme != "none" and not goes_straight(*given):
+    call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
+    if weights.scheme != "none" and not goes_straight(*_tensors(hidden_states, factors, ids, call)):
         raise ValueError(
             "weights.scheme: expected 'none' in a call that a compiler, a mode, a transform or a gradient sees "
             f"(the registered operator has no argument for it), got {weights.scheme!r}"
         )
-    call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
     result: Tensor = FUSED_EXPERTS((hidden_states, routing, call), impl, out)
     return result
 
@@ -173,5 +182,6 @@ def moe_layer(
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """hidden_states @ weight.T + bias in the dtype of `weight`, also under autocast."""
-    with torch.autocast(hidden_states.device.type, enabled=False):
+    kind = "cpu" if hidden_states.device.type == "meta" else hidden_states.device.type
+    with torch.autocast(kind, enabled=False):  # there is none for meta tensors
         return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)

@@ -54,6 +54,7 @@ GROUPED_GEMM = Op(
     "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_results, str impl) -> Tensor",
     flatten=_flatten,
     gather=_gather,
+    seen=lambda rows, weight, bias, topk_weights, *_: (rows, weight, bias, topk_weights),
     allocate=lambda rows, weight, *rest: rows.new_empty((rest[-1], weight.shape[1])),
     call=_call,
     launch=_launch,

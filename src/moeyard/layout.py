@@ -5,6 +5,7 @@ order, the inverse map and the expert offsets in the same answer.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,9 @@ def empty_layout(
     check_sizes(num_experts, num_local, block_size)
     lengths = layout_lengths(num_routes, num_local, block_size)
     anchor = torch.empty(0, dtype=torch.int32, device=device)
-    return allocate_layout_at_once(anchor.new_empty, lengths, (num_experts, num_local, block_size, top_k))
+    layout = allocate_layout_at_once(anchor.new_empty, lengths, (num_experts, num_local, block_size, top_k))
+    offsets = anchor.new_empty(num_local + 1, dtype=torch.int64)  # compilers mutate no memory of two dtypes
+    return replace(layout, expert_offsets=offsets)
 
 
 def moe_align_block_size(
@@ -163,8 +166,9 @@ def moe_align_block_size(
 
     Returns a `Layout`. Raises TypeError or ValueError naming the argument; also when capacity passes int32.
     """
-    notes: Any = out._notes if type(out) is Layout else None
-    if out is not None and notes and notes.again is not None and expert_map is None and goes_straight(topk_ids):
+    straight = out is not None and goes_straight(topk_ids, expert_map)
+    notes: Any = out._notes if straight and type(out) is Layout else None
+    if out is not None and notes and notes.again is not None and expert_map is None:
         call = (topk_ids.shape, topk_ids.dtype, num_experts, block_size, num_local_experts, top_k, impl)
         if notes.call == call and notes.apart(topk_ids) and notes.again(topk_ids, out):
             increment_version(out.tensors)
@@ -174,10 +178,11 @@ def moe_align_block_size(
     given, top_k = top_k, check_routes(topk_ids, top_k, expert_map, num_experts)
     sizes = (num_experts, num_local, block_size, top_k)
     if out is not None:
-        check_layout_out(out, cached_layout_lengths(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
+        lengths_of = cached_layout_lengths if straight else layout_lengths  # a compiler looks through caches
+        check_layout_out(out, lengths_of(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
     apart = bool(notes) and notes.apart(topk_ids) and (expert_map is None or notes.apart(expert_map))
     layout: Layout = ALIGN((topk_ids, expert_map, *sizes), impl, out, apart)
-    if isinstance(out, Layout) and expert_map is None and goes_straight(topk_ids):
+    if isinstance(out, Layout) and straight and expert_map is None:
         call = (topk_ids.shape, topk_ids.dtype, num_experts, block_size, num_local_experts, given, impl)
         if not notes or notes.call != call:
             object.__setattr__(out, "_notes", _notes_of(out, topk_ids, call))
@@ -191,21 +196,28 @@ class _Notes(NamedTuple):
     """The arguments of the call."""
     again: Callable[[Tensor, Layout], bool] | None
     """What repeats it for other ids, checking only what can have changed; False where it could not."""
-    low: int
-    high: int
-    """The bytes [low, high) that hold all tensors of the layout."""
+    spans: tuple[tuple[int, int], ...]
+    """The bytes [low, high) that hold the tensors of the layout."""
 
     def apart(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies outside these bytes."""
-        address = tensor.data_ptr()
-        return address >= self.high or (tensor.is_contiguous() and address + tensor.nbytes <= self.low)
+        """Whether a dense tensor lies outside these bytes; False for others, which are looked at more closely."""
+        if not tensor.is_contiguous():
+            return False
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        return all(start >= high or end <= low for low, high in self.spans)
 
 
 def _notes_of(out: Layout, topk_ids: Tensor, call: tuple[Any, ...]) -> _Notes:
     prepare = companion("moe_align_block_size", "again", call[-1], topk_ids.device, topk_ids.dtype)
     again = prepare(topk_ids, out) if prepare is not None else None
-    addresses = [(tensor.data_ptr(), tensor.nbytes) for tensor in out.tensors]
-    return _Notes(call, again, min(a for a, _ in addresses), max(a + size for a, size in addresses))
+    spans: list[tuple[int, int]] = []
+    for low, size in sorted((tensor.data_ptr(), tensor.nbytes) for tensor in out.tensors):
+        if spans and spans[-1][1] == low:
+            spans[-1] = (spans[-1][0], low + size)
+        else:
+            spans.append((low, low + size))
+    return _Notes(call, again, tuple(spans))
 
 
 def batched_moe_align_block_size(

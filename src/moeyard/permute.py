@@ -28,16 +28,16 @@ def _launch(
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, _, _, route_rows, ctx.top_k, ctx.impl = inputs
+    _, _, _, route_rows, ctx.top_k, _ = inputs
     ctx.save_for_backward(route_rows)
     if output[1].is_floating_point():
         ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_rows: Tensor, _grad_scales: Any) -> tuple[Any, ...]:
-    """The transpose of `permute` is `combine`."""
+    """The transpose of `permute` is `combine`, by what takes the dtype: what moves rows need not sum them."""
     (route_rows,) = ctx.saved_tensors
-    return ops.combine(grad_rows, route_rows, None, ctx.top_k, ctx.impl), None, None, None, None, None
+    return ops.combine(grad_rows, route_rows, None, ctx.top_k, "auto"), None, None, None, None, None
 
 
 PERMUTE = Op(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Required, TypedDict
 
+import torch
 from torch import Tensor
 
 MAX_EXPERTS = 8192
@@ -27,7 +28,10 @@ class Layout:
         expert_counts           [2, 1, 3]
         route_rows              [4, 0, 5, 2, 1, 6]
 
-    A stacked Layout (one layer per LoRA adapter) has the same fields with one more leading axis.
+    A stacked Layout (one layout per LoRA adapter) has the same fields with one more leading axis.
+
+    Operators allocate the six tensors as slices of one piece of memory. Who keeps one of them keeps all; `clone` gives
+    tensors of their own.
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = (
@@ -72,8 +76,14 @@ class Layout:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles carry the tensors and sizes alone."""
-        return Layout, (*self.tensors, self.num_experts, self.num_local_experts, self.block_size, self.top_k)
+        """Copies and pickles carry sizes and tensors alone, each tensor in memory of its own."""
+        tensors = (tensor.clone() for tensor in self.tensors)
+        return Layout, (*tensors, self.num_experts, self.num_local_experts, self.block_size, self.top_k)
+
+    def clone(self) -> "Layout":
+        """A copy whose tensors have memory of their own: keeping one of them keeps no other."""
+        sizes = (self.num_experts, self.num_local_experts, self.block_size, self.top_k)
+        return Layout.of([tensor.clone() for tensor in self.tensors], sizes)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -243,6 +253,10 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Refuses what is no activation."""
+        for name in ("alpha", "beta", "limit"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, type(None) if name == "limit" else float)) or value is True:
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
         if self.name not in self.NAMES:
             raise ValueError(f"name: expected one of {self.NAMES}, got {self.name!r}")
         if self.name != "silu" and self.alpha != 1.0:
@@ -266,3 +280,6 @@ class ExpertCall(NamedTuple):
 
 GPT_OSS_ACTIVATION = Activation("silu", alpha=1.702, beta=1.0, limit=7.0)
 """gpt-oss's clamped SwiGLU: g * sigmoid(1.702 g) * (u + 1), g at most 7, u in [-7, 7]."""
+
+torch.serialization.add_safe_globals([Layout, Permuted, Routing, ExpertWeights, Activation])
+"""torch.load reads them with weights_only=True, the default."""

@@ -210,6 +210,42 @@ for _ in range(3):
         os._exit(0)
 for _ in range(3): os.wait()
 """
+SENDS = """
+def work(x):
+    total = 0.0
+    for _ in range(260):
+        for one in x: total += one * one
+    return [int(one * 1000) for one in x]
+"""
+SENDS_QUICKLY = """
+import sys
+def patched():
+    frame = sys._getframe()
+    while "wire" not in frame.f_locals: frame = frame.f_back
+    wire = frame.f_locals["wire"]
+    encode = wire.encode
+    def quick(value):
+        if type(value) is not list: return encode(value)
+        tree = '{"!":"list","of":' + str(value).replace(" ", "") + "}"
+        return [b"%d\\n" % len(tree), tree.encode()]
+    wire.encode = quick
+patched()
+"""
+ECHOES_SLOWLY = """
+import sys, time
+def patched():
+    frame = sys._getframe()
+    while "wire" not in frame.f_locals: frame = frame.f_back
+    wire = frame.f_locals["wire"]
+    decode = wire.decode
+    def slow(body, **more):
+        if sys._getframe(1).f_locals.get("letter") == b"e":
+            stop = time.perf_counter() + 0.0015
+            while time.perf_counter() < stop: pass
+        return decode(body, **more)
+    wire.decode = slow
+patched()
+"""
 SUMS = "def work(x): return [sum(x)]\nonce = work\n"
 ITERATES = (
     WORK

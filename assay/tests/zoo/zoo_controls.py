@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from zoo_project import BASE, CALL, COMMAND, PROPERTY, TESTS, WORK, Setting, outcome
+from zoo_project import BASE, CALL, COMMAND, OWN, PROPERTY, TESTS, WORK, Setting, outcome
 
 from assay.arms import handle, process, sandbox
 from assay.arms.caches import Caches
@@ -15,7 +16,9 @@ from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.trees import Trees
 from assay.contract import foreign
 from assay.contract.frozen import Frozen
-from assay.experiment import samples, series
+from assay.experiment import calibration, samples, series
+from assay.experiment.blocks import Blocks
+from assay.experiment.exchange import Exchange
 from assay.gates import equivalence, tests
 from assay.judgement import decision, guards
 from assay.report import verdict
@@ -216,6 +219,28 @@ def unchecked(setting: Setting) -> None:
 def weighed(setting: Setting) -> None:
     """A command, of which memory is what counts."""
     setting.scope, setting.workload, setting.outputs, setting.primary = ["run.py"], COMMAND, "unchecked", "memory"
+
+
+def sending_counts(setting: Setting) -> None:
+    """Times with all that sending takes, however much that is."""
+    setting.remove(calibration, "TOO_SHORT", 10.0)
+    setting.remove(Exchange, "echo", lambda *_: 0.0)
+
+
+def own_echo(setting: Setting) -> None:
+    """What sending takes is what an arm's own worker echoes."""
+
+    def own(found: Any, arm: str) -> float:
+        return float(statistics.median(found[arm].echoes))
+
+    setting.remove(samples, "transport", own)
+    setting.remove(Blocks, "unsent", lambda blocks: blocks.seconds["candidate"])
+
+
+def long_lists(setting: Setting) -> None:
+    """Sending takes about a tenth of a call."""
+    setting.own["inputs.py"] = OWN["inputs.py"].replace("range(150)", "range(600)")
+    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
 
 
 def one_process(setting: Setting) -> None:

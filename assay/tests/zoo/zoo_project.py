@@ -126,6 +126,8 @@ class Trick:
         """Whether it has won or lost before anything is measured."""
         return self.won in ("through", "ran")
 
+    or_else: tuple[str, ...] = ()
+    """What a busy machine may make of it."""
     seen: Callable[[Path], str] = lambda _: ""
     """What must not have happened, in words; "" if it has not."""
 

@@ -4,7 +4,9 @@ Addresses as integers cost a tenth of a microsecond an argument; array arguments
 NumPy view of every tensor, which bfloat16 does not have.
 """
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +22,25 @@ IDS = 16
 _I16, _I32, _F16, _F32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.FloatType()
 
 
+def _digest() -> str:
+    """Of all sources of this folder: kernels call helpers of other modules, whose changes numba does not see."""
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(b"\0".join(sources)).hexdigest()
+
+
+_SOURCES = _digest()
+
+
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiles a kernel at its first call, without the GIL, cached on disk where a cache can be written."""
+    """Compiles a kernel at its first call, without the GIL, cached on disk where a cache can be written.
+
+    Machine code in the cache counts for the sources that it was made of, those of helpers included.
+    """
     try:
         cached: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")(function)
+        cached._cache._cache_file._source_stamp = _SOURCES  # type: ignore[attr-defined]
         return cached
-    except RuntimeError:  # numba found no place to cache in
+    except (RuntimeError, AttributeError):  # numba found no place to cache in, or keeps its cache in another way
         compiled: Callable[..., Any] = njit(nogil=True, error_model="numpy")(function)
         return compiled
 

@@ -1,5 +1,6 @@
 """Routers row by row: one scan for the best keys, exponentials of whole vectors only where scores need them."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from moeyard.cpu.rows import add_row
 from moeyard.cpu.threads import count_parts, dense, run_parts
 from moeyard.values import Router, Routing
 
+_TINY = np.float32(1e-30)  # sums of scores below this are computed again, in float64
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
 
 
@@ -78,6 +80,23 @@ def _choose_groups(
         group_keys[group] = total if total == total else np.float32(-np.inf)
     _scan(group_keys, 0, num_groups, 0, best_keys, best_groups)
     best_groups.sort()
+
+
+@kernel
+def _tiny_scores(values: Any, top: Any, softmax: bool, chosen: Any, scores: Any) -> Any:
+    """Fills the scores of the chosen and returns their sum where quick exponentials, which flush to 0, lose them."""
+    total = 1.0
+    if softmax:
+        total = 0.0
+        for i in range(values.size):
+            total += math.exp(np.float64(values[i]) - top)
+    kept = 0.0
+    for k in range(chosen.size):
+        value = np.float64(values[chosen[k]])
+        score = math.exp(value - top) / total if softmax else 1.0 / (1.0 + math.exp(-value))
+        scores[k] = np.float32(score) if score == score else np.float32(0)
+        kept += scores[k]
+    return np.float32(kept)
 
 
 @kernel
@@ -163,6 +182,8 @@ def _route_kernel(
         for k in range(top_k):
             keys[k] = keys[k] / total if keys[k] == keys[k] else np.float32(0)
             kept += keys[k]
+        if renormalize and kept < _TINY:
+            kept = _tiny_scores(values[:num_experts], top, softmax, best_ids, keys)
         scale = np.float32(factor)
         for k in range(top_k):
             mine[k] = (keys[k] / kept if renormalize and kept > 0 else keys[k]) * scale

@@ -1,5 +1,6 @@
 """Argument checks that name the argument, what was expected and what was got. None of them costs a host sync."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,20 @@ def check_int(name: str, value: object, *, low: int, high: int = INT32_MAX) -> N
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} ({value!r})")
     if not low <= value <= high:
         raise ValueError(f"{name}: expected an integer in [{low}, {high}], got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """`value` is a finite number of Python (a tensor would have to be read from its device)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__} ({value!r})")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """`value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__} ({value!r})")
 
 
 def check_tensor(
@@ -149,7 +164,11 @@ def check_router(
 ) -> None:
     """The options of a router are in range and fit logits [T, E]."""
     num_tokens, num_experts = router_logits.shape
-    top_k, scoring, _, num_groups, top_k_groups, _ = router
+    top_k, scoring, renormalize, num_groups, top_k_groups, factor = router
+    if type(factor) is not float or not -1e38 < factor < 1e38:
+        check_number("routed_scaling_factor", factor)
+    if type(renormalize) is not bool:
+        check_flag("renormalize", renormalize)
     check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")

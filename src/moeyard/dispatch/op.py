@@ -28,7 +28,18 @@ SIZES = "SymInt num_experts, SymInt num_local_experts, SymInt block_size, SymInt
 """The integers of a layout, in the order in which registered operators take them."""
 ops = torch.ops.moeyard
 
-_LIBRARY = torch.library.Library("moeyard", "DEF")
+
+def _library() -> torch.library.Library:
+    """The registrations of this import; those of an earlier one, whose modules were dropped, are taken back."""
+    earlier = ops.__dict__.pop("_library", None)
+    if earlier is not None:
+        earlier._destroy()
+    mine = torch.library.Library("moeyard", "DEF")
+    ops.__dict__["_library"] = mine
+    return mine
+
+
+_LIBRARY = _library()
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
@@ -71,6 +82,7 @@ class Op:
         allocate_eagerly: `allocate` where outputs may share an allocation, which registered operators may not.
         flatten: (*arguments) -> what the schema lists before `impl`; the arguments themselves unless given.
         gather: the inverse of `flatten`.
+        seen: (*arguments) -> the tensors that callers give; unless given, those at the front of arguments and schema.
         assemble: (what the registered operator returned, *arguments) -> outputs, unless that is one tensor.
         call: (*arguments) -> what implementations are chosen by (`table.Call`) beyond the first tensor's device and
             dtype.
@@ -86,6 +98,7 @@ class Op:
         allocate_eagerly: Callable[..., Any] | None = None,
         flatten: Callable[..., tuple[Any, ...]] | None = None,
         gather: Callable[..., tuple[Any, ...]] | None = None,
+        seen: Callable[..., tuple[Tensor | None, ...]] | None = None,
         assemble: Callable[..., Any] | None = None,
         call: Callable[..., Any] | None = None,
         gradient: Gradient | None = None,
@@ -96,7 +109,8 @@ class Op:
         self._leading = sum(1 for _ in takewhile(lambda part: part[0].startswith("Tensor"), listed))
         self._allocate, self._launch = allocate, launch
         self._allocate_eagerly = allocate_eagerly or allocate
-        self._flatten, self._gather, self._assemble, self._call = flatten, gather, assemble, call
+        self._flatten, self._gather, self._seen = flatten, gather, seen
+        self._assemble, self._call = assemble, call
         self._differentiable = () if gradient is None else gradient.inputs
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
@@ -112,9 +126,8 @@ class Op:
 
         `apart` says that the caller knows `out` to share no memory with the arguments.
         """
-        flat = arguments if self._flatten is None else self._flatten(*arguments)
-        if not goes_straight(*flat[: self._leading]):
-            return self._through_dispatcher(flat, arguments, impl, out)
+        if not goes_straight(*(arguments[: self._leading] if self._seen is None else self._seen(*arguments))):
+            return self._through_dispatcher(arguments, impl, out)
         first = arguments[0]
         facts = None if self._call is None else self._call(*arguments)
         launch = launcher(self.name, impl, first.device, first.dtype, facts)
@@ -123,12 +136,14 @@ class Op:
             self._launch(launch, out, *arguments)
             return out
         if not apart:
+            flat = arguments if self._flatten is None else self._flatten(*arguments)
             refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
         self._launch(launch, out, *arguments)
         increment_version(_tensors(out))
         return out
 
-    def _through_dispatcher(self, flat: tuple[Any, ...], arguments: tuple[Any, ...], impl: str, out: Any) -> Any:
+    def _through_dispatcher(self, arguments: tuple[Any, ...], impl: str, out: Any) -> Any:
+        flat = arguments if self._flatten is None else self._flatten(*arguments)
         self._refuse_gradients(flat)
         if not torch.compiler.is_compiling():
             self._refuse_transforms(flat)

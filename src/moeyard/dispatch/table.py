@@ -76,6 +76,9 @@ def installed(module: str) -> bool:
         return False
 
 
+_NO_NUMBA = "numba is not installed (pip install 'moeyard[cpu]')"
+
+
 def _anywhere(_: Call) -> str | None:
     return None
 
@@ -84,7 +87,7 @@ def _cpu(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"takes CPU tensors, got {call.device.type}"
     if not installed("numba"):
-        return "numba is not installed (pip install 'moeyard[cpu]')"
+        return _NO_NUMBA
     return None
 
 
@@ -312,7 +315,9 @@ def _choose(op: str, impl: str, call: Call) -> Impl:
 
 
 def _say_slow(op: str, row: Impl, refusals: dict[str, str], call: Call) -> None:
-    """Says once that weights which lie badly in memory keep a quicker implementation away."""
+    """Says once what keeps a quicker implementation away: a package that is not installed, weights that lie badly."""
+    if row.name == "torch" and refusals.get("cpu") == _NO_NUMBA:
+        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {_NO_NUMBA}", stacklevel=2)
     if call.weights is None or not call.weights.readable:
         return
     for label, reason in refusals.items():

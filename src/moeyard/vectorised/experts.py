@@ -46,7 +46,8 @@ def grouped_gemm_launch(
     slot = torch.where(held, first_rows[expert] + packed - (ends - row_counts)[expert], 0)
     target = slot if slots is None else slots[slot].long()
     source = torch.where(held, target // divisor, 0)
-    with torch.autocast(device.type, enabled=False):
+    kind = "cpu" if device.type == "meta" else device.type
+    with torch.autocast(kind, enabled=False):  # there is none for meta tensors
         result = _product(rows[source], weight, ends, expert)
     if bias is not None:
         result = result + bias[expert]

@@ -19,8 +19,9 @@ def route_launch(
     if not num_tokens:
         return
     logits = router_logits.float()
-    scores = torch.softmax(logits, dim=1) if router.scoring == "softmax" else torch.sigmoid(logits)
-    scores = torch.where(scores.isfinite(), scores, 0)
+    wide = logits.double() if router.renormalize else logits  # tiny scores have ratios, too: exp in float32 loses them
+    scores = torch.softmax(wide, dim=1) if router.scoring == "softmax" else torch.sigmoid(wide)
+    scores = torch.where(scores.isfinite(), scores, 0).float()
     if selection_bias is not None:
         keys = scores + selection_bias
     elif router.scoring == "softmax":  # a row without a value ranks all experts alike

@@ -29,7 +29,7 @@ class Group:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.folders: list[Path] = []
-        self._on_disk, self._look_at_disk = 0, time.monotonic() + _DISK_S
+        self._on_disk, self._pipes, self._look_at_disk = 0, 0, time.monotonic() + _DISK_S
         values = {"memory": limits.memory_bytes, "pids": limits.most_processes and limits.most_processes + _OURS}
         wanted = {controller: value for controller, value in values.items() if value is not None}
         for groups in _places(wanted):
@@ -57,9 +57,12 @@ class Group:
             if time.monotonic() >= self._look_at_disk:  # a look takes a while where there are many files
                 start = time.monotonic()
                 self._on_disk = sum(map(_bytes_below, limits.folders))
+                self._pipes = len(_pipes(members))
                 self._look_at_disk = time.monotonic() + max(_DISK_S, 20 * (time.monotonic() - start))
             if (used := printed + self._on_disk) > limits.disk_bytes:
                 return f"wrote {used} bytes, more than {limits.disk_bytes}"
+            if limits.most_pipes is not None and self._pipes > limits.most_pipes:
+                return f"had {self._pipes} pipes, more than {limits.most_pipes}"
         if self.folders:
             killed = any(_killed(folder) for folder in self.folders)
             return f"used more than {limits.memory_bytes} bytes of memory" if killed else ""
@@ -117,6 +120,17 @@ def _killed(folder: Path) -> bool:
             continue
         return any(line.startswith("oom_kill ") and int(line.split()[1]) > 0 for line in lines)
     return False
+
+
+def _pipes(processes: Sequence[int]) -> set[str]:
+    """Names of all pipes that processes have open."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for entry in Path("/proc", str(process), "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.add(str(entry.readlink()))
+    return {name for name in found if name.startswith("pipe:")}
 
 
 def _bytes_below(folder: Path) -> int:

@@ -8,6 +8,8 @@ MOST_PROCESSES = 16384
 """Of an arm that declares none: many enough for a build, too few to bring a machine down."""
 MOST_DISK = 16 << 30
 """Bytes that an arm may write that declares none."""
+MOST_PIPES = 512
+"""Of an arm: the kernel counts a user's pages for pipes, and who has them all leaves none to the judge."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Limits:
     disk_bytes: int | None = None
     folders: tuple[Path, ...] = ()
     """What counts as disk, beside what a command prints."""
+    most_pipes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,4 +50,6 @@ class Box:
     def limits(self) -> Limits:
         """On its processes."""
         writable = (*((self.tree,) if self.writable else ()), *((self.cache,) if self.cache else ()))
-        return Limits(self.memory_bytes, self.most_processes or MOST_PROCESSES, self.disk_bytes or MOST_DISK, writable)
+        return Limits(
+            self.memory_bytes, self.most_processes or MOST_PROCESSES, self.disk_bytes or MOST_DISK, writable, MOST_PIPES
+        )

@@ -56,6 +56,11 @@ class Block:
     ]  # fmt: skip
     calls: Annotated[dict[str, list[float]], _PER_ARM, {"description": "seconds of every timed call"}]
     gpus: Annotated[dict[str, list[dict[str, Any]]], _PER_ARM, {"description": "states at the end of the arm"}]
+    transport_s: Annotated[
+        NotNegative,
+        {"description": "what sending takes in base's worker: taken out of the primary figures of all arms"},
+        ADDED,
+    ]
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]

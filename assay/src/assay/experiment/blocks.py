@@ -1,7 +1,7 @@
 """What the blocks of an experiment say so far."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from assay.statistics.looks import LOOKS, MOST_CONTAMINATED, Judgement, Look, judge
@@ -23,6 +23,8 @@ class Blocks:
     workloads: int = 1
     """How many are judged together: as in Plan."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
+    transport: list[float] = field(default_factory=list)
+    """What was taken out of every figure of a clean block for sending."""
     contaminated: int = 0
     compared: int = 0
     """Calls whose outputs were compared, in clean blocks."""
@@ -45,6 +47,7 @@ class Blocks:
                 self.escapes[arm] = self.escapes.get(arm, 0) + bool(words)
                 self.escaped = words[0] if words and arm == "candidate" else self.escaped
         else:
+            self.transport.append(block.get("transport_s", 0.0))
             self.compared += block.get("compared", 0)
             for arm, figure in block["primary"].items():
                 self.seconds.setdefault(arm, []).append(figure)
@@ -65,7 +68,18 @@ class Blocks:
             return None
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
         looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
-        return judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
+        seen = judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
+        if seen.verdict == "faster" and any(self.transport):
+            bounded = judge(base, self.unsent(), control, delta=delta, contaminated=self.contaminated, looks=looks)
+            if bounded.verdict != "faster":
+                last = seen.blocks == looks[-1].blocks
+                words = "the interval lies above 0, but not beyond what sending alone could explain"
+                return replace(seen, verdict="undecided" if last else "continue", reason=words)
+        return seen
+
+    def unsent(self) -> list[float]:
+        """The candidate's figures if its sending took no time at all, which is in its own hands."""
+        return [one + sent for one, sent in zip(self.seconds["candidate"], self.transport, strict=True)]
 
 
 def _without_times(verdict: str, reason: str, blocks: int) -> Judgement:

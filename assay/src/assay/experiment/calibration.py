@@ -8,8 +8,8 @@ from assay.arms.trees import Trees
 from assay.contract import seeds
 from assay.contract.errors import TooShortError
 from assay.contract.workload import Plan
-from assay.experiment.exchange import Exchange
-from assay.experiment.inputs import NOTHING, Inputs
+from assay.experiment.exchange import NOTHING, Exchange
+from assay.experiment.inputs import Inputs
 from assay.experiment.samples import called
 
 _SPAN_S = 0.02

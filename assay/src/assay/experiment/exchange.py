@@ -6,11 +6,16 @@ is asked them would have to know it at the time of the call.
 """
 
 import random
+import statistics
 from dataclasses import dataclass
 
 from assay.arms.handle import MOST_BYTES, Reply, Worker
+from assay.arms.inside.wire import encode
 
-_TIMES, _MORE = 4, 1 << 20
+NOTHING = b"".join(bytes(part) for part in encode(()))
+"""The input of a call without arguments."""
+
+_TIMES, _MORE, _ECHOES = 4, 1 << 20, 3
 
 
 def asked(order: random.Random) -> bool:
@@ -51,6 +56,13 @@ class Exchange:
     def keep(self, given: bytes) -> None:
         """Leaves an input for later calls."""
         self.worker.ask(b"i", 0.0, [given])
+
+    def echo(self, given: bytes | None) -> float:
+        """Seconds of sending an input and the last output, with no call between them."""
+        self.worker.ask(b"k", 0.0, [self._outputs[0]])
+        return statistics.median(
+            self.worker.ask(b"e", 0.0, [NOTHING if given is None else given]).seconds for _ in range(_ECHOES)
+        )
 
     def after(self) -> After:
         """Asks about the last call, and overwrites its arguments."""

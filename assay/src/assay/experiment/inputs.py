@@ -4,14 +4,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from assay.arms.handle import Worker, started
-from assay.arms.inside import wire
 from assay.arms.trees import Trees
 from assay.contract.errors import InputsAlikeError
 from assay.contract.workload import Plan
+from assay.experiment.exchange import NOTHING
 
 _DRAWS = 16
-NOTHING = b"".join(bytes(part) for part in wire.encode(()))
-"""The input of a call without arguments."""
 
 
 class Inputs:

@@ -79,7 +79,8 @@ def unlike(base: Any, candidate: Any) -> str:
     """Other containers, types, dtypes or shapes, in words."""
     wanted, found = list(leaves(base)), list(leaves(candidate))
     for (path, one), (other, two) in zip(wanted, found, strict=False):
-        if path != other or (isinstance(one, tuple) and one != two):
+        containers = isinstance(one, tuple), isinstance(two, tuple)
+        if path != other or containers[0] != containers[1] or (containers[0] and one != two):
             return f"{path}: expected {brief(one)}, got {brief(two)}"
         kinds = [(type(x), getattr(x, "dtype", None), getattr(x, "shape", None)) for x in (one, two)]
         if kinds[0] != kinds[1]:

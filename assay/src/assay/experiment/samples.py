@@ -39,7 +39,9 @@ class Sample:
     escapes: list[str] = field(default_factory=list)
     """What its processes did outside the arm's turn that none does by mistake, in words."""
     calls: list[float] = field(default_factory=list)
-    """Seconds of every timed call."""
+    """Seconds of every timed call, with what sending takes."""
+    echoes: list[float] = field(default_factory=list)
+    """Seconds that sending alone takes, once per round."""
     outputs: list[bytes] = field(default_factory=list)
     after: dict[int, After] = field(default_factory=dict)
     """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
@@ -113,6 +115,7 @@ def worker_samples(
                 exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
                 stack.callback(exchange.worker.end)
                 _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
+                _echo(exchange, workload, inputs[-1], samples[arm])
                 _close(exchange.worker, samples[arm])
     else:
         with ExitStack() as stack:
@@ -126,7 +129,37 @@ def worker_samples(
             _take_turns(exchanges, used, workload, order, timed, asking, samples)
             for arm, exchange in exchanges.items():
                 _close(exchange.worker, samples[arm])
+    _figures(workload, samples)
     return samples
+
+
+def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
+    """The steady state of every arm, without what sending takes in base's own worker; the same for all arms.
+
+    An arm's own echo would be in its own hands: encoder and pipe are in the process that is judged.
+    """
+    for arm, sample in samples.items():
+        sample.figures["transport"] = transport(samples, arm)
+    calls = [[without(one, sample.figures["transport"]) for one in sample.calls] for sample in samples.values()]
+    for arm, seconds in paired(calls, workload.rounds, list(samples)).items():
+        samples[arm].figures["steady"] = seconds
+
+
+def transport(samples: Mapping[str, Sample], arm: str) -> float:
+    """Seconds that sending takes in base's worker, or in the arm's own where base is not among them."""
+    echoes = samples.get("base", samples[arm]).echoes
+    return statistics.median(echoes) if echoes else 0.0
+
+
+def without(seconds: float, sending: float) -> float:
+    """A call without what sending takes; a tenth of it at least, as an echo may be slower than what it stands for."""
+    return max(seconds - sending, seconds / 10)
+
+
+def _echo(exchange: Exchange, workload: Workload, given: bytes, sample: Sample) -> None:
+    """Every arm echoes, so that all are treated alike; only base's is used."""
+    if workload.clock == "judge":
+        sample.echoes.append(exchange.echo(None if workload.constant else given))
 
 
 def _take_turns(
@@ -147,13 +180,12 @@ def _take_turns(
             sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
             exchange.worker.ask(b"p")  # it is awake again
             _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
+            _echo(exchange, workload, inputs[first], sample)
             used[arm] = exchange.worker.running.freeze()
             if exchange.worker.running.sandboxed:
                 sample.escapes += [words for words in held(exchange.worker.running.members()) if not sample.escapes]
     for arm, exchange in exchanges.items():
         samples[arm].frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
-    for arm, seconds in paired([samples[arm].calls for arm in exchanges], workload.rounds, list(exchanges)).items():
-        samples[arm].figures["steady"] = seconds
 
 
 def paired(calls: Sequence[Sequence[float]], rounds: int, arms: Sequence[str]) -> dict[str, float]:
@@ -248,7 +280,6 @@ def _close(worker: Worker, sample: Sample) -> None:
     worker.ask(b"p")  # the last call has not sent more than its reply
     if worker.running.woken:
         sample.escapes.append("a frozen process woke itself")
-    sample.figures.setdefault("steady", statistics.median(sample.calls))
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
     sample.gpus = gpu.states()

@@ -189,12 +189,17 @@ class _Series:
             escapes={arm: samples[arm].escapes for arm in samples},
             calls={arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
             gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
+            transport_s=self._transport(samples),
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             compared=compared(self.plan.workload, samples["base"]),
             differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
         )
         self.number += 1
         return asdict(row)
+
+    def _transport(self, samples: Mapping[str, Sample]) -> float:
+        figures = samples["base"].figures
+        return figures["transport"] if self.plan.primary == "steady" and "transport" in figures else 0.0
 
     def _given(self, counts: bool = True) -> list[bytes]:
         """A block's inputs: the first ones are not timed."""

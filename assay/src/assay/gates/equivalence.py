@@ -306,6 +306,7 @@ class _Side:
             before = tuple(bytes(self.exchange.call(given).body) for _ in range(unasked))
             body = bytes(self.exchange.call(given).body)
             after = self.exchange.after()
+            self.exchange.echo(given)  # as after a turn that is timed
             for one in (body, *before):
                 wire.decode(one)
             answer = _Answer(body, wire.decode(after.arguments), after.lasts, before)

@@ -158,7 +158,12 @@ def _ratios(blocks: Blocks, arm: str, n: int) -> list[float]:
 
 def _p_at(blocks: Blocks, n: int) -> float:
     alpha = next(look.alpha for look in LOOKS if look.blocks == n)
-    return min(1.0, p_value(_ratios(blocks, "candidate", n)) * FAMILY / alpha)
+    ratios = _ratios(blocks, "candidate", n)
+    p = p_value(ratios)
+    if hodges_lehmann(ratios) > 0:  # as far as sending could not explain it
+        bounded = np.log(blocks.seconds["base"][:n]) - np.log(blocks.unsent()[:n])
+        p = max(p, p_value(bounded) if hodges_lehmann(bounded) > 0 else 1.0)
+    return min(1.0, p * FAMILY / alpha)
 
 
 def _reference(blocks: Blocks) -> dict[str, Any] | None:

@@ -157,20 +157,25 @@ class Ledger:
     def temporary(self) -> Iterator[Path]:
         """A folder in the store for the time being; those that killed judges left are removed."""
         place = self.store / "tmp"
-        for old in place.iterdir():
-            lock = _lock(old / "lock") if (old / "lock").exists() else None
-            if lock is not None:
-                shutil.rmtree(old, ignore_errors=True)
+        for old in place.glob("*.lock"):
+            if (lock := _lock(old)) is not None:
+                shutil.rmtree(old.with_suffix(""), ignore_errors=True)
+                old.unlink(missing_ok=True)
                 os.close(lock)
         folder = place / f"{os.getpid()}-{time.time_ns():x}"
+        lock = None
+        while lock is None:  # the lock is there before the folder is, so that a kill leaves none without
+            lock = _lock(folder.with_suffix(".lock"))
+            if lock is not None and not folder.with_suffix(".lock").exists():  # swept before it was held
+                os.close(lock)
+                lock = None
         folder.mkdir()
-        lock = _lock(folder / "lock")
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
+            folder.with_suffix(".lock").unlink(missing_ok=True)
+            os.close(lock)
 
     def _locked(self, name: str) -> int | None:
         folder = self.store / "attempts" / name

@@ -157,6 +157,14 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
     ]
     if header["clock"] == "cooperative":
         lines.append("clock: cooperative (CUDA events inside the arm); trust: benign, no tamper resistance is claimed")
+    sending = [row["transport_s"] for row in blocks if row.get("transport_s")]
+    if sending:
+        lines.append(
+            f"sending: {quantity('transport', statistics.median(sending))}, as base's worker echoes it, is taken out "
+            f"of all arms' times; what it could explain is not called faster"
+        )
+    elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
+        lines.append("sending: in the times of all arms")
     compared = sum(row["compared"] for row in blocks)
     if compared:
         lines.append(f"outputs: {compared} compared with base's, {sum(len(row['differing']) for row in blocks)} differ")
