@@ -33,7 +33,8 @@ def layout_lengths(
 ) -> tuple[int, ...]:
     """The lengths of the six tensors of a Layout; ValueError if capacity passes int32."""
     if capacity is None:
-        capacity = layout_capacity(num_routes, num_local_experts, block_size, torch.sym_min)
+        smaller = min if torch.compiler.is_compiling() else torch.sym_min  # compilers know one, fake tensors the other
+        capacity = layout_capacity(num_routes, num_local_experts, block_size, smaller)
     if capacity > INT32_MAX:
         raise ValueError(
             f"block_size: expected a capacity of at most {INT32_MAX} slots (int32), got {capacity} from {num_routes} "
