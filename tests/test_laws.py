@@ -44,7 +44,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "cuda", "testing"},
+    "testing": {"", "values", "reference", "cuda", "testing"},
     "integrations": ROOM | {"", "combine", "integrations"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
