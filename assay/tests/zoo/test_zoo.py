@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from zoo_project import PROPERTY, TESTS, WORK, Setting, Trick, laid_out, outcome
@@ -27,7 +28,13 @@ def needed(trick: Trick) -> None:
         pytest.skip("no C compiler")
 
 
-@pytest.mark.parametrize("trick", TRICKS, ids=lambda trick: trick.name.replace(" ", "-"))
+def each(quick: bool) -> list[Any]:
+    """Every trick; those that are measured before they are known are left to the full tests, or all if not `quick`."""
+    later = pytest.mark.full
+    return [pytest.param(t, id=t.name.replace(" ", "-"), marks=() if quick and t.stops else later) for t in TRICKS]
+
+
+@pytest.mark.parametrize("trick", each(quick=True))
 def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
     needed(trick)
     laid_out(trick, setting)
@@ -37,7 +44,7 @@ def test_it_does_not_work(trick: Trick, setting: Setting) -> None:
     assert trick.seen(setting.folder) == ""
 
 
-@pytest.mark.parametrize("trick", TRICKS, ids=lambda trick: trick.name.replace(" ", "-"))
+@pytest.mark.parametrize("trick", each(quick=False))
 def test_without_its_defence_it_would(trick: Trick, setting: Setting) -> None:
     needed(trick)
     laid_out(trick, setting)

@@ -188,6 +188,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cpu.rows:_LEAST_BYTES": (_SUMS, _two_parts_of_row_bytes),
     "cpu.rows:_STREAMED_BYTES": (_SUMS, _output_bytes),
     "vectorised.experts:_CHUNK_BYTES": (("grouped_gemm by offsets",), _weights_copied_at_once),
+    "vectorised.experts:_COLUMNS": (_PRODUCTS, _sides),
     "triton.experts:_MOST_ALONE": (("fused_experts",), _routes),
     "triton.experts:_CHUNK": (("fused_experts",), _routes),
     "triton.experts:_SIDE_BY_SIDE": (("fused_experts",), _tokens),

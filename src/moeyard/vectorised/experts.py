@@ -61,8 +61,7 @@ def grouped_gemm_launch(
 def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
     """Rows in the order of their experts, times the weights of their experts, in float32 (float64 rows: in float64).
 
-    torch's grouped product rounds its sums to 16 bits. It is taken on a GPU for bfloat16, which has the range of
-    float32; a CPU multiplies expert by expert in float32.
+    A CPU multiplies expert by expert. A GPU has torch's grouped product for bfloat16 (`grouped_product`).
     """
     wide = torch.promote_types(rows.dtype, torch.float32)
     if rows.is_cpu:
@@ -71,13 +70,33 @@ def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tens
     weight = weight.contiguous()
     aligned = all(size * rows.element_size() % 16 == 0 for size in (*weight.shape[1:], weight.storage_offset()))
     if aligned and rows.shape[1] and rows.dtype == torch.bfloat16:
-        return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends.int()).float()
+        return grouped_product(rows, weight, ends.int())
     step = max(1, _CHUNK_BYTES // max(1, weight[0].nbytes))
     parts = [
         torch.bmm(weight[expert[i : i + step]].to(wide), rows[i : i + step].to(wide).unsqueeze(2)).squeeze(2)
         for i in range(0, rows.shape[0], step)
     ]
     return torch.cat(parts)
+
+
+def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """torch's grouped product of bfloat16, in float32: that one rounds its sums to bfloat16.
+
+    A second product has the first one's results as further columns, times -1: it leaves what rounding took away.
+    """
+    experts, columns, _ = weight.shape
+    parts = []
+    for first in range(0, columns, _COLUMNS):
+        some = weight[:, first : first + _COLUMNS]
+        rounded = torch.nn.functional.grouped_mm(rows, some.transpose(1, 2), offs=ends)
+        minus = -torch.eye(some.shape[1], dtype=rows.dtype, device=rows.device)
+        longer = torch.cat((some, minus.expand(experts, -1, -1)), 2)
+        rest = torch.nn.functional.grouped_mm(torch.cat((rows, rounded), 1), longer.transpose(1, 2), offs=ends)
+        parts.append(rounded.float() + rest.float())
+    return torch.cat(parts, 1)
+
+
+_COLUMNS = 256
 
 
 def fused_experts_launch(
