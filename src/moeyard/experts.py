@@ -90,8 +90,8 @@ def fused_experts(
 
     Returns [num_tokens, hidden_size]. Sums are float32 (float64 rows: float64). What the activation leaves is rounded
     to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too: of float16
-    the weighted row, which stays finite where the row alone would not. Raises TypeError or ValueError naming the argument;
-    also where a gradient is needed, which this op does not have yet. Follows vLLM's `fused_experts`.
+    the weighted row, which stays finite where the row alone would not. Raises TypeError or ValueError naming the
+    argument; also where a gradient is needed, which this op does not have yet. Follows vLLM's `fused_experts`.
     """
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
