@@ -228,8 +228,7 @@ def test_torch_is_no_rival_of_itself_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -
     case, cuda = cell("targets"), torch.device("cuda")
     changed = {case.op: replace(EXPERTS, providers=lambda case, device: made)}
     monkeypatch.setattr(experts_worker, "operators", lambda: changed)
-    reasons = {"cuda": "chosen", "triton": "comes after cuda", "torch": "comes after cuda"}
-    seen = SimpleNamespace(chosen="cuda", reasons=reasons)
+    seen = SimpleNamespace(able=("cuda", "triton", "torch"))
     monkeypatch.setattr(experts_worker.moeyard, "explain", lambda *_: seen)
 
     def labels(**asked: Any) -> list[str]:

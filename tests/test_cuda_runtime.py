@@ -169,7 +169,7 @@ def test_a_source_that_does_not_compile_says_why() -> None:
 
 @pytest.mark.full
 def test_machine_code_is_what_was_measured() -> None:
-    """The digests of benchmarks/results/machine_code.json, where the compiler is the one that they name."""
+    """The digests of benchmarks/machine_code.json, where the compiler is the one that they name."""
     pytest.importorskip("cuda.bindings")
     root = Path(__file__).parents[1] / "benchmarks"
     held = root / "results" / "machine_code.json"

@@ -100,7 +100,7 @@ BATCHED_ALIGN = Op(
     + LAYOUT,
     allocate=lambda counts, *rest: allocate_layout(counts.new_empty, *_of_batches(counts, *rest)),
     allocate_eagerly=lambda counts, *rest: allocate_layout_at_once(counts.new_empty, *_of_batches(counts, *rest)),
-    assemble=lambda fields, counts, *rest: Layout.of(fields, _of_batches(counts, *rest)[1]),
+    assemble=lambda fields, counts, _most, block: Layout.of(fields, (counts.shape[0], counts.shape[0], block, 1)),
     launch=lambda launch, out, counts, max_num_tokens, _block_size: launch(counts, max_num_tokens, out),
 )
 LORA_ALIGN = Op(

@@ -33,7 +33,8 @@ def layout_lengths(
 ) -> tuple[int, ...]:
     """The lengths of the six tensors of a Layout; ValueError if capacity passes int32."""
     if capacity is None:
-        smaller = min if torch.compiler.is_compiling() else torch.sym_min  # compilers know one, fake tensors the other
+        symbolic = isinstance(num_routes, torch.SymInt) or isinstance(num_local_experts, torch.SymInt)
+        smaller = torch.sym_min if symbolic else min  # a compiler's constants know the one, fake tensors the other
         capacity = layout_capacity(num_routes, num_local_experts, block_size, smaller)
     if capacity > INT32_MAX:
         raise ValueError(
