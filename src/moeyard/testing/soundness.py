@@ -51,15 +51,21 @@ def check(seed: int, number: int, known: Sequence[Threshold], drawn_from: Range 
     return said
 
 
-def check_for(seconds: float, seed: int, drawn_from: Range = Range(), repeat: str = "") -> int:  # noqa: B008
+def check_for(
+    seconds: float,
+    seed: int,
+    drawn_from: Range = Range(),  # noqa: B008
+    repeat: str = "",
+    most: float = float("inf"),
+) -> int:
     """Asks questions 0, 1, 2, ... of a seed for some seconds, and at least one of each operator by each caller.
 
-    Returns how many.
+    `most` questions are asked at most, so that a quick machine asks what others do. Returns how many were asked.
     AssertionError names the environment in which the command `repeat` asks that question alone.
     """
     known, begin, number = collect(), time.monotonic(), 0
     least = len(drawn_from.operators) * len(drawn_from.callers)
-    while number < least or time.monotonic() - begin < seconds:
+    while number < least or (number < most and time.monotonic() - begin < seconds):
         try:
             check(seed, number, known, drawn_from)
         except AssertionError as wrong:

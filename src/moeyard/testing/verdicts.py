@@ -138,7 +138,7 @@ def _tiny_error(got: Routing, options: dict[str, Any]) -> str | None:
 
 
 def _layer_error(question: Question, given: Tensors, impl: str, parts: list[Tensor]) -> str | None:
-    """The layer has the bits of its steps, on tensors that lie in the same places."""
+    """The layer has the bits of its steps, on tensors that lie in the same places; torch's products vary a little."""
     hidden, router, options = given["hidden_states"], given["router_weight"], question.options
     with torch.autocast(hidden.device.type, enabled=False):
         logits = torch.nn.functional.linear(hidden.detach(), router.detach(), given.get("router_bias"))
@@ -148,7 +148,11 @@ def _layer_error(question: Question, given: Tensors, impl: str, parts: list[Tens
     )
     weights = weights_of(given, options["gated"])
     steps = moeyard.fused_experts(hidden.detach(), routing, weights, activation=options["activation"], impl=impl)
-    return difference(parts, [steps], "its steps")
+    if impl in _STABLE or len(parts) != 1 or parts[0].shape != steps.shape:
+        return difference(parts, [steps], "its steps")
+    largest = float(steps.abs().max()) if steps.numel() else 0.0
+    near = torch.allclose(parts[0].double(), steps.double(), rtol=0.02, atol=0.01 * largest, equal_nan=True)
+    return None if near else "the layer differs from its steps"
 
 
 # Sums: the float64 answer, and how far an honest one may be from it
