@@ -239,7 +239,7 @@ def test_strides_and_refusals() -> None:
     for given in (rows[:, 256:512], rows[:, 1:257], rows[:, ::3]):
         assert is_right(launch(given, factors, ids, weights), given, factors, ids, weights)
     turned = ExpertWeights(whole.w13.transpose(1, 2).contiguous().transpose(1, 2), whole.w2)
-    refusal = unfit(Call(CUDA, torch.bfloat16, facts_of_experts(turned), 2, 2, 3))
+    refusal = unfit(Call(rows.device, torch.bfloat16, facts_of_experts(turned), 2, 2, 3))
     assert refusal is not None and refusal.startswith("weights.w13: expected a contiguous tensor")
     with pytest.raises(ValueError, match="expected at most 32 routes"):
         launch(rows[:1, :256].repeat(40, 1), torch.rand(40, 1, device=CUDA), ids[:1, :1].repeat(40, 1), weights)

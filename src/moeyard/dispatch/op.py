@@ -138,8 +138,8 @@ class Op:
         if not apart:
             flat = arguments if self._flatten is None else self._flatten(*arguments)
             refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
+        increment_version(_tensors(out))  # first, since a launch that is interrupted has written, too
         self._launch(launch, out, *arguments)
-        increment_version(_tensors(out))
         return out
 
     def _through_dispatcher(self, arguments: tuple[Any, ...], impl: str, out: Any) -> Any:
@@ -147,7 +147,8 @@ class Op:
         self._refuse_gradients(flat)
         if not torch.compiler.is_compiling():
             self._refuse_transforms(flat)
-            if out is not None and all(type(t) in _PLAIN for t in (*flat, *_tensors(out)) if isinstance(t, Tensor)):
+            given = (t for t in (*flat, *(() if out is None else _tensors(out))) if isinstance(t, Tensor))
+            if out is not None and _transform() is None and all(type(t) in _PLAIN for t in given):
                 refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
         fields = self._registered(*flat, impl)
         result = fields if self._assemble is None else self._assemble(fields, *arguments)

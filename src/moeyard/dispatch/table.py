@@ -97,7 +97,7 @@ def _cuda(call: Call) -> str | None:
     if not installed("cuda.core") or not installed("cuda.bindings"):
         return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
     if torch.cuda.is_available():
-        reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(_index(call.device))
+        reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(call.device.index)
         return reason
     return None
 
@@ -123,10 +123,6 @@ def _cuda_products(call: Call) -> str | None:
     if reason is None and capability not in (None, (9, 0)):
         return f"is written for compute capability 9.0, got {'.'.join(map(str, capability or ()))}"
     return reason
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _triton(call: Call) -> str | None:
@@ -351,7 +347,10 @@ def explain(
         dtype = torch.int32 if "align" in op else torch.bfloat16
     facts = None if weights is None else facts_of_experts(weights)
     experts = 0 if weights is None else weights.num_local_experts
-    call = Call(torch.device(device), dtype, facts, num_tokens, top_k, experts)
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        place = torch.device("cuda", torch.cuda.current_device())
+    call = Call(place, dtype, facts, num_tokens, top_k, experts)
     forced = _OVERRIDE.get(op)
     chosen, reasons = "", {}
     for row in TABLE[op]:

@@ -150,8 +150,9 @@ def _layer_error(question: Question, given: Tensors, impl: str, parts: list[Tens
     steps = moeyard.fused_experts(hidden.detach(), routing, weights, activation=options["activation"], impl=impl)
     if impl in _STABLE or len(parts) != 1 or parts[0].shape != steps.shape:
         return difference(parts, [steps], "its steps")
+    bound = (2 if steps.dtype.itemsize == 2 else 64) * torch.finfo(steps.dtype).eps
     largest = float(steps.abs().max()) if steps.numel() else 0.0
-    near = torch.allclose(parts[0].double(), steps.double(), rtol=0.02, atol=0.01 * largest, equal_nan=True)
+    near = torch.allclose(parts[0].double(), steps.double(), rtol=bound, atol=bound * largest, equal_nan=True)
     return None if near else "the layer differs from its steps"
 
 

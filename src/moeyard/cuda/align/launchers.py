@@ -44,7 +44,7 @@ def unfit_for_align(call: Call) -> str | None:
     """Why `align_launch` does not take such a call, in words; None if it does."""
     if call.num_tokens is None or call.device.type != "cuda":
         return None
-    return _too_many(call.num_tokens, call.num_experts, call.device.index or 0)
+    return _too_many(call.num_tokens, call.num_experts, call.device.index)
 
 
 def _too_many(num_routes: int, experts: int, device: int) -> str | None:

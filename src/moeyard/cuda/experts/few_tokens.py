@@ -39,7 +39,7 @@ def unfit(call: Call) -> str | None:
     )
     num_experts = call.num_experts or weights.num_local_experts
     share = min(1.0, weights.num_local_experts / num_experts)
-    if not _are_quicker(sizes, num_experts, card_of(call.device.index or 0), share):
+    if not _are_quicker(sizes, num_experts, card_of(call.device.index), share):
         return f"takes a few tokens, got {call.num_tokens} of {call.top_k} experts each"
     return None
 
