@@ -15,6 +15,7 @@ REPEAT = "python -m pytest tests/gpu/test_callers_gpu.py"
 
 
 @pytest.mark.filterwarnings("ignore:.* takes the call")  # weights lie anywhere here
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # torch's own words where a thread begins with `linear`
 def test_drawn_questions() -> None:
     seed, case = int(os.environ.get("MOEYARD_CALLERS_SEED", "0")), os.environ.get("MOEYARD_CALLERS_CASE")
     if case is not None:

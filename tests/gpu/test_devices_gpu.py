@@ -61,6 +61,12 @@ def operators(device: torch.device, tokens: int = 40) -> Operators:
         "shuffle_rows": lambda: (moeyard.shuffle_rows(hidden, layout.sorted_token_ids // TOP_K, impl="cuda"),),
         "combine": lambda: (moeyard.combine(rows, layout, factors, impl="cuda"),),
         "moe_sum": lambda: (moeyard.moe_sum(rows.view(tokens, TOP_K, HIDDEN), impl="cuda"),),
+        "triton activate": lambda: (moeyard.activate(rows, impl="triton"),),
+        "triton grouped_gemm": lambda: (
+            moeyard.grouped_gemm(rows, weights.w13, expert_offsets=layout.expert_offsets, impl="triton"),
+        ),
+        "triton fused_experts": lambda: (moeyard.fused_experts(hidden, Routing(factors, ids), weights, impl="triton"),),
+        "torch fused_experts": lambda: (moeyard.fused_experts(hidden, Routing(factors, ids), weights, impl="torch"),),
     }
     if torch.cuda.get_device_capability(device) == (9, 0):
         made |= {
@@ -89,6 +95,7 @@ NAMES = (
     *WITH_BARRIERS,
     *("align", "batched align", "route", "route and align", "permute", "permute_to_fp8", "shuffle_rows", "combine"),
     *("moe_sum", "fused_experts, 1 token"),
+    *("triton activate", "triton grouped_gemm", "triton fused_experts", "torch fused_experts"),
 )
 
 
@@ -167,7 +174,7 @@ def test_layouts_and_rows_of_two_devices_do_not_meet() -> None:
         pytest.skip("needs two GPUs")
     ids = torch.zeros(4, 2, dtype=torch.int32, device="cuda:1")
     layout = moeyard.moe_align_block_size(ids, num_experts=4, block_size=1)
-    with pytest.raises(ValueError, match="device"):
+    with pytest.raises(ValueError, match="rows: expected a tensor on cuda:1, got one on cuda:0"):
         moeyard.combine(torch.ones(8, 16, device="cuda:0"), layout)
 
 

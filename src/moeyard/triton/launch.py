@@ -70,7 +70,8 @@ class Step:
         if constants.get("PDL"):
             self.options["launch_pdl"] = True
         self._interpreted = isinstance(kernel, InterpretedFunction)
-        self._compiled: Any = None
+        self._compiled: dict[int, Any] = {}
+        """By device: a kernel that is loaded on one device cannot run on another."""
         self._tail: tuple[Any, ...] = (*sizes, *constants.values())
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -87,13 +88,15 @@ class Step:
         if bits % 16:
             self.kernel[self.grid](*tensors, *self.sizes, **self.constants, **self.options)
             return
-        if self._compiled is None:
+        device = current_device()
+        ready = self._compiled.get(device)
+        if ready is None:
             with relaxed_capture():
-                self._compiled = self.compile(*(None if tensor is None else tensor.dtype for tensor in tensors))
-                assert self._compiled.run  # loads the kernel
-        ready = self._compiled
+                ready = self.compile(*(None if tensor is None else tensor.dtype for tensor in tensors))
+                assert ready.run  # loads the kernel
+            self._compiled[device] = ready
         ready.run(
-            *self.grid, current_stream(current_device()), ready.function, ready.packed_metadata, None, None, None,
+            *self.grid, current_stream(device), ready.function, ready.packed_metadata, None, None, None,
             *addresses, *self._tail,
         )  # fmt: skip
 
