@@ -247,7 +247,7 @@ def test_registered_ops_and_compile() -> None:
     rows = torch.randn(6, 32)
     layout = moeyard.moe_align_block_size(routing.topk_ids, num_experts=4, block_size=4)
     torch.library.opcheck(torch.ops.moeyard.activate.default, (rows, True, "silu", 1.702, 1.0, 7.0, "auto"))
-    biases, silu = (weights.w13_bias, None, True), ("silu", 1.0, 0.0, None)
+    biases, silu = (weights.w13_bias, None, *(None,) * 8, 0, "", True), ("silu", 1.0, 0.0, None)
     torch.library.opcheck(
         torch.ops.moeyard.fused_experts.default,
         (rows, routing.topk_weights, routing.topk_ids, None, weights.w13, weights.w2, *biases, *silu, 4, False, "auto"),

@@ -19,15 +19,16 @@ SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
 ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
 """What an operator's room may import, besides rooms that it is built on."""
-IMPLEMENTATION = {"values", "dispatch.call", "dispatch.ids", "dispatch.sizes"}
+IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
-    "values": set(),
+    "quant": set(),
+    "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
     "dispatch.sizes": {"values"},
-    "dispatch.schemes": set(),
-    "dispatch.checks": {"values", "dispatch.schemes"},
-    "dispatch.call": {"values"},
+    "dispatch.schemes": {"quant"},
+    "dispatch.checks": {"values", "quant"},
+    "dispatch.call": {"values", "quant"},
     "dispatch.table": {"values", "dispatch.call", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
@@ -36,10 +37,10 @@ ARROWS = {  # module -> what of moeyard it may import
     "activation": ROOM,
     "grouped_gemm": ROOM,
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"router", "activation", "dispatch"},
+    "experts": ROOM | {"quant", "router", "activation", "dispatch"},
     "checkpoints": {"values", "dispatch.checks"},
     "warmup": {"values", "dispatch.table", *OPS},
-    "reference": {"values", "reference"},
+    "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"cuda"},

@@ -10,38 +10,47 @@ from moeyard.dispatch import checks
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
-from moeyard.dispatch.op import Op, goes_straight
+from moeyard.dispatch.op import Op
+from moeyard.quant import ExpertScales, scheme_of
 from moeyard.router import route
 from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
 
 
 def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple[Any, ...]:
-    weights = call.weights
+    weights, scales = call.weights, call.weights.scales
     return (
         hidden_states, routing.topk_weights, routing.topk_ids, call.expert_map, weights.w13, weights.w2,
-        weights.w13_bias, weights.w2_bias, weights.gated, *flatten_activation(call.activation), call.num_experts,
-        call.weight_on_input,
+        weights.w13_bias, weights.w2_bias, *(_NO_SCALES if scales is None else scales.tensors),
+        0 if scales is None else scales.block_start, "" if weights.scheme is None else str(weights.scheme),
+        weights.gated, *flatten_activation(call.activation), call.num_experts, call.weight_on_input,
     )  # fmt: skip
+
+
+_NO_SCALES = (None,) * 8
 
 
 def _gather(
     hidden_states: Tensor, factors: Tensor, ids: Tensor, expert_map: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
-    w13, w2, b13, b2, gated, name, alpha, beta, limit, num_experts, weight_on_input = rest
-    weights, activation = ExpertWeights(w13, w2, b13, b2, gated), Activation(name, alpha, beta, limit)
+    w13, w2, b13, b2 = rest[:4]
+    words, gated, *curve, num_experts, weight_on_input = rest[13:]
+    scheme = scheme_of(words) if words else None
+    scales = None if scheme is None else ExpertScales(*rest[4:13])
+    weights, activation = ExpertWeights(w13, w2, b13, b2, gated, scheme, scales), Activation(*curve)
     call = ExpertCall(weights, activation, num_experts, expert_map, weight_on_input)
     return hidden_states, Routing(factors, ids), call
 
 
 def _tensors(hidden_states: Tensor, factors: Tensor, ids: Tensor, call: ExpertCall) -> tuple[Tensor | None, ...]:
-    weights = call.weights
+    weights, scales = call.weights, call.weights.scales
     return (
-        hidden_states, factors, ids, call.expert_map, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
+        hidden_states, factors, ids, call.expert_map, weights.w13, weights.w2, weights.w13_bias, weights.w2_bias,
+        *(() if scales is None else scales.tensors),
     )  # fmt: skip
 
 
 def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | None:
-    if hidden_states.is_cpu and call.weights.scheme == "none":  # where no implementation looks at sizes
+    if hidden_states.is_cpu and call.weights.scheme is None:  # where no implementation looks at sizes
         return None
     tokens, top_k = routing.topk_ids.shape
     facts = facts_of_experts(call.weights)
@@ -50,8 +59,10 @@ def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | N
 
 FUSED_EXPERTS = Op(
     "fused_experts(Tensor hidden_states, Tensor topk_weights, Tensor topk_ids, Tensor? expert_map, Tensor w13, "
-    f"Tensor w2, Tensor? w13_bias, Tensor? w2_bias, {ACTIVATION}, SymInt num_experts, bool weight_on_input, str impl) "
-    "-> Tensor",
+    "Tensor w2, Tensor? w13_bias, Tensor? w2_bias, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_zero_points, "
+    "Tensor? w2_zero_points, Tensor? w13_global_scale, Tensor? w2_global_scale, Tensor? w13_input_scale, "
+    f"Tensor? w2_input_scale, SymInt block_start, str scheme, {ACTIVATION}, SymInt num_experts, "
+    "bool weight_on_input, str impl) -> Tensor",
     flatten=_flatten,
     gather=_gather,
     seen=lambda hidden_states, routing, call: _tensors(hidden_states, routing.topk_weights, routing.topk_ids, call),
@@ -116,11 +127,6 @@ def fused_experts(
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
     call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
-    if weights.scheme != "none" and not goes_straight(*_tensors(hidden_states, factors, ids, call)):
-        raise ValueError(
-            "weights.scheme: expected 'none' in a call that a compiler, a mode, a transform or a gradient sees "
-            f"(the registered operator has no argument for it), got {weights.scheme!r}"
-        )
     result: Tensor = FUSED_EXPERTS((hidden_states, routing, call), impl, out)
     return result
 

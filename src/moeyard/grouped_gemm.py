@@ -32,7 +32,7 @@ def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
     if rows.is_cpu:  # where no implementation looks at sizes
         return None
     experts, columns, size = weight.shape
-    facts = WeightFacts(weight.dtype, "none", experts, columns, size, False, unreadable(weight, "weight"))
+    facts = WeightFacts(weight.dtype, None, experts, columns, size, False, unreadable(weight, "weight"))
     return Call(rows.device, rows.dtype, facts, rest[-1])
 
 

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, NamedTuple, Required, TypedDict
 import torch
 from torch import Tensor
 
+from moeyard.quant import ExpertScales, QuantScheme
+
 MAX_EXPERTS = 8192
 INT32_MAX = 2**31 - 1
 
@@ -205,16 +207,18 @@ class ExpertWeights:
 
     w13: Tensor
     """[num_local_experts, 2 * intermediate_size, hidden_size]: gate half first, then up; with `gated=False`
-    [num_local_experts, intermediate_size, hidden_size]."""
+    [num_local_experts, intermediate_size, hidden_size]. Of codes of 4 bits two columns share a byte."""
     w2: Tensor
-    """[num_local_experts, hidden_size, intermediate_size], dtype of w13."""
+    """[num_local_experts, hidden_size, intermediate_size], dtype of w13; two columns in a byte as there."""
     w13_bias: Tensor | None = None
-    """[num_local_experts, rows of w13], dtype of w13."""
+    """[num_local_experts, rows of w13], dtype of the hidden states."""
     w2_bias: Tensor | None = None
-    """[num_local_experts, hidden_size], dtype of w13."""
+    """[num_local_experts, hidden_size], dtype of the hidden states."""
     gated: bool = True
-    scheme: str = "none"
-    """How w13 and w2 are quantised: "none", or a name of dispatch/schemes.py, which then also says their dtype."""
+    scheme: QuantScheme | None = None
+    """How w13 and w2 are quantised, which then says their dtype; None: their dtype is that of the hidden states."""
+    scales: ExpertScales | None = None
+    """Beside a scheme."""
 
     @property
     def num_local_experts(self) -> int:
@@ -224,12 +228,12 @@ class ExpertWeights:
     @property
     def hidden_size(self) -> int:
         """Width of a token."""
-        return self.w13.shape[2]
+        return self.w2.shape[1]
 
     @property
     def intermediate_size(self) -> int:
         """Width between the two products, after the activation."""
-        return self.w2.shape[2]
+        return self.w13.shape[1] // 2 if self.gated else self.w13.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,5 +285,5 @@ class ExpertCall(NamedTuple):
 GPT_OSS_ACTIVATION = Activation("silu", alpha=1.702, beta=1.0, limit=7.0)
 """gpt-oss's clamped SwiGLU: g * sigmoid(1.702 g) * (u + 1), g at most 7, u in [-7, 7]."""
 
-torch.serialization.add_safe_globals([Layout, Permuted, Routing, ExpertWeights, Activation])
+torch.serialization.add_safe_globals([Layout, Permuted, Routing, ExpertWeights, Activation, QuantScheme, ExpertScales])
 """torch.load reads them with weights_only=True, the default."""

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moeyard.quant import QuantScheme
 from moeyard.values import ExpertWeights
 
 
@@ -12,7 +13,7 @@ class WeightFacts(NamedTuple):
     """What a choice may depend on of the weights of experts."""
 
     dtype: torch.dtype
-    scheme: str
+    scheme: QuantScheme | None
     """How values are quantised (`ExpertWeights.scheme`)."""
     num_local_experts: int
     columns: int
@@ -22,6 +23,8 @@ class WeightFacts(NamedTuple):
     gated: bool
     readable: str
     """Why kernels that read 16 bytes at once cannot read them as they lie, in words; "" if they can."""
+    block_start: int = 0
+    """Where in a block of a scheme the first rows of w13 lie (`ExpertScales`)."""
 
 
 class Call(NamedTuple):
@@ -54,9 +57,12 @@ _MANY_EXPERTS = 2048
 def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     """The facts of both matrices of experts."""
     first, second = weights.w13, weights.w2
-    experts, columns, size = first.shape
+    experts, columns, _ = first.shape
     readable = unreadable(first, "weights.w13") or unreadable(second, "weights.w2")
-    return WeightFacts(first.dtype, weights.scheme, experts, columns, size, weights.gated, readable)
+    start = 0 if weights.scales is None else weights.scales.block_start
+    return WeightFacts(
+        first.dtype, weights.scheme, experts, columns, weights.hidden_size, weights.gated, readable, start
+    )
 
 
 def unreadable(weight: Tensor, name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.schemes import weight_dtype
+from moeyard.quant import CODES, SCALES, ExpertScales, QuantScheme, scale_shapes
 from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, Layout, Router, Routing
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
@@ -142,21 +142,71 @@ def check_experts(weights: object, rows: Tensor) -> None:
     """`weights` belong to experts that take `rows` [num_tokens, hidden_size]."""
     if not isinstance(weights, ExpertWeights):
         raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
-    w13, w2, dtype = weights.w13, weights.w2, weight_dtype(weights.scheme, rows.dtype)
+    w13, w2, scheme = weights.w13, weights.w2, weights.scheme
+    if scheme is not None and not isinstance(scheme, QuantScheme):
+        raise TypeError(f"weights.scheme: expected a QuantScheme or None, got {type(scheme).__name__} ({scheme!r})")
+    dtype, per_byte = (rows.dtype, 1) if scheme is None else CODES[scheme.weights]
     check_tensor("weights.w13", w13, dtypes=(dtype,), ndim=(3,), device=rows.device)
     check_tensor("weights.w2", w2, dtypes=(dtype,), ndim=(3,), device=rows.device)
-    experts, wide, hidden_size = w13.shape
+    experts, wide, stored = w13.shape
+    hidden_size = per_byte * stored
     if experts < 1 or (weights.gated and wide % 2):
         raise ValueError(
             f"weights.w13: expected shape (experts, 2 * intermediate_size, hidden_size), got {tuple(w13.shape)}"
         )
-    check_shape("weights.w2", w2, (experts, hidden_size, wide // 2 if weights.gated else wide), "as weights.w13 has")
+    size = wide // 2 if weights.gated else wide
+    if size % per_byte:
+        raise ValueError(f"weights.w13: expected an even intermediate_size for {scheme}, got {size}")
+    check_shape("weights.w2", w2, (experts, hidden_size, size // per_byte), "as weights.w13 has")
     if rows.shape[1] != hidden_size:
         raise ValueError(f"hidden_states: expected {hidden_size} columns (hidden_size of weights), got {rows.shape[1]}")
-    for name, bias, size in (("w13_bias", weights.w13_bias, wide), ("w2_bias", weights.w2_bias, hidden_size)):
+    for name, bias, length in (("w13_bias", weights.w13_bias, wide), ("w2_bias", weights.w2_bias, hidden_size)):
         if bias is not None:
             check_tensor(f"weights.{name}", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
-            check_shape(f"weights.{name}", bias, (experts, size), "one row per expert")
+            check_shape(f"weights.{name}", bias, (experts, length), "one row per expert")
+    if scheme is None:
+        if weights.scales is not None:
+            raise ValueError("weights.scheme: expected the QuantScheme of weights.scales, got None")
+        return
+    check_scales(weights.scales, scheme, rows, (experts, hidden_size, size), weights.gated)
+
+
+QUANTISED_ROWS = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of rows that meet quantised weights."""
+
+
+def check_scales(scales: object, scheme: QuantScheme, rows: Tensor, sizes: tuple[int, int, int], gated: bool) -> None:
+    """`scales` are those of a scheme for experts of (num_local_experts, hidden_size, intermediate_size)."""
+    check_tensor("hidden_states", rows, dtypes=QUANTISED_ROWS)
+    if not isinstance(scales, ExpertScales):
+        raise TypeError(f"weights.scales: expected ExpertScales beside a scheme, got {type(scales).__name__}")
+    experts, hidden_size, size = sizes
+    start, device = scales.block_start, rows.device
+    rows_a_block = max(scheme.block)
+    check_int("weights.scales.block_start", start, low=0, high=max(0, rows_a_block - 1))
+    first, second = scale_shapes(scheme, hidden_size, size, gated, start)
+    dtypes = SCALES[scheme.scales]
+    check_tensor("weights.scales.w13", scales.w13, dtypes=dtypes, ndim=(3,), device=device)
+    check_shape("weights.scales.w13", scales.w13, (experts, *first), f"the blocks of {scheme}")
+    check_tensor("weights.scales.w2", scales.w2, dtypes=(scales.w13.dtype,), ndim=(3,), device=device)
+    check_shape("weights.scales.w2", scales.w2, (experts, *second), f"the blocks of {scheme}")
+    halves = 2 if gated else 1
+    wanted: tuple[tuple[str, Tensor | None, bool, torch.dtype, tuple[int, ...]], ...] = (
+        ("w13_zero_points", scales.w13_zero_points, scheme.zero_points, torch.uint8, (experts, *first)),
+        ("w2_zero_points", scales.w2_zero_points, scheme.zero_points, torch.uint8, (experts, *second)),
+        ("w13_global", scales.w13_global, scheme.global_scales, torch.float32, (experts, halves)),
+        ("w2_global", scales.w2_global, scheme.global_scales, torch.float32, (experts, 1)),
+        ("w13_input", scales.w13_input, scheme.static, torch.float32, (experts,)),
+        ("w2_input", scales.w2_input, scheme.static, torch.float32, (experts,)),
+    )
+    for field, tensor, needed, dtype, shape in wanted:
+        name = f"weights.scales.{field}"
+        if needed:
+            check_tensor(name, tensor, dtypes=(dtype,), ndim=(len(shape),), device=device)
+            assert tensor is not None
+            check_shape(name, tensor, shape, f"scheme {scheme}")
+        elif tensor is not None:
+            raise ValueError(f"{name}: expected None for {scheme}, got a tensor")
 
 
 def check_router(

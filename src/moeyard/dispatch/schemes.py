@@ -1,39 +1,22 @@
-"""How weights of experts may be quantised. What takes no entry of this table refuses a scheme in words."""
+"""Which rows of the table take which quantised weights. A row without an entry refuses every scheme in words."""
 
-from typing import NamedTuple
+from collections.abc import Callable
 
-import torch
-
-
-class Scheme(NamedTuple):
-    """What callers and the table of implementations have to know of a scheme."""
-
-    dtype: torch.dtype | None
-    """Of w13 and w2; None where it is that of the rows."""
-    rows: tuple[str, ...]
-    """The rows of the table that take it, by their labels: "cpu", "cuda (products)"."""
+from moeyard.quant import QuantScheme
 
 
-SCHEMES: dict[str, Scheme] = {}
-"""By the name that `ExpertWeights.scheme` has; "none", which every implementation takes, has no entry."""
+def _every(_: QuantScheme) -> bool:
+    return True
 
 
-def known_schemes() -> list[str]:
-    """What `ExpertWeights.scheme` may be."""
-    return ["none", *sorted(SCHEMES)]
+TAKES: dict[str, Callable[[QuantScheme], bool]] = {
+    "reference": _every,
+}
+"""By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""
 
 
-def weight_dtype(scheme: str, rows: torch.dtype) -> torch.dtype:
-    """The dtype of weights of a scheme that rows of a dtype are multiplied by; ValueError for an unknown scheme."""
-    if scheme == "none":
-        return rows
-    if scheme not in SCHEMES:
-        raise ValueError(f"weights.scheme: expected one of {known_schemes()}, got {scheme!r}")
-    return SCHEMES[scheme].dtype or rows
-
-
-def refusal_of(label: str, scheme: str) -> str | None:
+def refusal_of(label: str, scheme: QuantScheme | None) -> str | None:
     """Why a row of the table takes no weights of a scheme, in words; None if it does."""
-    if scheme == "none" or (scheme in SCHEMES and label in SCHEMES[scheme].rows):
+    if scheme is None or (label in TAKES and TAKES[label](scheme)):
         return None
-    return f"takes no weights of scheme {scheme!r}"
+    return f"takes no weights of scheme {str(scheme)!r}"

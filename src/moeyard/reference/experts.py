@@ -68,13 +68,6 @@ def grouped_gemm(
     return result.view(*rows.shape[:-1], columns) if rows.dim() == 3 else result
 
 
-def matrices(weights: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """What rows are multiplied by, both times; ValueError for a scheme that means nothing here."""
-    if weights.scheme != "none":
-        raise ValueError(f"weights.scheme: expected 'none', got {weights.scheme!r}")
-    return weights.w13, weights.w2
-
-
 def fused_experts(
     hidden_states: Tensor,
     routing: Routing,
@@ -87,7 +80,7 @@ def fused_experts(
 ) -> Tensor:
     """Every token through its experts, one by one, in float64; rounded once at the end."""
     local = weights.num_local_experts
-    w13, w2 = matrices(weights)
+    w13, w2 = weights.w13, weights.w2
     if num_experts is None:
         num_experts = local if expert_map is None else len(expert_map)
     experts = local_experts(routing.topk_ids, num_experts, expert_map, local)

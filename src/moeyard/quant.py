@@ -1,0 +1,209 @@
+"""How the weights of experts may be quantised: the values that say it. dispatch/schemes.py says who takes which."""
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Codes(NamedTuple):
+    """How the values of a code are stored."""
+
+    dtype: torch.dtype
+    per_byte: int = 1
+    """Two values share a byte along the last axis: the one of the even column has the low four bits."""
+
+
+CODES: dict[str, Codes] = {
+    "e4m3": Codes(torch.float8_e4m3fn),
+    "int8": Codes(torch.int8),
+    "int4": Codes(torch.uint8, 2),
+    "e2m1": Codes(torch.uint8, 2),
+}
+"""What the bits of a weight mean. e4m3: the float of 8 bits without infinities. int4: the code less 8, or less its zero
+point. e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and their negatives where bit 3 is set."""
+SCALES: dict[str, tuple[torch.dtype, ...]] = {
+    "float": (torch.float32, torch.bfloat16, torch.float16),
+    "e8m0": (torch.float8_e8m0fnu,),
+    "e4m3": (torch.float8_e4m3fn,),
+}
+"""Dtypes of scales. e8m0: 2 to the power of the byte less 127; 255 is NaN."""
+LARGEST = {"e4m3": 448.0, "int8": 127.0}
+"""The largest magnitude that a code of activations has: what the largest value of a row or group becomes."""
+LEAST_MAGNITUDE = 1e-10
+"""Rows and groups with smaller values are quantised as if their largest magnitude were this, so none divides by 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantScheme:
+    """How the weights of a layer's experts are quantised, and what they are multiplied by.
+
+    A weight is its code times the scale of its block, times the expert's global scale where there is one. Activations
+    are the rows of both products: hidden states, and what the activation leaves, rounded to the dtype of the hidden
+    states. With `activations` they are quantised once each: with a dynamic scale, max(largest magnitude, 1e-10) over
+    the largest code (448, 127), or a static one; value / scale is rounded to the nearest code, ties to even, and
+    saturated. Router weights on the input multiply before. All of this is in float32.
+    """
+
+    weights: str
+    """A code of `CODES`."""
+    block: tuple[int, int] = (0, 0)
+    """Weight rows and columns that share a scale; 0: all of a matrix. (0, 0): one scale per matrix (gate and up have
+    one each); (1, 0): one per row (channel); (128, 128): blocks; (1, 32): groups of 32 columns."""
+    scales: str = "float"
+    """What scales are, of `SCALES`."""
+    zero_points: bool = False
+    """Of int4: whether each block has one; 8 unless."""
+    global_scales: bool = False
+    """Whether each matrix has one more scale, as NVFP4's do (gate and up one each)."""
+    activations: str = "none"
+    """"none": rows stay in their dtype; "e4m3" or "int8": they are quantised."""
+    activation_group: int = 0
+    """Consecutive columns of a row that share a scale; 0: all of it (per token)."""
+    static: bool = False
+    """Whether the scale of activations is given, one per expert and product."""
+
+    def __post_init__(self) -> None:
+        """Refuses what means nothing."""
+        for name, value, known in (
+            ("weights", self.weights, tuple(CODES)), ("scales", self.scales, tuple(SCALES)),
+            ("activations", self.activations, ("none", *LARGEST)),
+        ):  # fmt: skip
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        whole = isinstance(self.block, tuple) and len(self.block) == 2
+        if not whole or not all(type(size) is int and size >= 0 for size in self.block):
+            raise ValueError(f"block: expected (rows, columns) of 0 and above, got {self.block!r}")
+        if self.block[1] % CODES[self.weights].per_byte:
+            raise ValueError(f"block: expected an even number of columns for {self.weights}, got {self.block}")
+        if self.zero_points and self.weights != "int4":
+            raise ValueError(f"zero_points: expected False for {self.weights} (int4 alone has them), got True")
+        if type(self.activation_group) is not int or self.activation_group < 0:
+            raise ValueError(f"activation_group: expected 0 or more columns, got {self.activation_group!r}")
+        if self.activations == "none" and (self.activation_group or self.static):
+            raise ValueError("activations: expected a code beside activation_group or static, got 'none'")
+        if self.static and self.activation_group:
+            raise ValueError(f"activation_group: expected 0 for static scales, got {self.activation_group}")
+
+    @property
+    def per_byte(self) -> int:
+        """Weights that share a byte."""
+        return CODES[self.weights].per_byte
+
+    def __str__(self) -> str:
+        """The scheme in words, which `scheme_of` reads: "e4m3 128x128, e4m3 per 128"."""
+        rows, columns = (str(size or "*") for size in self.block)
+        first = f"{self.weights} {rows}x{columns}" + "" .join(
+            f" {word}"
+            for word, there in (
+                (f"{self.scales} scales", self.scales != "float"), ("zero points", self.zero_points),
+                ("global scales", self.global_scales),
+            )
+            if there
+        )  # fmt: skip
+        if self.activations == "none":
+            return first
+        how = "static" if self.static else f"per {self.activation_group or 'row'}"
+        return f"{first}, {self.activations} {how}"
+
+
+_WORDS = re.compile(
+    r"(?P<weights>\w+) (?P<rows>\d+|\*)x(?P<columns>\d+|\*)(?: (?P<scales>(?!global)\w+) scales)?"
+    r"(?P<zero> zero points)?(?P<more> global scales)?"
+    r"(?:, (?P<activations>\w+) (?:(?P<static>static)|per (?P<group>\w+)))?"
+)
+
+
+@lru_cache(maxsize=256)
+def scheme_of(words: str) -> QuantScheme:
+    """The scheme whose `str` this is; ValueError for other words."""
+    found = _WORDS.fullmatch(words)
+    if found is None:
+        raise ValueError(f"scheme: expected words as '{FP8_BLOCK}', got {words!r}")
+    rows, columns = (0 if found[name] == "*" else int(found[name]) for name in ("rows", "columns"))
+    group = found["group"]
+    if group not in (None, "row") and not group.isdecimal():
+        raise ValueError(f"scheme: expected 'per row' or a number of columns, got {words!r}")
+    return QuantScheme(
+        found["weights"], (rows, columns), found["scales"] or "float", found["zero"] is not None,
+        found["more"] is not None, found["activations"] or "none", int(group) if group not in (None, "row") else 0,
+        found["static"] is not None,
+    )  # fmt: skip
+
+
+FP8_TENSOR = QuantScheme("e4m3", activations="e4m3")
+"""One scale per matrix, activations per token: compressed-tensors' tensor strategy."""
+FP8_TENSOR_STATIC = QuantScheme("e4m3", activations="e4m3", static=True)
+FP8_CHANNEL = QuantScheme("e4m3", (1, 0), activations="e4m3")
+"""One scale per row of a weight, activations per token: "FP8 dynamic" of compressed-tensors."""
+FP8_BLOCK = QuantScheme("e4m3", (128, 128), activations="e4m3", activation_group=128)
+"""DeepSeek-V3's: blocks of 128 x 128, activations in groups of 128."""
+FP8_WEIGHTS = QuantScheme("e4m3", (1, 0))
+"""Weights alone, one scale per row (W8A16)."""
+FP8_BLOCK_WEIGHTS = QuantScheme("e4m3", (128, 128))
+INT8_CHANNEL = QuantScheme("int8", (1, 0), activations="int8")
+"""One scale per row of a weight, activations per token (W8A8)."""
+INT8_WEIGHTS = QuantScheme("int8", (1, 0))
+MXFP4 = QuantScheme("e2m1", (1, 32), "e8m0")
+"""gpt-oss's: groups of 32, one power of two each (OCP Microscaling)."""
+NVFP4 = QuantScheme("e2m1", (1, 16), "e4m3", global_scales=True)
+"""Groups of 16 with e4m3 scales, and one global scale per matrix, which multiplies."""
+
+
+def int4_scheme(group_size: int = 128, *, zero_points: bool = False) -> QuantScheme:
+    """Integers of 4 bits, one scale per row and `group_size` columns (0: per row); GPTQ, AWQ, compressed-tensors."""
+    return QuantScheme("int4", (1, group_size), zero_points=zero_points)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpertScales:
+    """The scales of the experts of one layer on one rank. E experts, H hidden_size, I intermediate_size.
+
+    A matrix of R rows and C columns has ceil(R / rows) x ceil(C / columns) blocks; gate and up are matrices of I rows
+    of their own, gate's blocks first.
+    """
+
+    w13: Tensor
+    """[E, blocks of gate's rows and of up's, blocks of columns], dtype of the scheme's scales."""
+    w2: Tensor
+    """[E, blocks of rows, blocks of columns], dtype of `w13`."""
+    w13_zero_points: Tensor | None = None
+    """uint8 of the shape of `w13`; int4 with zero points alone."""
+    w2_zero_points: Tensor | None = None
+    w13_global: Tensor | None = None
+    """[E, 2] float32, of gate and of up (without a gate [E, 1]); multiplies."""
+    w2_global: Tensor | None = None
+    """[E, 1] float32; multiplies."""
+    w13_input: Tensor | None = None
+    """[E] float32: the scale of the first product's rows; static activations alone."""
+    w2_input: Tensor | None = None
+    """[E] float32: the same of the second product."""
+    block_start: int = 0
+    """Where in a block the first of the I rows of gate and up, and of the I columns of w2, lies: a slice of a larger
+    matrix (tensor parallelism) may begin inside one. Groups of activations begin with blocks."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The eight tensors in the order of the fields."""
+        return (
+            self.w13, self.w2, self.w13_zero_points, self.w2_zero_points, self.w13_global, self.w2_global,
+            self.w13_input, self.w2_input,
+        )  # fmt: skip
+
+
+def blocks_of(size: int, block: int, start: int = 0) -> int:
+    """Blocks that `size` rows or columns touch, the first of which is number `start` of its block."""
+    return 1 if not block else -(-(start + size) // block)
+
+
+def scale_shapes(
+    scheme: QuantScheme, hidden_size: int, intermediate_size: int, gated: bool, start: int = 0
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) of an expert's scales of w13 and of w2."""
+    rows, columns = scheme.block
+    of_half = blocks_of(intermediate_size, rows, start)
+    first = of_half * (2 if gated else 1), blocks_of(hidden_size, columns)
+    return first, (blocks_of(hidden_size, rows), blocks_of(intermediate_size, columns, start))
