@@ -20,8 +20,8 @@ import torch
 from moeyard.cuda.align.launchers import align_defines
 from moeyard.cuda.align.plan import AlignPlan, align_plan
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
-from moeyard.cuda.experts.launchers import product_defines
 from moeyard.cuda.experts.plan import ExpertSizes, Way, few_tokens_plan, product_plan
+from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.route.launchers import router_defines
 from moeyard.cuda.route.plan import route_align_plan, router_plan
 from moeyard.cuda.runtime.cards import Card
@@ -95,7 +95,10 @@ def rows() -> Kernels:
             defines = given(ROW_KIND=kind, WORD=16, STATIC_TOP_K=top_k, WEIGHTS=weights, ROUTES=routes, ID="int")
             yield f"sum, {kind}, {routes}", "sum.cu", defines
         for grouped in ("true", "false"):
-            defines = given(ROW_KIND=kind, WORD=16, GROUPS=grouped, WHOLE_ROW="true", THREADS_A_ROW=64, MAP_TYPE="int")
+            defines = given(
+                ROW_KIND=kind, WORD=16, GROUPS=grouped, WHOLE_ROW="true", THREADS_A_ROW=64, MAP_TYPE="int",
+                CODE_IS_INT8="false", IN_PLACE="false", COUNTED="false",
+            )  # fmt: skip
             yield f"quantize, {kind}, groups {grouped}", "quantize.cu", defines
 
 

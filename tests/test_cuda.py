@@ -80,7 +80,9 @@ def test_sources_of_rows_and_routers_compile_everywhere(arch: str) -> None:
         assert b"sum_kernel" in code("sum.cu", BLOCK=128, LOADS=1, STORE="__stcs", WEIGHTS="true", **options)
         for grouped in ("false",) if word == 2 else ("false", "true"):
             options = {"ROW_KIND": kind, "WORD": word, "GROUPS": grouped, "WHOLE_ROW": "true", "THREADS_A_ROW": 64}
-            assert b"quantize_kernel" in code("quantize.cu", BLOCK=128, LOADS=2, STORE="__stcs", **options)
+            for int8, stays in (("false", "false"), ("true", "true")):
+                ways = {"CODE_IS_INT8": int8, "IN_PLACE": stays, "COUNTED": stays}
+                assert b"quantize_kernel" in code("quantize.cu", BLOCK=128, LOADS=2, STORE="__stcs", **options, **ways)
     for values in ROUTERS:
         defines = dict(zip(ROUTER_NAMES, values.split(), strict=True))
         assert b"route_kernel" in code("route.cu", **defines)

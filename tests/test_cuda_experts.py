@@ -16,8 +16,8 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
-from moeyard.cuda.experts.launchers import product_defines
 from moeyard.cuda.experts.plan import ProductPlan, expected_routes, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation
-from moeyard.cuda.experts.launchers import product_defines
 from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan
+from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES

@@ -9,7 +9,16 @@ def _every(_: QuantScheme) -> bool:
     return True
 
 
+def _coded(scheme: QuantScheme) -> bool:
+    """8-bit weights times rows of the same codes: scales per matrix or row and token, or in blocks of 128."""
+    of_rows = scheme.block in ((0, 0), (1, 0)) and not scheme.activation_group
+    of_blocks = scheme.block == (128, 128) and scheme.activation_group == 128 and scheme.weights == "e4m3"
+    codes = scheme.weights in ("e4m3", "int8") and scheme.activations == scheme.weights
+    return codes and scheme.scales == "float" and not scheme.global_scales and (of_rows or of_blocks)
+
+
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
+    "cuda (products)": _coded,
     "reference": _every,
 }
 """By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""

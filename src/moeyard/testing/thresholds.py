@@ -207,7 +207,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_candidates:131072": (("align",), _routes),
     "cuda.align.plan:_candidates:16384": (("align",), _routes),
     "cuda.align.plan:sized:256": (_LAYOUTS, _experts),
-    "cuda.experts.launchers:_ALIGNMENT": (_PRODUCTS, _row_bytes),
+    "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
     "cuda.experts.plan:WARPGROUP": (_GEMM, _columns),
     "cuda.experts.plan:_WEIGHT_ROWS": (_GEMM, _columns),

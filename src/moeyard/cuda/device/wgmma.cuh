@@ -108,6 +108,10 @@ __device__ __forceinline__ void copy_16_bytes(u32 to, const u8* from, u32 bytes)
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+__device__ __forceinline__ void copy_4_bytes(u32 to, const float* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Orders what ordinary writes (cp.async too) left in shared memory before what the tensor cores or the copy engine read
@@ -150,6 +154,12 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
   return word;
 }
 
+__device__ __forceinline__ float2 load_shared_pair(u32 address) {
+  float2 pair;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
+  return pair;
+}
+
 // Products of a warpgroup: d[64, N] += a[64, 16] b[N, 16]^T with a and b in shared memory, rows of 128 bytes (64
 // values) in groups of 8, in the 128-byte swizzle: the 16-byte piece p of row r lies at p ^ r % 8. Of d, lane l of warp
 // w holds rows 16 w + l / 4 (values 4 j, 4 j + 1) and 8 more (4 j + 2, 4 j + 3), columns 8 j + 2 (l % 4) and the next.
@@ -168,12 +178,37 @@ __device__ __forceinline__ void await_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Codes of 8 bits: a product spans 32 of them, which are as many bytes. Sums of integers are integers.
+#if VALUE_BYTES == 1 && INTEGERS
+typedef int Sum;
+#define SHAPE_AND_SUM "k32.s32."
+#define SIGNS ""
+#define SUM_REGISTER "+r"
+#else
+typedef float Sum;
+#define SUM_REGISTER "+f"
+#if VALUE_BYTES == 1
+#define SHAPE_AND_SUM "k32.f32."
+#define SIGNS ", 1, 1"
+#else
+#define SHAPE_AND_SUM "k16.f32."
+#define SIGNS ", 1, 1, 0, 0"
+#endif
+#endif
+
+// A sum in place of which its value as a float is kept once it is scaled.
+__device__ __forceinline__ float value_of(float sum) { return sum; }
+__device__ __forceinline__ float value_of(int sum) { return __int_as_float(sum); }
+__device__ __forceinline__ void scale_sum(float& sum, float scale) { sum *= scale; }
+__device__ __forceinline__ void scale_sum(int& sum, float scale) { sum = __float_as_int(__int2float_rn(sum) * scale); }
+
 // Nothing reads a sum before this: the compiler does not see that products end later than they are written.
-__device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
+__device__ __forceinline__ void settle(Sum& sum) { asm volatile("" : SUM_REGISTER(sum)::"memory"); }
 
 #define TEXT_OF(x) #x
 #define TEXT(x) TEXT_OF(x)
-#define VALUES_OF(i) "+f"(d[4 * (i)]), "+f"(d[4 * (i) + 1]), "+f"(d[4 * (i) + 2]), "+f"(d[4 * (i) + 3])
+#define VALUE(i) SUM_REGISTER(d[i])
+#define VALUES_OF(i) VALUE(4 * (i)), VALUE(4 * (i) + 1), VALUE(4 * (i) + 2), VALUE(4 * (i) + 3)
 #define VALUES_2(i) VALUES_OF(i), VALUES_OF(i + 1)
 #define VALUES_4(i) VALUES_2(i), VALUES_2(i + 2)
 #define VALUES_8(i) VALUES_4(i), VALUES_4(i + 4)
@@ -194,14 +229,14 @@ __device__ __forceinline__ void settle(float& sum) { asm volatile("" : "+f"(sum)
 // N, the numbers of its N / 2 values, of the operands that follow, and the values.
 #define PRODUCT(N, NUMBERS, A, B, ADDS, ...)                                                                      \
   asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " ADDS ", 0;\n\t"                                       \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TEXT(ELEMENT) "." TEXT(ELEMENT) " {" NUMBERS "}, " \
-               A ", " B ", adds, 1, 1, 0, 0;\n\t}"                                                                 \
+               "wgmma.mma_async.sync.aligned.m64n" #N SHAPE_AND_SUM TEXT(ELEMENT) "." TEXT(ELEMENT) " {" NUMBERS   \
+               "}, " A ", " B ", adds" SIGNS ";\n\t}"                                                             \
                : __VA_ARGS__                                                                                       \
                : "l"(a), "l"(b), "r"(adds))
 
 // d = a b^T, or d += a b^T where `adds` is not 0.
 template <int N, int COUNT>
-__device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, u32 adds) {
+__device__ __forceinline__ void multiply(Sum (&d)[COUNT], u64 a, u64 b, u32 adds) {
   static_assert(N <= 2 * COUNT && N % 8 == 0, "a lane holds N / 2 values");
   if constexpr (N == 8) PRODUCT(8, NUMBERS_1, "%4", "%5", "%6", VALUES_OF(0));
   if constexpr (N == 16) PRODUCT(16, NUMBERS_2, "%8", "%9", "%10", VALUES_2(0));

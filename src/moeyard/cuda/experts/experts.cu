@@ -39,21 +39,21 @@ __device__ __forceinline__ void give_back(const Signals& signals) {
 
 // All products of a tile for N of its rows.
 template <int N>
-__device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+__device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
                                               u32 group, const Signals& signals) {
   u32 before = 0;
   for (u32 step = 0; step < steps; ++step) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_shared_writes();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * 2);
+    const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * ITEM);
     const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
     begin_products();
 #pragma unroll
-    for (int i = 0; i < BK / 16; ++i) {
+    for (int i = 0; i < BK * ITEM / 32; ++i) {
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
-        multiply<N>(sums[m], weights + m * (64 * BK * 2 >> 4) + 2 * i, rows + 2 * i, step | i);
+        multiply<N>(sums[m], weights + m * (64 * BK * ITEM >> 4) + 2 * i, rows + 2 * i, step | i);
       }
     }
     commit_products();
@@ -73,8 +73,61 @@ __device__ __forceinline__ void multiply_tile(float (&sums)[TALL][BN / 2], const
   }
 }
 
+// The same of codes in blocks of 128 x 128 and rows in groups of 128: a step's products have sums of their own, which
+// are multiplied by the scales of both and added. `scales` are those of the gate half, or of all weight rows, and of the
+// up half. While one warpgroup adds, the tensor cores work for the other.
+template <int N>
+__device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+                                                u32 group, const Signals& signals, const float* gate,
+                                                const float* up) {
+#pragma unroll
+  for (int m = 0; m < TALL; ++m) {
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) sums[m][i] = 0;
+  }
+  const u32 first = 8 * (threadIdx.x & 3);  // the byte of the first of a lane's two rows in eight
+  float of_gate = __ldg(gate), of_up = GATED_RESULT ? __ldg(up) : of_gate;
+  for (u32 step = 0; step < steps; ++step) {
+    await_phase(room.full + 8 * stage.number, stage.parity);
+    if constexpr (GATHERS) show_shared_writes();
+    const u32 here = room.stages + stage.number * STAGE_BYTES;
+    const u32 scales = room.stage_scales + stage.number * SCALE_BYTES + first;
+    const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * ITEM);
+    const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
+    const u32 next = min(step + 1, steps - 1);
+    const float next_gate = __ldg(gate + next), next_up = GATED_RESULT ? __ldg(up + next) : next_gate;
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      Sum batch[N / 2];
+      begin_products();
+#pragma unroll
+      for (int i = 0; i < BK * ITEM / 32; ++i) {
+        multiply<N>(batch, weights + m * (64 * BK * ITEM >> 4) + 2 * i, rows + 2 * i, i);
+      }
+      commit_products();
+      if (STAGGERS && m == 0 && step == signals.lead) arrive(room.lead);
+      await_products<0>();
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) settle(batch[i]);
+#pragma unroll
+      for (int i = 0; i < N / 8; ++i) {
+        const float2 of_rows = load_shared_pair(scales + 32 * i);
+        sums[m][4 * i] = fmaf(of_rows.x * of_gate, batch[4 * i], sums[m][4 * i]);
+        sums[m][4 * i + 1] = fmaf(of_rows.y * of_gate, batch[4 * i + 1], sums[m][4 * i + 1]);
+        sums[m][4 * i + 2] = fmaf(of_rows.x * of_up, batch[4 * i + 2], sums[m][4 * i + 2]);
+        sums[m][4 * i + 3] = fmaf(of_rows.y * of_up, batch[4 * i + 3], sums[m][4 * i + 3]);
+      }
+    }
+    __syncwarp();  // all lanes have read the scales
+    if (signals.releases) arrive(room.empty + 8 * stage.number);
+    of_gate = next_gate;
+    of_up = next_up;
+    stage.advance();
+  }
+}
+
 template <int N = BN>
-__device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
+__device__ __forceinline__ void multiply_used(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
                                               u32 group, const Signals& signals, u32 rows) {
   if constexpr (N > FINE) {
     if (rows <= N - FINE) return multiply_used<N - FINE>(sums, room, stage, steps, group, signals, rows);
@@ -82,24 +135,91 @@ __device__ __forceinline__ void multiply_used(float (&sums)[TALL][BN / 2], const
   multiply_tile<N>(sums, room, stage, steps, group, signals);
 }
 
-// What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
-// with a gate a value of one.
-__device__ __forceinline__ float finish_gated(const float* sums, const float2 bias, const Arguments& a) {
-  return bend<Quick, CURVE, CLAMPS>(sums[0] + bias.x, sums[2] + bias.y, a.curve);
+template <int N = BN>
+__device__ __forceinline__ void multiply_used_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
+                                                     u32 steps, u32 group, const Signals& signals, const float* gate,
+                                                     const float* up, u32 rows) {
+  if constexpr (N > FINE) {
+    if (rows <= N - FINE) {
+      return multiply_used_blocks<N - FINE>(sums, room, stage, steps, group, signals, gate, up, rows);
+    }
+  }
+  multiply_blocks<N>(sums, room, stage, steps, group, signals, gate, up);
 }
 
-__device__ __forceinline__ u32 finish_pair(const float* sums, const float2 bias, const Arguments& a, float factor) {
-  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(sums[0] + bias.x, a.curve) * factor,
-                           bend<Quick, CURVE, CLAMPS>(sums[2] + bias.y, a.curve) * factor);
+// Products of a tile in blocks: the weights' scales are of blocks of 128 rows, in each of which a warpgroup's rows lie.
+__device__ __forceinline__ void multiply_scaled(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
+                                                const Arguments& a, u32 group, const Signals& signals,
+                                                const Tile& tile, u32 first_column) {
+  const u32 blocks = (a.columns + 127) / 128;  // of a half
+  const u64 row = static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * blocks : blocks);
+  const float* gate = a.weight_scales + (row + min(first_column / 128, blocks - 1)) * a.steps;
+  multiply_used_blocks(sums, room, stage, a.steps, group, signals, gate, gate + blocks * a.steps, tile.rows);
+}
+
+// The scales of the two weight rows that a lane has in each product.
+__device__ __forceinline__ void load_weight_scales(float2 (&scales)[TALL], const Arguments& a, const Tile& tile,
+                                                   u32 column) {
+  const u32 of_half = CHANNELS ? a.columns : 1;
+  const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * of_half : of_half);
+#pragma unroll
+  for (int m = 0; m < TALL; ++m) {
+    const u32 mine = CHANNELS ? min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2)) : 0;
+    scales[m].x = __ldg(of_expert + mine);
+    scales[m].y = GATED_RESULT || CHANNELS ? __ldg(of_expert + mine + (GATED_RESULT ? of_half : 1)) : scales[m].x;
+  }
+}
+
+// What a warpgroup has to know of the scales of a tile's rows.
+__device__ __forceinline__ void look_up_scales(const Room& room, const Arguments& a, const Tile& tile) {
+  const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
+  sync_warpgroup(group);  // the scales of the tile before have been read
+  for (u32 row = thread; row < tile.rows; row += 128) {
+    const u32 of = GATHERS ? __ldcg(a.sorted_token_ids + tile.first_row + row) / a.divisor : tile.first_row + row;
+    room.scales[group * BN + row] = __ldcg(a.row_scales + of);
+  }
+  sync_warpgroup(group);
+}
+
+// Sums of codes, times the scales of rows and weights.
+__device__ __forceinline__ void scale_sums(Sum (&sums)[TALL][BN / 2], const Room& room, const Arguments& a,
+                                           const Tile& tile, u32 column) {
+  const u32 group = threadIdx.x / 128 - 1;
+  float2 of_weights[TALL];
+  load_weight_scales(of_weights, a, tile, column);
+  const float* of_lane = room.scales + group * BN + 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int i = 0; i < BN / 8; ++i) {
+    if (8 * i >= tile.rows) break;
+    const float2 of_rows = *reinterpret_cast<const float2*>(of_lane + 8 * i);
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      scale_sum(sums[m][4 * i], of_rows.x * of_weights[m].x);
+      scale_sum(sums[m][4 * i + 1], of_rows.y * of_weights[m].x);
+      scale_sum(sums[m][4 * i + 2], of_rows.x * of_weights[m].y);
+      scale_sum(sums[m][4 * i + 3], of_rows.y * of_weights[m].y);
+    }
+  }
+}
+
+// What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
+// with a gate a value of one.
+__device__ __forceinline__ float finish_gated(const Sum* sums, const float2 bias, const Arguments& a) {
+  return bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, value_of(sums[2]) + bias.y, a.curve);
+}
+
+__device__ __forceinline__ u32 finish_pair(const Sum* sums, const float2 bias, const Arguments& a, float factor) {
+  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, a.curve) * factor,
+                           bend<Quick, CURVE, CLAMPS>(value_of(sums[2]) + bias.y, a.curve) * factor);
 }
 
 // The same with a gate of two rows: to be transposed.
-__device__ __forceinline__ u32 finish_two_gated(const float* sums, const float2 bias, const Arguments& a) {
+__device__ __forceinline__ u32 finish_two_gated(const Sum* sums, const float2 bias, const Arguments& a) {
   return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
 }
 
 // Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
-__device__ __forceinline__ void write_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+__device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                               const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
   u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
@@ -149,7 +269,7 @@ __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Argument
 }
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
-__device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+__device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                                     const Room& room, const Arguments& a, const Tile& tile,
                                                     u32 first_column, u32& turn) {
   constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
@@ -181,7 +301,7 @@ __device__ __forceinline__ void write_gated_results(const float (&sums)[TALL][BN
 
 // Results of a tile with a gate through the stage that is lent for them, transposed to rows with columns side by side;
 // the copy engine takes them from there. Returns the stage's `empty` barrier, which wants to hear when that is done.
-__device__ __forceinline__ u32 send_gated_results(const float (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+__device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
                                                   const Room& room, const Arguments& a, const Tile& tile,
                                                   u32 first_column, Stage& stage) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
@@ -194,7 +314,7 @@ __device__ __forceinline__ u32 send_gated_results(const float (&sums)[TALL][BN /
 #pragma unroll
   for (int start = 0; start < BN; start += 16) {
     if (start >= tile.rows) break;
-    const float *first = sums[0] + start / 2, *second = sums[1] + start / 2;
+    const Sum *first = sums[0] + start / 2, *second = sums[1] + start / 2;
     const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
                           finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
     store_transposed(to + start * PITCH, values);
@@ -226,7 +346,7 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
   Stage stage = {0, 0};
   u32 turn = 0;
-  float sums[TALL][BN / 2] = {};
+  Sum sums[TALL][BN / 2] = {};
   Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL, 0};
   if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
   while (true) {
@@ -237,7 +357,10 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
     if constexpr (KNOWS_ROUTES) look_up_routes(room, a, tile);
-    multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
+    if constexpr (ROW_SCALES) look_up_scales(room, a, tile);
+    if constexpr (BLOCK_SCALES) multiply_scaled(sums, room, stage, a, group, signals, tile, first_column);
+    else multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
+    if constexpr (ROW_SCALES) scale_sums(sums, room, a, tile, first_column + column_of(warp, lane));
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
     if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, room, a, tile, first_column, stage);
@@ -247,10 +370,18 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   if (IN_STAGE && signals.held) give_back(signals);
 }
 
+#if VALUE_BYTES == 1  // codes have scales
+#define SCALE_PARAMETERS const float *weight_scales, const float *row_scales,
+#define SCALE_ARGUMENTS weight_scales, row_scales
+#else
+#define SCALE_PARAMETERS
+#define SCALE_ARGUMENTS nullptr, nullptr
+#endif
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
     const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
-    u16* out, u32* turns, i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
+    u16* out, u32* turns, SCALE_PARAMETERS i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
     i64 limit) {
   extern __shared__ __align__(1024) u8 memory[];
   const Room room = divide(memory);
@@ -260,7 +391,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     prefetch_map(weight_map);
     if (!GATHERS) prefetch_map(row_map);
     for (u32 i = 0; i < DEPTH; ++i) {
-      open_barrier(room.full + 8 * i, GATHERS ? 129 : 1);
+      open_barrier(room.full + 8 * i, MANY_LOAD ? 129 : 1);
       open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
     }
     open_barrier(room.lead, 4);
@@ -269,14 +400,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   if (threadIdx.x < 64) room.sums[threadIdx.x] = 0;
   if (!READY_BEFORE) wait_for_previous_launch();
   const u32 total = make_table<BN>(room.table, room.sums, row_counts, experts) * weight_tiles;
-  const Arguments a = {rows, bias, factors, sorted_token_ids, out, turns, static_cast<u32>(columns),
+  const Arguments a = {rows, bias, factors, sorted_token_ids, out, turns, SCALE_ARGUMENTS, static_cast<u32>(columns),
                        static_cast<u32>((size + BK - 1) / BK), static_cast<u32>(size), static_cast<u32>(divisor),
                        row_pitch,
                        {__int_as_float(alpha), __int_as_float(beta), __int_as_float(limit)}};
   const Work tiles = {room.table, weight_tiles, expert_bits(experts), first_rows, row_counts, 0, 0};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
-    if constexpr (GATHERS) load_by_gathering(weight_map, room, a, tiles, total);
+    if constexpr (MANY_LOAD) load_by_many(weight_map, row_map, room, a, tiles, total);
     else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
   } else {
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();

@@ -10,7 +10,7 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
                                              u32 stage, u64 policy) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
-  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * 2));
+  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * ITEM));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);
   if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
   else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
@@ -20,7 +20,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
                                           u32 stage) {
   const u32 to = room.stages + stage * STAGE_BYTES + WEIGHT_BYTES, barrier = room.full + 8 * stage;
   for (u32 row = 0; row < tile.rows; row += STEP) {
-    copy_box(to + row * BK * 2, map, barrier, step * BK, tile.first_row + row);
+    copy_box(to + row * BK * ITEM, map, barrier, step * BK, tile.first_row + row);
   }
 }
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
 __device__ __forceinline__ void lend_stage(const Room& room, Stage& stage) {
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
   arrive(room.full + 8 * stage.number);
-  if (GATHERS && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
+  if (MANY_LOAD && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
   stage.advance();
 }
 
@@ -80,11 +80,13 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   turns.leave();
 }
 
-// Thread t of the warpgroup brings piece t % 8 of rows t / 8, t / 8 + 16, ..., to where the swizzle wants it.
-__device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, const Room& room, const Arguments& a,
-                                                  Work tiles, u32 total) {
+// All threads of the warpgroup load. Where rows are gathered, thread t brings piece t % 8 of rows t / 8, t / 8 + 16, ...,
+// to where the swizzle wants it; else the first one has boxes of rows brought. Of a stage's scales thread t brings that
+// of row t.
+__device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
+                                             const Arguments& a, Work tiles, u32 total) {
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
-  const u32 to = first * BK * 2 + ((piece ^ (first & 7)) << 4);
+  const u32 to = first * BK * ITEM + ((piece ^ (first & 7)) << 4);
   Stage stage = {0, 0};
   Turns turns = {a.turns};
   const u64 policy = soon_forgotten();
@@ -94,10 +96,18 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
     const u32 used = (tile.rows + FINE - 1) / FINE * FINE;
     u32 following = 0;
     u32 token[COPIES];
+    if constexpr (GATHERS) {
 #pragma unroll
-    for (int i = 0; i < COPIES; ++i) {
-      const u32 row = first + 16 * i;
-      token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) : 0;
+      for (int i = 0; i < COPIES; ++i) {
+        const u32 row = first + 16 * i;
+        token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) : 0;
+      }
+    }
+    const float* scale = a.row_scales;  // of this thread's row
+    if constexpr (BLOCK_SCALES) {
+      u32 row = tile.first_row + min(u32(threadIdx.x), tile.rows - 1);
+      if constexpr (GATHERS) row = __ldcg(a.sorted_token_ids + row) / a.divisor;
+      scale += static_cast<u64>(row) * a.steps;
     }
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
@@ -105,18 +115,28 @@ __device__ __forceinline__ void load_by_gathering(const TensorMap& weight_map, c
         if (step == last_call(a.steps)) following = turns.next();
         load_weights(weight_map, room, tile, step, stage.number, policy);
       }
-      if (step == 0) {
-#pragma unroll
-        for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;
+      if constexpr (BLOCK_SCALES) {
+        if (threadIdx.x < BN) {
+          copy_4_bytes(room.stage_scales + stage.number * SCALE_BYTES + 4 * threadIdx.x, scale + step);
+        }
       }
-      const u32 column = step * BK + piece * 8, there = room.stages + stage.number * STAGE_BYTES + WEIGHT_BYTES + to;
-      const u8* from = a.rows + (column < a.size ? column * 2 : 0);
+      if constexpr (!GATHERS) {
+        if (threadIdx.x == 0) load_rows(row_map, room, tile, step, stage.number);
+      } else {
+        if (step == 0) {
 #pragma unroll
-      for (int i = 0; i < COPIES; ++i) {
-        const u32 row = first + 16 * i;
-        if (row < used) {
-          const bool there_is = row < tile.rows && column < a.size;
-          copy_16_bytes(there + i * 16 * BK * 2, from + token[i] * a.row_pitch, there_is ? 16 : 0);
+          for (int i = 0; i < COPIES; ++i) token[i] /= a.divisor;
+        }
+        const u32 column = step * BK + piece * (16 / ITEM);
+        const u32 there = room.stages + stage.number * STAGE_BYTES + WEIGHT_BYTES + to;
+        const u8* from = a.rows + (column < a.size ? column * ITEM : 0);
+#pragma unroll
+        for (int i = 0; i < COPIES; ++i) {
+          const u32 row = first + 16 * i;
+          if (row < used) {
+            const bool there_is = row < tile.rows && column < a.size;
+            copy_16_bytes(there + i * 16 * BK * ITEM, from + token[i] * a.row_pitch, there_is ? 16 : 0);
+          }
         }
       }
       arrive_after_copies(room.full + 8 * stage.number);

@@ -10,15 +10,20 @@ constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIN
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, STREAMS = STREAMING;
 constexpr bool KNOWS_ROUTES = BY_ROUTE || WEIGHS;
+constexpr int UNSCALED = 0, BY_ROWS = 1, BY_BLOCKS = 2;  // what scales codes have
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
-constexpr int BM = 64 * TALL * CONSUMERS, BK = 64, THREADS = 128 * (1 + CONSUMERS);
+constexpr int ITEM = VALUE_BYTES;       // bytes of a value in shared memory: of 16-bit floats, or of codes of 8 bits
+constexpr int BM = 64 * TALL * CONSUMERS, BK = 128 / ITEM, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
 constexpr int FINE = BN <= 16 ? BN : 16;                  // and what multiplied rows are a multiple of
 constexpr int GROUP = BN > 128 ? 8 : 16;
-constexpr int WEIGHT_BYTES = BM * BK * 2, ROW_BYTES = BN * BK * 2, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
-constexpr int SUMS = TALL * BN / 2;  // of a lane
+constexpr int WEIGHT_BYTES = BM * BK * ITEM, ROW_BYTES = BN * BK * ITEM, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
+constexpr bool ROW_SCALES = SCALED == BY_ROWS, BLOCK_SCALES = SCALED == BY_BLOCKS, CHANNELS = CHANNEL_SCALES;
+constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES ? BN / 2 : 0);  // of a lane
 constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
 constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
+constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
+constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 4 : 0;          // of a stage: scales of its rows' 128 values
 constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
@@ -33,7 +38,8 @@ constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread g
 using Work = Tiles<FINE, GROUP>;
 static_assert(!IN_STAGE || (TALL == 2 && DEPTH >= 2 && CONSUMERS * BN * PITCH <= STAGE_BYTES), "a stage holds results");
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
-static_assert(!(GATHERS && READY_BEFORE), "who gathers waits for the layout");
+static_assert(!(MANY_LOAD && READY_BEFORE), "one thread loads before the launch ahead has ended");
+static_assert(!BLOCK_SCALES || (ITEM == 1 && BN <= 128), "a second set of sums fits; a step is a block of 128 values");
 static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 
@@ -50,8 +56,9 @@ struct Stage {
 
 // Addresses in shared memory, as `divide` and `shared_bytes` (plan.py) have them.
 struct Room {
-  u32 stages, chunks, full, empty, lead;
+  u32 stages, chunks, full, empty, lead, stage_scales;
   u32* routes;     // [CONSUMERS][BN]: those of the tile's rows, where results are by route or weighted
+  float* scales;   // [CONSUMERS][BN]: those of the tile's rows, where a row has one
   u32* sums;       // 64 words, for the table; after that
   Tile* tiles;     // [DEPTH]: the one whose first step is in a stage, and
   u32* following;  // [2]: what one thread that loads tells the others
@@ -65,6 +72,7 @@ struct Arguments {
   const int* sorted_token_ids;
   u16* out;
   u32* turns;
+  const float *weight_scales, *row_scales;  // of codes
   u32 columns, steps, size, divisor;
   i64 row_pitch;  // in bytes
   Curve curve;
@@ -87,6 +95,10 @@ __device__ __forceinline__ Room divide(u8* memory) {
   memory += 256;
   room.routes = reinterpret_cast<u32*>(memory);
   if constexpr (KNOWS_ROUTES) memory += CONSUMERS * BN * 4;
+  room.scales = reinterpret_cast<float*>(memory);
+  if constexpr (ROW_SCALES) memory += CONSUMERS * BN * 4;
+  room.stage_scales = shared_address(memory);
+  memory += DEPTH * SCALE_BYTES;
   room.table = reinterpret_cast<u32*>(memory);
   return room;
 }

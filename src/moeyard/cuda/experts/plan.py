@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moeyard.cuda.runtime.cards import RESERVED, WARP, Card
-from moeyard.cuda.runtime.tensor_map import STEP_VALUES
+from moeyard.cuda.runtime.tensor_map import STEP_BYTES
 
 WARPGROUP = 128
 _WEIGHT_ROWS = 64
@@ -13,6 +13,8 @@ _WEIGHT_ROWS = 64
 _SHAPES = {8: (1, 1, 2), 16: (1, 1, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1), 192: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of each, blocks that share a multiprocessor at most."""
 _ROWS = tuple(_SHAPES)
+_MOST_ROWS_IN_BLOCKS = 128
+"""Of a tile of codes in blocks: a step's products have sums of their own (multiply_blocks in experts.cu)."""
 _TABLE_BITS = 32
 """Of an entry of the table of tiles: the expert, and above it the number of its first tile."""
 _ENTRY_BYTES = 4
@@ -84,6 +86,7 @@ def product_plan(
     card: Card,
     way: Way | None = None,
     expected_rows: int | None = None,
+    scaled: str = "UNSCALED",
 ) -> ProductPlan:
     """The launch for so many rows, spread over so many experts, each with weights of so many columns of results.
 
@@ -106,16 +109,17 @@ def product_plan(
     mean = likely / max(1.0, _touched(likely, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
-    rows = way.rows or next((size for size in _ROWS if wanted <= size), _ROWS[-1])
+    heights = tuple(size for size in _ROWS if size <= _MOST_ROWS_IN_BLOCKS) if scaled == "BY_BLOCKS" else _ROWS
+    rows = way.rows or next((size for size in heights if wanted <= size), heights[-1])
     entries = min(experts, num_rows) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
             room = (card.shared_limit + RESERVED) // blocks - RESERVED
-            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, routed)
-            stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall) + 16))
+            fixed = shared_bytes(rows, groups, tall, 0, entries, gated, routed, scaled)
+            stages = min(_MOST_STAGES, (room - fixed) // (stage_bytes(rows, groups, tall, scaled) + 16))
             if stages >= 3 or (blocks == 1 and stages == 2):
-                used = shared_bytes(rows, groups, tall, stages, entries, gated, routed)
+                used = shared_bytes(rows, groups, tall, stages, entries, gated, routed, scaled)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
                 row_tiles = _most_tiles(num_rows, experts, rows)
                 if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
@@ -147,16 +151,20 @@ _COPIED_COLUMNS = {False: 2048, True: 1280}
 """and from how many columns: of a product alone, or of a layer's first."""
 
 
-def stage_bytes(rows: int, groups: int, tall: int) -> int:
-    """64 values of the weight rows and of the rows of a tile."""
-    return (groups * tall * _WEIGHT_ROWS + rows) * STEP_VALUES * 2
+def stage_bytes(rows: int, groups: int, tall: int, scaled: str = "UNSCALED") -> int:
+    """128 bytes of the weight rows and of the rows of a tile; with scales of blocks those of the rows."""
+    of_scales = 4 * rows if scaled == "BY_BLOCKS" else 0
+    return (groups * tall * _WEIGHT_ROWS + rows) * STEP_BYTES + of_scales
 
 
-def shared_bytes(rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, routed: bool) -> int:
+def shared_bytes(
+    rows: int, groups: int, tall: int, stages: int, entries: int, gated: bool, routed: bool, scaled: str = "UNSCALED"
+) -> int:
     """Shared memory of a block, as experts.cu divides it."""
     chunk = min(rows, 32 // tall) * (tall * 64 + 16) if gated and rows <= 128 else 0
-    fixed = groups * 2 * chunk + 16 + 256 + (groups * rows * 4 if routed else 0) + entries * _ENTRY_BYTES
-    return fixed + stages * (stage_bytes(rows, groups, tall) + 16)
+    of_rows = groups * rows * 4 * (routed + (scaled == "BY_ROWS"))
+    fixed = groups * 2 * chunk + 16 + 256 + of_rows + entries * _ENTRY_BYTES
+    return fixed + stages * (stage_bytes(rows, groups, tall, scaled) + 16)
 
 
 def expected_routes(num_routes: int, num_local_experts: int, num_experts: int) -> int:

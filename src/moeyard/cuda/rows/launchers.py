@@ -172,46 +172,69 @@ def permute_to_fp8_launch(
     chosen: RowPlan | None = None,
 ) -> None:
     """Quantises each token's row once and writes it, with its scales, to the slots of its routes."""
-    device, route_rows = hidden_states.get_device(), route_rows.contiguous()
-    hidden_states, row_bytes, stride = _as_rows(hidden_states)
-    num_tokens, size = route_rows.shape[0] // top_k, hidden_states.element_size()
-    if not num_tokens or not row_bytes:
+    quantize_launch(
+        hidden_states, route_rows.contiguous(), top_k=top_k, grouped=group_size is not None, rows=rows,
+        row_scales=row_scales, chosen=chosen,
+    )  # fmt: skip
+
+
+def quantize_launch(
+    source: Tensor,
+    places: Tensor | None,
+    *,
+    top_k: int = 1,
+    grouped: bool,
+    rows: Tensor,
+    row_scales: Tensor,
+    count: Tensor | None = None,
+    programmatic: bool | None = None,
+    chosen: RowPlan | None = None,
+) -> None:
+    """Quantises each row of `source` once to the dtype of `rows`, float8_e4m3fn or int8, with a scale per row or group.
+
+    Row r goes to the slots `places[r * top_k]` to `places[r * top_k + top_k - 1]`, or where there are no places to row
+    r; then `count` [1] int32 says how many rows there are, all unless given. A group is 128 columns, the last one of a
+    row what is left.
+    """
+    device = source.get_device()
+    source, row_bytes, stride = _as_rows(source)
+    num_rows, size = source.shape[0] if places is None else places.shape[0] // top_k, source.element_size()
+    if not num_rows or not row_bytes:
         return
-    grouped = group_size is not None
-    source, target = hidden_states.data_ptr(), rows.data_ptr()
-    word = _word(source | target * size | row_bytes | stride)
+    where = count if places is None else places
+    address, target = source.data_ptr(), rows.data_ptr()
+    word = _word(address | target * size | row_bytes | stride)
     if grouped and WARP * word < 128 * size:  # a group would not fit a warp: only where addresses are odd
         aligned = torch.empty_like(rows)
-        permute_to_fp8_launch(
-            hidden_states.clone(memory_format=torch.contiguous_format),
-            sorted_token_ids=sorted_token_ids,
-            route_rows=route_rows,
-            top_k=top_k,
-            group_size=group_size,
-            rows=aligned,
-            row_scales=row_scales,
-        )
+        dense = source.clone(memory_format=torch.contiguous_format)
+        quantize_launch(
+            dense, places, top_k=top_k, grouped=True, rows=aligned, row_scales=row_scales, count=count,
+            programmatic=programmatic,
+        )  # fmt: skip
         rows.copy_(aligned)
         return
     key = (
-        "quantize", num_tokens, top_k, row_bytes, stride, word, size, hidden_states.dtype, grouped, device,
-        chosen, SETTINGS["programmatic"],
+        "quantize", num_rows, top_k, row_bytes, stride, word, size, source.dtype, rows.dtype, grouped, places is None,
+        count is None, device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
     launch = _READY.get(key)
     if launch is None:
         words = row_bytes // word
-        plan = chosen or (row_plan(num_tokens, words, 2) if grouped else whole_row_plan(num_tokens, words))
+        plan = chosen or (row_plan(num_rows, words, 2) if grouped else whole_row_plan(num_rows, words))
         defines = (
-            ("ROW_KIND", KINDS[hidden_states.dtype]),
+            ("ROW_KIND", KINDS[source.dtype]),
             ("WORD", word),
+            ("CODE_IS_INT8", "true" if rows.dtype == torch.int8 else "false"),
+            ("IN_PLACE", "true" if places is None else "false"),
+            ("COUNTED", "true" if count is not None else "false"),
             ("GROUPS", "true" if grouped else "false"),
             ("WHOLE_ROW", "true" if words <= plan.team * plan.loads else "false"),
             ("THREADS_A_ROW", plan.team),
         )
-        blocks = None if grouped else -(-num_tokens // (plan.threads // plan.team))
+        blocks = None if grouped else -(-num_rows // (plan.threads // plan.team))
         sizes = (top_k, words, stride)
-        launch = _prepare(key, "quantize.cu", device, plan, defines, 4, num_tokens, words, sizes, blocks)
-    launch(current_stream(device), source, route_rows.data_ptr(), target, row_scales.data_ptr())
+        launch = _prepare(key, "quantize.cu", device, plan, defines, 4, num_rows, words, sizes, blocks)
+    launch(current_stream(device), address, 0 if where is None else where.data_ptr(), target, row_scales.data_ptr())
 
 
 _READY = Ready()

@@ -1,13 +1,15 @@
-// permute that quantises to float8_e4m3fn on its way: every row is read and quantised once and written to the slots of
-// its routes, its scales beside it. scale = max(largest magnitude, 1e-10) / 448, value / scale rounded to nearest even
-// and saturated; all in float32. One scale a row: a team of threads has a row. One scale a group of 128: a warp has a
-// piece.
+// permute that quantises to codes of 8 bits (float8_e4m3fn, int8) on its way: every row is read and quantised once and
+// written to the slots of its routes, its scales beside it. scale = max(largest magnitude, 1e-10) / 448 (127), value /
+// scale rounded to nearest even and saturated; all in float32. One scale a row: a team of threads has a row. One scale a
+// group of 128: a warp has a piece. IN_PLACE: row r goes to row r; COUNTED:
+// as far as there are rows by the number at `route_rows`.
 
 #include "rows.cuh"
 
 constexpr u32 WARPS = BLOCK / 32;
 constexpr int KIND = ROW_KIND, BYTES = WORD, COUNT = LOADS;
 constexpr int VALUES = values_of<KIND, BYTES>;  // and as many bytes of the result
+constexpr bool WHOLE = CODE_IS_INT8, STAYS = IN_PLACE, COUNTS = COUNTED;
 constexpr bool GROUPED = GROUPS, HELD = WHOLE_ROW;  // held: the row of a team is in its registers
 constexpr u32 TEAM = GROUPED ? 32 : THREADS_A_ROW;  // threads that share a piece: whole warps
 constexpr u32 REACH = TEAM * COUNT;
@@ -43,7 +45,7 @@ __device__ __forceinline__ u32 of_pair(u32 largest) {
 
 __device__ __forceinline__ float scale_of(u32 largest) {
   const float magnitude = widen<KIND>(largest);
-  return __fdiv_rn(magnitude < 1e-10f ? 1e-10f : magnitude, 448.0f);
+  return __fdiv_rn(magnitude < 1e-10f ? 1e-10f : magnitude, WHOLE ? 127.0f : 448.0f);
 }
 
 // value / scale, rounded to nearest as the division is, from inverse = 1 / scale: two steps of Markstein's. A scale
@@ -58,8 +60,15 @@ __device__ __forceinline__ float quotient(float value, float scale, float invers
   return result;
 }
 
+// Two floats as two bytes of int8, the low one first.
+__device__ __forceinline__ u32 to_int8(float low, float high) {
+  const int first = max(-127, min(127, __float2int_rn(low))), second = max(-127, min(127, __float2int_rn(high)));
+  return (first & 0xff) | (second & 0xff) << 8;
+}
+
 // Two floats as two bytes of float8_e4m3fn, the low one first.
-__device__ __forceinline__ u32 to_e4m3(float low, float high) {
+__device__ __forceinline__ u32 to_codes(float low, float high) {
+  if constexpr (WHOLE) return to_int8(low, high);
 #if __CUDA_ARCH__ >= 890
   u32 codes;
   asm("{\n\t.reg .b16 pair;\n\tcvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n\tcvt.u32.u16 %0, pair;\n\t}"
@@ -89,13 +98,13 @@ __device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float sca
     u8 byte;
   } result;
   if constexpr (VALUES == 1) {
-    result.byte = to_e4m3(value[0], 0.0f);
+    result.byte = to_codes(value[0], 0.0f);
   } else if constexpr (VALUES == 2) {
-    result.half = to_e4m3(value[0], value[1]);
+    result.half = to_codes(value[0], value[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < VALUES / 4; ++i) {
-      result.words[i] = to_e4m3(value[4 * i], value[4 * i + 1]) | to_e4m3(value[4 * i + 2], value[4 * i + 3]) << 16;
+      result.words[i] = to_codes(value[4 * i], value[4 * i + 1]) | to_codes(value[4 * i + 2], value[4 * i + 3]) << 16;
     }
   }
   return result.whole;
@@ -108,13 +117,16 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
   const u32 words = words_, team = threadIdx.x / TEAM, lane = threadIdx.x & 31, member = threadIdx.x % TEAM;
   u32 token = blockIdx.x * (BLOCK / TEAM) + team, piece = 0;
   if (GROUPED && !find_piece({num_tokens, pieces, magic, shift}, WARPS, token, piece)) return;
+  if constexpr (STAYS) wait_for_previous_launch();
+  if constexpr (STAYS && COUNTS) num_tokens = min(num_tokens, i64(max(__ldcg(route_rows), 0)));
   const bool spare = token >= num_tokens;  // a team past the last row goes along for the barriers
+  if (STAYS && GROUPED && spare) return;
   const u32 top_k = spare ? 0 : top_k_;
   if (spare) token = 0;
-  wait_for_previous_launch();
+  if constexpr (!STAYS) wait_for_previous_launch();
   const u64 from = reinterpret_cast<u64>(rows) + token * stride;
   const int* own = route_rows + static_cast<i64>(token) * top_k;
-  int place = lane < top_k ? __ldg(own + lane) : -1;
+  int place = STAYS ? (spare ? -1 : int(token)) : lane < top_k ? __ldg(own + lane) : -1;
   const u32 first = piece * REACH + member;
   Piece<BYTES> held[COUNT];
   auto load = [&](u32 start) {
@@ -146,7 +158,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
     scale = scale_of(largest);
     inverse = __frcp_rn(scale);
     for (u32 k = member; k < top_k; k += TEAM) {
-      const int there = __ldg(own + k);
+      const int there = STAYS ? place : __ldg(own + k);
       if (there >= 0) scales[there] = scale;
     }
   }
@@ -170,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
       }
       result[i] = quantised(held[i], scale, inverse);
     }
-    const u32 groups = words / GROUP_LANES, group = piece * (COUNT * IN_WORD) + lane;
+    const u32 groups = (words + GROUP_LANES - 1) / GROUP_LANES, group = piece * (COUNT * IN_WORD) + lane;
     const bool stores_scale = GROUPED && lane < COUNT * IN_WORD && group < groups;
 #pragma unroll 1
     for (u32 base = 0; base < top_k; base += 32) {  // a lane a route
@@ -187,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, BLOCK < 512 ? 768 / BLOCK : 
         }
         if (stores_scale) scales[static_cast<u64>(there) * groups + group] = stored_scale;
       }
-      if (base + 32 >= top_k && !GROUPED && !HELD) place = lane < top_k ? __ldg(own + lane) : -1;
+      if (base + 32 >= top_k && !GROUPED && !HELD && !STAYS) place = lane < top_k ? __ldg(own + lane) : -1;
     }
   }
 }

@@ -8,8 +8,10 @@ import torch
 
 from moeyard.cuda.runtime.launch import MAP_BYTES
 
+STEP_BYTES = 128
+"""Of a row that a box has: what the swizzle spans."""
 STEP_VALUES = 64
-"""Values of a row that a box has: 128 bytes, what the swizzle spans."""
+"""Values of 16 bits that these are."""
 _ALIGNMENT = 64
 
 
@@ -17,17 +19,19 @@ _ALIGNMENT = 64
 def weight_map(
     address: int, experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str, ahead: bool
 ) -> bytes:
-    """Of contiguous weights [experts, rows, size] of 16-bit floats; a box is 64 values of `box` rows of an expert.
+    """Of contiguous weights [experts, rows, size] of 16-bit floats or 8-bit codes; a box is 128 bytes of `box` rows of
+    an expert.
 
-    `ahead` lets the L2 cache bring the next 64 values of a row with them.
+    `ahead` lets the L2 cache bring the next 128 bytes of a row with them.
     """
     return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn), ahead)
 
 
 @lru_cache(maxsize=4096)
 def row_map(address: int, rows: int, size: int, dtype: torch.dtype, box: int) -> bytes:
-    """Of contiguous rows [rows, size] of 16-bit floats; a box is 64 values of `box` rows."""
-    return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (STEP_VALUES, box), True)
+    """Of contiguous rows [rows, size] of 16-bit floats or 8-bit codes; a box is 128 bytes of `box` rows."""
+    values = STEP_BYTES // dtype.itemsize
+    return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (values, box), True)
 
 
 def weight_boxes(
@@ -43,7 +47,7 @@ def weight_boxes(
         "halves": (pitch, half * pitch, 8 * pitch, rows * pitch),
         "pairs": (2 * pitch, pitch, 16 * pitch, rows * pitch),
     }[turn]
-    return (size, 8, 2, half // 8, experts), strides, (STEP_VALUES, 8, 2, box // 16, 1)
+    return (size, 8, 2, half // 8, experts), strides, (STEP_BYTES // item, 8, 2, box // 16, 1)
 
 
 def _encode(
@@ -66,7 +70,7 @@ def _encode(
     kind = {
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    }[dtype]
+    }.get(dtype, kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8)
     rank = len(sizes)
     room = (ctypes.c_uint8 * (MAP_BYTES + _ALIGNMENT))()
     made = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
