@@ -160,6 +160,15 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
   return pair;
 }
 
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// Brings the line of this address to the L1 cache.
+__device__ __forceinline__ void prefetch_line(const float* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
+}
+
 // Products of a warpgroup: d[64, N] += a[64, 16] b[N, 16]^T with a and b in shared memory, rows of 128 bytes (64
 // values) in groups of 8, in the 128-byte swizzle: the 16-byte piece p of row r lies at p ^ r % 8. Of d, lane l of warp
 // w holds rows 16 w + l / 4 (values 4 j, 4 j + 1) and 8 more (4 j + 2, 4 j + 3), columns 8 j + 2 (l % 4) and the next.

@@ -74,28 +74,25 @@ __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const R
 }
 
 // The same of codes in blocks of 128 x 128 and rows in groups of 128: a step's products have sums of their own, which
-// are multiplied by the scales of both and added. `scales` are those of the gate half, or of all weight rows, and of the
-// up half. While one warpgroup adds, the tensor cores work for the other.
+// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other.
 template <int N>
 __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
-                                                u32 group, const Signals& signals, const float* gate,
-                                                const float* up) {
+                                                u32 group, const Signals& signals) {
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sums[m][i] = 0;
   }
-  const u32 first = 8 * (threadIdx.x & 3);  // the byte of the first of a lane's two rows in eight
-  float of_gate = __ldg(gate), of_up = GATED_RESULT ? __ldg(up) : of_gate;
+  const u32 mine = 8 * (threadIdx.x & 3) + (GATED_RESULT ? 0 : 4 * BN * group);  // of a lane's two rows in eight
   for (u32 step = 0; step < steps; ++step) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_shared_writes();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u32 scales = room.stage_scales + stage.number * SCALE_BYTES + first;
+    const u32 scales = room.stage_scales + stage.number * SCALE_BYTES + mine;
+    float2 halves = {1.0f, 1.0f};
+    if constexpr (GATED_RESULT) halves = load_shared_pair(room.stage_scales + stage.number * SCALE_BYTES + 4 * BN);
     const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * ITEM);
     const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
-    const u32 next = min(step + 1, steps - 1);
-    const float next_gate = __ldg(gate + next), next_up = GATED_RESULT ? __ldg(up + next) : next_gate;
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       Sum batch[N / 2];
@@ -112,16 +109,19 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
 #pragma unroll
       for (int i = 0; i < N / 8; ++i) {
         const float2 of_rows = load_shared_pair(scales + 32 * i);
-        sums[m][4 * i] = fmaf(of_rows.x * of_gate, batch[4 * i], sums[m][4 * i]);
-        sums[m][4 * i + 1] = fmaf(of_rows.y * of_gate, batch[4 * i + 1], sums[m][4 * i + 1]);
-        sums[m][4 * i + 2] = fmaf(of_rows.x * of_up, batch[4 * i + 2], sums[m][4 * i + 2]);
-        sums[m][4 * i + 3] = fmaf(of_rows.y * of_up, batch[4 * i + 3], sums[m][4 * i + 3]);
+        float2 of_gate = of_rows, of_up = of_rows;
+        if constexpr (GATED_RESULT) {
+          of_gate = {of_rows.x * halves.x, of_rows.y * halves.x};
+          of_up = {of_rows.x * halves.y, of_rows.y * halves.y};
+        }
+        sums[m][4 * i] = fmaf(of_gate.x, batch[4 * i], sums[m][4 * i]);
+        sums[m][4 * i + 1] = fmaf(of_gate.y, batch[4 * i + 1], sums[m][4 * i + 1]);
+        sums[m][4 * i + 2] = fmaf(of_up.x, batch[4 * i + 2], sums[m][4 * i + 2]);
+        sums[m][4 * i + 3] = fmaf(of_up.y, batch[4 * i + 3], sums[m][4 * i + 3]);
       }
     }
     __syncwarp();  // all lanes have read the scales
     if (signals.releases) arrive(room.empty + 8 * stage.number);
-    of_gate = next_gate;
-    of_up = next_up;
     stage.advance();
   }
 }
@@ -137,24 +137,11 @@ __device__ __forceinline__ void multiply_used(Sum (&sums)[TALL][BN / 2], const R
 
 template <int N = BN>
 __device__ __forceinline__ void multiply_used_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
-                                                     u32 steps, u32 group, const Signals& signals, const float* gate,
-                                                     const float* up, u32 rows) {
+                                                     u32 steps, u32 group, const Signals& signals, u32 rows) {
   if constexpr (N > FINE) {
-    if (rows <= N - FINE) {
-      return multiply_used_blocks<N - FINE>(sums, room, stage, steps, group, signals, gate, up, rows);
-    }
+    if (rows <= N - FINE) return multiply_used_blocks<N - FINE>(sums, room, stage, steps, group, signals, rows);
   }
-  multiply_blocks<N>(sums, room, stage, steps, group, signals, gate, up);
-}
-
-// Products of a tile in blocks: the weights' scales are of blocks of 128 rows, in each of which a warpgroup's rows lie.
-__device__ __forceinline__ void multiply_scaled(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
-                                                const Arguments& a, u32 group, const Signals& signals,
-                                                const Tile& tile, u32 first_column) {
-  const u32 blocks = (a.columns + 127) / 128;  // of a half
-  const u64 row = static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * blocks : blocks);
-  const float* gate = a.weight_scales + (row + min(first_column / 128, blocks - 1)) * a.steps;
-  multiply_used_blocks(sums, room, stage, a.steps, group, signals, gate, gate + blocks * a.steps, tile.rows);
+  multiply_blocks<N>(sums, room, stage, steps, group, signals);
 }
 
 // The scales of the two weight rows that a lane has in each product.
@@ -170,15 +157,23 @@ __device__ __forceinline__ void load_weight_scales(float2 (&scales)[TALL], const
   }
 }
 
-// What a warpgroup has to know of the scales of a tile's rows.
-__device__ __forceinline__ void look_up_scales(const Room& room, const Arguments& a, const Tile& tile) {
+// Asks for the scales of a tile's rows and of its weights, which `scale_sums` reads when its products have ended.
+__device__ __forceinline__ void ask_for_scales(const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
   sync_warpgroup(group);  // the scales of the tile before have been read
   for (u32 row = thread; row < tile.rows; row += 128) {
     const u32 of = GATHERS ? __ldcg(a.sorted_token_ids + tile.first_row + row) / a.divisor : tile.first_row + row;
-    room.scales[group * BN + row] = __ldcg(a.row_scales + of);
+    copy_4_bytes(shared_address(room.scales + group * BN + row), a.row_scales + of);
   }
-  sync_warpgroup(group);
+  if constexpr (CHANNELS) {
+    const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 : 1) * a.columns;
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      const float* mine = of_expert + min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2));
+      prefetch_line(mine);
+      if constexpr (GATED_RESULT) prefetch_line(mine + a.columns);
+    }
+  }
 }
 
 // Sums of codes, times the scales of rows and weights.
@@ -186,6 +181,8 @@ __device__ __forceinline__ void scale_sums(Sum (&sums)[TALL][BN / 2], const Room
                                            const Tile& tile, u32 column) {
   const u32 group = threadIdx.x / 128 - 1;
   float2 of_weights[TALL];
+  await_copies();
+  sync_warpgroup(group);
   load_weight_scales(of_weights, a, tile, column);
   const float* of_lane = room.scales + group * BN + 2 * (threadIdx.x & 3);
 #pragma unroll
@@ -357,8 +354,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
     if constexpr (KNOWS_ROUTES) look_up_routes(room, a, tile);
-    if constexpr (ROW_SCALES) look_up_scales(room, a, tile);
-    if constexpr (BLOCK_SCALES) multiply_scaled(sums, room, stage, a, group, signals, tile, first_column);
+    if constexpr (ROW_SCALES) ask_for_scales(room, a, tile, first_column + column_of(warp, lane));
+    if constexpr (BLOCK_SCALES) multiply_used_blocks(sums, room, stage, a.steps, group, signals, tile.rows);
     else multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
     if constexpr (ROW_SCALES) scale_sums(sums, room, a, tile, first_column + column_of(warp, lane));
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
@@ -391,7 +388,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     prefetch_map(weight_map);
     if (!GATHERS) prefetch_map(row_map);
     for (u32 i = 0; i < DEPTH; ++i) {
-      open_barrier(room.full + 8 * i, MANY_LOAD ? 129 : 1);
+      open_barrier(room.full + 8 * i, 1 + 128 * (GATHERS + BLOCK_SCALES));
       open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
     }
     open_barrier(room.lead, 4);

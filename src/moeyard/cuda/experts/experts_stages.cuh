@@ -23,7 +23,7 @@ constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES ? BN / 2 : 0);  // of a lane
 constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
 constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
 constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
-constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 4 : 0;          // of a stage: scales of its rows' 128 values
+constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 8 : 0;          // of a stage: its rows' scales times two of weights
 constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;

@@ -153,7 +153,7 @@ _COPIED_COLUMNS = {False: 2048, True: 1280}
 
 def stage_bytes(rows: int, groups: int, tall: int, scaled: str = "UNSCALED") -> int:
     """128 bytes of the weight rows and of the rows of a tile; with scales of blocks those of the rows."""
-    of_scales = 4 * rows if scaled == "BY_BLOCKS" else 0
+    of_scales = 8 * rows if scaled == "BY_BLOCKS" else 0
     return (groups * tall * _WEIGHT_ROWS + rows) * STEP_BYTES + of_scales
 
 
