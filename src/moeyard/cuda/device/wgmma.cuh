@@ -60,6 +60,16 @@ __device__ __forceinline__ void sync_warpgroup(u32 group) {
   else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
+// Two warpgroups take turns: whoever has passed its turn waits until the other has.
+__device__ __forceinline__ void take_turn(u32 group) {
+  if (group == 0) asm volatile("bar.sync 4, 256;" ::: "memory");
+  else asm volatile("bar.sync 5, 256;" ::: "memory");
+}
+__device__ __forceinline__ void pass_turn(u32 group) {
+  if (group == 0) asm volatile("bar.arrive 5, 256;" ::: "memory");
+  else asm volatile("bar.arrive 4, 256;" ::: "memory");
+}
+
 // A barrier of the 128 threads of the warpgroup that loads.
 __device__ __forceinline__ void sync_loaders() { asm volatile("bar.sync 3, 128;" ::: "memory"); }
 
@@ -205,11 +215,8 @@ typedef float Sum;
 #endif
 #endif
 
-// A sum in place of which its value as a float is kept once it is scaled.
-__device__ __forceinline__ float value_of(float sum) { return sum; }
-__device__ __forceinline__ float value_of(int sum) { return __int_as_float(sum); }
-__device__ __forceinline__ void scale_sum(float& sum, float scale) { sum *= scale; }
-__device__ __forceinline__ void scale_sum(int& sum, float scale) { sum = __float_as_int(__int2float_rn(sum) * scale); }
+__device__ __forceinline__ float float_of(float sum) { return sum; }
+__device__ __forceinline__ float float_of(int sum) { return __int2float_rn(sum); }
 
 // Nothing reads a sum before this: the compiler does not see that products end later than they are written.
 __device__ __forceinline__ void settle(Sum& sum) { asm volatile("" : SUM_REGISTER(sum)::"memory"); }

@@ -74,7 +74,8 @@ __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const R
 }
 
 // The same of codes in blocks of 128 x 128 and rows in groups of 128: a step's products have sums of their own, which
-// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other.
+// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other: they
+// take turns. Left alone both would multiply at a time, each for twice as long, and then both add.
 template <int N>
 __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
                                                 u32 group, const Signals& signals) {
@@ -96,13 +97,16 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       Sum batch[N / 2];
+      if constexpr (TAKES_TURNS) take_turn(group);
       begin_products();
 #pragma unroll
       for (int i = 0; i < BK * ITEM / 32; ++i) {
+        if (i == BK * ITEM / 32 - 1) commit_products();  // the turn is passed on while the last product is under way
         multiply<N>(batch, weights + m * (64 * BK * ITEM >> 4) + 2 * i, rows + 2 * i, i);
       }
       commit_products();
-      if (STAGGERS && m == 0 && step == signals.lead) arrive(room.lead);
+      await_products<1>();
+      if constexpr (TAKES_TURNS) pass_turn(group);
       await_products<0>();
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) settle(batch[i]);
@@ -126,6 +130,13 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
   }
 }
 
+// A turn without products, for what else a warpgroup does.
+__device__ __forceinline__ void leave_turn(u32 group) {
+  if constexpr (!TAKES_TURNS) return;
+  take_turn(group);
+  pass_turn(group);
+}
+
 template <int N = BN>
 __device__ __forceinline__ void multiply_used(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
                                               u32 group, const Signals& signals, u32 rows) {
@@ -144,20 +155,7 @@ __device__ __forceinline__ void multiply_used_blocks(Sum (&sums)[TALL][BN / 2], 
   multiply_blocks<N>(sums, room, stage, steps, group, signals);
 }
 
-// The scales of the two weight rows that a lane has in each product.
-__device__ __forceinline__ void load_weight_scales(float2 (&scales)[TALL], const Arguments& a, const Tile& tile,
-                                                   u32 column) {
-  const u32 of_half = CHANNELS ? a.columns : 1;
-  const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * of_half : of_half);
-#pragma unroll
-  for (int m = 0; m < TALL; ++m) {
-    const u32 mine = CHANNELS ? min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2)) : 0;
-    scales[m].x = __ldg(of_expert + mine);
-    scales[m].y = GATED_RESULT || CHANNELS ? __ldg(of_expert + mine + (GATED_RESULT ? of_half : 1)) : scales[m].x;
-  }
-}
-
-// Asks for the scales of a tile's rows and of its weights, which `scale_sums` reads when its products have ended.
+// Asks for the scales of a tile's rows and of its weights, which `Scaling` has when its products have ended.
 __device__ __forceinline__ void ask_for_scales(const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
   sync_warpgroup(group);  // the scales of the tile before have been read
@@ -176,53 +174,77 @@ __device__ __forceinline__ void ask_for_scales(const Room& room, const Arguments
   }
 }
 
-// Sums of codes, times the scales of rows and weights.
-__device__ __forceinline__ void scale_sums(Sum (&sums)[TALL][BN / 2], const Room& room, const Arguments& a,
-                                           const Tile& tile, u32 column) {
-  const u32 group = threadIdx.x / 128 - 1;
+// The scales of a tile of codes, one per row: those of the two weight rows that a lane has in each product, and where
+// those of rows lie. Sums are scaled as they are read: were they written, the compiler would wait for every product.
+struct Scaling {
   float2 of_weights[TALL];
-  await_copies();
-  sync_warpgroup(group);
-  load_weight_scales(of_weights, a, tile, column);
-  const float* of_lane = room.scales + group * BN + 2 * (threadIdx.x & 3);
-#pragma unroll
-  for (int i = 0; i < BN / 8; ++i) {
-    if (8 * i >= tile.rows) break;
-    const float2 of_rows = *reinterpret_cast<const float2*>(of_lane + 8 * i);
+  const float* of_rows;  // from the lane's first row on
+
+  __device__ __forceinline__ void prepare(const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+    if constexpr (!ROW_SCALES) return;
+    const u32 group = threadIdx.x / 128 - 1;
+    await_copies();
+    sync_warpgroup(group);
+    of_rows = room.scales + group * BN + 2 * (threadIdx.x & 3);
+    const u32 of_half = CHANNELS ? a.columns : 1;
+    const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * of_half : of_half);
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
-      scale_sum(sums[m][4 * i], of_rows.x * of_weights[m].x);
-      scale_sum(sums[m][4 * i + 1], of_rows.y * of_weights[m].x);
-      scale_sum(sums[m][4 * i + 2], of_rows.x * of_weights[m].y);
-      scale_sum(sums[m][4 * i + 3], of_rows.y * of_weights[m].y);
+      const u32 mine = CHANNELS ? min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2)) : 0;
+      of_weights[m].x = __ldg(of_expert + mine);
+      of_weights[m].y =
+          GATED_RESULT || CHANNELS ? __ldg(of_expert + mine + (GATED_RESULT ? of_half : 1)) : of_weights[m].x;
     }
   }
+  // Of the lane's two rows in the eight from `start` on.
+  __device__ __forceinline__ float2 pair(u32 start) const {
+    if constexpr (ROW_SCALES) return *reinterpret_cast<const float2*>(of_rows + start);
+    return {1.0f, 1.0f};
+  }
+  // Of one of the two.
+  __device__ __forceinline__ float one(u32 start, u32 odd) const {
+    if constexpr (ROW_SCALES) return of_rows[start + odd];
+    return 1.0f;
+  }
+};
+
+// A sum as a float, scaled where sums are of codes.
+__device__ __forceinline__ float scaled(Sum sum, float scale) {
+  if constexpr (ROW_SCALES) return float_of(sum) * scale;
+  return float_of(sum);
 }
 
 // What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
 // with a gate a value of one.
-__device__ __forceinline__ float finish_gated(const Sum* sums, const float2 bias, const Arguments& a) {
-  return bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, value_of(sums[2]) + bias.y, a.curve);
+__device__ __forceinline__ u32 finish_pair(const Sum* sums, const float2 bias, const Arguments& a, float factor,
+                                           float of_row, const float2 of_weights) {
+  const float first = scaled(sums[0], of_row * of_weights.x), second = scaled(sums[2], of_row * of_weights.y);
+  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(first + bias.x, a.curve) * factor,
+                           bend<Quick, CURVE, CLAMPS>(second + bias.y, a.curve) * factor);
 }
 
-__device__ __forceinline__ u32 finish_pair(const Sum* sums, const float2 bias, const Arguments& a, float factor) {
-  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, a.curve) * factor,
-                           bend<Quick, CURVE, CLAMPS>(value_of(sums[2]) + bias.y, a.curve) * factor);
+// With a gate: of two rows, to be transposed.
+__device__ __forceinline__ float finish_gated(const Sum* sums, const float2 bias, const Arguments& a, float of_row,
+                                              const float2 of_weights) {
+  const float gate = scaled(sums[0], of_row * of_weights.x), up = scaled(sums[2], of_row * of_weights.y);
+  return bend<Quick, CURVE, CLAMPS>(gate + bias.x, up + bias.y, a.curve);
 }
 
-// The same with a gate of two rows: to be transposed.
-__device__ __forceinline__ u32 finish_two_gated(const Sum* sums, const float2 bias, const Arguments& a) {
-  return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
+__device__ __forceinline__ u32 finish_two_gated(const Sum* sums, const float2 bias, const Arguments& a,
+                                                const float2 of_rows, const float2 of_weights) {
+  return narrow_pair<KIND>(finish_gated(sums, bias, a, of_rows.x, of_weights),
+                           finish_gated(sums + 1, bias, a, of_rows.y, of_weights));
 }
 
 // Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
 __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                              const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+                                              const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
   u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
 #pragma unroll
   for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
     if (start >= tile.rows) break;
+    if (start % 16 == 0) leave_turn(group);
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const u32 row = start + first + odd;
@@ -238,7 +260,8 @@ __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], c
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         if (column + m * COLUMNS_A_PRODUCT >= a.columns) continue;
-        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = finish_pair(sums[m] + at, bias[m], a, factor);
+        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) =
+            finish_pair(sums[m] + at, bias[m], a, factor, scaling.one(start, odd), scaling.of_weights[m]);
       }
     }
   }
@@ -267,7 +290,7 @@ __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Argument
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
 __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                                    const Room& room, const Arguments& a, const Tile& tile,
+                                                    const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile,
                                                     u32 first_column, u32& turn) {
   constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
@@ -276,14 +299,17 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
 #pragma unroll
   for (int start = 0; start < BN; start += CHUNK) {
     if (start >= tile.rows) break;
+    leave_turn(group);
     const u32 chunk = room.chunks + (2 * group + (turn & 1)) * CHUNK_BYTES;  // the other may still be read
     ++turn;
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 8) {
+      const float2 of_rows = scaling.pair(start + i);
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
-        store_transposed(to, finish_two_gated(sums[m] + (start + i) / 2, bias[m], a));
+        const Sum* of_eight = sums[m] + (start + i) / 2;
+        store_transposed(to, finish_two_gated(of_eight, bias[m], a, of_rows, scaling.of_weights[m]));
       }
     }
     sync_warpgroup(group);
@@ -299,7 +325,7 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
 // Results of a tile with a gate through the stage that is lent for them, transposed to rows with columns side by side;
 // the copy engine takes them from there. Returns the stage's `empty` barrier, which wants to hear when that is done.
 __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                                  const Room& room, const Arguments& a, const Tile& tile,
+                                                  const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile,
                                                   u32 first_column, Stage& stage) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
   const u32 held = room.empty + 8 * stage.number;
@@ -312,8 +338,11 @@ __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2
   for (int start = 0; start < BN; start += 16) {
     if (start >= tile.rows) break;
     const Sum *first = sums[0] + start / 2, *second = sums[1] + start / 2;
-    const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
-                          finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
+    const float2 of_rows = scaling.pair(start), of_next = scaling.pair(start + 8);
+    const float2 *of = scaling.of_weights;
+    const uint4 values = {
+        finish_two_gated(first, bias[0], a, of_rows, of[0]), finish_two_gated(first + 4, bias[0], a, of_next, of[0]),
+        finish_two_gated(second, bias[1], a, of_rows, of[1]), finish_two_gated(second + 4, bias[1], a, of_next, of[1])};
     store_transposed(to + start * PITCH, values);
   }
   show_shared_writes();
@@ -346,6 +375,10 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Sum sums[TALL][BN / 2] = {};
   Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL, 0};
   if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
+  if (TAKES_TURNS && group == 1) {
+    pass_turn(group);  // the first turn is the other's
+    for (int i = 0; i < BEHIND; ++i) leave_turn(group);
+  }
   while (true) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     const Tile tile = room.tiles[stage.number];
@@ -357,14 +390,19 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     if constexpr (ROW_SCALES) ask_for_scales(room, a, tile, first_column + column_of(warp, lane));
     if constexpr (BLOCK_SCALES) multiply_used_blocks(sums, room, stage, a.steps, group, signals, tile.rows);
     else multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
-    if constexpr (ROW_SCALES) scale_sums(sums, room, a, tile, first_column + column_of(warp, lane));
+    Scaling scaling;
+    scaling.prepare(room, a, tile, first_column + column_of(warp, lane));
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, room, a, tile, first_column, stage);
-    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
-    else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
+    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
+    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, scaling, room, a, tile, first_column, turn);
+    else write_results(sums, bias, scaling, room, a, tile, first_column + column_of(warp, lane));
   }
   if (IN_STAGE && signals.held) give_back(signals);
+  if (TAKES_TURNS && group == 0) {
+    for (int i = 0; i < BEHIND; ++i) leave_turn(group);
+    take_turn(group);  // the other's last
+  }
 }
 
 #if VALUE_BYTES == 1  // codes have scales
