@@ -60,16 +60,6 @@ __device__ __forceinline__ void sync_warpgroup(u32 group) {
   else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
-// Two warpgroups take turns: whoever has passed its turn waits until the other has.
-__device__ __forceinline__ void take_turn(u32 group) {
-  if (group == 0) asm volatile("bar.sync 4, 256;" ::: "memory");
-  else asm volatile("bar.sync 5, 256;" ::: "memory");
-}
-__device__ __forceinline__ void pass_turn(u32 group) {
-  if (group == 0) asm volatile("bar.arrive 5, 256;" ::: "memory");
-  else asm volatile("bar.arrive 4, 256;" ::: "memory");
-}
-
 // A barrier of the 128 threads of the warpgroup that loads.
 __device__ __forceinline__ void sync_loaders() { asm volatile("bar.sync 3, 128;" ::: "memory"); }
 

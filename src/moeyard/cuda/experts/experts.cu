@@ -74,8 +74,7 @@ __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const R
 }
 
 // The same of codes in blocks of 128 x 128 and rows in groups of 128: a step's products have sums of their own, which
-// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other: they
-// take turns. Left alone both would multiply at a time, each for twice as long, and then both add.
+// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other.
 template <int N>
 __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
                                                 u32 group, const Signals& signals) {
@@ -97,16 +96,13 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       Sum batch[N / 2];
-      if constexpr (TAKES_TURNS) take_turn(group);
       begin_products();
 #pragma unroll
       for (int i = 0; i < BK * ITEM / 32; ++i) {
-        if (i == BK * ITEM / 32 - 1) commit_products();  // the turn is passed on while the last product is under way
         multiply<N>(batch, weights + m * (64 * BK * ITEM >> 4) + 2 * i, rows + 2 * i, i);
       }
       commit_products();
-      await_products<1>();
-      if constexpr (TAKES_TURNS) pass_turn(group);
+      if (STAGGERS && m == 0 && step == signals.lead) arrive(room.lead);
       await_products<0>();
 #pragma unroll
       for (int i = 0; i < N / 2; ++i) settle(batch[i]);
@@ -128,13 +124,6 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
     if (signals.releases) arrive(room.empty + 8 * stage.number);
     stage.advance();
   }
-}
-
-// A turn without products, for what else a warpgroup does.
-__device__ __forceinline__ void leave_turn(u32 group) {
-  if constexpr (!TAKES_TURNS) return;
-  take_turn(group);
-  pass_turn(group);
 }
 
 template <int N = BN>
@@ -244,7 +233,6 @@ __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], c
 #pragma unroll
   for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
     if (start >= tile.rows) break;
-    if (start % 16 == 0) leave_turn(group);
 #pragma unroll
     for (int odd = 0; odd < 2; ++odd) {
       const u32 row = start + first + odd;
@@ -299,7 +287,6 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
 #pragma unroll
   for (int start = 0; start < BN; start += CHUNK) {
     if (start >= tile.rows) break;
-    leave_turn(group);
     const u32 chunk = room.chunks + (2 * group + (turn & 1)) * CHUNK_BYTES;  // the other may still be read
     ++turn;
 #pragma unroll
@@ -375,10 +362,6 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
   Sum sums[TALL][BN / 2] = {};
   Signals signals = {lane == 0, STAGGERS && group == 0 && lane == 0 ? min(LEAD, a.steps - 1) : ALL, 0};
   if (STAGGERS && group == 1 && blockIdx.x < total) await_phase(room.lead, 0);
-  if (TAKES_TURNS && group == 1) {
-    pass_turn(group);  // the first turn is the other's
-    for (int i = 0; i < BEHIND; ++i) leave_turn(group);
-  }
   while (true) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     const Tile tile = room.tiles[stage.number];
@@ -399,10 +382,6 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     else write_results(sums, bias, scaling, room, a, tile, first_column + column_of(warp, lane));
   }
   if (IN_STAGE && signals.held) give_back(signals);
-  if (TAKES_TURNS && group == 0) {
-    for (int i = 0; i < BEHIND; ++i) leave_turn(group);
-    take_turn(group);  // the other's last
-  }
 }
 
 #if VALUE_BYTES == 1  // codes have scales

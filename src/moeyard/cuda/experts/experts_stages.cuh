@@ -32,9 +32,7 @@ constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their ow
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
-constexpr bool TAKES_TURNS = CONSUMERS == 2 && BLOCK_SCALES;  // warpgroups multiply one after the other
-constexpr bool STAGGERS = CONSUMERS == 2 && !TAKES_TURNS;
-constexpr int BEHIND = DEPTH > 3 ? 2 * TALL : 0;  // turns by which the second is behind the first, two stages
+constexpr bool STAGGERS = CONSUMERS == 2;
 constexpr u32 LEAD = DEPTH > 2 ? 2 : 1;  // the step of the first warpgroup after which the second begins; below DEPTH
 constexpr int COPIES = BN < 16 ? 1 : BN / 16;  // 16-byte pieces that a thread gathers for a stage
 using Work = Tiles<FINE, GROUP>;
