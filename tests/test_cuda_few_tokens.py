@@ -12,7 +12,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
-from moeyard.cuda.experts.plan import (
+from moeyard.cuda.experts.few_tokens_plan import (
     ExpertSizes,
     FewTokensPlan,
     down_room,

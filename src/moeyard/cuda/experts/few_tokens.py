@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.cuda.experts.plan import (
+from moeyard.cuda.experts.few_tokens_plan import (
     WORD,
     ExpertSizes,
     FewTokensPlan,
