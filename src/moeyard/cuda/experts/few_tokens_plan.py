@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moeyard.cuda.runtime.cards import RESERVED, WARP, Card
+from moeyard.quant import QuantScheme, blocks_of
 
 WORD = 8
-"""Values of 16 bits in what a lane reads at once."""
+"""Values in what a lane reads of a row at once: 16 bytes of 16-bit weights, 8 of codes."""
+_COPY_BYTES = 16
+"""Copies are of so many bytes, or a multiple."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,10 @@ class ExpertSizes:
     hidden_size: int
     intermediate_size: int
     gated: bool
+    scheme: QuantScheme | None = None
+    """How weights are quantised, in 8 bits; None: they have 16."""
+    block_start: int = 0
+    """Where in a block of a larger matrix rows of w13 and columns of w2 begin (`ExpertScales.block_start`)."""
 
     @property
     def num_routes(self) -> int:
@@ -27,7 +34,27 @@ class ExpertSizes:
     @property
     def weight_bytes(self) -> int:
         """What all routes read, each its own expert's weights."""
-        return 2 * self.num_routes * (2 + self.gated) * self.hidden_size * self.intermediate_size
+        return self.num_routes * self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of an expert's weights."""
+        return self.itemsize * (2 + self.gated) * self.hidden_size * self.intermediate_size
+
+    @property
+    def rows_are_whole(self) -> bool:
+        """Whether copies can bring rows of weights."""
+        return not any(size * self.itemsize % _COPY_BYTES for size in (self.hidden_size, self.intermediate_size))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.scheme is None else 1
+
+    @property
+    def word_bytes(self) -> int:
+        """Bytes of `WORD` weights."""
+        return WORD * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,7 @@ class FewTokensPlan:
     warps: int
     """Of a block; a block a multiprocessor."""
     up_segment: int
-    """Words of 16 bytes of a row of w13 (gated: of gate and up each) that one slot of a warp's ring holds."""
+    """Words of a row of w13 (gated: of gate and up each) that one slot of a warp's ring holds."""
     up_stages: int
     """Slots of a ring."""
     down_segment: int
@@ -50,15 +77,18 @@ class FewTokensPlan:
     evict_first: bool = True
     """Whether weights may leave the L2 cache first."""
 
-    def up_bytes(self, sizes: ExpertSizes) -> int:
-        """Shared memory of a block of the first launch, as few_tokens.cu counts: rings, tokens, routes."""
+    def up_bytes(self, sizes: ExpertSizes, card: Card) -> int:
+        """Shared memory of a block of the first launch, as few_tokens.cu counts: rings, tokens, routes, scales."""
         ring = self.warps * self.up_stages * _up_slot(self.up_segment, sizes)
-        return ring + _up_vectors(sizes) + _ROUTES_BYTES + 8 * (self.warps * self.up_stages + 1)
+        fixed = _up_vectors(sizes, card) + _ROUTES_BYTES + _up_scale_bytes(sizes, card, self.warps)
+        return ring + fixed + 8 * (self.warps * self.up_stages + 1)
 
-    def down_bytes(self, sizes: ExpertSizes) -> int:
+    def down_bytes(self, sizes: ExpertSizes, card: Card) -> int:
         """The same of the second."""
-        ring = self.warps * self.down_stages * 16 * self.down_rows * self.down_segment
-        return ring + _down_vectors(sizes) + _ROUTES_BYTES + 8 * (self.warps * self.down_stages + sizes.num_routes)
+        ring = self.warps * self.down_stages * sizes.word_bytes * self.down_rows * self.down_segment
+        fixed = _down_vectors(sizes, card, self.down_rows) + _ROUTES_BYTES
+        fixed += _down_scale_bytes(sizes, card, self.warps, self.down_rows)
+        return ring + fixed + 8 * (self.warps * self.down_stages + sizes.num_routes)
 
 
 _ROUTES_BYTES = 4 * (3 * WARP + 34)
@@ -73,7 +103,7 @@ _WARPS = (8, 4)
 """Of a block; where it reads little."""
 _MOST_SLOTS = 16
 _SEGMENT_WORDS = 128
-"""Words of a copy at most, as far as copies are not whole rows anyway."""
+"""Words of 16 bytes of a copy at most, as far as copies are not whole rows anyway."""
 _LEAST_COPY_BYTES, _MOST_ROWS = 1024, 4
 _MOST_VALUES = 1 << 16
 """Of a row: counts of units times blocks stay within 32 bits."""
@@ -98,18 +128,23 @@ def few_tokens_plan(
     a third (benchmarks/results/h200/decode_plans.json, which `trigger` comes from as well). `share` is that of all
     experts which are here, and so of all routes.
 
-    They take rows of whole words (16 bytes) and at most 32 routes. Both launches stand beside each other on a
-    multiprocessor and need shared memory there for rings, tokens [T, H] and activations [T * K, I].
+    They take rows of whole 16 bytes and at most 32 routes. Both launches stand beside each other on a multiprocessor
+    and need shared memory there for rings, tokens [T, H] and activations [T * K, I]. `segment` counts 16 bytes.
     """
     sides = (sizes.hidden_size, sizes.intermediate_size)
-    if not 1 <= sizes.num_routes <= WARP or any(s < WORD or s % WORD or s > _MOST_VALUES for s in sides):
+    if (
+        not 1 <= sizes.num_routes <= WARP
+        or not sizes.rows_are_whole
+        or not 1 <= min(sides) <= max(sides) <= _MOST_VALUES
+    ):
         return None
-    if not card.clusters:
+    if not card.clusters or sizes.block_start % WORD:
         return None
     little = share * sizes.weight_bytes <= _LITTLE_BYTES * card.processors
     warps = warps or _WARPS[little]
     ring_bytes = ring_bytes or (_LEAST_RING_BYTES if little else _RING_BYTES)
-    made = [_cut(sizes, card, warps, words, ring_bytes) for words in (segment, segment // 2)]
+    words = segment * _COPY_BYTES // sizes.word_bytes
+    made = [_cut(sizes, card, warps, most, ring_bytes) for most in (words, words // 2)]
     for fewest in (3, 2):
         for cut in made:
             if min(cut[1], cut[3]) >= fewest:
@@ -120,20 +155,26 @@ def few_tokens_plan(
 def _cut(sizes: ExpertSizes, card: Card, warps: int, segment: int, ring_bytes: int) -> tuple[int, int, int, int, int]:
     """Segments of at most so many words and slots of a warp, of both launches; rows of a slot of the second."""
     both = card.shared_limit - RESERVED - 2 * (_ROUTES_BYTES + _BARRIER_BYTES)
-    left = both - _up_vectors(sizes) - _down_vectors(sizes)
+    rows = _down_rows(sizes, card, warps, segment)
+    left = both - _up_vectors(sizes, card) - _down_vectors(sizes, card, rows)
+    left -= _up_scale_bytes(sizes, card, warps) + _down_scale_bytes(sizes, card, warps, rows)
     up_segment = segment_of(sizes.hidden_size // WORD, segment)
     up_step = warps * _up_slot(up_segment, sizes)
     up_stages = _slots(min(ring_bytes, left - min(left // 2, _ENOUGH_RING_BYTES)), up_step)
-    whole = sizes.intermediate_size // WORD
-    down_segment = segment_of(whole, segment)
-    rows = 1
-    while down_segment == whole and 16 * whole * rows < _LEAST_COPY_BYTES and rows < _MOST_ROWS:
+    down_segment = segment_of(sizes.intermediate_size // WORD, segment)
+    down_step = warps * sizes.word_bytes * rows * down_segment
+    return up_segment, up_stages, down_segment, _slots(min(ring_bytes, left - up_stages * up_step), down_step), rows
+
+
+def _down_rows(sizes: ExpertSizes, card: Card, warps: int, segment: int) -> int:
+    """Rows of a slot of the second launch: short ones come several at a time."""
+    whole, rows = sizes.intermediate_size // WORD, 1
+    while whole <= segment and sizes.word_bytes * whole * rows < _LEAST_COPY_BYTES and rows < _MOST_ROWS:
         units = sizes.num_tokens * sizes.hidden_size // (2 * rows)
         if units < card.processors * (warps - 1):  # as long as every warp has one
             break
         rows *= 2
-    down_step = warps * 16 * rows * down_segment
-    return up_segment, up_stages, down_segment, _slots(min(ring_bytes, left - up_stages * up_step), down_step), rows
+    return rows
 
 
 def _slots(room: int, step: int) -> int:
@@ -148,19 +189,72 @@ def segment_of(words: int, most: int) -> int:
 
 
 def _up_slot(segment: int, sizes: ExpertSizes) -> int:
-    return 16 * segment * (1 + sizes.gated)
+    return sizes.word_bytes * segment * (1 + sizes.gated)
 
 
-def _up_vectors(sizes: ExpertSizes) -> int:
-    return 2 * sizes.num_tokens * sizes.hidden_size
+def _up_vectors(sizes: ExpertSizes, card: Card) -> int:
+    return 2 * _up_held(sizes, card) * sizes.hidden_size
 
 
-def _down_vectors(sizes: ExpertSizes) -> int:
-    return 2 * sizes.num_routes * sizes.intermediate_size
+def _down_vectors(sizes: ExpertSizes, card: Card, rows: int) -> int:
+    return 2 * _down_held(sizes, card, rows) * sizes.intermediate_size
+
+
+def _up_held(sizes: ExpertSizes, card: Card) -> int:
+    """Rows that a block of the first launch holds: all, or those of its own routes, which may differ in scales."""
+    return sizes.num_tokens if sizes.scheme is None else _up_units(sizes, card)[1]
+
+
+def _up_units(sizes: ExpertSizes, card: Card) -> tuple[int, int]:
+    """Units of a block of the first launch at most, and the routes that they belong to."""
+    units = -(-sizes.num_routes * sizes.intermediate_size // card.processors)
+    return units, _touched(units, sizes.intermediate_size, sizes.num_routes)
+
+
+def _down_units(sizes: ExpertSizes, card: Card, rows: int) -> tuple[int, int]:
+    """The same of the second: units of so many rows, and the tokens."""
+    units_a_token = sizes.hidden_size // rows
+    units = -(-sizes.num_tokens * units_a_token // card.processors)
+    return units, _touched(units, units_a_token, sizes.num_tokens)
+
+
+def _touched(units: int, run: int, runs: int) -> int:
+    """Runs of `run` units that so many neighbours touch at most."""
+    return min(runs, (units + run - 2) // run + 1)
+
+
+def _down_held(sizes: ExpertSizes, card: Card, rows: int) -> int:
+    return sizes.num_routes if sizes.scheme is None else _down_units(sizes, card, rows)[1] * sizes.top_k
+
+
+def _up_scale_bytes(sizes: ExpertSizes, card: Card, warps: int) -> int:
+    """Scales of weights and rows, and the largest magnitude that each warp finds of each row."""
+    if sizes.scheme is None:
+        return 0
+    columns = blocks_of(sizes.hidden_size, sizes.scheme.block[1])
+    weights = _scale_rows(sizes.scheme, *_up_units(sizes, card)) * (1 + sizes.gated) * columns
+    groups = blocks_of(sizes.hidden_size, sizes.scheme.activation_group)
+    return 4 * (weights + _up_held(sizes, card) * (groups + warps))
+
+
+def _down_scale_bytes(sizes: ExpertSizes, card: Card, warps: int, rows: int) -> int:
+    if sizes.scheme is None:
+        return 0
+    units, tokens = _down_units(sizes, card, rows)
+    columns = blocks_of(sizes.intermediate_size, sizes.scheme.block[1], sizes.block_start)
+    weights = _scale_rows(sizes.scheme, units * rows, tokens) * sizes.top_k * columns
+    groups = blocks_of(sizes.intermediate_size, sizes.scheme.activation_group, sizes.block_start)
+    return 4 * (weights + _down_held(sizes, card, rows) * (groups + warps))
+
+
+def _scale_rows(scheme: QuantScheme, rows: int, matrices: int) -> int:
+    """Rows of scales that so many neighbouring weight rows of so many matrices touch at most."""
+    share = scheme.block[0]
+    return matrices if share == 0 else rows if share == 1 else rows // share + 2 * matrices
 
 
 def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card, share: float = 1.0) -> bool:
-    """Whether these two launches are the quicker way for 16-bit weights: a pure function of sizes and card.
+    """Whether these two launches are the quicker way: a pure function of sizes and card.
 
     A route reads its expert's weights whether or not another route of the batch has read them: at one token that is
     the least possible. With more it costs the bytes of experts that tokens share, on average over even routings. That
@@ -171,8 +265,7 @@ def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card, sha
         return False
     missed = (1 - sizes.top_k / num_experts) ** sizes.num_tokens
     repeated = sizes.num_routes - num_experts * (1 - missed)
-    expert_bytes = 2 * (2 + sizes.gated) * sizes.hidden_size * sizes.intermediate_size
-    return share * repeated * expert_bytes <= _MOST_REPEATED_BYTES * card.processors
+    return share * repeated * sizes.expert_bytes <= _MOST_REPEATED_BYTES * card.processors
 
 
 _MOST_REPEATED_BYTES = 90_000
@@ -185,7 +278,7 @@ def down_room(plan: FewTokensPlan, sizes: ExpertSizes, card: Card) -> int:
     Where there is room, more than half of what a multiprocessor has: two of its blocks on one, beside a block of the
     first launch that is about to end, would leave another multiprocessor without.
     """
-    needed, whole = plan.down_bytes(sizes), card.shared_limit + RESERVED
+    needed, whole = plan.down_bytes(sizes, card), card.shared_limit + RESERVED
     spread = -(-(whole // 2 - RESERVED + 1) // 128) * 128
-    fits = spread + plan.up_bytes(sizes) + 2 * RESERVED <= whole
+    fits = spread + plan.up_bytes(sizes, card) + 2 * RESERVED <= whole
     return max(needed, spread) if fits else needed

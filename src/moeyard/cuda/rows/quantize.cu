@@ -3,7 +3,7 @@
 // and saturated; all in float32. One scale a row: a team of threads has a row. One scale a group of 128: a warp has a
 // piece.
 
-#include "rows.cuh"
+#include "codes.cuh"
 
 constexpr u32 WARPS = BLOCK / 32;
 constexpr int KIND = ROW_KIND, BYTES = WORD, COUNT = LOADS;
@@ -20,13 +20,7 @@ typedef typename WordOf<VALUES>::Type Result;
 // Magnitudes are compared as integers, so that NaN is the largest: of float32, or of two 16-bit floats at a time.
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
   if constexpr (KIND == FLOAT32) return max(a, b);
-#if __CUDA_ARCH__ >= 900
-  u32 both;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-  return both;
-#else
-  return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
-#endif
+  return larger_pair(a, b);
 }
 
 __device__ __forceinline__ u32 largest_of(const Piece<BYTES>& piece, u32 largest) {
@@ -42,39 +36,7 @@ __device__ __forceinline__ u32 of_pair(u32 largest) {
 }
 
 __device__ __forceinline__ float scale_of(u32 largest) {
-  const float magnitude = widen<KIND>(largest);
-  return __fdiv_rn(magnitude < 1e-10f ? 1e-10f : magnitude, 448.0f);
-}
-
-// value / scale, rounded to nearest as the division is, from inverse = 1 / scale: two steps of Markstein's. A scale
-// that is infinite or NaN makes 0 or NaN of what it divides. No scale is so small or large that steps lose bits that an
-// 8-bit float has.
-__device__ __forceinline__ float quotient(float value, float scale, float inverse) {
-  float result = value * inverse;
-  if (scale < __int_as_float(0x7f800000)) {
-    result = fmaf(-inverse, fmaf(result, scale, -value), result);
-    result = fmaf(-inverse, fmaf(result, scale, -value), result);
-  }
-  return result;
-}
-
-// Two floats as two bytes of float8_e4m3fn, the low one first.
-__device__ __forceinline__ u32 to_e4m3(float low, float high) {
-#if __CUDA_ARCH__ >= 890
-  u32 codes;
-  asm("{\n\t.reg .b16 pair;\n\tcvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n\tcvt.u32.u16 %0, pair;\n\t}"
-      : "=r"(codes)
-      : "f"(low), "f"(high));
-  return codes;
-#else
-  auto code = [](float value) -> u32 {
-    const u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
-    if (size > 0x7f800000) return 0x7f;
-    if (size < 0x3c800000) return sign | __float2int_rn(__uint_as_float(size) * 512.0f);  // below 2^-6: steps of 2^-9
-    return sign | min(((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3), 0x7eu);
-  };
-  return code(low) | code(high) << 8;
-#endif
+  return scale_of_magnitude<E4M3>(widen<KIND>(largest));
 }
 
 __device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float scale, float inverse) {
