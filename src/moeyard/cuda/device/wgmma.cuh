@@ -60,6 +60,9 @@ __device__ __forceinline__ void sync_warpgroup(u32 group) {
   else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
+// A barrier of the 256 threads of two warpgroups that multiply.
+__device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 4, 256;" ::: "memory"); }
+
 // A barrier of the 128 threads of the warpgroup that loads.
 __device__ __forceinline__ void sync_loaders() { asm volatile("bar.sync 3, 128;" ::: "memory"); }
 

@@ -345,6 +345,55 @@ __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2
   return held;
 }
 
+// Results of a tile with a gate as codes, CHUNK rows at a time: rounded to 16 bits, gathered in shared memory by both
+// warpgroups, and quantised by 16 threads per row.
+__device__ __forceinline__ void write_codes(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                            const Scaling& scaling, const Room& room, const Arguments& a,
+                                            const Tile& tile, u32& turn) {
+  constexpr u32 COLUMNS = 128, BETWEEN = COLUMNS * 2 + 16, PIECES = COLUMNS / 8;
+  static_assert(!AS_CODES || (CHUNK * BETWEEN <= CONSUMERS * CHUNK_BYTES && CHUNK * PIECES == 256), "a piece a thread");
+  const u32 thread = threadIdx.x - 128, lane = thread & 31, warp = thread >> 5 & 3, group = thread >> 7;
+  const u32 in_chunk = (lane & 7) * BETWEEN + (group * COLUMNS_A_GROUP + warp * COLUMNS_A_WARP) * 2;
+  const u32 piece = thread % PIECES, own = thread / PIECES, column = tile.weight_tile * COLUMNS + piece * 8;
+#pragma unroll
+  for (int start = 0; start < BN; start += CHUNK) {
+    if (start >= tile.rows) break;
+    const u32 chunk = room.chunks + (turn & 1) * CHUNK * BETWEEN;  // the other may still be read
+    ++turn;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 8) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const Sum* of_eight = sums[m] + (start + i) / 2;
+        store_transposed(chunk + in_chunk + i * BETWEEN + m * COLUMNS_A_PRODUCT * 2,
+                         finish_two_gated(of_eight, bias[m], a, scaling.pair(start + i), scaling.of_weights[m]));
+      }
+    }
+    sync_multipliers();
+    const uint4 word = load_shared(chunk + own * BETWEEN + piece * 16);
+    const u32 pairs[4] = {word.x, word.y, word.z, word.w};
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = larger_pair(largest, pairs[i] & 0x7fff7fff);
+    largest = max(largest & 0xffff, largest >> 16);
+#pragma unroll
+    for (u32 step = 1; step < PIECES; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
+    const float scale = scale_of_magnitude<E4M3>(widen<KIND>(largest)), inverse = __frcp_rn(scale);
+    u32 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = to_e4m3(quotient(widen<KIND>(pairs[i] & 0xffff), scale, inverse),
+                         quotient(widen<KIND>(pairs[i] >> 16), scale, inverse));
+    }
+    if (start + own < tile.rows && column < a.columns) {
+      const u64 row = tile.first_row + start + own;
+      const uint2 both = {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
+      *reinterpret_cast<uint2*>(reinterpret_cast<u8*>(a.out) + row * a.columns + column) = both;
+      if (piece == 0) a.result_scales[row * ((a.columns + COLUMNS - 1) / COLUMNS) + tile.weight_tile] = scale;
+    }
+  }
+}
+
 // What a warpgroup has to know of a tile whose results go to routes, or are weighted by them.
 __device__ __forceinline__ void look_up_routes(const Room& room, const Arguments& a, const Tile& tile) {
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
@@ -377,7 +426,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     scaling.prepare(room, a, tile, first_column + column_of(warp, lane));
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
+    if constexpr (AS_CODES) write_codes(sums, bias, scaling, room, a, tile, turn);
+    else if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
     else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, scaling, room, a, tile, first_column, turn);
     else write_results(sums, bias, scaling, room, a, tile, first_column + column_of(warp, lane));
   }
@@ -385,11 +435,11 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
 }
 
 #if VALUE_BYTES == 1  // codes have scales
-#define SCALE_PARAMETERS const float *weight_scales, const float *row_scales,
-#define SCALE_ARGUMENTS weight_scales, row_scales
+#define SCALE_PARAMETERS const float *weight_scales, const float *row_scales, float *result_scales,
+#define SCALE_ARGUMENTS weight_scales, row_scales, result_scales
 #else
 #define SCALE_PARAMETERS
-#define SCALE_ARGUMENTS nullptr, nullptr
+#define SCALE_ARGUMENTS nullptr, nullptr, nullptr
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
