@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts.plan import ProductPlan, Way, expected_routes, product_plan, way_of
+from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan, way_of
 from moeyard.cuda.rows.launchers import combine_launch, permute_launch, shuffle_rows_launch
 from moeyard.cuda.runtime.barriers import barrier_for
 from moeyard.cuda.runtime.cards import card_of
@@ -14,6 +14,7 @@ from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.cuda.runtime.tensor_map import row_map, weight_map
 from moeyard.dispatch.call import Call
+from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import Activation, ExpertCall, Layout, Segments
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -65,9 +66,9 @@ def grouped_gemm_launch(
     if not out.shape[0]:
         return
     device = rows.get_device()
-    first_rows, row_counts, sorted_token_ids, row_divisor = segments
+    first_rows, row_counts, sorted_token_ids, row_divisor, num_experts = segments
     by_route = gather = sorted_token_ids is not None
-    expected = out.shape[0]
+    expected = expected_routes(out.shape[0], weight.shape[0], num_experts)
     way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
     if sorted_token_ids is not None and way.copied:
         gather = False
