@@ -298,6 +298,16 @@ def test_sizes_that_stay_readable() -> None:
         assert len(path.read_text().splitlines()) <= limit, path
 
 
+def test_what_tests_share_is_in_no_test_module() -> None:
+    """Importing one would collect its fixtures and tests a second time, and need what it needs."""
+    for folder in (TESTS, TESTS.parent / "assay" / "tests"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [name for name in names if name.split(".")[0].startswith("test_")], path
+
+
 def test_nothing_inherits_beyond_what_is_allowed() -> None:
     allowed = {"NamedTuple", "Enum", "Protocol", "Module", "ModuleType"}
     for path in SOURCE.rglob("*.py"):
