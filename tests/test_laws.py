@@ -288,10 +288,25 @@ def test_a_bad_override_is_an_error(value: str) -> None:
 
 
 def test_sizes_that_stay_readable() -> None:
+    law = re.search(r"Rooms stay within (\d+) lines, files within (\d+)", (TESTS.parent / "DESIGN.md").read_text())
+    assert law is not None
+    of_rooms, of_files = map(int, law.groups())
+    rooms = {SOURCE / f"{name}.py" for name in OPS}
     sources = [path for kind in ("*.py", "*.cu", "*.cuh") for path in SOURCE.rglob(kind)]
+    assert rooms <= set(sources)
     for path in sources:
-        limit = 300 if path.stem in OPS and path.parent == SOURCE else 400
+        limit = of_rooms if path in rooms else of_files
         assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_what_tests_share_is_in_no_test_module() -> None:
+    """Importing one would collect its fixtures and tests a second time, and need what it needs."""
+    for folder in (TESTS, TESTS.parent / "assay" / "tests"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [name for name in names if name.split(".")[0].startswith("test_")], path
 
 
 def test_nothing_inherits_beyond_what_is_allowed() -> None:

@@ -202,6 +202,10 @@ class Running:
         """Processor seconds of all living members and of their children that have ended, in steps of 10 ms."""
         return sum(cpu_seconds(process) for process in self.members())
 
+    def runnable(self) -> bool:
+        """Whether a thread of a living member runs or waits for a processor."""
+        return any(map(_runnable, self.members()))
+
     def peak_kib(self) -> int:
         """The most that all members together were seen to have, at least the largest peak of a living one."""
         return max(self._heaviest, max((_peak_kib(process) for process in self.members()), default=0))
@@ -367,6 +371,15 @@ def _awake(process: int) -> bool:
     """Whether a process runs or sleeps of its own accord: it is not stopped, not ending, not held up in the kernel."""
     fields = stat(process)
     return fields is not None and fields[0] in "RS"
+
+
+def _runnable(process: int) -> bool:
+    """Whether any thread of a process runs or waits for a processor."""
+    try:
+        threads = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return False
+    return any((fields := stat(f"{process}/task/{thread}")) and fields[0] == "R" for thread in threads)
 
 
 def _own_kib(process: int) -> int:

@@ -23,6 +23,8 @@ from assay.machine.objects import held
 
 _LATE_S = 0.1
 """How long what a command has left behind is looked at: whether it works."""
+_STARVED_S = 5.0
+"""How long at most, where it would work and other processes of the machine leave it no processor."""
 
 
 @dataclass
@@ -83,11 +85,12 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
 
 def _works(running: Running) -> bool:
     """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
-    used, stop = running.cpu_seconds(), time.monotonic() + _LATE_S
-    while time.monotonic() < stop:  # a look in the end would not see what has ended by then
-        time.sleep(_LATE_S / 20)
+    used, begun, looked = running.cpu_seconds(), time.monotonic(), 0.0
+    while looked < _LATE_S or (looked < _STARVED_S and running.runnable()):
+        time.sleep(_LATE_S / 20)  # a look in the end would not see what has ended by then
         if running.cpu_seconds() - used > MOST_FROZEN_S:
             return True
+        looked = time.monotonic() - begun
     return False
 
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts.plan import Way, expected_routes, product_plan, way_of_codes
+from moeyard.cuda.experts.plan import Way, product_plan, way_of_codes
 from moeyard.cuda.experts.product import apart, compact_layout, lies_well, product, turns_of
 from moeyard.cuda.rows.launchers import combine_launch, quantize_launch
 from moeyard.cuda.runtime.cards import card_of
+from moeyard.dispatch.sizes import expected_routes
 from moeyard.quant import QuantScheme
 from moeyard.values import ExpertCall
 

@@ -176,11 +176,6 @@ def shared_bytes(
     return fixed + stages * (stage_bytes(rows, groups, tall, scaled) + 16)
 
 
-def expected_routes(num_routes: int, num_local_experts: int, num_experts: int) -> int:
-    """How many of the routes of all ranks this one has, if each expert has as many."""
-    return max(1, num_routes * min(num_local_experts, num_experts) // num_experts) if num_routes else 0
-
-
 def _touched(num_rows: int, experts: int) -> float:
     """How many experts have rows, if each row's is drawn evenly."""
     return -experts * math.expm1(-num_rows / experts) if experts else 0.0
