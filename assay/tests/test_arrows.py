@@ -30,6 +30,7 @@ ARROWS = {
     "statistics": set(),
     "repository": set(),
     "contract": {"statistics", "repository"},
+    "mining": {"contract", "repository"},
     "arms": {"contract"},
     "machine": {"arms"},
     "experiment": {"statistics", "contract", "arms", "machine"},
@@ -37,7 +38,7 @@ ARROWS = {
     "report": {"statistics", "contract", "experiment", "gates"},
     "judgement": {"statistics", "repository", "contract", "arms", "machine", "experiment", "gates", "report"},
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
-    "cli": {"statistics", "contract", "machine", "experiment", "gates", "report", "judgement", "proof"},
+    "cli": {"statistics", "contract", "machine", "experiment", "gates", "report", "judgement", "proof", "mining"},
 }
 """Folder -> the folders that it imports. The module `assay` itself holds the public names and the version."""
 DESIGN = Path(__file__).parents[1] / "DESIGN.md"
