@@ -37,8 +37,30 @@ ARROWS = {
     "gates": {"contract", "arms", "experiment"},
     "report": {"statistics", "contract", "experiment", "gates"},
     "judgement": {"statistics", "repository", "contract", "arms", "machine", "experiment", "gates", "report"},
+    "admission": {
+        "statistics",
+        "repository",
+        "contract",
+        "mining",
+        "arms",
+        "machine",
+        "experiment",
+        "gates",
+        "judgement",
+    },
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
-    "cli": {"statistics", "contract", "machine", "experiment", "gates", "report", "judgement", "proof", "mining"},
+    "cli": {
+        "statistics",
+        "contract",
+        "machine",
+        "experiment",
+        "gates",
+        "report",
+        "judgement",
+        "proof",
+        "mining",
+        "admission",
+    },
 }
 """Folder -> the folders that it imports. The module `assay` itself holds the public names and the version."""
 DESIGN = Path(__file__).parents[1] / "DESIGN.md"

@@ -17,7 +17,7 @@ CLAIMS = (
 )
 _CLAIM = re.compile(CLAIMS, re.IGNORECASE)
 _TIME = r"[\d.]+ ?(?:ns|[uµm]s|s)\b"
-_FIGURE = re.compile(
+FIGURE = re.compile(
     r"\b\d+(?:\.\d+)? ?[x×]\b|\d+(?:\.\d+)?(?:[-–][\d.]+)? ?%"
     rf"|(?:before|after|main|master|base(?:line)?)[^\n]{{0,40}}?{_TIME}|{_TIME} ?(?:->|→|to|vs\.?) ?{_TIME}",
     re.IGNORECASE,
@@ -81,9 +81,9 @@ def _evidence(one: Commit, words: re.Pattern[str], taken_back: dict[str, Commit]
     if match := words.search(one.subject):
         yield Evidence("subject", match[0])
     elif match := words.search(one.body):
-        yield Evidence("body", _line_around(one.body, match.start()))
-    for match in list(_FIGURE.finditer(f"{one.subject}\n{one.body}"))[:3]:
-        yield Evidence("figure", _line_around(f"{one.subject}\n{one.body}", match.start()))
+        yield Evidence("body", line_around(one.body, match.start()))
+    for match in list(FIGURE.finditer(f"{one.subject}\n{one.body}"))[:3]:
+        yield Evidence("figure", line_around(f"{one.subject}\n{one.body}", match.start()))
     for kind, which in (("benchmark", history.is_benchmark), ("test", history.is_test)):
         for path in sorted(filter(which, one.files)):
             yield Evidence(kind, path)  # type: ignore[arg-type]
@@ -104,6 +104,7 @@ def _taken_back(every: Sequence[Commit]) -> dict[str, Commit]:
     return found
 
 
-def _line_around(text: str, at: int) -> str:
+def line_around(text: str, at: int) -> str:
+    """The line of a text in which a place lies, shortened."""
     start, end = text.rfind("\n", 0, at) + 1, text.find("\n", at)
     return text[start : end if end >= 0 else None].strip()[:_LONGEST]
