@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from assay.__main__ import main
 from assay.admission import admit, candidates, leak, reach, record
 from assay.admission.candidates import CACHED, ZEROS, Place
 from assay.cli.shown import schema
@@ -295,7 +297,7 @@ def test_killed_and_run_again(tmp_path: Path) -> None:
     assert len(assay("ledger", "--store", tmp_path / "s").stdout.splitlines()) == 1
 
 
-def test_usage(tmp_path: Path) -> None:
+def test_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = project(tmp_path)
     for given, status, words in (
         ([made], 4, "task.toml:6: repository.reference: expected a commit that is known to be better"),
@@ -305,14 +307,17 @@ def test_usage(tmp_path: Path) -> None:
         ([tmp_path / "none.txt"], 2, "none.txt"),
         ([tmp_path / "none.txt", "--repo", tmp_path], 2, "--repo: expected --commit with it"),
     ):
-        done = assay("admit", *given, "--no-sandbox", "--store", tmp_path / "s")
-        assert done.returncode == status and words in done.stderr, (given, done.stderr)
+        assert main(["admit", *map(str, given), "--no-sandbox", "--store", str(tmp_path / "s")]) == status, given
+        assert words in capsys.readouterr().err
     patch = subprocess.run(["git", "-C", tmp_path / "repo", "show", "HEAD"], capture_output=True, check=True).stdout
     (tmp_path / "ref.patch").write_bytes(patch)
     key = admit.key_of(task.read(made), Source("patch", str(tmp_path / "ref.patch")))
     assert len(key.reference) == 16
-    checked = assay("admit", made, "--patch", tmp_path / "ref.patch", "--check", "--store", tmp_path / "s")
-    assert checked.returncode == 5 and "there is no admission" in checked.stdout
+    assert main(["admit", str(made), "--patch", str(tmp_path / "ref.patch"), "--check", "--store", str(tmp_path)]) == 5
+    assert "there is no admission" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["admit", "--help"])
+    assert "A task is admitted only if all of this was measured" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.full
@@ -350,3 +355,61 @@ def test_outputs_that_nobody_looks_at(tmp_path: Path) -> None:
     found = json.loads(assay("admit", made, "--store", tmp_path / "s", "--json", "--no-sandbox").stdout)
     reasons = {one["name"]: one for one in found["reasons"]}
     assert found["outcome"] == "rejected" and reasons["zeros"]["finding"] == "against", found
+
+
+@pytest.mark.parametrize("name", ["python", "python3.12", "python3.13"])
+def test_lines_are_noted_by_every_python(name: str, tmp_path: Path) -> None:
+    """Each line once, of the tree alone, in threads and in processes that it starts, also when it is killed."""
+    python = sys.executable if name == "python" else shutil.which(name)
+    if python is None or subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode:
+        pytest.skip(f"{name}: not installed here")
+    files(tmp_path / "tree", {"child.py": "x = 1\ny = 2\n", "main.py": NOTED})
+    out = tmp_path / "out"
+    own = {
+        "PYTHONPATH": str(Path(reach.inside.__file__).parent),
+        "ASSAY_REACH_OUT": str(out),
+        "PATH": os.environ["PATH"],
+    }
+    done = subprocess.run([python, "main.py"], cwd=tmp_path / "tree", env=own, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    noted = out.read_text().splitlines()
+    version = subprocess.run(
+        [python, "-c", "import sys; print(sys.version_info >= (3, 12))"], capture_output=True, text=True
+    )
+    way = "sys.monitoring" if version.stdout.strip() == "True" else "sys.settrace"
+    assert noted.count(f"#\t{way}") == 2 and len(set(noted)) == len(noted) - 1
+    number = {line.strip(): i for i, line in enumerate(NOTED.split("\n"), 1)}
+    ran = {int(line.split("\t")[1]) for line in noted if line.startswith("main.py")}
+    assert {number["called = n + 1"], number["threaded = 3"], number["os.kill(os.getpid(), 9)"]} <= ran
+    assert number["idle = 2"] not in ran and {"child.py\t1", "child.py\t2"} <= set(noted)
+    assert all(line.startswith(("#", "main.py", "child.py")) for line in noted)
+
+
+NOTED = """import os
+import subprocess
+import sys
+import threading
+
+
+def work(n):
+    called = n + 1
+    return called
+
+
+def unused():
+    idle = 2
+
+
+def aside():
+    threaded = 3
+
+
+for i in range(100):
+    work(i)
+thread = threading.Thread(target=aside)
+thread.start()
+thread.join()
+os.chdir("/")
+subprocess.run([sys.executable, os.path.join(os.environ["ASSAY_REACH_ROOT"], "child.py")], check=True)
+os.kill(os.getpid(), 9)
+"""

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
 _ROOT = os.environ.setdefault("ASSAY_REACH_ROOT", os.getcwd()) + os.sep
 _OUT = os.open(os.environ["ASSAY_REACH_OUT"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
 _SEEN: set[tuple[str, int]] = set()
+_PATHS: dict[str, str] = {}
 
 
 def _inside(file: str) -> str:
-    """The path of a file in the tree; "" of any other."""
-    whole = file if os.path.isabs(file) else os.path.join(os.getcwd(), file)
-    return whole[len(_ROOT) :] if whole.startswith(_ROOT) else ""
+    """The path of a file in the tree; "" of any other. As it was at first: a process may go elsewhere later."""
+    found = _PATHS.get(file)
+    if found is None:
+        whole = file if os.path.isabs(file) else os.path.join(os.getcwd(), file)
+        there = whole.startswith(_ROOT) and not file.startswith("<")
+        found = _PATHS[file] = whole[len(_ROOT) :] if there else ""
+    return found
 
 
 def _note(file: str, line: int) -> None:
