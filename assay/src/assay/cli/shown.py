@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from assay.cli.command import STORE, Command
-from assay.contract import plan, rows, verdict
+from assay.contract import admission, mined, plan, rows, verdict
 from assay.contract.errors import Status, UsageError
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
@@ -75,6 +75,8 @@ _SCHEMAS = {
     "plan": lambda: plan.schema(table.OPTIONAL),
     "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, (SKIPPED, NOT_ASKED)),
     "task": _task_schema,
+    "mined": mined.schema,
+    "admission": admission.schema,
 }
 
 

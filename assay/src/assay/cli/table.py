@@ -1,11 +1,12 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, judging, plans, proofs, shown
+from assay.cli import ab, admission, judging, plans, proofs, shown, tasks
 
 COMMANDS = {
     command.name: command
     for command in (
-        judging.TASK,
+        tasks.TASK,
+        admission.ADMIT,
         judging.JUDGE,
         judging.PREPARE,
         plans.MEASURE,

@@ -5,8 +5,6 @@ empty caches. A copy that nothing was done to must build and run, so that a fail
 what was built would prove less: a comment changes nothing in a library, and a library may be there already.
 """
 
-import random
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,12 +13,9 @@ from pathlib import Path, PurePosixPath
 
 from assay.arms import commands, sandbox
 from assay.arms.trees import Trees
-from assay.contract import seeds
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
-from assay.contract.workload import Plan
-from assay.experiment.inputs import Inputs
-from assay.experiment.samples import command_sample, worker_samples
+from assay.experiment.once import once
 from assay.gates.gate import Found, Gate, Given, Where
 
 _C = b'#error "assay: is this source used?"\n'
@@ -142,27 +137,15 @@ class _Copy:
                 return f"{' '.join(command)}: {commands.words(ended)}"
         for name, plan in self.frozen.plans().items():
             try:
-                self.once(replace(plan, timeout_s=self.most(plan.timeout_s)))
+                alone = self.trees("candidate", self.tree, self.cache)
+                base = self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"))
+                once(replace(plan, timeout_s=self.most(plan.timeout_s)), alone, base, "provenance")
             except ArmError as problem:
                 if problem.infra or problem.tampered or problem.arm != "candidate":
                     raise _StoppedError(problem) from None
                 self.most(1)  # else it was not late, but cut short
                 return f"{name}: {problem.words}"
         return ""
-
-    def once(self, plan: Plan) -> None:
-        """One run, or a first call, of a workload in the copy. ArmError if it fails."""
-        alone = self.trees("candidate", self.tree, self.cache)
-        if not plan.workload.worker:
-            command_sample("candidate", plan, alone, secrets.randbits(32))
-            return
-        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base")))
-        try:
-            made = inputs.make([next(seeds.inputs(plan.seed, "provenance"))])
-        finally:
-            inputs.end()
-        short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
-        worker_samples(short, alone, random.Random(0), made * 2, secrets.randbits(32))
 
     def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""
