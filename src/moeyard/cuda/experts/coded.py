@@ -31,7 +31,7 @@ def fused_coded_experts_launch(
 
     A token's row is quantised once: on its way into the order of experts, or where the product gathers rows, in the
     order of tokens. What the activation leaves is rounded to 16 bits and then quantised, one scale per row, or per 128
-    columns beside blocks. Those are in one tile of the first product where tiles are tall: it quantises its results then.
+    columns beside blocks. Those lie in one tile of the first product where tiles are tall, which then quantises them.
 
     Rows of results hold, before the second product writes them, the codes and scales of the first product's rows and,
     where there is room, what the activation leaves.
