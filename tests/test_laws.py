@@ -39,6 +39,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
     "checkpoints": {"values", "dispatch.checks"},
+    "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "warmup": {"values", "dispatch.table", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
@@ -57,9 +58,10 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
-    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
-    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
+    "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
+    "fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum permute "
+    "permute_to_fp8 quantize_experts route route_and_align shuffle_rows warmup"
 ).split()
 
 
