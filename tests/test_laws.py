@@ -38,7 +38,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "grouped_gemm": ROOM,
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
-    "checkpoints": {"values", "dispatch.checks"},
+    "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "warmup": {"values", "dispatch.table", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
@@ -58,8 +58,9 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
-    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align shuffle_rows warmup"
+    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm load_experts "
+    "moe_align_block_size moe_layer "
+    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align save_experts shuffle_rows warmup"
 ).split()
 
 
