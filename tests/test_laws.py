@@ -127,6 +127,7 @@ def test_tests_import_no_test_modules() -> None:
 
 
 OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
+OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
 MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
 

@@ -42,7 +42,7 @@ class Stored(NamedTuple):
 
 def nibbles(items: Tensor) -> Tensor:
     """Codes of four bits along the last axis, [..., w] of int32 or uint8 -> [..., codes] uint8, lowest bits first."""
-    pairs = items.contiguous().view(torch.uint8)
+    pairs = _bytes(items)
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
@@ -53,11 +53,18 @@ def paired(codes: Tensor) -> Tensor:
 
 def words_of(pairs: Tensor) -> Tensor:
     """uint8 [..., bytes] -> [..., ceil(bytes / 4)] int32, lowest byte first, zeros behind the last."""
-    return torch.nn.functional.pad(pairs, (0, -pairs.shape[-1] % 4)).contiguous().view(torch.int32)
+    return _viewed(torch.nn.functional.pad(pairs, (0, -pairs.shape[-1] % 4)), torch.int32)
 
 
 def _bytes(items: Tensor) -> Tensor:
-    return items.contiguous().view(torch.uint8)
+    """The bytes of items, along the last axis."""
+    return _viewed(items, torch.uint8)
+
+
+def _viewed(items: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense items as another dtype, along the last axis. An axis of 1 may have any stride, which `view` refuses."""
+    flat = items.contiguous().as_strided((items.numel(),), (1,))
+    return flat.view(dtype).view(*items.shape[:-1], -1)
 
 
 def _signed(items: Tensor) -> Tensor:
@@ -94,7 +101,7 @@ SCALES = Stored(("F32", "BF16", "F16"))
 EXACT_SCALES = Stored((*SCALES.dtypes, "F8_E8M0"))
 """Block scales: powers of two are made float32, which has them all."""
 TURNED_SCALES = SCALES._replace(turned=True, unpack=lambda items: items.t())
-POWERS = Stored(("U8", "F8_E8M0"), unpack=lambda items: items.view(torch.float8_e8m0fnu), raw=True)
+POWERS = Stored(("U8", "F8_E8M0"), unpack=lambda items: _viewed(items, torch.float8_e8m0fnu), raw=True)
 E4M3_SCALES = Stored(("F8_E4M3",), raw=True)
 
 ZEROS = Stored(("I32",), per_n=8, unpack=lambda items: nibbles(items.t()).t())
