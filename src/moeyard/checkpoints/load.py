@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moeyard.checkpoints import packing
-from moeyard.checkpoints.files import DTYPES, Entry, Reader
-from moeyard.checkpoints.layer import Layer, read_layer
+from moeyard.checkpoints.files import DTYPES, READ, Entry, Reader
+from moeyard.checkpoints.layer import Layer, check_dtype, read_layer
 from moeyard.checkpoints.packing import Stored
 from moeyard.checkpoints.plan import Share, Unit, cut_of, units_of
 from moeyard.checkpoints.progress import progress
@@ -111,22 +111,19 @@ def _load(
     units, weights = _planned(layer, share, device, dtype)
     units.sort(key=lambda unit: (unit.span.file, unit.span.start))
     largest = max(unit.span.size for unit in units)
-    buffer = torch.empty(
-        max((unit.span.size for unit in units if unit.target is None), default=0), dtype=torch.uint8, device=device
-    )
+    size = max((unit.span.size for unit in units if unit.target is None), default=0)
+    buffer = torch.empty(size, dtype=torch.uint8, device=device)
     total = sum(unit.span.size for unit in units)
     with Reader(device, largest) as reader, progress(prefix, total, shown) as advance:
         scales = weights.scales
         if layer.storage.scheme is not None and scales is not None:
             _read_small(reader, layer, share, scales)
-        told = 0
-        for number, unit in enumerate(units):
-            told = max(told, number)
-            ahead = sum(after.span.size for after in units[number:told])
-            while told < len(units) and ahead < AHEAD:
-                reader.expect(units[told].span)
-                ahead += units[told].span.size
-                told += 1
+        later, ahead = iter(units), 0
+        for unit in units:
+            while ahead < AHEAD and (after := next(later, None)) is not None:
+                reader.expect(after.span)
+                ahead += after.span.size
+            ahead -= unit.span.size
             raw = buffer[: unit.span.size] if unit.target is None else unit.target
             reader.read(unit.span, raw)
             if unit.apply is not None:
@@ -170,7 +167,7 @@ def _planned(
     weights = ExpertWeights(
         tensors[0]["weight"], tensors[1]["weight"], first_bias, second_bias, layer.gated, scheme, scales
     )
-    return list(_units(layer, share, tensors, dtype)), weights
+    return list(_units(layer, share, tensors, dtype, _most(layer, device))), weights
 
 
 def _empty_scales(
@@ -199,7 +196,7 @@ def _empty_scales(
 
 
 def _units(
-    layer: Layer, share: Share, tensors: tuple[dict[str, Tensor], ...], dtype: torch.dtype | None
+    layer: Layer, share: Share, tensors: tuple[dict[str, Tensor], ...], dtype: torch.dtype | None, most: int
 ) -> Iterator[Unit]:
     storage = layer.storage
     block = (0, 0) if storage.scheme is None else storage.scheme.block
@@ -217,11 +214,18 @@ def _units(
             if role not in roles:
                 raise ValueError(f"{roles['weight'].file}: tensor {linear.name}.{role} is missing, others have one")
             entry = roles[role]
-            cut = cut_of(layer, share, linear.part, values, str(entry))
-            units = units_of(layer, share, linear, entry, stored, cut, mine[role])
+            check_dtype(entry, stored, storage)
             if role in ("weight", "bias", "scale") and dtype is None:
                 _check_like(entry, _entry_of(layer, role))
-            yield from units
+            cut = cut_of(layer, share, linear.part, values, str(entry))
+            yield from units_of(layer, share, linear, entry, stored, cut, mine[role], most)
+
+
+def _most(layer: Layer, device: torch.device) -> int:
+    """Bytes that are converted at once: few on the host, where a conversion takes about ten times as many."""
+    entries = [roles["weight"] for _, roles in layer.linears]
+    largest = max(entry.size // (layer.num_experts if layer.stacked else 1) for entry in entries)
+    return min(READ, largest // 32) if device.type == "cpu" else READ
 
 
 def _entry_of(layer: Layer, role: str) -> Entry:

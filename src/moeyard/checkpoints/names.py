@@ -49,7 +49,8 @@ def linears_under(prefix: str, entries: Mapping[str, Entry]) -> list[Linear]:
         linear.tensors[what or ""] = entry  # type: ignore[index]
     if strange:
         raise ValueError(f"{_some(strange)}: expected tensors of experts alone under {prefix!r}")
-    return list(found.values())
+    order = list(PARTS.values())
+    return sorted(found.values(), key=lambda linear: (linear.expert or 0, order.index(linear.part)))
 
 
 def goes_by(linear: Linear, prefix: str) -> list[str]:

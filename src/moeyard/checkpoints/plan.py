@@ -1,13 +1,15 @@
 """What a load reads, and where each part of it goes: one `Unit` per tensor, or per expert of a stacked one."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moeyard.checkpoints.files import DTYPES, Entry, Span
-from moeyard.checkpoints.layer import Layer, check_dtype
+from moeyard.checkpoints.layer import Layer
 from moeyard.checkpoints.names import Linear
 from moeyard.checkpoints.packing import Stored
 
@@ -89,20 +91,28 @@ def cut_of(layer: Layer, share: Share, part: str, block: tuple[int, int], where:
 
 
 def units_of(
-    layer: Layer, share: Share, linear: Linear, entry: Entry, stored: Stored, cut: Cut, result: Tensor
+    layer: Layer, share: Share, linear: Linear, entry: Entry, stored: Stored, cut: Cut, result: Tensor, most: int
 ) -> Iterator[Unit]:
-    """The reads that fill a rank's part of a tensor. `result`: [experts, rows, columns], of w13 rows of both halves."""
-    check_dtype(entry, stored, layer.storage)
+    """The reads that fill a rank's part of a tensor.
+
+    `result`: [experts, rows, columns], of w13 the rows of both halves. `most`: bytes that are converted at once.
+    """
     check_stored_shape(entry, stored, cut, layer)
     experts = range(share.first_expert, share.first_expert + share.num_experts)
     if linear.expert is not None:
         experts = range(linear.expert, linear.expert + 1)
+    row_bytes = stored.shape(cut.n, cut.k)[1] * DTYPES[entry.dtype].itemsize
     height = result.shape[1] // (2 if layer.gated and linear.part != "down" else 1)
     for expert in experts:
-        mine = result[expert - share.first_expert]
+        mine = result[expert - share.first_expert].unflatten(0, (-1, height))
+        number = expert if linear.expert is None else 0
         for pick in cut.picks:
-            places = [(mine[half * height : (half + 1) * height], rows) for half, rows in pick.halves]
-            yield _unit(entry, stored, cut, pick, expert if linear.expert is None else 0, places)
+            direct = _direct(entry, stored, cut, pick, number, mine)
+            if direct is not None:
+                yield direct
+                continue
+            for piece in _pieces(stored, cut, pick, most // row_bytes):
+                yield _unit(entry, stored, cut, pick, piece, number, mine)
 
 
 def check_stored_shape(entry: Entry, stored: Stored, cut: Cut, layer: Layer) -> None:
@@ -122,30 +132,72 @@ def check_stored_shape(entry: Entry, stored: Stored, cut: Cut, layer: Layer) -> 
         )
 
 
-def _unit(
-    entry: Entry, stored: Stored, cut: Cut, pick: Pick, expert: int, places: Sequence[tuple[Tensor, slice]]
-) -> Unit:
-    rows, width = stored.shape(cut.n, cut.k)
-    dtype = DTYPES[entry.dtype]
-    n_items = pick.first // stored.per_n, -(-pick.stop // stored.per_n)
-    k_items = cut.columns[0] // stored.per_k, -(-cut.columns[1] // stored.per_k)
-    along, across = (k_items, n_items) if stored.turned else (n_items, k_items)
-    row_bytes = width * dtype.itemsize
-    span = Span(entry.file, entry.start + (expert * rows + along[0]) * row_bytes, (along[1] - along[0]) * row_bytes)
-    place, picked = places[0]
-    whole = across == (0, width) and len(places) == 1 and picked == slice(None)
-    as_it_is = stored.raw or (place.dtype == dtype and stored.unpack is None)
-    if whole and as_it_is and place.is_contiguous() and place.nbytes == span.size:
-        return Unit(span, place.view(torch.uint8).view(-1))
-    n_from = pick.first - n_items[0] * stored.per_n
-    k_from = (cut.columns[0] - k_items[0] * stored.per_k) // stored.per_byte
-    k_size = (cut.columns[1] - cut.columns[0]) // stored.per_byte
+class Piece(NamedTuple):
+    """Rows and columns of values."""
+
+    first: int
+    stop: int
+    left: int
+    right: int
+
+
+def _pieces(stored: Stored, cut: Cut, pick: Pick, items: int) -> Iterator[Piece]:
+    """Parts of a pick of about so many rows of the file. They end where items, bytes and pairs of rows do."""
+    left, right = cut.columns
+    if stored.turned:
+        for one, two in pairwise(_bounds(left, right, math.lcm(stored.per_k, stored.per_byte), items * stored.per_k)):
+            yield Piece(pick.first, pick.stop, one, two)
+    else:
+        for one, two in pairwise(_bounds(pick.first, pick.stop, math.lcm(stored.per_n, 2), items * stored.per_n)):
+            yield Piece(one, two, left, right)
+
+
+def _bounds(start: int, stop: int, align: int, size: int) -> list[int]:
+    size = max(1, size // align) * align
+    return [start, *range((start // size + 1) * size, stop, size), stop]
+
+
+def _direct(entry: Entry, stored: Stored, cut: Cut, pick: Pick, expert: int, mine: Tensor) -> Unit | None:
+    """The read of a pick into the result, if its bytes are those of the file."""
+    if len(pick.halves) > 1:
+        return None
+    place = mine[pick.halves[0][0]]
+    along, across = _items(stored, Piece(pick.first, pick.stop, *cut.columns))
+    span = _span(entry, stored, cut, expert, along)
+    same = stored.raw or (place.dtype == DTYPES[entry.dtype] and stored.unpack is None)
+    whole = across == (0, stored.shape(cut.n, cut.k)[1]) and place.nbytes == span.size and place.is_contiguous()
+    return Unit(span, place.view(torch.uint8).view(-1)) if same and whole else None
+
+
+def _unit(entry: Entry, stored: Stored, cut: Cut, pick: Pick, piece: Piece, expert: int, mine: Tensor) -> Unit:
+    """The read of a piece into a buffer, and from there into the halves of an expert's result."""
+    along, across = _items(stored, piece)
+    dtype, width = DTYPES[entry.dtype], stored.shape(cut.n, cut.k)[1]
+    down = piece.first - piece.first // stored.per_n * stored.per_n
+    over = (piece.left - piece.left // stored.per_k * stored.per_k) // stored.per_byte
+    rows, columns = piece.stop - piece.first, (piece.right - piece.left) // stored.per_byte
+    left = (piece.left - cut.columns[0]) // stored.per_byte
 
     def apply(raw: Tensor) -> None:
         items = raw.view(dtype).view(along[1] - along[0], width)[:, across[0] : across[1]]
         values = items if stored.unpack is None else stored.unpack(items)
-        values = values[n_from : n_from + pick.stop - pick.first, k_from : k_from + k_size]
-        for target, rows in places:
-            target.copy_(values[rows])
+        values = values[down : down + rows, over : over + columns]
+        for half, every in pick.halves:
+            top = (piece.first - pick.first) // (every.step or 1)
+            taken = values[every]
+            mine[half, top : top + taken.shape[0], left : left + columns].copy_(taken)
 
-    return Unit(span, None, apply)
+    return Unit(_span(entry, stored, cut, expert, along), None, apply)
+
+
+def _items(stored: Stored, piece: Piece) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The (rows, columns) of the file that hold a piece."""
+    n = piece.first // stored.per_n, -(-piece.stop // stored.per_n)
+    k = piece.left // stored.per_k, -(-piece.right // stored.per_k)
+    return (k, n) if stored.turned else (n, k)
+
+
+def _span(entry: Entry, stored: Stored, cut: Cut, expert: int, along: tuple[int, int]) -> Span:
+    rows, width = stored.shape(cut.n, cut.k)
+    row_bytes = width * DTYPES[entry.dtype].itemsize
+    return Span(entry.file, entry.start + (expert * rows + along[0]) * row_bytes, (along[1] - along[0]) * row_bytes)

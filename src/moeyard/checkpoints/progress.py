@@ -1,9 +1,10 @@
-"""A bar while a checkpoint is read: rich's where it is installed, else a line on stderr."""
+"""A bar while a checkpoint is read: rich's where it is installed and stderr is a terminal, else a line on stderr."""
 
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 SECONDS = 0.2
 """Between two lines."""
@@ -12,16 +13,19 @@ SECONDS = 0.2
 @contextmanager
 def progress(label: str, total: int, shown: bool | None) -> Iterator[Callable[[int], None]]:
     """Gives a function that takes bytes as they are read. `shown` None: where stderr is a terminal."""
-    if not (sys.stderr.isatty() if shown is None else shown):
+    terminal = sys.stderr.isatty()
+    if not (terminal if shown is None else shown):
         yield lambda _: None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-    except ModuleNotFoundError:
-        with _line(label, total) as advance:
-            yield advance
-        return
+    with _bar(label, total) if terminal and find_spec("rich") else _line(label, total) as advance:
+        yield advance
+
+
+@contextmanager
+def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=total)

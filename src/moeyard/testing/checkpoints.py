@@ -309,4 +309,4 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     told = {**model, **({} if config is None else {"quantization_config": config})}
     (folder / "config.json").write_text(json.dumps(told))
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / file)
