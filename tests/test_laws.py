@@ -38,7 +38,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "grouped_gemm": ROOM,
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
-    "checkpoints": {"values", "dispatch.checks"},
+    "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "warmup": {"values", "dispatch.table", *OPS},
     "reference": {"values", "quant", "reference"},
@@ -60,8 +60,8 @@ ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
-    "fused_experts grouped_gemm moe_align_block_size moe_layer moe_lora_align_block_size moe_sum permute "
-    "permute_to_fp8 quantize_experts route route_and_align shuffle_rows warmup"
+    "fused_experts grouped_gemm load_experts moe_align_block_size moe_layer moe_lora_align_block_size moe_sum permute "
+    "permute_to_fp8 quantize_experts route route_and_align save_experts shuffle_rows warmup"
 ).split()
 
 
@@ -128,6 +128,7 @@ def test_tests_import_no_test_modules() -> None:
 
 
 OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
+OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
 MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
 

@@ -4,7 +4,7 @@ Importing it imports torch and nothing else; implementations are loaded at their
 """
 
 from moeyard.activation import activate
-from moeyard.checkpoints import experts_from_interleaved
+from moeyard.checkpoints import experts_from_interleaved, load_experts, save_experts
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
 from moeyard.experts import fused_experts, moe_layer
@@ -42,6 +42,7 @@ __all__ = [
     "explain",
     "fused_experts",
     "grouped_gemm",
+    "load_experts",
     "moe_align_block_size",
     "moe_layer",
     "moe_lora_align_block_size",
@@ -51,6 +52,7 @@ __all__ = [
     "quantize_experts",
     "route",
     "route_and_align",
+    "save_experts",
     "shuffle_rows",
     "warmup",
 ]
