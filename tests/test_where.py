@@ -3,6 +3,7 @@
 Both are added here to a copy of the tree, in no other files, and then work like the ones that are there.
 """
 
+import dataclasses
 import filecmp
 import os
 import re
@@ -16,9 +17,9 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import ExpertWeights, Routing, reference
+from moeyard import ExpertWeights, Routing
 from moeyard.dispatch import schemes, table
-from moeyard.dispatch.schemes import Scheme
+from moeyard.quant import CODES, FP8_CHANNEL, ExpertScales, QuantScheme
 from moeyard.testing import CPU, draw_routing, impls_on
 
 ROOT = Path(__file__).parents[1]
@@ -179,61 +180,59 @@ def test_an_operator_is_in_the_files_that_are_listed(tmp_path: Path) -> None:
     assert " passed" in run(tree, *quietly, "tests/test_laws.py", "-k", laws)
 
 
-KNOWN = """    if weights.scheme != "none":
-        raise ValueError"""
 SCHEME: dict[str, Change] = {
-    "src/moeyard/dispatch/schemes.py": (
+    "src/moeyard/quant.py": (
+        ('    "int8": Codes(torch.int8),\n', '    "int8": Codes(torch.int8),\n    "eighths": Codes(torch.int8),\n'),
+    ),
+    "src/moeyard/reference/quant.py": (
         (
-            "SCHEMES: dict[str, Scheme] = {}",
-            'SCHEMES: dict[str, Scheme] = {"eighths": Scheme(torch.int8, ("torch", "reference"))}',
+            '    if scheme.weights == "int8":\n        return stored.double()\n',
+            '    if scheme.weights == "int8":\n        return stored.double()\n'
+            '    if scheme.weights == "eighths":\n        return stored.double() / 8\n',
         ),
     ),
-    "src/moeyard/reference/experts.py": (
-        (KNOWN, '    if weights.scheme == "eighths":\n        return weights.w13 / 8, weights.w2 / 8\n' + KNOWN),
-    ),
-    "src/moeyard/vectorised/experts.py": (  # the one kernel that takes it
+    "src/moeyard/dispatch/schemes.py": (('"torch": _known,', '"torch": lambda scheme: True,'),),
+    "src/moeyard/vectorised/quant.py": (  # the one kernel that takes it
         (
-            "    weights, activation = call.weights, call.activation\n",
-            "    weights, activation = call.weights, call.activation\n"
-            '    if weights.scheme == "eighths":\n'
-            "        w13, w2 = ((w / 8).to(hidden_states.dtype) for w in (weights.w13, weights.w2))\n"
-            "        weights = type(weights)(w13, w2, weights.w13_bias, weights.w2_bias, weights.gated)\n",
+            "    if scheme.per_byte == 1:\n",
+            '    if scheme.weights == "eighths":\n        return stored.to(dtype) / 8\n    if scheme.per_byte == 1:\n',
         ),
     ),
 }
 SCHEME_CALLS = """
 import torch, moeyard
+from moeyard.quant import ExpertScales, QuantScheme
 
 torch.manual_seed(0)
 rows, ids = torch.randn(5, 16), torch.randint(0, 3, (5, 2), dtype=torch.int32)
 routing = moeyard.Routing(torch.rand(5, 2), ids)
 stored = [torch.randint(-8, 9, shape, dtype=torch.int8) for shape in ((3, 32, 16), (3, 16, 16))]
-eighths = moeyard.ExpertWeights(*stored, scheme="eighths")
-plain = moeyard.ExpertWeights(*(part / 8 for part in stored))
+scheme = QuantScheme("eighths", (1, 0), activations="int8")
+scales = ExpertScales(torch.full((3, 32, 1), 2.0), torch.full((3, 16, 1), 4.0))
+eighths = moeyard.ExpertWeights(*stored, scheme=scheme, scales=scales)
+known = ExpertScales(scales.w13 / 8, scales.w2 / 8)
+plain = moeyard.ExpertWeights(*stored, scheme=QuantScheme("int8", (1, 0), activations="int8"), scales=known)
 for taken in ("torch", "reference"):
     wanted = moeyard.fused_experts(rows, routing, plain, impl=taken)
     assert torch.equal(moeyard.fused_experts(rows, routing, eighths, impl=taken), wanted), taken
 wanted = moeyard.fused_experts(rows, routing, plain, impl="torch")
 assert torch.equal(moeyard.fused_experts(rows, routing, eighths), wanted)
+compiled = torch.compile(lambda x: moeyard.fused_experts(x, routing, eighths), fullgraph=True, backend="aot_eager")
+assert torch.equal(compiled(rows), wanted)
 
+refusal = "takes no weights of scheme 'eighths 1x*, int8 per row'"
 seen = moeyard.explain("fused_experts", "cpu", torch.float32, weights=eighths)
 others = {row: why for row, why in seen.reasons.items() if row not in ("torch", "reference")}
-assert seen.chosen == "torch" and set(others.values()) == {"takes no weights of scheme 'eighths'"}, seen
+assert seen.chosen == "torch" and set(others.values()) == {refusal}, seen
 assert set(others) == {"cpu", "cuda (few tokens)", "cuda (products)", "triton"}, seen
-
-def message(call):
-    try:
-        call()
-    except ValueError as problem:
-        return str(problem)
-
 for refused in ("cpu", "cuda", "triton"):
-    said = message(lambda: moeyard.fused_experts(rows, routing, eighths, impl=refused))
-    assert said is not None and "takes no weights of scheme 'eighths'" in said, said
-needs = rows.clone().requires_grad_()
-said = message(lambda: moeyard.fused_experts(needs, routing, eighths))
-assert said is not None and said.startswith("weights.scheme: expected 'none' in a call that"), said
-mistaken = moeyard.ExpertWeights(plain.w13, plain.w2, scheme="eighths")
+    try:
+        moeyard.fused_experts(rows, routing, eighths, impl=refused)
+    except ValueError as problem:
+        assert refusal in str(problem), problem
+    else:
+        raise AssertionError(refused)
+mistaken = moeyard.ExpertWeights(stored[0].float(), stored[1].float(), scheme=scheme, scales=scales)
 try:
     moeyard.fused_experts(rows, routing, mistaken)
 except TypeError as problem:
@@ -244,52 +243,62 @@ print("done")
 
 def test_a_scheme_is_in_the_files_that_are_listed(tmp_path: Path) -> None:
     kernels = 1
-    assert len(SCHEME) == listed("a quantisation scheme") + kernels
+    assert len(SCHEME) == listed("a code of quantised weights") + kernels
     assert run(changed_copy(tmp_path, SCHEME), "-c", SCHEME_CALLS) == "done\n"
 
 
-def experts(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, Routing, ExpertWeights]:
+def experts(scheme: QuantScheme = FP8_CHANNEL) -> tuple[torch.Tensor, Routing, ExpertWeights]:
+    """Weights of a scheme with one scale per row."""
     torch.manual_seed(0)
-    weights = ExpertWeights(torch.randn(4, 32, 16).to(dtype), torch.randn(4, 16, 16).to(dtype), scheme=scheme)
-    return torch.randn(6, 16).to(dtype), draw_routing(6, 4, 2), weights
+    stored = (torch.randn(shape).to(CODES[scheme.weights].dtype) for shape in ((4, 32, 16), (4, 16, 16)))
+    scales = ExpertScales(torch.ones(4, 32, 1), torch.ones(4, 16, 1))
+    return torch.randn(6, 16), draw_routing(6, 4, 2), ExpertWeights(*stored, scheme=scheme, scales=scales)
 
 
 @pytest.mark.parametrize("impl", ["auto", *table.impl_names("fused_experts")])
-def test_an_unknown_scheme_is_an_error(impl: str) -> None:
-    rows, routing, weights = experts("fp3")
-    with pytest.raises(ValueError, match=r"weights.scheme: expected one of \['none'\], got 'fp3'"):
+def test_what_is_no_scheme_is_an_error(impl: str) -> None:
+    rows, routing, weights = experts()
+    weights = dataclasses.replace(weights, scheme="fp3")  # type: ignore[arg-type]
+    said = r"weights.scheme: expected a QuantScheme or None, got str \('fp3'\)"
+    with pytest.raises(TypeError, match=said):
         moeyard.fused_experts(rows, routing, weights, impl=impl)
-    with pytest.raises(ValueError, match=r"weights.scheme: expected one of \['none'\], got 'fp3'"):
+    with pytest.raises(TypeError, match=said):
         moeyard.moe_layer(rows, torch.randn(4, 16), weights, top_k=2, impl=impl)
 
 
-def test_the_reference_knows_no_other_scheme_either() -> None:
-    with pytest.raises(ValueError, match=r"weights.scheme: expected 'none', got 'fp3'"):
-        reference.fused_experts(*experts("fp3"))
+def test_a_code_that_nothing_knows_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The specification is the last to take one, by name, and says so."""
+    with pytest.raises(ValueError, match=r"weights: expected one of \('e4m3', .*\), got 'fp3'"):
+        QuantScheme("fp3")
+    monkeypatch.setitem(CODES, "fp3", CODES["int8"])
+    rows, routing, weights = experts(QuantScheme("fp3", (1, 0)))
+    with pytest.raises(ValueError, match="scheme: expected codes that this specification knows, got 'fp3'"):
+        moeyard.fused_experts(rows, routing, weights, impl="reference")
+    with pytest.raises(ValueError, match=r"refuses fused_experts: .*torch: takes no weights of scheme 'fp3 1x"):
+        moeyard.fused_experts(rows, routing, weights)
 
 
 def test_what_no_entry_names_refuses_a_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of the table, on every device, before it looks at anything else; nothing takes weights as they lie."""
-    monkeypatch.setitem(schemes.SCHEMES, "fp3", Scheme(None, ()))
-    rows, routing, weights = experts("fp3")
+    monkeypatch.setattr(schemes, "TAKES", {})
+    rows, routing, weights = experts()
+    refusal = "takes no weights of scheme 'e4m3 1x*, e4m3 per row'"
     for device in ("cpu", "cuda", "meta"):
         seen = moeyard.explain("fused_experts", device, torch.float32, num_tokens=6, top_k=2, weights=weights)
-        assert seen.chosen == "none" and set(seen.reasons.values()) == {"takes no weights of scheme 'fp3'"}
+        assert seen.chosen == "none" and set(seen.reasons.values()) == {refusal}
     for impl in ("auto", *impls_on("fused_experts", CPU, torch.float32)):
-        with pytest.raises(ValueError, match=r"refuses fused_experts: .*takes no weights of scheme 'fp3'"):
+        with pytest.raises(ValueError, match=f"refuses fused_experts: .*{re.escape(refusal)}"):
             moeyard.fused_experts(rows, routing, weights, impl=impl)
-    with pytest.raises(ValueError, match=r"weights.scheme: expected 'none' in a call that a compiler"):
-        moeyard.fused_experts(rows.requires_grad_(), routing, weights)
     torch._dynamo.reset()
     compiled = torch.compile(moeyard.fused_experts, backend="aot_eager")
-    with pytest.raises(Exception, match=r"weights.scheme: expected 'none' in a call that a compiler"):
+    with pytest.raises(Exception, match=re.escape(refusal)):
         compiled(rows.detach(), routing, weights)
 
 
 def test_a_scheme_is_taken_where_its_entry_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the label of a row: one way of an implementation may take what another does not."""
-    monkeypatch.setitem(schemes.SCHEMES, "fp3", Scheme(None, ("cuda (products)",)))
-    _, _, weights = experts("fp3")
+    monkeypatch.setattr(schemes, "TAKES", {"cuda (products)": lambda scheme: scheme.weights == "e4m3"})
+    _, _, weights = experts()
     seen = moeyard.explain("fused_experts", "cuda", torch.bfloat16, weights=weights).reasons
-    taken = [row for row, why in seen.items() if why != "takes no weights of scheme 'fp3'"]
+    taken = [row for row, why in seen.items() if not why.startswith("takes no weights of scheme")]
     assert taken == ["cuda (products)"]

@@ -1,6 +1,8 @@
 """How the weights of experts may be quantised: the values that say it. dispatch/schemes.py says who takes which."""
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -93,6 +95,11 @@ class QuantScheme:
         """Weights that share a byte."""
         return CODES[self.weights].per_byte
 
+    @property
+    def period(self) -> int:
+        """Rows or columns after which blocks and groups begin together: `ExpertScales.block_start` is below it."""
+        return math.lcm(*(size for size in (*self.block, self.activation_group) if size))
+
     def __str__(self) -> str:
         """The scheme in words, which `scheme_of` reads: "e4m3 128x128, e4m3 per 128"."""
         rows, columns = (str(size or "*") for size in self.block)
@@ -182,8 +189,8 @@ class ExpertScales:
     w2_input: Tensor | None = None
     """[E] float32: the same of the second product."""
     block_start: int = 0
-    """Where in a block the first of the I rows of gate and up, and of the I columns of w2, lies: a slice of a larger
-    matrix (tensor parallelism) may begin inside one. Groups of activations begin with blocks."""
+    """Where the first of the I rows of gate and up, and of the I columns of w2, lies in the matrices that these are a
+    slice of (tensor parallelism), modulo `QuantScheme.period`: a slice may begin inside a block or group."""
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -193,10 +200,17 @@ class ExpertScales:
             self.w13_input, self.w2_input,
         )  # fmt: skip
 
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "ExpertScales":
+        """What `move` makes of every tensor."""
+        first, second, *rest = (None if tensor is None else move(tensor) for tensor in self.tensors)
+        assert first is not None and second is not None
+        a, b, c, d, e, f = rest
+        return ExpertScales(first, second, a, b, c, d, e, f, self.block_start)
+
 
 def blocks_of(size: int, block: int, start: int = 0) -> int:
-    """Blocks that `size` rows or columns touch, the first of which is number `start` of its block."""
-    return 1 if not block else -(-(start + size) // block)
+    """Blocks that `size` rows or columns touch, the first of which is number `start` of a larger matrix."""
+    return 1 if not block else -(-(start % block + size) // block)
 
 
 def scale_shapes(

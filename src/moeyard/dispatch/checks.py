@@ -182,8 +182,9 @@ def check_scales(scales: object, scheme: QuantScheme, rows: Tensor, sizes: tuple
         raise TypeError(f"weights.scales: expected ExpertScales beside a scheme, got {type(scales).__name__}")
     experts, hidden_size, size = sizes
     start, device = scales.block_start, rows.device
-    rows_a_block = max(scheme.block)
-    check_int("weights.scales.block_start", start, low=0, high=max(0, rows_a_block - 1))
+    check_int("weights.scales.block_start", start, low=0, high=scheme.period - 1)
+    if start % scheme.per_byte:
+        raise ValueError(f"weights.scales.block_start: expected an even number for {scheme}, got {start}")
     first, second = scale_shapes(scheme, hidden_size, size, gated, start)
     dtypes = SCALES[scheme.scales]
     check_tensor("weights.scales.w13", scales.w13, dtypes=dtypes, ndim=(3,), device=device)

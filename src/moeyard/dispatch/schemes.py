@@ -4,6 +4,12 @@ from collections.abc import Callable
 
 from moeyard.quant import QuantScheme
 
+_KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
+
+
+def _known(scheme: QuantScheme) -> bool:
+    return scheme.weights in _KNOWN
+
 
 def _every(_: QuantScheme) -> bool:
     return True
@@ -19,6 +25,7 @@ def _coded(scheme: QuantScheme) -> bool:
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cuda (products)": _coded,
+    "torch": _known,
     "reference": _every,
 }
 """By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""

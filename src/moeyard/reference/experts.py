@@ -1,9 +1,12 @@
 """The specification of products, activations and experts: in float64, row by row."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from moeyard.reference.layout import host, local_experts
+from moeyard.reference.quant import dequantised_expert, quantise_rows
 from moeyard.values import Activation, ExpertCall, ExpertWeights, Layout, Routing, Segments
 
 
@@ -78,9 +81,13 @@ def fused_experts(
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
 ) -> Tensor:
-    """Every token through its experts, one by one, in float64; rounded once at the end."""
+    """Every token through its experts, one by one, in float64; rounded once at the end.
+
+    Of quantised weights the values count. Where a scheme quantises activations, a row is rounded to the dtype of the
+    hidden states, then quantised, once before each product.
+    """
     local = weights.num_local_experts
-    w13, w2 = weights.w13, weights.w2
+    matrices = lru_cache(16)(lambda expert: dequantised_expert(weights, expert))
     if num_experts is None:
         num_experts = local if expert_map is None else len(expert_map)
     experts = local_experts(routing.topk_ids, num_experts, expert_map, local)
@@ -90,17 +97,34 @@ def fused_experts(
         if expert < 0:
             continue
         token, k = divmod(route, top_k)
-        factor = routing.topk_weights[token, k].double()
-        row = hidden_states[token].double()
-        row = w13[expert].double() @ (row * factor if apply_router_weight_on_input else row)
+        factor = routing.topk_weights[token, k]
+        row = hidden_states[token]
+        if apply_router_weight_on_input:
+            row = row.double() * factor.double() if not _quantises(weights) else (row.float() * factor).to(row.dtype)
+        w13, w2 = matrices(expert)
+        row = w13 @ _operand(row, weights, expert, False)
         if weights.w13_bias is not None:
             row = row + weights.w13_bias[expert].double()
         row = activate(row.unsqueeze(0), activation or Activation(), gated=weights.gated)[0]
-        row = w2[expert].double() @ row
+        row = w2 @ _operand(row.to(hidden_states.dtype) if _quantises(weights) else row, weights, expert, True)
         if weights.w2_bias is not None:
             row = row + weights.w2_bias[expert].double()
-        result[token] += row if apply_router_weight_on_input else row * factor
+        result[token] += row if apply_router_weight_on_input else row * factor.double()
     return result.to(hidden_states.dtype)
+
+
+def _quantises(weights: ExpertWeights) -> bool:
+    return weights.scheme is not None and weights.scheme.activations != "none"
+
+
+def _operand(row: Tensor, weights: ExpertWeights, expert: int, second: bool) -> Tensor:
+    """A row as it meets the first or second matrix of an expert, in float64."""
+    scheme, scales = weights.scheme, weights.scales
+    if scheme is None or scales is None or scheme.activations == "none":
+        return row.double()
+    static = scales.w2_input if second else scales.w13_input
+    start = scales.block_start if second else 0
+    return quantise_rows(row.unsqueeze(0), scheme, None if static is None else static[expert], start).values[0]
 
 
 # The same functions as launchers.
@@ -140,6 +164,7 @@ def fused_experts_launch(
     mine = ExpertWeights(
         weights.w13.detach().cpu(), weights.w2.detach().cpu(), host(weights.w13_bias), host(weights.w2_bias),
         weights.gated, weights.scheme,
+        None if weights.scales is None else weights.scales.moved(lambda tensor: tensor.detach().cpu()),
     )  # fmt: skip
     result = fused_experts(
         hidden_states.detach().cpu(),

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.sizes import layout_capacity
 from moeyard.values import Activation, ExpertCall, Layout, Segments
 from moeyard.vectorised.layout import align_launch
+from moeyard.vectorised.quant import Matrices, matrices_of, quantise_rows
 
 _CHUNK_BYTES = 1 << 26  # weights copied at once where there is no grouped product
 
@@ -99,36 +101,80 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 _COLUMNS = 256
 
 
+def product_in_blocks(rows: Tensor, matrices: Matrices, experts: Tensor, bias: Tensor | None) -> Tensor:
+    """Blocks of rows, each of one expert, times the weights of their experts, which are dequantised part by part.
+
+    rows [blocks * block_size, C], experts [blocks] int64 -> [blocks * block_size, R] float32.
+    """
+    wide = torch.float32
+    blocks = rows.view(experts.shape[0], -1, matrices.columns)
+    row_bytes = max(1, wide.itemsize * matrices.columns)
+    tall = max(1, min(matrices.rows, _CHUNK_BYTES // row_bytes))
+    some = max(1, _CHUNK_BYTES // (row_bytes * tall))
+    result = rows.new_empty((*blocks.shape[:2], matrices.rows), dtype=wide)
+    for i in range(0, experts.shape[0], some):
+        for first in range(0, matrices.rows, tall):
+            last = min(first + tall, matrices.rows)
+            part = matrices.part(experts[i : i + some], first, last, wide)
+            with torch.autocast(rows.device.type, enabled=False):
+                result[i : i + some, :, first:last] = blocks[i : i + some].to(wide) @ part.transpose(1, 2)
+    if bias is not None:
+        result = result + bias[experts].unsqueeze(1)
+    return result.view(rows.shape[0], matrices.rows)
+
+
+_MOST_IN_A_BLOCK = 64
+
+
+def _block_size(num_routes: int, num_local: int) -> int:
+    """Rows that share a dequantised matrix: as many as an expert has on average, a power of two."""
+    return min(_MOST_IN_A_BLOCK, 1 << max(0, (num_routes // num_local).bit_length()))
+
+
 def fused_experts_launch(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor
 ) -> None:
     """Sorts routes, multiplies, activates, multiplies, and sums each token's rows in k order."""
-    weights, activation = call.weights, call.activation
+    weights, activation, scheme, scales = call.weights, call.activation, call.weights.scheme, call.weights.scales
     num_tokens, top_k = topk_ids.shape
     n, local = topk_ids.numel(), weights.num_local_experts
     if not n:
         out.zero_()
         return
-    ints = [topk_ids.new_empty(size, dtype=torch.int32) for size in (n, n, 1, local, n)]
+    block = 1 if scheme is None else _block_size(n, local)
+    slots = layout_capacity(n, local, block)
+    ints = [topk_ids.new_empty(size, dtype=torch.int32) for size in (slots, slots // block, 1, local, n)]
     offsets = topk_ids.new_empty(local + 1, dtype=torch.int64)
-    layout = Layout.of((*ints[:3], offsets, *ints[3:]), (call.num_experts, local, 1, top_k))
+    layout = Layout.of((*ints[:3], offsets, *ints[3:]), (call.num_experts, local, block, top_k))
     align_launch(topk_ids, call.expert_map, layout)
-
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
+    experts = layout.expert_ids.long().clamp(min=0)
 
-    def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result = rows.new_empty((n, weight.shape[1]), dtype=wide)
-        grouped_gemm_launch(rows, weight, bias, None, Segments(offsets[:-1], layout.expert_counts), out=result)
+    def product(rows: Tensor, matrices: Matrices, bias: Tensor | None) -> Tensor:
+        if scheme is not None:
+            return product_in_blocks(rows, matrices, experts, bias)
+        result = rows.new_empty((n, matrices.rows), dtype=wide)
+        where = Segments(offsets[:-1], layout.expert_counts)
+        grouped_gemm_launch(rows, matrices.stored, bias, None, where, out=result)
         return result
+
+    def operand(rows: Tensor, static_scales: Tensor | None, start: int) -> Tensor:
+        if scheme is None:
+            return rows
+        given = None if static_scales is None else static_scales[experts].repeat_interleave(block)
+        return quantise_rows(rows, scheme, given, start)
 
     route = torch.where(layout.sorted_token_ids < n, layout.sorted_token_ids, 0).long()
     rows = hidden_states[route // top_k]
     if call.weight_on_input:
         rows = (rows * topk_weights.reshape(-1, 1)[route]).to(hidden_states.dtype)
-    middle = rows.new_empty(n, weights.intermediate_size)
-    activate_launch(product(rows, weights.w13, weights.w13_bias), activation, gated=weights.gated, out=middle)
-    second = product(middle, weights.w2, weights.w2_bias)
-    taken = second[layout.route_rows.clamp(min=0).long()].view(num_tokens, top_k, -1)
+    first, second = matrices_of(weights)
+    rows = operand(rows, None if scales is None else scales.w13_input, 0)
+    middle = rows.new_empty((slots, weights.intermediate_size), dtype=hidden_states.dtype)
+    activate_launch(product(rows, first, weights.w13_bias), activation, gated=weights.gated, out=middle)
+    rows = operand(middle, *((None, 0) if scales is None else (scales.w2_input, scales.block_start)))
+    results = product(rows, second, weights.w2_bias)
+    taken = results[layout.route_rows.clamp(min=0).long()].view(num_tokens, top_k, -1)
     if not call.weight_on_input:
         taken = taken * topk_weights.unsqueeze(2)
     dropped = (layout.route_rows < 0).view(num_tokens, top_k, 1)
