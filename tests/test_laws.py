@@ -47,7 +47,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cuda": IMPLEMENTATION | {"cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "reference", "testing"},
-    "integrations": ROOM | {"", "combine", "integrations"},
+    "integrations": ROOM | {"", "quant", "combine", "integrations"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),

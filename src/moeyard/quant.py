@@ -67,6 +67,8 @@ class QuantScheme:
     """Consecutive columns of a row that share a scale; 0: all of it (per token)."""
     static: bool = False
     """Whether the scale of activations is given, one per expert and product."""
+    dynamic_second: bool = False
+    """Whether the second product's rows have a dynamic scale each, though the first product's is given."""
 
     def __post_init__(self) -> None:
         """Refuses what means nothing."""
@@ -89,6 +91,8 @@ class QuantScheme:
             raise ValueError("activations: expected a code beside activation_group or static, got 'none'")
         if self.static and self.activation_group:
             raise ValueError(f"activation_group: expected 0 for static scales, got {self.activation_group}")
+        if self.dynamic_second and not self.static:
+            raise ValueError("static: expected True beside dynamic_second, got False")
 
     @property
     def per_byte(self) -> int:
@@ -113,14 +117,15 @@ class QuantScheme:
         )  # fmt: skip
         if self.activations == "none":
             return first
-        how = "static" if self.static else f"per {self.activation_group or 'row'}"
+        given = "static first" if self.dynamic_second else "static"
+        how = given if self.static else f"per {self.activation_group or 'row'}"
         return f"{first}, {self.activations} {how}"
 
 
 _WORDS = re.compile(
     r"(?P<weights>\w+) (?P<rows>\d+|\*)x(?P<columns>\d+|\*)(?: (?P<scales>(?!global)\w+) scales)?"
     r"(?P<zero> zero points)?(?P<more> global scales)?"
-    r"(?:, (?P<activations>\w+) (?:(?P<static>static)|per (?P<group>\w+)))?"
+    r"(?:, (?P<activations>\w+) (?:(?P<static>static)(?P<first> first)?|per (?P<group>\w+)))?"
 )
 
 
@@ -137,7 +142,7 @@ def scheme_of(words: str) -> QuantScheme:
     return QuantScheme(
         found["weights"], (rows, columns), found["scales"] or "float", found["zero"] is not None,
         found["more"] is not None, found["activations"] or "none", int(group) if group not in (None, "row") else 0,
-        found["static"] is not None,
+        found["static"] is not None, found["first"] is not None,
     )  # fmt: skip
 
 
@@ -187,7 +192,7 @@ class ExpertScales:
     w13_input: Tensor | None = None
     """[E] float32: the scale of the first product's rows; static activations alone."""
     w2_input: Tensor | None = None
-    """[E] float32: the same of the second product."""
+    """[E] float32: the same of the second product; None where its rows have dynamic scales."""
     block_start: int = 0
     """Where the first of the I rows of gate and up, and of the I columns of w2, lies in the matrices that these are a
     slice of (tensor parallelism), modulo `QuantScheme.period`: a slice may begin inside a block or group."""

@@ -150,6 +150,7 @@ _UNITS = {
     "hidden_size": "wide",
     "intermediate_size": "inside",
     "dtype": "",
+    "scheme": "",
 }
 
 

@@ -10,10 +10,11 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 import moeyard
+from moeyard.bench import quantised
 from moeyard.bench.memory import peak_extra_bytes
 from moeyard.bench.operators import Case, Provider, Run, generator_on
 from moeyard.bench.routers import router_options
-from moeyard.testing import ROUTINGS, plain_experts
+from moeyard.testing import ROUTINGS, Judged, plain_experts
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
 
 SIZES = ("num_tokens", "num_experts", "top_k", "hidden_size", "intermediate_size", "dtype")
@@ -48,13 +49,26 @@ class LayerInputs:
     """[1, hidden_size]"""
 
     @cached_property
-    def checked(self) -> tuple[Tensor, Tensor]:
-        """(some tokens, what the op gives for them in float64)."""
+    def some(self) -> tuple[Tensor, Tensor, Routing]:
+        """(the tokens for which answers are checked, their rows, their routing)."""
         count, device = self.hidden_states.shape[0], self.hidden_states.device
         wanted = _CHECKED_ON_GPU if device.type == "cuda" else _CHECKED_TOKENS
         tokens = torch.arange(0, count, max(1, count // wanted), device=device)
-        rows, act = self.hidden_states[tokens], activation(self.case)
         routing = Routing(self.routing.topk_weights[tokens], self.routing.topk_ids[tokens])
+        return tokens, self.hidden_states[tokens], routing
+
+    @cached_property
+    def judged(self) -> Judged:
+        """What quantised experts give for these tokens, and how far from it an answer may be."""
+        _, rows, routing = self.some
+        return quantised.judged(rows, routing, self.weights, activation(self.case))
+
+    @cached_property
+    def checked(self) -> tuple[Tensor, Tensor]:
+        """(some tokens, what the op gives for them in float64)."""
+        (tokens, rows, routing), act, device = self.some, activation(self.case), self.hidden_states.device
+        if self.weights.scheme is not None:
+            return tokens, self.judged.wide
         if self.case.op == "moe_layer":
             routing = moeyard.route(self.logits_of(rows), impl="reference", **router_options(self.case, device))
         wide = plain_experts(rows, routing, self.weights, act, dtype=torch.float64)
@@ -86,10 +100,19 @@ def weights_of(
     return ExpertWeights(draw(experts, 2 * size, hidden_size), draw(experts, hidden_size, size), *biases)
 
 
+def weights_of_case(case: Case, device: torch.device) -> ExpertWeights:
+    """The experts of a case, quantised where it has a scheme."""
+    scheme, bias = quantised.scheme_of_case(case), bool(case.model.get("bias"))
+    sizes = case["num_experts"], case["hidden_size"], case["intermediate_size"]
+    if scheme is None:
+        return weights_of(*sizes, case.dtype, bias, device)
+    return quantised.weights_of(*sizes, scheme, case.dtype, bias, device)
+
+
 def draw_layer(case: Case, device: torch.device, generator: Generator) -> LayerInputs:
     """Fresh tokens on the weights of the case's sizes."""
     tokens, experts, top_k = case["num_tokens"], case["num_experts"], case["top_k"]
-    hidden_size, size, dtype = case["hidden_size"], case["intermediate_size"], case.dtype
+    hidden_size, dtype = case["hidden_size"], case.dtype
     generator = generator_on(device, generator)
 
     def normal(*shape: int) -> Tensor:
@@ -99,7 +122,7 @@ def draw_layer(case: Case, device: torch.device, generator: Generator) -> LayerI
     factors = torch.rand(ids.shape, generator=generator, device=device)
     routing = Routing(factors / factors.sum(1, keepdim=True), ids)
     hidden = normal(tokens, hidden_size).to(dtype)
-    weights = weights_of(experts, hidden_size, size, dtype, bool(case.model.get("bias")), device)
+    weights = weights_of_case(case, device)
     router = (normal(experts, hidden_size) / hidden_size**0.5).to(dtype)
     shared, gate = None, None
     if case.op == "moe_layer" and case.model.get("shared_size"):
@@ -137,7 +160,12 @@ def sets_and_calls(case: Case) -> tuple[int, int]:
 
 
 def error(_: Case, __: Provider, inputs: LayerInputs, got: Tensor) -> str | None:
-    """What is wrong with an answer, against float64 over some tokens; None if it is right."""
+    """What is wrong with an answer, against float64 over some tokens; None if it is right.
+
+    Quantised experts are held to the budget of `judged_experts`, row by row.
+    """
+    if inputs.weights.scheme is not None:
+        return inputs.judged.error(got[inputs.some[0]])
     rms, largest, scale = errors(inputs, got)
     allowed = _ERRORS[got.dtype] * torch.finfo(got.dtype).eps * scale
     if not rms <= allowed:  # NaN fails too
@@ -148,7 +176,7 @@ def error(_: Case, __: Provider, inputs: LayerInputs, got: Tensor) -> str | None
 def errors(inputs: LayerInputs, got: Tensor) -> tuple[float, float, float]:
     """(root-mean-square and largest error against float64, root mean square of the answer) over some tokens."""
     tokens, wide = inputs.checked
-    off = got[tokens].double() - wide
+    off = got[tokens].to(wide.device).double() - wide
     return float(off.square().mean().sqrt()), float(off.abs().max()), float(wide.square().mean().sqrt())
 
 
@@ -156,15 +184,22 @@ def bytes_moved(case: Case) -> int:
     """The bytes that any answer must read and write; weights of the experts that are expected to be touched."""
     tokens, experts, top_k = case["num_tokens"], case["num_experts"], case["top_k"]
     touched = experts * (1 - (1 - top_k / experts) ** tokens)
-    return int((touched * 3 * case["intermediate_size"] + 2 * tokens) * case["hidden_size"] * case.dtype.itemsize)
+    return _bytes(case, touched)
+
+
+def _bytes(case: Case, touched: float) -> int:
+    """Bytes of the weights of so many experts, and of all tokens twice."""
+    scheme, width = quantised.scheme_of_case(case), case.dtype.itemsize
+    per_weight = width if scheme is None else quantised.bytes_per_weight(scheme)
+    values = touched * 3 * case["intermediate_size"] * per_weight + 2 * case["num_tokens"] * width
+    return int(values * case["hidden_size"])
 
 
 def bytes_of(inputs: LayerInputs) -> int:
     """The bytes that any answer must read and write; weights of the experts that these inputs touch."""
     case, ids = inputs.case, inputs.routing.topk_ids
     touched = len(torch.unique(ids[(ids >= 0) & (ids < case["num_experts"])]))
-    values = (touched * 3 * case["intermediate_size"] + 2 * case["num_tokens"]) * case["hidden_size"]
-    return int(values * inputs.hidden_states.element_size())
+    return _bytes(case, touched)
 
 
 def operations(case: Case) -> int:

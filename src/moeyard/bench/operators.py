@@ -89,6 +89,8 @@ class Operator:
     """The bytes that any answer reads and writes."""
     operations: Callable[[Case], int] = _nothing_computed
     """Floating-point operations of the products that any answer computes."""
+    optional: tuple[str, ...] = ()
+    """Keys that a workload's sizes or points may have besides."""
     from_model: tuple[str, ...] = ()
     """Those of `sizes` that a workload with a [model] table has there instead."""
     values: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -134,9 +136,15 @@ def operators() -> dict[str, Operator]:
     return {name: importlib.import_module(f"{cases.__name__}.{name}").OPERATOR for name in names}
 
 
-def able(op: str, case: Case, device: torch.device) -> list[str]:
-    """moeyard's implementations of an op that "auto" may choose for a case, the preferred one first."""
-    return list(moeyard.explain(op, device, case.dtype).able)
+def able(op: str, case: Case, device: torch.device, weights: moeyard.ExpertWeights | None = None) -> list[str]:
+    """moeyard's implementations of an op that "auto" may choose for a case, the preferred one first.
+
+    With `weights` of experts those that take them and the case's sizes.
+    """
+    if weights is None:
+        return list(moeyard.explain(op, device, case.dtype).able)
+    sizes = {"num_tokens": case["num_tokens"], "top_k": case["top_k"]}
+    return list(moeyard.explain(op, device, case.dtype, weights=weights, **sizes).able)
 
 
 def reusing(call: Callable[[Any, Any], Any]) -> Run:

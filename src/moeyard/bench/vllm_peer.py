@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moeyard.bench.operators import Run
+from moeyard.quant import QuantScheme
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights
 
 _FOLDER = "vllm.model_executor.layers.fused_moe"
@@ -43,6 +44,42 @@ def experts(act: Activation) -> Run:
         )  # fmt: skip
 
     return run
+
+
+def quantised_experts(scheme: QuantScheme) -> Run | None:
+    """vLLM's Triton layer of quantised experts with silu; None where it has no such scheme.
+
+    It has a scale per channel beside rows with a scale each, so one per matrix is repeated.
+    """
+    eight = scheme.weights in ("e4m3", "int8") and scheme.activations == scheme.weights and scheme.scales == "float"
+    whole = scheme.block in ((0, 0), (1, 0)) and not scheme.activation_group
+    blocks = scheme.block[1] > 0 and scheme.activation_group == scheme.block[1]
+    if not eight or scheme.static or not (whole or blocks):
+        return None
+    fused = function("fused_moe", "fused_experts_impl")
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def run(x: Any) -> Any:
+        weights = x.weights
+        if id(weights) not in kept:
+            kept[id(weights)] = channel_scales(weights) if whole else (weights.scales.w13, weights.scales.w2)
+        first, second = kept[id(weights)]
+        return fused(
+            x.hidden_states, weights.w13, weights.w2, x.routing.topk_weights, x.routing.topk_ids,
+            use_fp8_w8a8=scheme.weights == "e4m3", use_int8_w8a8=scheme.weights == "int8", per_channel_quant=whole,
+            block_shape=list(scheme.block) if blocks else None, w1_scale=first, w2_scale=second,
+            w1_bias=weights.w13_bias, w2_bias=weights.w2_bias,
+        )  # fmt: skip
+
+    return run
+
+
+def channel_scales(weights: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales of both weights as [E, rows, 1] float32, of one scale per matrix or row."""
+    assert weights.scales is not None
+    first, second = weights.scales.w13.float(), weights.scales.w2.float()
+    rows = weights.w13.shape[1] // first.shape[1], weights.w2.shape[1] // second.shape[1]
+    return first.repeat_interleave(rows[0], 1), second.repeat_interleave(rows[1], 1)
 
 
 def arrangement(act: Activation) -> tuple[str, Callable[[ExpertWeights], ExpertWeights]]:

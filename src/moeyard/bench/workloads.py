@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeyard.bench.operators import Case, operators
+from moeyard.bench.quantised import scheme_named
 from moeyard.testing import ROUTINGS
 
 FOLDER = Path(__file__).parent / "workloads"
@@ -41,12 +42,14 @@ def load(name: str, scale: int = 1) -> list[Case]:
         if routing not in ROUTINGS:
             raise ValueError(f"{path}: routing: expected one of {sorted(ROUTINGS)}, got {routing!r}")
         sizes = table.get("sizes", {})
-        known = list(dict.fromkeys(key for operator in operators().values() for key in operator.sizes))
+        known = list(dict.fromkeys(key for one in operators().values() for key in (*one.sizes, *one.optional)))
         unknown = set(sizes) - set(known)
         if unknown:
             raise ValueError(f"{path}: sizes: expected keys of {known}, got {sorted(unknown)}")
         said = operators()[op].from_model if "model" in table else ()
         keys = [key for key in operators()[op].sizes if key not in said]
+        given = _several(table, "points", path)[0] if "points" in table else sizes
+        keys += [key for key in operators()[op].optional if key in given]
         if "points" in table:
             points = [tuple((key, _present(one, key, path)) for key in keys) for one in _several(table, "points", path)]
         else:
@@ -97,6 +100,11 @@ def _check_point(sizes: dict[str, Any], path: Path, values: Mapping[str, tuple[i
         if key == "dtype":
             if value not in DTYPES:
                 raise ValueError(f"{path}: dtype: expected one of {DTYPES}, got {value!r}")
+        elif key == "scheme":
+            try:
+                scheme_named(value)
+            except ValueError as problem:
+                raise ValueError(f"{path}: {problem}") from None
         elif key in values:
             if value not in values[key]:
                 raise ValueError(f"{path}: {key}: expected one of {values[key]}, got {value!r}")

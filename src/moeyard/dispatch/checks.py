@@ -198,7 +198,7 @@ def check_scales(scales: object, scheme: QuantScheme, rows: Tensor, sizes: tuple
         ("w13_global", scales.w13_global, scheme.global_scales, torch.float32, (experts, halves)),
         ("w2_global", scales.w2_global, scheme.global_scales, torch.float32, (experts, 1)),
         ("w13_input", scales.w13_input, scheme.static, torch.float32, (experts,)),
-        ("w2_input", scales.w2_input, scheme.static, torch.float32, (experts,)),
+        ("w2_input", scales.w2_input, scheme.static and not scheme.dynamic_second, torch.float32, (experts,)),
     )
     for field, tensor, needed, dtype, shape in wanted:
         name = f"weights.scales.{field}"

@@ -34,7 +34,33 @@ from moeyard.dispatch.ids import local_expert_ids, narrow_ids
 from moeyard.dispatch.op import goes_straight
 from moeyard.dispatch.sizes import layout_lengths, round_up
 from moeyard.dispatch.table import companion
+from moeyard.integrations.vllm_experts import batched_experts, cutlass_moe_fp8, fused_experts, run_cutlass_moe_fp8
+from moeyard.integrations.vllm_quantised import (
+    FusedMoEQuantConfig,
+    fp8_w8a8_moe_quant_config,
+    fp8_w8a16_moe_quant_config,
+    int8_w8a8_moe_quant_config,
+)
 from moeyard.values import MAX_EXPERTS
+
+__all__ = [
+    "FusedMoEQuantConfig",
+    "batched_experts",
+    "batched_moe_align_block_size",
+    "cutlass_moe_fp8",
+    "fp8_w8a8_moe_quant_config",
+    "fp8_w8a16_moe_quant_config",
+    "fused_experts",
+    "fused_topk",
+    "grouped_topk",
+    "int8_w8a8_moe_quant_config",
+    "moe_align_block_size",
+    "moe_permute",
+    "moe_sum",
+    "moe_unpermute",
+    "run_cutlass_moe_fp8",
+    "shuffle_rows",
+]
 
 _FORMS = (
     "vLLM's form (topk_ids [T, top_k], block_size, num_experts, expert_map, ...) or the form "
@@ -148,7 +174,8 @@ def moe_permute(
 
     Args:
         hidden_states: [T, H] of any dtype.
-        a1q_scale: moved along if it is 2-D ([T, 1] or [T, groups]), passed through otherwise.
+        a1q_scale: of any dtype, on the same device. [T, 1] or [T, groups]: moved along, and rows that are not written
+            have the last token's. One number for all tokens, or 1-D: passed through.
         topk_ids: [T, top_k] int32, int64 or uint32.
         n_local_expert: local experts, n_expert unless given; at most 4096 experts with a map.
         permuted_hidden_states: [T * top_k, H] to overwrite.
@@ -188,12 +215,25 @@ def moe_permute(
         row = torch.arange(num_routes, device=hidden_states.device)
         permuted_idx = torch.where(row < offsets[-1], permuted_idx, num_routes)
 
-    out = None if permuted_hidden_states is None else moeyard.Permuted(permuted_hidden_states, None)
     layout = replace(layout, sorted_token_ids=permuted_idx, route_rows=route_rows, top_k=top_k)
-    rows = moeyard.permute(hidden_states, layout, out=out).rows
-    if a1q_scale is not None and a1q_scale.dim() > 1:
-        a1q_scale = a1q_scale[permuted_idx.clamp(max=max(num_routes - 1, 0)) // top_k]
-    return rows, a1q_scale, offsets, inverse, permuted_idx
+    riding = None  # scales that move in the launch that moves the rows
+    if (
+        a1q_scale is not None
+        and a1q_scale.dim() > 1
+        and (len(a1q_scale) == len(hidden_states) or a1q_scale.numel() > 1)
+    ):
+        check_tensor("a1q_scale", a1q_scale, ndim=(2,), device=hidden_states.device)
+        check_shape("a1q_scale", a1q_scale, (len(hidden_states), a1q_scale.shape[1]), "one row per token")
+        if mapped:
+            a1q_scale = a1q_scale[permuted_idx.clamp(max=max(num_routes - 1, 0)) // top_k]
+        else:
+            riding = a1q_scale
+    out = None
+    if permuted_hidden_states is not None:
+        scales_out = None if riding is None else riding.new_empty(num_routes, riding.shape[1])
+        out = moeyard.Permuted(permuted_hidden_states, scales_out)
+    permuted = moeyard.permute(hidden_states, layout, scales=riding, out=out)
+    return permuted.rows, a1q_scale if riding is None else permuted.scales, offsets, inverse, permuted_idx
 
 
 def moe_unpermute(
@@ -283,61 +323,6 @@ def grouped_topk(
         routed_scaling_factor=routed_scaling_factor,
     )
     return routing.topk_weights, routing.topk_ids
-
-
-def fused_experts(
-    hidden_states: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    activation: object = "silu",
-    apply_router_weight_on_input: bool = False,
-    global_num_experts: int = -1,
-    expert_map: Tensor | None = None,
-    quant_config: object = None,
-) -> Tensor:
-    """vLLM's `fused_experts` of unquantised weights.
-
-    Args:
-        w1, w2: [E, 2I, H] (without a gate [E, I, H]) and [E, H, I] of the dtype of `hidden_states`.
-        activation: one of vLLM's `MoEActivation`, or its value: silu, gelu, gelu_tanh, swigluoai_uninterleave, and
-            silu_no_mul, gelu_no_mul, gelu_tanh_no_mul, relu2_no_mul. swigluoai, whose rows interleave gate and up, is
-            refused.
-        global_num_experts: -1 for as many as `w1` or `expert_map` has.
-        quant_config: None, or one that quantises nothing; its `w1_bias` and `w2_bias` are added.
-
-    Returns [T, H]. Raises ValueError for what is quantised.
-    """
-    name = str(getattr(activation, "value", activation))
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {sorted(_ACTIVATIONS)}, got {name!r}")
-    asked = [key for key in _QUANTISED if getattr(quant_config, key, None) is not None]
-    if asked or not w1.is_floating_point() or w1.dtype.itemsize == 1:
-        raise ValueError(
-            f"quant_config: expected nothing quantised (not supported yet), got {w1.dtype} and {asked or None}"
-        )
-    weights = moeyard.ExpertWeights(
-        w1, w2, getattr(quant_config, "w1_bias", None), getattr(quant_config, "w2_bias", None),
-        gated=not name.endswith("_no_mul"),
-    )  # fmt: skip
-    return moeyard.fused_experts(
-        hidden_states,
-        moeyard.Routing(topk_weights.float(), topk_ids),
-        weights,
-        activation=_ACTIVATIONS[name],
-        num_experts=None if global_num_experts == -1 else global_num_experts,
-        expert_map=expert_map,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-    )
-
-
-_ACTIVATIONS = {
-    **{name: moeyard.Activation(name) for name in ("silu", "gelu", "gelu_tanh")},
-    **{f"{name}_no_mul": moeyard.Activation(name) for name in moeyard.Activation.NAMES},
-    "swigluoai_uninterleave": moeyard.GPT_OSS_ACTIVATION,
-}
-_QUANTISED = ("quant_dtype", "w1_scale", "w2_scale", "a1_scale", "a2_scale", "w1_zp", "w2_zp")
 
 
 def _check_tokens(hidden_states: Tensor, gating_output: Tensor) -> None:

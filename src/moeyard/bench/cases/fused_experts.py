@@ -3,7 +3,7 @@
 import torch
 
 import moeyard
-from moeyard.bench import layers, vllm_peer
+from moeyard.bench import layers, quantised, vllm_peer
 from moeyard.bench.layer_peers import grouped_experts, transformers_experts
 from moeyard.bench.layers import activation
 from moeyard.bench.operators import Case, Operator, Provider, Run, able
@@ -12,7 +12,15 @@ from moeyard.testing import plain_experts
 
 
 def providers(case: Case, device: torch.device) -> list[Provider]:
-    """moeyard, torch, on a GPU vLLM, on a CPU the class of the model in transformers."""
+    """moeyard, torch, on a GPU vLLM, on a CPU the class of the model in transformers; of quantised experts moeyard, and
+    on a GPU vLLM where it has the scheme.
+    """
+    scheme = quantised.scheme_of_case(case)
+    if scheme is not None:
+        able_to = able(case.op, case, device, layers.weights_of_case(case, device))
+        found = [Provider("moeyard", impl, _moeyard(case, impl)) for impl in able_to]
+        run = vllm_peer.quantised_experts(scheme) if device.type == "cuda" and peer_version("vllm") else None
+        return found if run is None else [*found, Provider("vllm", peer_version("vllm"), run)]
     found = [Provider("moeyard", impl, _moeyard(case, impl)) for impl in able(case.op, case, device)]
     act, on_gpu = activation(case), device.type == "cuda"
     if on_gpu and case["dtype"] == "bfloat16":
@@ -34,6 +42,7 @@ OPERATOR = Operator(
     layers.error,
     layers.bytes_moved,
     operations=layers.operations,
+    optional=("scheme",),
     sets=layers.draw_sets,
     calls=lambda case: layers.sets_and_calls(case)[1],
     bytes_of=layers.bytes_of,
