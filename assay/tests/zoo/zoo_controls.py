@@ -234,13 +234,21 @@ def own_echo(setting: Setting) -> None:
         return float(statistics.median(found[arm].echoes))
 
     setting.remove(samples, "transport", own)
-    setting.remove(Blocks, "unsent", lambda blocks: blocks.seconds["candidate"])
+    unbounded(setting)
 
 
 def long_lists(setting: Setting) -> None:
     """Sending takes about a tenth of a call."""
     setting.own["inputs.py"] = OWN["inputs.py"].replace("range(150)", "range(600)")
     setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
+
+
+def many_calls(setting: Setting) -> None:
+    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
+
+
+def unbounded(setting: Setting) -> None:
+    setting.remove(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
 
 
 def one_process(setting: Setting) -> None:
