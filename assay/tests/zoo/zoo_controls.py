@@ -125,6 +125,13 @@ def installed(setting: Setting) -> None:
     setting.more = TESTS + f'[sandbox]\nreadable = ["installed"]\nenvironment = {{PYTHONPATH = "{folder}"}}\n'
 
 
+def installed_and_timed(setting: Setting) -> None:
+    """Nothing leads workers into the folder of the tree's code, and the task has no tests."""
+    installed(setting)
+    setting.more = setting.more.removeprefix(TESTS)
+    setting.workload += ', paths = ["."]'
+
+
 def repository(setting: Setting) -> None:
     base = setting.folder / "base"
     git(base, "init", "-q")
