@@ -2,6 +2,9 @@
 
 from enum import IntEnum
 
+PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What is wrong with a path that somebody gave; any other error of the system is the machine's."""
+
 
 class Status(IntEnum):
     """Exit statuses of every command."""

@@ -44,6 +44,8 @@ class Sample:
     """Seconds of every timed call, with what sending takes."""
     echoes: list[float] = field(default_factory=list)
     """Seconds that sending alone takes, once per round."""
+    spared: list[float] = field(default_factory=list)
+    """Seconds of a request but for its calls and what is sent, once per round."""
     outputs: list[bytes] = field(default_factory=list)
     after: dict[int, After] = field(default_factory=dict)
     """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
@@ -142,7 +144,7 @@ def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
     An arm's own echo would be in its own hands: encoder and pipe are in the process that is judged.
     """
     for arm, sample in samples.items():
-        sample.figures["transport"] = transport(samples, arm)
+        sample.figures["transport"], sample.figures["spared"] = transport(samples, arm), spared(samples, arm)
     calls = [[without(one, sample.figures["transport"]) for one in sample.calls] for sample in samples.values()]
     for arm, seconds in paired(calls, workload.rounds, list(samples)).items():
         samples[arm].figures["steady"] = seconds
@@ -154,6 +156,12 @@ def transport(samples: Mapping[str, Sample], arm: str) -> float:
     return statistics.median(echoes) if echoes else 0.0
 
 
+def spared(samples: Mapping[str, Sample], arm: str) -> float:
+    """Seconds that an arm could spare that has patched its worker, beside sending; as `transport`."""
+    found = samples.get("base", samples[arm]).spared
+    return statistics.median(found) if found else 0.0
+
+
 def without(seconds: float, sending: float) -> float:
     """A call without what sending takes; a tenth of it at least, as an echo may be slower than what it stands for."""
     return max(seconds - sending, seconds / 10)
@@ -163,6 +171,7 @@ def _echo(exchange: Exchange, workload: Workload, given: bytes, sample: Sample) 
     """Every arm echoes, so that all are treated alike; only base's is used."""
     if workload.clock == "judge":
         sample.echoes.append(exchange.echo(None if workload.constant else given))
+        sample.spared.append(exchange.spared())
 
 
 def _take_turns(
