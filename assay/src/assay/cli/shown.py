@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from assay.agents import record
 from assay.cli.command import STORE, Command
 from assay.contract import plan, rows, verdict
 from assay.contract.errors import Status, UsageError
@@ -70,11 +71,19 @@ def _task_schema() -> dict[str, object]:
     return task.json_schema()
 
 
+def _agent_schema() -> dict[str, object]:
+    from assay.agents import template
+
+    return template.json_schema()
+
+
 _SCHEMAS = {
     "raw": rows.schema,
     "plan": lambda: plan.schema(table.OPTIONAL),
     "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, (SKIPPED, NOT_ASKED)),
     "task": _task_schema,
+    "agent": _agent_schema,
+    "agent-run": record.schema,
 }
 
 

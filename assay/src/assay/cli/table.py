@@ -1,6 +1,6 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, judging, plans, proofs, shown
+from assay.cli import ab, agents, judging, plans, prompts, proofs, shown
 
 COMMANDS = {
     command.name: command
@@ -8,6 +8,8 @@ COMMANDS = {
         judging.TASK,
         judging.JUDGE,
         judging.PREPARE,
+        prompts.PROMPT,
+        agents.AGENT,
         plans.MEASURE,
         plans.DECIDE,
         shown.LEDGER,
