@@ -64,10 +64,9 @@ def decided(
         return Outcome.PROVIDER, f"{last.host}:{last.port} answered {last.status} at last"
     if found is not None and (status != 0 or cut is not None or not changed):
         return Outcome.PROVIDER, f"it said: {found[0][:200].decode(errors='replace')}"
-    if cut is Outcome.TIME:
-        waited = max((one.silent_s for one in allowed if not one.ended), default=0.0)
-        if waited >= min(_SILENT_S, seconds / 2):
-            return Outcome.PROVIDER, f"the provider had not answered for {waited:.0f} s when the time was over"
+    if cut is Outcome.TIME and last is not None and last.silent_s >= min(_SILENT_S, seconds / 2):
+        words = f"{last.host}:{last.port} had not answered for {last.silent_s:.0f} s when the time was over"
+        return Outcome.PROVIDER, words
     if cut is not None:
         return cut, words
     if status == 127 and not connections:

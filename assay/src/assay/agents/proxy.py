@@ -24,6 +24,8 @@ import assay
 
 _MOST_HEAD, _MOST, _CONNECT_S, _HEAD_S = 1 << 16, 1 << 16, 30.0, 60.0
 _PDEATHSIG = 1
+_LEAST_REQUEST = 256
+"""Bytes without an answer that are a request: acknowledgements inside a tunnel are shorter."""
 _STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})")
 _HOST = re.compile(r"^(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9._-]+)):(\d{1,5})$")
 
@@ -47,9 +49,7 @@ class Connection:
     received: int = 0
     seconds: float = 0.0
     silent_s: float = 0.0
-    """How long the host had said nothing to what it was last sent, when the connection ended."""
-    ended: bool = True
-    """False if it was open when the proxy was told to end."""
+    """How long the host had said nothing to a request when the connection ended."""
 
 
 def split(text: str) -> tuple[str, int]:
@@ -64,13 +64,15 @@ def split(text: str) -> tuple[str, int]:
 @contextlib.contextmanager
 def serving(socket: Path, hosts: Sequence[str], log: Path) -> Iterator[None]:
     """A proxy on `socket` that lets through `hosts` (host:port), with its log in a file. OSError if it cannot start."""
-    order = json.dumps({"socket": str(socket), "hosts": list(hosts), "log": str(log), "parent": os.getpid()})
+    # A socket's whole path may have no more than 107 bytes, so the proxy stands in its folder.
+    order = json.dumps({"socket": socket.name, "hosts": list(hosts), "log": str(log.resolve()), "parent": os.getpid()})
     path = os.pathsep.join([str(Path(assay.__file__).parents[1]), *sys.path])
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     process = subprocess.Popen(
         [sys.executable, "-m", "assay.agents.proxy"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        cwd=socket.parent,
         env={**environment, "PYTHONPATH": path},
     )
     try:
@@ -97,11 +99,23 @@ def rows(log: Path) -> list[Connection]:
 
 
 @dataclass
+class _Flow:
+    """What is known of an open connection."""
+
+    one: Connection
+    begun: float
+    said: float
+    """When a byte last went either way."""
+    pending: int = 0
+    """Bytes sent since the host last said something."""
+
+
+@dataclass
 class _Proxy:
     hosts: frozenset[tuple[str, int]]
     log: TextIO
     begun: float = field(default_factory=time.monotonic)
-    open: dict[int, tuple[Connection, list[float]]] = field(default_factory=dict)
+    open: dict[int, _Flow] = field(default_factory=dict)
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection from the sandbox, from its head to its end."""
@@ -128,8 +142,7 @@ class _Proxy:
             return
         now = time.monotonic()
         one = Connection(host, port, way, (host, port) in self.hosts, round(now - self.begun, 3))
-        times = [now, now, now]  # begun, last sent, last received
-        self.open[id(one)] = (one, times)
+        flow = self.open[id(one)] = _Flow(one, now, now)
         try:
             if not one.allowed:
                 one.words = "not among the template's hosts"
@@ -147,10 +160,11 @@ class _Proxy:
                 path = "/" + "/".join(target.split("/")[3:])
                 upstream.write(f"{method} {path} HTTP/1.1\r\n".encode("latin-1") + _closing(rest))
                 one.sent += len(head)
+                flow.pending += len(head)
             try:
                 tasks = [
-                    asyncio.ensure_future(self.carry(reader, upstream, one, times, up=True)),
-                    asyncio.ensure_future(self.carry(there, writer, one, times, up=False)),
+                    asyncio.ensure_future(self.carry(reader, upstream, flow, up=True)),
+                    asyncio.ensure_future(self.carry(there, writer, flow, up=False)),
                 ]
                 # A client of plain HTTP that says no more has gone; in a tunnel each side may end on its own.
                 await asyncio.wait(tasks, return_when="FIRST_COMPLETED" if way == "plain" else "ALL_COMPLETED")
@@ -159,18 +173,19 @@ class _Proxy:
             finally:
                 upstream.close()
         finally:
-            self.tell(one, times, ended=True)
+            self.tell(flow)
 
-    async def carry(
-        self, source: asyncio.StreamReader, to: asyncio.StreamWriter, one: Connection, times: list[float], *, up: bool
-    ) -> None:
+    async def carry(self, source: asyncio.StreamReader, to: asyncio.StreamWriter, flow: _Flow, *, up: bool) -> None:
         """Bytes one way, counted, until their end."""
+        one = flow.one
         with contextlib.suppress(ConnectionError):
             while data := await source.read(_MOST):
-                times[1 if up else 2] = time.monotonic()
+                flow.said = time.monotonic()
                 if up:
                     one.sent += len(data)
+                    flow.pending += len(data)
                 else:
+                    flow.pending = 0
                     if one.way == "plain" and not one.received and (found := _STATUS.match(data)):
                         one.status = int(found[1])
                     one.received += len(data)
@@ -179,13 +194,14 @@ class _Proxy:
             if to.can_write_eof() and (one.way == "connect" or not up):
                 to.write_eof()
 
-    def tell(self, one: Connection, times: list[float], *, ended: bool) -> None:
+    def tell(self, flow: _Flow) -> None:
         """Writes a connection's row, once."""
+        one = flow.one
         if self.open.pop(id(one), None) is None:
             return
         now = time.monotonic()
-        one.seconds, one.ended = round(now - times[0], 3), ended
-        one.silent_s = round(max(0.0, now - max(times[1], times[2])), 3) if times[1] >= times[2] else 0.0
+        one.seconds = round(now - flow.begun, 3)
+        one.silent_s = round(now - flow.said, 3) if flow.pending >= _LEAST_REQUEST else 0.0
         self.log.write(json.dumps(asdict(one)) + "\n")
         self.log.flush()
 
@@ -198,8 +214,8 @@ class _Proxy:
         sys.stdout.flush()
         await stop.wait()
         server.close()
-        for one, times in list(self.open.values()):
-            self.tell(one, times, ended=False)
+        for flow in list(self.open.values()):
+            self.tell(flow)
 
 
 def _closing(rest: bytes) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, UndefinedError, meta
+from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import SandboxedEnvironment
 
 from assay.contract.errors import UsageError
@@ -98,7 +98,7 @@ def render(
         known |= {name: later[name]() for name in leaks}
     try:
         text = _environment().from_string(file.read_text()).render(known)
-    except (UndefinedError, TemplateSyntaxError, TypeError) as problem:
+    except (TemplateError, TypeError) as problem:
         raise UsageError(f"{file}: {problem}") from None
     level = max(declared_level(names), audit(text) if audit else 0)
     return Prompt(text, template if template in NAMES else file.stem, names, f"L{level}")
