@@ -67,7 +67,7 @@ def ran(folder: Path, name: str, replies: tuple[str, ...], status: int = 0, seco
 def test_it_edits_measures_and_ends(name: str, tmp_path: Path) -> None:
     found = ran(tmp_path, name, SCRIPTS[name])
     assert found["outcome"] == "finished" and found["patch"]["files"] == ["pkg/__init__.py"], found
-    assert found["used"]["tokens"] > 0 and found["network"]["connections"] >= 3
+    assert found["used"]["tokens"] > 0 and found["network"]["connections"] >= 2
     output = (tmp_path / "run" / record.OUTPUT).read_text()
     assert "faster: the interval lies above 0" in output or "void:" in output, output[-3000:]
     assert "seed " in output and "return sum(i**base" in (tmp_path / "run" / record.PATCH).read_text()
@@ -83,7 +83,8 @@ def test_a_provider_that_fails(name: str, failure: dict[str, float], tmp_path: P
 
 @pytest.mark.sandbox
 def test_another_host(tmp_path: Path) -> None:
-    ask = "python -c \"import urllib.request as u; u.urlopen('https://example.org/')\"; curl -m 3 https://example.net; true"
+    ask = "python -c \"import urllib.request as u; u.urlopen('https://example.org/')\"; "
+    ask += "curl -m 3 https://example.net; true"
     found = ran(tmp_path, "mini-swe-agent", (reply(bash=ask), END))
     assert found["outcome"] == "finished" and "example.org:443" in found["network"]["refused"]
     assert "example.net:443" in found["network"]["refused"]
@@ -109,7 +110,7 @@ def test_it_starts_in_the_sandbox(name: str, tmp_path: Path, monkeypatch: pytest
     for key in template.read(name).agent.environment.keys:
         monkeypatch.setenv(key, KEY)
     command = ["agent", "run", project(tmp_path), "--agent", name, "--out", tmp_path / "run", "--json"]
-    done = assay(*command, "--seconds", "45", "--set", "host=127.0.0.1:9")
+    done = assay(*command, "--seconds", "25", "--set", "host=127.0.0.1:9")
     found = json.loads(done.stdout)
     output = (tmp_path / "run" / record.OUTPUT).read_text()
     assert found["outcome"] != "infra.command" and found["network"]["refused"], (found, output)

@@ -360,4 +360,4 @@ def limited(agent: Read, seconds: float | None) -> Read:
         return agent
     budget = replace(agent.agent.budget, seconds=seconds)
     digest = hashlib.sha256(f"{agent.digest} {seconds}".encode()).hexdigest()[:16]
-    return Read(replace(agent.agent, budget=budget), agent.file, digest)
+    return Read(replace(agent.agent, budget=budget), agent.file, digest, agent.given)

@@ -168,6 +168,8 @@ class Read:
     file: Path
     digest: str
     """Identity of all that it says, variables included."""
+    given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Variables that were set, beside the file's own."""
 
 
 @cache
@@ -222,7 +224,7 @@ def read(name: str, variables: Mapping[str, str] | None = None) -> Read:
         lines = [f"{file}:{line_of(text, place)}: {'.'.join(map(str, place))}: {words}" for place, words in wrong]
         raise UsageError("\n".join(lines))
     content = json.dumps(dataclasses.asdict(found), sort_keys=True)
-    return Read(found, file, hashlib.sha256(content.encode()).hexdigest()[:16])
+    return Read(found, file, hashlib.sha256(content.encode()).hexdigest()[:16], given)
 
 
 def fill(text: str, values: Mapping[str, str]) -> str:

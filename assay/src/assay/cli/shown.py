@@ -6,7 +6,7 @@ from pathlib import Path
 
 from assay.agents import record
 from assay.cli.command import STORE, Command
-from assay.contract import plan, rows, verdict
+from assay.contract import cells, plan, rows, verdict
 from assay.contract.errors import Status, UsageError
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
@@ -77,6 +77,12 @@ def _agent_schema() -> dict[str, object]:
     return template.json_schema()
 
 
+def _campaign_schema() -> dict[str, object]:
+    from assay.campaign import plan as campaigns
+
+    return campaigns.json_schema()
+
+
 _SCHEMAS = {
     "raw": rows.schema,
     "plan": lambda: plan.schema(table.OPTIONAL),
@@ -84,6 +90,8 @@ _SCHEMAS = {
     "task": _task_schema,
     "agent": _agent_schema,
     "agent-run": record.schema,
+    "campaign": _campaign_schema,
+    "cell": cells.schema,
 }
 
 

@@ -1,6 +1,6 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, agents, judging, plans, prompts, proofs, shown
+from assay.cli import ab, agents, campaigns, judging, plans, prompts, proofs, shown
 
 COMMANDS = {
     command.name: command
@@ -10,6 +10,7 @@ COMMANDS = {
         judging.PREPARE,
         prompts.PROMPT,
         agents.AGENT,
+        campaigns.RUN,
         plans.MEASURE,
         plans.DECIDE,
         shown.LEDGER,
