@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from assay.contract.outcome import DECIDED, INFRA
+from assay.campaign.rows import spoilt
+from assay.contract.outcome import DECIDED
 from assay.contract.patterns import CHECKS, matches
 from assay.judgement.guards import CACHES
 from assay.repository.store import Entry, Store
@@ -90,7 +91,7 @@ class Canary:
 
 def holds(expect: str, outcome: str) -> bool | None:
     """Whether an outcome is the expected one; None if infrastructure kept it from being seen."""
-    if outcome.startswith(INFRA) or outcome == "void":
+    if spoilt(outcome):
         return None
     if expect == "nothing":
         return outcome in ("equivalent", "undecided", "no_patch")

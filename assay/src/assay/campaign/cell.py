@@ -18,6 +18,7 @@ from typing import Any
 from assay.agents import running, template
 from assay.agents.record import PATCH
 from assay.campaign.plan import Cell
+from assay.campaign.rows import spoilt
 from assay.contract import cells
 from assay.contract import task as tasks
 from assay.contract.errors import Status, StoppedError
@@ -85,11 +86,7 @@ def _judged(store: Path) -> dict[str, Any] | None:
     found: dict[str, Any] | None = None
     if ends:
         found = json.loads((store / "attempts" / ends[-1] / VERDICT).read_text())
-    return found if found is None or not _spoilt(found["outcome"]) else None
-
-
-def _spoilt(outcome: str) -> bool:
-    return outcome.startswith(INFRA) or outcome == "void"
+    return found if found is None or not spoilt(found["outcome"]) else None
 
 
 def _spent(place: Path) -> float:
@@ -132,7 +129,7 @@ class State:
     @property
     def verdict_spoilt(self) -> bool:
         """Whether the last judgement says nothing."""
-        return self.verdict is not None and _spoilt(self.verdict["outcome"])
+        return self.verdict is not None and spoilt(self.verdict["outcome"])
 
 
 def state(place: Path) -> State:

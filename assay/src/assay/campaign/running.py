@@ -85,7 +85,11 @@ class Course:
     done: Callable[[dict[str, Any]], None]
     """Hears each cell's row when it is finished."""
     worker: Worker = field(default_factory=Local)
+    again: bool = False
+    """Whether cells that infrastructure spoilt are done again."""
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    before: dict[str, int] = field(default_factory=dict)
+    """Runs of a cell that is done again, which no longer count as tries."""
 
     def run(self) -> tuple[list[dict[str, Any]], list[str]]:
         """Rows of all cells of the campaign, and why it is void, a line per canary that failed; [] if it is not.
@@ -129,12 +133,13 @@ class Course:
 
     def finish(self, cells: Sequence[Cell]) -> None:
         """Every cell gets its row, wave by wave."""
-        left = [one for one in cells if one.key not in self.found]
+        left = [one for one in cells if one.key not in self.found or self.repeated(one)]
         jobs = self.read.campaign.jobs
         for start in range(0, len(left), jobs):
             wave = [(one, cell.prepared(one, self.folder)) for one in left[start : start + jobs]]
-            for _, place in wave:
+            for one, place in wave:
                 (place / cell.ERROR).unlink(missing_ok=True)
+                self.before[one.key] = len(cell.runs(place)) if self.repeated(one) else 0
             for what in ("agent", "judge"):
                 for _ in range(self.read.campaign.retries + 1):
                     parts = [part for one, place in wave if (part := self.next(one, place, what))]
@@ -145,9 +150,13 @@ class Course:
                 self.found[one.key] = row
                 self.done(row)
 
+    def repeated(self, one: Cell) -> bool:
+        """Whether a cell with a row is done again."""
+        return self.again and one.key in self.found and rows.spoilt(self.found[one.key]["outcome"])
+
     def next(self, one: Cell, place: Path, what: str) -> Part | None:
         """What is still to be done of a step; None if nothing is, or no more is allowed."""
-        seen, most = cell.state(place), self.read.campaign.retries + 1
+        seen, most = cell.state(place), self.before[one.key] + self.read.campaign.retries + 1
         if seen.error is not None:
             return None
         if what == "agent":

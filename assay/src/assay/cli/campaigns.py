@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from assay.cli.command import STORE, Command
+from assay.contract import foreign
 from assay.contract.errors import Status
 from assay.report import terminal
 from assay.report.terminal import Progress
 
+_MOST = 160
+"""Letters of a reason that a line shows."""
 _DESCRIPTION = (
     "Runs tasks by agents by attempts. Canaries are judged first: a comment, the reference, twice the time and two "
     "cheats. If one of them comes out otherwise, the campaign is void and no agent is run. Interrupt it whenever you "
@@ -24,6 +27,7 @@ _EPILOG = (
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", type=Path, metavar="CAMPAIGN", help="a campaign's TOML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the campaign ({STORE}/campaigns/NAME)")
+    parser.add_argument("--again", action="store_true", help="do cells again that infrastructure spoilt")
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left of them; run nothing")
 
 
@@ -46,7 +50,7 @@ def _run(given: argparse.Namespace, _: Progress) -> int:
         return Status.SHOWN
     shown = _Shown()
     try:
-        found_rows, void = Course(read, folder, shown.told, shown.done).run()
+        found_rows, void = Course(read, folder, shown.told, shown.done, again=given.again).run()
     finally:
         shown.end()
     lines = scores.leaderboard(found_rows, read.campaign.pass_at, read.campaign.level)
@@ -78,7 +82,7 @@ class _Shown:
         cost = row["cost"]
         known = [f"{cost['agent_s'] + cost['judge_s']:.0f} s"]
         known += [f"{cost[name]:g} {name}" for name in ("tokens", "money") if cost[name] is not None]
-        words = f": {row['words'][0]}" if row["words"] else ""
+        words = f": {foreign.on_one_line(row['words'][0])[:_MOST]}" if row["words"] else ""
         name = f"{row['who']['name']} on {row['task']['name']} #{row['number']}"
         terminal.line(f"{name}: {row['outcome']} ({', '.join(known)}){words}")
 
