@@ -4,7 +4,6 @@ import argparse
 import json
 from pathlib import Path
 
-from assay.agents import record
 from assay.cli.command import STORE, Command
 from assay.contract import cells, plan, rows, verdict
 from assay.contract.errors import Status, UsageError
@@ -77,6 +76,12 @@ def _agent_schema() -> dict[str, object]:
     return template.json_schema()
 
 
+def _run_schema() -> dict[str, object]:
+    from assay.agents import record
+
+    return record.schema()
+
+
 def _campaign_schema() -> dict[str, object]:
     from assay.campaign import plan as campaigns
 
@@ -89,7 +94,7 @@ _SCHEMAS = {
     "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, (SKIPPED, NOT_ASKED)),
     "task": _task_schema,
     "agent": _agent_schema,
-    "agent-run": record.schema,
+    "agent-run": _run_schema,
     "campaign": _campaign_schema,
     "cell": cells.schema,
 }
