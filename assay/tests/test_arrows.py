@@ -25,6 +25,7 @@ MORE = {
     "prompts/render.py": {"jinja2"},
     "agents/template.py": {"pydantic"},
     "campaign/plan.py": {"pydantic"},
+    "campaign/distributed.py": {"ray"},
     "arms/inside/worker.py": {"wire", "torch", "pyperf"},
     "arms/inside/wire.py": {"torch"},
     **JUDGES,

@@ -68,7 +68,10 @@ def test_run_your_first_campaign_in_ten_minutes(tmp_path: Path) -> None:
     start = time.monotonic()
     done = shell(tmp_path, before.splitlines()[0] + "\n" + commands)
     assert done.returncode == 0 and time.monotonic() - start < 600, done.stdout + done.stderr
-    assert "by-hand on words #2: faster" in done.stdout and "by-hand: 2 of 2 [34%, 100%]; pass@1 100%" in done.stdout
+    assert (
+        "by-hand on words #2: faster" in done.stdout
+        and "by-hand: succeeded 2 of 2 [34%, 100%]; pass@1 100%" in done.stdout
+    )
     assert "sabotage on words #1: slower" in done.stdout and "/assay/measure/a-page" in done.stdout
     assert (tmp_path / "first/report.html").exists() and (tmp_path / "first/predictions.jsonl").exists()
 

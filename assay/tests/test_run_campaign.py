@@ -114,7 +114,7 @@ def test_from_file_to_reports(tmp_path: Path) -> None:
     before = (tmp_path / "out" / rows.JOURNAL).read_bytes()
     again = assay("run", file, "--out", tmp_path / "out")
     assert again.returncode == 3 and (tmp_path / "out" / rows.JOURNAL).read_bytes() == before, again.stderr
-    assert "small: 0 of 1 [0%, 79%]; pass@1 0%; pass@2 -; 0 held by Holm's procedure at 5%; 1 spoilt" in again.stdout
+    assert "small: succeeded 0 of 1 [0%, 79%]; pass@1 0%; pass@2 -; held at 5% 0; spoilt 1; cost " in again.stdout
     looked = Redactor([KEY])
     for path in (tmp_path / "out").rglob("*"):
         assert not path.is_file() or looked.clean(path.read_bytes())[1] == 0, path

@@ -5,6 +5,7 @@ run is not run again, an interrupted judgement goes on, and a finished one is re
 """
 
 import ctypes
+import fcntl
 import json
 import os
 import signal
@@ -29,7 +30,7 @@ from assay.judgement.guards import Source
 from assay.judgement.ledger import Ledger
 from assay.prompts.render import Prompt
 
-ORDER, ERROR, VERDICT = "order.json", "error.json", "verdict.json"
+ORDER, ERROR, VERDICT, LOCK = "order.json", "error.json", "verdict.json", "lock"
 _PDEATHSIG = 1
 
 
@@ -199,7 +200,9 @@ def main(arguments: Sequence[str]) -> int:
     if os.getppid() != parent:
         return Status.INFRASTRUCTURE
     try:
-        run_agent(place, tried) if part == "agent" else run_judge(place)
+        with (place / LOCK).open("w") as lock:  # of a cell that was given to two machines one waits for the other
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            run_agent(place, tried) if part == "agent" else run_judge(place)
     except (StoppedError, OSError, ValueError) as problem:
         written(place / ERROR, json.dumps({"part": part, "words": f"{type(problem).__name__}: {problem}"}))
         return Status.INFRASTRUCTURE

@@ -19,6 +19,7 @@ _DESCRIPTION = (
     "cheats. If one of them comes out otherwise, the campaign is void and no agent is run. Interrupt it whenever you "
     "like: the same command goes on, and what is finished is not done again."
 )
+_RAY = "do cells on the nodes of a Ray cluster that see DIR at one path and offer assay_slot (auto: this machine's)"
 _EPILOG = (
     "Exit status: 0 every cell has its verdict; 2 wrong usage; 3 the campaign is void, or infrastructure spoilt a cell."
 )
@@ -28,12 +29,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("campaign", type=Path, metavar="CAMPAIGN", help="a campaign's TOML file")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"folder of the campaign ({STORE}/campaigns/NAME)")
     parser.add_argument("--again", action="store_true", help="do cells again that infrastructure spoilt")
+    parser.add_argument("--ray", default="", metavar="ADDRESS", help=_RAY)
     parser.add_argument("--dry-run", action="store_true", help="list the cells and what is left of them; run nothing")
 
 
 def _run(given: argparse.Namespace, _: Progress) -> int:
-    from assay.campaign import plan, rows
-    from assay.campaign.running import Course
+    from assay.campaign import distributed, plan, rows
+    from assay.campaign.running import Course, Local
     from assay.report import campaign as report
     from assay.report import scores
     from assay.report.whole import Whole
@@ -48,9 +50,9 @@ def _run(given: argparse.Namespace, _: Progress) -> int:
         for one in read.cells:
             terminal.line(f"{one.key} {one.words}: {found[one.key]['outcome'] if one.key in found else 'to be done'}")
         return Status.SHOWN
-    shown = _Shown()
+    shown, worker = _Shown(), distributed.Cluster(given.ray) if given.ray else Local()
     try:
-        found_rows, void = Course(read, folder, shown.told, shown.done, again=given.again).run()
+        found_rows, void = Course(read, folder, shown.told, shown.done, worker, given.again).run()
     finally:
         shown.end()
     lines = scores.leaderboard(found_rows, read.campaign.pass_at, read.campaign.level)

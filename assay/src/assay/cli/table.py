@@ -1,6 +1,6 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, agents, campaigns, judging, plans, prompts, proofs, shown
+from assay.cli import ab, agents, campaigns, exports, judging, plans, prompts, proofs, shown
 
 COMMANDS = {
     command.name: command
@@ -11,6 +11,7 @@ COMMANDS = {
         prompts.PROMPT,
         agents.AGENT,
         campaigns.RUN,
+        exports.EXPORT,
         plans.MEASURE,
         plans.DECIDE,
         shown.LEDGER,

@@ -15,6 +15,8 @@ from assay.report.whole import Whole, board_words, effects, patch_of
 
 _WIDTH, _ROW, _LEFT = 720, 22, 220
 _MOST_TEXT = 200_000
+_APART = 40
+"""Between two figures below an axis."""
 _STYLE = """<style>
 body { max-width: 1000px } nav a { margin-right: 1em }
 .filters { position: sticky; top: 0; background: #fff; padding: .5em 0 }
@@ -124,7 +126,7 @@ def _intervals(rows: Sequence[Mapping[str, Any]]) -> str:
             f'stroke-width="2"/><circle class="ratio" cx="{x(one["estimate"]):.1f}" cy="{y:.1f}" r="4" fill="#c8562b">'
             f"<title>{text(words)}</title></circle></a>"
         )
-    for value in (low, 0.0, high):
+    for value in [0.0, *(one for one in (low, high) if abs(x(one) - x(0)) > _APART)]:
         parts.append(
             f'<text x="{x(value):.1f}" y="{height - 6}" text-anchor="middle">{text(f"{math.exp(value):.3g}")}</text>'
         )

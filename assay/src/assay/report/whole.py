@@ -27,17 +27,23 @@ class Whole:
 
 def lines(whole: Whole) -> list[str]:
     """The leaderboard in a few lines of text."""
-    return [f"{line.who}: {'; '.join(words for _, words in board_words(line, whole.level))}" for line in whole.board]
+    found = []
+    for line in whole.board:
+        figures = "; ".join(f"{name} {words}" for name, words in board_words(line, whole.level))
+        found.append(f"{line.who}: {figures}")
+    return found
 
 
 def board_words(line: Line, level: float) -> list[tuple[str, str]]:
-    """A line of the leaderboard: what each figure is called, and itself."""
+    """A line of the leaderboard: what each figure is called, and itself.
+
+    Held are calls of `faster` that Holm's procedure keeps; spoilt is what infrastructure left without an outcome.
+    """
     low, high = line.share
     found = [("succeeded", f"{line.successes} of {line.attempts} [{low:.0%}, {high:.0%}]")]
     for k, value in line.pass_at.items():
-        found.append((f"pass@{k}", f"pass@{k} {'-' if value is None else f'{value:.0%}'}"))
-    found.append((f"held at {level:.0%}", f"{line.holds} held by Holm's procedure at {level:.0%}"))
-    found.append(("spoilt", f"{line.spoilt} spoilt by infrastructure"))
+        found.append((f"pass@{k}", "-" if value is None else f"{value:.0%}"))
+    found += [(f"held at {level:.0%}", str(line.holds)), ("spoilt", str(line.spoilt))]
     cost = [f"{line.seconds:.0f} s"]
     reported = (("tokens", line.tokens), ("money", line.money))
     cost += [f"{value:g} {name}" for name, value in reported if value is not None]
