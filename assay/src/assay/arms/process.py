@@ -37,7 +37,7 @@ from assay.arms.inside.supervisor import (
     stat,
 )
 from assay.contract.box import Limits
-from assay.contract.errors import ArmError
+from assay.contract.errors import ArmError, LateError
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
@@ -158,7 +158,7 @@ class Running:
             if not poller.poll(min(self.every_s, max(0.0, stop - time.monotonic())) * 1000):
                 self.watch()
                 if time.monotonic() >= stop:
-                    raise ArmError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
+                    raise LateError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
                 continue
             more = os.read(self._status, 4096)
             if not more:

@@ -1,6 +1,6 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, admission, judging, plans, proofs, shown, tasks
+from assay.cli import ab, admission, agents, campaigns, exports, judging, plans, prompts, proofs, shown, tasks
 
 COMMANDS = {
     command.name: command
@@ -9,6 +9,10 @@ COMMANDS = {
         admission.ADMIT,
         judging.JUDGE,
         judging.PREPARE,
+        prompts.PROMPT,
+        agents.AGENT,
+        campaigns.RUN,
+        exports.EXPORT,
         plans.MEASURE,
         plans.DECIDE,
         shown.LEDGER,

@@ -117,3 +117,7 @@ class ArmError(MeasurementError, RuntimeError):
         if self.arm != "candidate" or self.infra:
             return "infra.run"
         return "tampered" if self.tampered else "incorrect"
+
+
+class LateError(ArmError):
+    """It did not come in the time that was given to it."""

@@ -7,9 +7,7 @@ failure means what it seems to. Digests of what was built would prove less: a co
 a library may be there already.
 """
 
-import random
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
