@@ -36,7 +36,8 @@ new file mode 100644
 def campaign(folder: Path) -> plan.Read:
     """Six patches that are rejected one way or another, so that nothing is measured on a busy machine."""
     project(folder)
-    wrong = f"--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n-{BASE.splitlines()[0]}\n+def work(n, base=3):\n"
+    header = "--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n"
+    wrong = f"{header}-{BASE.splitlines()[0]}\n+def work(n, base=3):\n"
     patches = [EDIT.format(name=f"other{i}.py", number=i) for i in range(4)] + ["", wrong]
     given = [Prediction("sums", "somebody", patch.encode()) for patch in patches]
     files(folder, {"campaign.toml": CAMPAIGN, "given.jsonl": written_predictions(given)})

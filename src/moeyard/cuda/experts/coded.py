@@ -62,8 +62,9 @@ def fused_coded_experts_launch(
     second_room = rows.new_empty(num_routes * (size // 4 + groups), dtype=torch.int32)
     second, second_scales, _ = _codes(second_room, num_routes, size, scheme)
     inputs = (hidden_states, topk_weights, topk_ids, expert_map)
+    beside = second_room if middle is not None else spare  # what nobody writes while the first product reads its layout
     layout = compact_layout(
-        topk_ids, num_experts, experts, second_room, None if weighs else second_room,
+        topk_ids, num_experts, experts, beside, None if weighs else beside,
         out if lies_well(out) and apart(out, *inputs) else None,
     )  # fmt: skip
 
