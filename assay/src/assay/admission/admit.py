@@ -75,7 +75,7 @@ def key_of(read: Read, source: Source) -> Key:
 def admit(read: Read, store: Path, options: Options, told: Told = lambda _: None) -> tuple[dict[str, Any], Path]:
     """The admission (contract/admission.py) and its file. Raises as `judge` does, and as `source_of`.
 
-    After a kill at any point the same call goes on behind the last check that was done.
+    After a kill at any point a second call goes on behind the last check that was done.
     """
     source = source_of(read, options.patch)
     key = key_of(read, source)

@@ -108,7 +108,7 @@ def _put(name: str, kind: str) -> str:
 
 
 def places(read: Read, store: Store, base: str, reference: str, changed: Mapping[str, Lines]) -> list[Place]:
-    """Functions to be replaced: those of the tree that workloads name, else those that the reference changes."""
+    """Functions to be replaced: what workloads name in the tree, else what the reference changes."""
     before, after = store.entries(base), store.entries(reference)
     found = [place for timed in read.task.workload if (place := _target(timed.run, frozenset(before), read))]
     for path, lines in changed.items() if not found else ():
