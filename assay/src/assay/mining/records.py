@@ -1,6 +1,6 @@
 """Records of other benchmarks, by their public field names: what each field becomes in a task, or why it is dropped.
 
-GSO and SWE-fficiency: all fields of the data sets' cards. ISO-Bench: its card's fields and the fields of its curated set.
+GSO and SWE-fficiency: all fields of the data sets' cards. ISO-Bench: the fields of its card and of its curated set.
 SWE-Perf: the fields that its own scripts select. A field that is not in the table is dropped and named.
 """
 
