@@ -187,6 +187,8 @@ def test_which_functions_are_replaced(tmp_path: Path) -> None:
     read = task.read(edited(made, 'target = "pkg:work", inputs', 'target = "driver.py:run", inputs'))
     assert candidates.places(read, store, *trees, changed) == [Place("pkg/__init__.py", "work")]
     assert not candidates.places(read, store, *trees, {})
+    files(tmp_path, {"driver.py": "from pkg import work\n\n\ndef run(n):\n    return work(n)\n"})  # as of compiled code
+    assert candidates.places(task.read(made), store, *trees, {}) == [Place("pkg/__init__.py", "work")]
 
 
 def test_a_reference_that_is_wrong_is_rejected(tmp_path: Path) -> None:
