@@ -1,4 +1,4 @@
-"""Texts that are right, among them those of odd form."""
+"""Texts that are right, odd ones among them."""
 
 from hypothesis import strategies
 

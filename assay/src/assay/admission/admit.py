@@ -75,7 +75,7 @@ def key_of(read: Read, source: Source) -> Key:
 def admit(read: Read, store: Path, options: Options, told: Told = lambda _: None) -> tuple[dict[str, Any], Path]:
     """The admission (contract/admission.py) and its file. Raises as `judge` does, and as `source_of`.
 
-    After a kill at any point the same call goes on behind the last check that was done.
+    After a kill at any point a second call goes on behind the last check that was done.
     """
     source = source_of(read, options.patch)
     key = key_of(read, source)
@@ -188,9 +188,13 @@ class _Admitting:
             return leak.Reference.of_commit(self.read.repository, self.reference)
         return leak.Reference.of(parsed(Path(self.source.value).read_text(errors="replace")))
 
-    def _judged(self, source: Source) -> tuple[dict[str, Any], Frozen, str]:
-        """A verdict, its plan, and its name as a source."""
-        found, folder = judge(self.read, source, self.store, sandboxed=self.options.sandboxed, told=self.told)
+    def _judged(self, source: Source, *, anywhere: bool = False) -> tuple[dict[str, Any], Frozen, str]:
+        """A verdict, its plan, and its name as a source. `anywhere`: whatever the scope says, outputs are looked at."""
+        task = self.read.task
+        wide = replace(task, scope=replace(task.scope, files=("**",))) if anywhere else task
+        found, folder = judge(
+            replace(self.read, task=wide), source, self.store, sandboxed=self.options.sandboxed, told=self.told
+        )
         return found, Frozen.read(folder / FILE), f"attempts/{found['attempt']['id']}"
 
     def _faster(self, name: str) -> Iterable[Reason]:
@@ -219,7 +223,7 @@ class _Admitting:
             words = write(handed, handed.base, place / "tree")
             if not words:
                 return "", {}, ""
-            found, _, source = self._judged(Source("tree", str(place / "tree")))
+            found, _, source = self._judged(Source("tree", str(place / "tree")), anywhere=True)
             return words, found, source
 
     def _wrong(self, kind: str) -> Iterable[Reason]:

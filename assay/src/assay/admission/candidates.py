@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from assay.contract.patterns import matches
 from assay.contract.task import Read
 from assay.contract.workload import Workload
-from assay.mining import functions
+from assay.mining import functions, script
 from assay.repository.lines import Lines
 from assay.repository.store import Store
 
@@ -108,9 +107,15 @@ def _put(name: str, kind: str) -> str:
 
 
 def places(read: Read, store: Store, base: str, reference: str, changed: Mapping[str, Lines]) -> list[Place]:
-    """Functions to be replaced: those of the tree that workloads name, else those that the reference changes."""
+    """Functions to be replaced: what workloads name in the tree, else what the reference changes.
+
+    Where that is compiled, what the task's drivers import.
+    """
     before, after = store.entries(base), store.entries(reference)
-    found = [place for timed in read.task.workload if (place := _target(timed.run, frozenset(before), read))]
+    runs = [timed.run for timed in read.task.workload if timed.run.kind == "call"]
+    found = [
+        place for run in runs if read.own(run.target) is None for place in _named(run, run.target, frozenset(before))
+    ]
     for path, lines in changed.items() if not found else ():
         if path.endswith(".py") and path in before and path in after:
             old, new = (data.decode(errors="replace") for data in store.contents([before[path].blob, after[path].blob]))
@@ -118,6 +123,12 @@ def places(read: Read, store: Store, base: str, reference: str, changed: Mapping
             names = [one.name for one in functions.touched(old, (number for number, _ in lines.removed))]
             names += [one.name for one in functions.touched(new, (number for number, _ in lines.added))]
             found += [Place(path, name) for name in names if name in there and _replaceable(name)]
+    for run in runs if not found else ():
+        if (driver := read.own(run.target)) is not None:
+            for one in script.read(driver.read_text(errors="replace")).imports:
+                found += (
+                    _named(run, f"{one.module}:{one.name}", frozenset(before)) if one.name[:1].islower() else []
+                )  # no class
     return list(dict.fromkeys(found))
 
 
@@ -126,12 +137,9 @@ def _replaceable(name: str) -> bool:
     return last == "__init__" or not last.startswith("__")
 
 
-def _target(run: Workload, entries: frozenset[str], read: Read) -> Place | None:
-    """The file and function that a workload names in the tree."""
-    module, _, name = run.target.partition(":")
-    if run.kind != "call" or not name or read.own(run.target) is not None:
-        return None
+def _named(run: Workload, target: str, entries: frozenset[str]) -> list[Place]:
+    """The file of the tree that `module:name` means, if it is there."""
+    module, _, name = target.partition(":")
     parts = [module] if module.endswith(".py") else [f"{module.replace('.', '/')}{end}" for end in _ENDS]
     ways = [str(PurePosixPath(folder) / part) for folder in run.paths for part in parts]
-    file = next((way for way in ways if way in entries), "")
-    return Place(file, name) if file and matches(file, read.task.scope.files) else None
+    return [Place(way, name) for way in ways if way in entries][:1]

@@ -47,7 +47,7 @@ class Checks:
     """What has been found so far, in a file beside the record."""
 
     def __init__(self, folder: Path, how: dict[str, Any]) -> None:
-        """Goes on where it was cut short, if it was asked in the same way: `how` are the options."""
+        """Goes on where it was cut short, if it was asked alike: `how` holds the options."""
         self.file, self.how = folder / UNDER_WAY, {**how, "assay": __version__, "schema": VERSION}
         self.found: dict[str, list[Reason]] = {}
         if self.file.exists():

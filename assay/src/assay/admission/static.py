@@ -143,7 +143,7 @@ def _reach(prompt: Prompt, piece: Piece, script: Script, tree: Tree | None) -> R
 
 
 def _of_targets(script: Script, name: str, targets: list[str]) -> bool:
-    """Whether a call is of something that lies in the same package as some target."""
+    """Whether a call is of something in the package of a target."""
     top = {part for path in targets for part in path.split("/")[:2]}
     return any(
         one.bound == name.split(".", maxsplit=1)[0] and one.module.split(".")[0] in top for one in script.imports

@@ -32,7 +32,7 @@ class Draft:
     tests: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     workloads: list[dict[str, object]] = field(default_factory=list)
-    """Fields of `workload`, those of `run` among them."""
+    """Fields of `workload`, with the table `run`."""
     properties: list[dict[str, object]] = field(default_factory=list)
     device: str = ""
     seconds: float = 0.0

@@ -1,6 +1,6 @@
 """A rendered prompt, as harnesses write them for agents: its parts with their lines, and what a task makes of them.
 
-Structure and demands are those of the benchmark whose prompts have a test script, lists of target files, constraints,
+It knows the structure of prompts that have a test script, lists of target files, constraints,
 statistics of the reference and a block of commands at the end. Nothing in a prompt is obeyed.
 """
 
@@ -187,7 +187,7 @@ def _wrong(prompt: Prompt, lines: list[str]) -> Iterator[Piece]:
 
 _BECOMES = {
     "script": ("workload", "the script; it prints a time of its own, which is not read"),
-    "example": ("", "lines of the reference: whoever reads them has the answer"),
+    "example": ("", "lines of the reference: a reader has the answer"),
     "targets": ("scope.files", "those that are no tests, benchmarks, build files"),
     "only": ("scope.files", "those that are no tests, benchmarks, build files"),
     "statistics": ("", "sizes of the reference's changes; kept for the audit of what a prompt gives away"),

@@ -1,7 +1,7 @@
 """Records of other benchmarks, by their public field names: what each field becomes in a task, or why it is dropped.
 
-Fields are those of the data sets' own cards: GSO and SWE-fficiency in full; ISO-Bench's card and the fields of its
-curated set; SWE-Perf by what its own scripts select. A field that is not in the table is dropped and named.
+GSO and SWE-fficiency: all fields of the data sets' cards. ISO-Bench: the fields of its card and of its curated set.
+SWE-Perf: the fields that its own scripts select. A field that is not in the table is dropped and named.
 """
 
 import json
@@ -35,7 +35,7 @@ _SWE = {
     "repo": ("repository.path", ""),
     "base_commit": ("repository.base", ""),
     "patch": ("scope.files", _PATCH),
-    "test_patch": ("", "changes of tests: tests are those of base"),
+    "test_patch": ("", "changes of tests: the tests of base count"),
     "created_at": ("", _DATE),
     "version": ("", "a name of an image's release"),
 }

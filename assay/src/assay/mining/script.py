@@ -30,7 +30,7 @@ class Call:
 
 @dataclass
 class Script:
-    """Facts of a script; lines are those of the file that holds it."""
+    """Facts of a script; lines are numbered as in the file that holds it."""
 
     imports: list[Import] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
