@@ -14,6 +14,7 @@ from assay.contract.errors import UsageError
 from small_project import BASE, files, project
 
 pytestmark = [pytest.mark.full, pytest.mark.sandbox]
+HERE = {"node_ip_address": "127.0.0.1"}
 CAMPAIGN = """schema = 1
 name = "spread"
 tasks = ["task.toml"]
@@ -36,7 +37,8 @@ new file mode 100644
 def campaign(folder: Path) -> plan.Read:
     """Six patches that are rejected one way or another, so that nothing is measured on a busy machine."""
     project(folder)
-    wrong = f"--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n-{BASE.splitlines()[0]}\n+def work(n, base=3):\n"
+    line = BASE.splitlines()[0]
+    wrong = f"--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n-{line}\n+def work(n, base=3):\n"
     patches = [EDIT.format(name=f"other{i}.py", number=i) for i in range(4)] + ["", wrong]
     given = [Prediction("sums", "somebody", patch.encode()) for patch in patches]
     files(folder, {"campaign.toml": CAMPAIGN, "given.jsonl": written_predictions(given)})
@@ -57,9 +59,9 @@ def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
     read = campaign(tmp_path)
     Course(read, tmp_path / "whole", lambda _: None, lambda _: None).run()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **HERE})
     try:
-        nodes = [cluster.add_node(num_cpus=1, resources={distributed.SLOT: 1}) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=1, resources={distributed.SLOT: 1}, **HERE) for _ in range(2)]
         cluster.wait_for_nodes()
         killed: list[int] = []
 
@@ -82,7 +84,7 @@ def test_a_cluster_without_a_slot(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **HERE})
     try:
         with pytest.raises(UsageError, match="--ray: expected a node that offers assay_slot, got none"):
             distributed.Cluster(cluster.address).run([], 1, lambda _: None)
