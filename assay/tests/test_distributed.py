@@ -1,6 +1,11 @@
 """A campaign on a real local Ray cluster of two nodes, one of which is killed in the middle: the journal ends alike."""
 
+import fcntl
 import os
+import shutil
+import socket
+import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +16,11 @@ from assay.campaign import distributed, plan, rows
 from assay.campaign.predictions import Prediction, written_predictions
 from assay.campaign.running import Course
 from assay.contract.errors import UsageError
-from small_project import BASE, files, project
+from small_project import BASE, environment, files, project
 
 pytestmark = [pytest.mark.full, pytest.mark.sandbox]
-HERE = {"node_ip_address": "127.0.0.1"}
+INSIDE = "ASSAY_RAY_INSIDE"
+"""Set where the tests run that need a network namespace of their own: Ray else leaves loopback."""
 CAMPAIGN = """schema = 1
 name = "spread"
 tasks = ["task.toml"]
@@ -50,6 +56,26 @@ def told(found: dict[str, dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
     return {key: tuple(str(row[name]) for name in names) for key, row in found.items()}
 
 
+@pytest.fixture
+def alone() -> None:
+    """Loopback is up, in a network namespace that holds nothing else."""
+    if os.environ.get(INSIDE) != "1":
+        pytest.skip("runs inside test_in_a_network_of_its_own")
+    with socket.socket() as any_one:
+        fcntl.ioctl(any_one, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
+
+
+def test_in_a_network_of_its_own() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
+    if os.environ.get(INSIDE) == "1" or os.getuid() or shutil.which("unshare") is None:
+        pytest.skip("needs root and unshare, and is not asked inside itself")
+    command = ["unshare", "--net", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    given = environment(**{INSIDE: "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=400, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-4000:]
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     from ray.cluster_utils import Cluster
@@ -59,9 +85,9 @@ def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("RAY_health_check_failure_threshold", "3")
     read = campaign(tmp_path)
     Course(read, tmp_path / "whole", lambda _: None, lambda _: None).run()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **HERE})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
-        nodes = [cluster.add_node(num_cpus=1, resources={distributed.SLOT: 1}, **HERE) for _ in range(2)]
+        nodes = [cluster.add_node(num_cpus=1, resources={distributed.SLOT: 1}) for _ in range(2)]
         cluster.wait_for_nodes()
         killed: list[int] = []
 
@@ -80,11 +106,12 @@ def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest
     assert len((tmp_path / "out" / rows.JOURNAL).read_text().splitlines()) == 6
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_cluster_without_a_slot(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **HERE})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         with pytest.raises(UsageError, match="--ray: expected a node that offers assay_slot, got none"):
             distributed.Cluster(cluster.address).run([], 1, lambda _: None)
