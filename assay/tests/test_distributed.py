@@ -1,6 +1,11 @@
 """A campaign on a real local Ray cluster of two nodes, one of which is killed in the middle: the journal ends alike."""
 
+import fcntl
 import os
+import shutil
+import socket
+import struct
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,9 +16,11 @@ from assay.campaign import distributed, plan, rows
 from assay.campaign.predictions import Prediction, written_predictions
 from assay.campaign.running import Course
 from assay.contract.errors import UsageError
-from small_project import BASE, files, project
+from small_project import BASE, environment, files, project
 
 pytestmark = [pytest.mark.full, pytest.mark.sandbox]
+INSIDE = "ASSAY_RAY_INSIDE"
+"""Set where the tests run that need a network namespace of their own: Ray else leaves loopback."""
 CAMPAIGN = """schema = 1
 name = "spread"
 tasks = ["task.toml"]
@@ -36,8 +43,8 @@ new file mode 100644
 def campaign(folder: Path) -> plan.Read:
     """Six patches that are rejected one way or another, so that nothing is measured on a busy machine."""
     project(folder)
-    header = "--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n"
-    wrong = f"{header}-{BASE.splitlines()[0]}\n+def work(n, base=3):\n"
+    line = BASE.splitlines()[0]
+    wrong = f"--- a/pkg/__init__.py\n+++ b/pkg/__init__.py\n@@ -1,1 +1,1 @@\n-{line}\n+def work(n, base=3):\n"
     patches = [EDIT.format(name=f"other{i}.py", number=i) for i in range(4)] + ["", wrong]
     given = [Prediction("sums", "somebody", patch.encode()) for patch in patches]
     files(folder, {"campaign.toml": CAMPAIGN, "given.jsonl": written_predictions(given)})
@@ -49,6 +56,26 @@ def told(found: dict[str, dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
     return {key: tuple(str(row[name]) for name in names) for key, row in found.items()}
 
 
+@pytest.fixture
+def alone() -> None:
+    """Loopback is up, in a network namespace that holds nothing else."""
+    if os.environ.get(INSIDE) != "1":
+        pytest.skip("runs inside test_in_a_network_of_its_own")
+    with socket.socket() as any_one:
+        fcntl.ioctl(any_one, 0x8914, struct.pack("16sh", b"lo", 0x1 | 0x40))
+
+
+def test_in_a_network_of_its_own() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
+    if os.environ.get(INSIDE) == "1" or os.getuid() or shutil.which("unshare") is None:
+        pytest.skip("needs root and unshare, and is not asked inside itself")
+    command = ["unshare", "--net", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    given = environment(**{INSIDE: "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=given, timeout=400, check=False)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-4000:]
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     from ray.cluster_utils import Cluster
@@ -79,6 +106,7 @@ def test_a_node_that_is_killed_in_the_middle(tmp_path: Path, monkeypatch: pytest
     assert len((tmp_path / "out" / rows.JOURNAL).read_text().splitlines()) == 6
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_cluster_without_a_slot(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'assay[ray]'")
     from ray.cluster_utils import Cluster

@@ -33,7 +33,8 @@ class Cluster:
         """Runs all parts to their ends, at most `most` beside each other. UsageError for a cluster without a slot."""
         ray = _connected(self.address)
         remote = ray.remote(num_cpus=1, resources={SLOT: 1}, max_retries=_TRIES)(_step)
-        waiting, running = list(parts), dict[Any, Part]()
+        waiting = list(parts)
+        running: dict[Any, Part] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < most:

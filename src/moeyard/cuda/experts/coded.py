@@ -52,8 +52,9 @@ def fused_coded_experts_launch(
     first_rows = num_routes if way.copied else hidden_states.shape[0]
     first, first_scales, used = _codes(rows, first_rows, hidden_size, scheme)
     spare = rows.view(-1)[-(-used // 32) * 16 :]  # from a multiple of 32 bytes on
-    plan = product_plan(num_routes, experts, size, weights.gated, False, card_of(device), way, expected, "BY_BLOCKS")
-    as_codes = grouped and weights.gated and plan.weight_rows == 2 * GROUP
+    as_codes = grouped and weights.gated and 2 * GROUP == product_plan(
+        num_routes, experts, size, True, False, card_of(device), way, expected, "BY_BLOCKS"
+    ).weight_rows
     middle = None
     if not as_codes:
         fits = num_routes * size <= spare.numel()
