@@ -109,6 +109,8 @@ def test_disk_has_a_quota(code: str, tmp_path: Path) -> None:
     start = time.monotonic()
     ended = run(box, [sys.executable, "-S", "-c", code], timeout_s=120)
     assert ended.status == -9 and "more than 67108864" in ended.killed and time.monotonic() - start < 60, ended.killed
+    for folder in ("tree", "cache"):
+        (tmp_path / folder / "x").unlink(missing_ok=True)
     assert run(box, ["true"], timeout_s=30).status == 0
 
 
@@ -139,7 +141,7 @@ except OSError as problem: print(problem.strerror)
     )
     large = "\n".join(f"{path} File too large 32" for path in ("/assay/cache/x", "/assay/tree/x"))
     text = ended.output.decode()
-    assert text.startswith(f"[({32 << 20}, {32 << 20}), (0, 0)]\nTrue 54\n/tmp/x "), ended
+    assert text.startswith(f"[({(32 << 20) + 4096}, {(32 << 20) + 4096}), (0, 0)]\nTrue 54\n/tmp/x "), ended
     assert large in text and "/dev/x Read-only file system False" in text, text
     assert text.splitlines()[-2:] == ["[32, 32, 32]", "Too many open files"], text
 
@@ -174,20 +176,20 @@ def test_a_worker_that_answers_quickly_is_watched(tmp_path: Path) -> None:
 def test_without_a_sandbox_there_are_quotas_too(tmp_path: Path) -> None:
     task = project(tmp_path)
     edited(task, "[budget]", "[budget]\ndisk_bytes = 8388608\nprocesses = 20")
-    task.write_text(
-        task.read_text().partition("[tests]")[0] + task.read_text()[task.read_text().index("[[workload]]") :]
-    )
-    edited(task, task.read_text()[task.read_text().index("[[property]]") : task.read_text().index("[budget]")], "")
+    text = task.read_text()
+    for first, then in (("[tests]", "[[workload]]"), ("[[property]]", "[budget]")):
+        text = text[: text.index(first)] + text[text.index(then) :]
+    task.write_text(text)
     prints = f"{FASTER}\nimport os, sys\nwhile 'worker' in sys.argv[0]: os.write(1, bytes(1 << 16))\n"
     forks = f"{FASTER}\nimport os, time\nfor _ in range(60):\n    if os.fork() == 0: time.sleep(9); os._exit(0)\n"
     for name, text, words in (
-        ("prints", prints, "File too large"),
-        ("forks", forks, "more than 20"),
+        ("prints", prints, ["File too large", "more than 8388608"]),
+        ("forks", forks, ["more than 20", "Resource temporarily unavailable"]),
     ):
         tree = candidate(task, name, {"pkg/__init__.py": text})
         given = ["--tree", tree, "--store", tmp_path / "store", "--no-sandbox", "--skip", "provenance", "--json"]
         found = json.loads(assay("judge", task, *given).stdout)
-        assert found["outcome"] == "incorrect" and words in found["words"][0], found
+        assert found["outcome"] == "incorrect" and any(one in found["words"][0] for one in words), found
 
 
 @pytest.mark.sandbox

@@ -10,6 +10,7 @@ OURS = 4
 """bwrap's two processes, the supervisor and the command's fork, beside what is allowed."""
 MOST_DISK = 16 << 30
 """Bytes that an arm may write that declares none."""
+_PAGE = 4096
 MOST_FILES = 8192
 """Open files of one process, pipes among them."""
 MOST_PIPES = 512
@@ -34,7 +35,7 @@ class Limits:
         """
         found = {"CORE": 0, "NOFILE": MOST_FILES}
         if self.disk_bytes is not None:
-            found["FSIZE"] = self.disk_bytes
+            found["FSIZE"] = self.disk_bytes + _PAGE  # so that who is stopped by it has written too much
         if own_user and self.most_processes is not None:
             found["NPROC"] = self.most_processes + OURS
         return found
