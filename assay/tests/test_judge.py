@@ -168,7 +168,7 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     assert (found["outcome"], decided.returncode) == ("faster", 0) and found["trust"][0] == "unsandboxed"
     gates = [(gate["name"], gate["outcome"], gate["words"]) for gate in found["gates"]]
     assert gates[0] == ("build", "", "3 arms") and gates[2] == ("equivalence", "", "10 examples"), gates
-    assert gates[1][:2] == ("tests", "") and gates[1][2].startswith("4 tests passed") and len(gates) == 3
+    assert gates[1][:2] == ("tests", "") and gates[1][2].startswith("4 tests passed") and len(gates) == 4
     assert (raw / "report.html").exists() and assay("replay", raw).returncode == 0
     assert assay("ledger", "--store", tmp_path / "store").stdout.rstrip().endswith("faster unsandboxed")
     (moved / "trees/candidate/pkg/__init__.py").write_text(BASE)

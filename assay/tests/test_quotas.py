@@ -19,7 +19,7 @@ from assay.arms.process import Running, namespaces_work
 from assay.arms.sandbox import run
 from assay.arms.trees import Trees
 from assay.cli.shown import schema
-from assay.contract.box import Box
+from assay.contract.box import Box, Limits
 from assay.contract.errors import ArmError
 from assay.contract.task import read
 from assay.contract.workload import Workload
@@ -109,7 +109,87 @@ def test_disk_has_a_quota(code: str, tmp_path: Path) -> None:
     start = time.monotonic()
     ended = run(box, [sys.executable, "-S", "-c", code], timeout_s=120)
     assert ended.status == -9 and "more than 67108864" in ended.killed and time.monotonic() - start < 60, ended.killed
+    for folder in ("tree", "cache"):
+        (tmp_path / folder / "x").unlink(missing_ok=True)
     assert run(box, ["true"], timeout_s=30).status == 0
+
+
+@pytest.mark.sandbox
+def test_limits_of_the_kernel(tmp_path: Path) -> None:
+    """No file grows above the quota, not even for a moment; file systems in memory have a size; no core is left."""
+    code = """
+import os, resource
+print([resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in ("FSIZE", "CORE")])
+print(resource.getrlimit(resource.RLIMIT_NOFILE)[1] <= 8192, resource.getrlimit(resource.RLIMIT_NPROC)[1])
+for path in ("/tmp/x", os.environ["XDG_CACHE_HOME"] + "/x", "/assay/tree/x", "/dev/shm/x", "/dev/x"):
+    try:
+        with open(path, "wb") as file:
+            for _ in range(99): file.write(bytes(1 << 20))
+    except OSError as problem: print(path, problem.strerror, os.path.exists(path) and os.stat(path).st_size >> 20)
+    if os.path.exists(path): os.unlink(path)
+print([os.statvfs(path).f_blocks * os.statvfs(path).f_frsize >> 20 for path in ("/tmp", "/assay/home", "/dev/shm")])
+try: held = [open("/dev/null") for _ in range(9000)]
+except OSError as problem: print(problem.strerror)
+"""
+    for name in ("tree", "cache"):
+        (tmp_path / name).mkdir()
+    most = {"disk_bytes": 32 << 20, "most_processes": 50}
+    ended = run(
+        Box(tmp_path / "tree", writable=True, cache=tmp_path / "cache", **most),  # type: ignore[arg-type]
+        [sys.executable, "-S", "-c", code],
+        timeout_s=60,
+    )
+    large = "\n".join(f"{path} File too large 32" for path in ("/assay/cache/x", "/assay/tree/x"))
+    text = ended.output.decode()
+    assert text.startswith(f"[({(32 << 20) + 4096}, {(32 << 20) + 4096}), (0, 0)]\nTrue 54\n/tmp/x "), ended
+    assert large in text and "/dev/x Read-only file system False" in text, text
+    assert text.splitlines()[-2:] == ["[32, 32, 32]", "Too many open files"], text
+
+
+BRIEF = "import os\nwith open('{path}', 'wb') as file:\n    for _ in range(3): file.write(bytes(1 << 20))\n"
+
+
+@pytest.mark.sandbox
+def test_what_ends_soon_is_looked_at_as_well(tmp_path: Path) -> None:
+    """Many files, each within the limit, in less than a second."""
+    (tmp_path / "cache").mkdir()
+    box = Box(tmp_path, cache=tmp_path / "cache", disk_bytes=8 << 20)
+    code = "".join(BRIEF.format(path=f"/assay/cache/{i}") for i in range(4))
+    ended = run(box, [sys.executable, "-S", "-c", code], timeout_s=30)
+    assert ended.status == -9 and ended.killed == f"wrote {12 << 20} bytes, more than {8 << 20}", ended
+
+
+def test_a_worker_that_answers_quickly_is_watched(tmp_path: Path) -> None:
+    """Nobody waits for it for long enough to look at it meanwhile."""
+    (tmp_path / "work.py").write_text("def work(): print('x' * (1 << 16), flush=True)\n")
+    (tmp_path / "places").mkdir()
+    trees = Trees.at({"candidate": tmp_path}, tmp_path / "places", most=Limits(disk_bytes=1 << 25))
+    asked = Exchange(started("candidate", Workload("call", target="work:work"), trees, 0, 20))
+    try:
+        with pytest.raises(ArmError, match=r"wrote \d+ bytes, more than 33554432|Bad file|File too large"):
+            for _ in range(20000):
+                asked.call(NOTHING)
+    finally:
+        asked.worker.end()
+
+
+def test_without_a_sandbox_there_are_quotas_too(tmp_path: Path) -> None:
+    task = project(tmp_path)
+    edited(task, "[budget]", "[budget]\ndisk_bytes = 8388608\nprocesses = 20")
+    text = task.read_text()
+    for first, then in (("[tests]", "[[workload]]"), ("[[property]]", "[budget]")):
+        text = text[: text.index(first)] + text[text.index(then) :]
+    task.write_text(text)
+    prints = f"{FASTER}\nimport os, sys\nwhile 'worker' in sys.argv[0]: os.write(1, bytes(1 << 16))\n"
+    forks = f"{FASTER}\nimport os, time\nfor _ in range(60):\n    if os.fork() == 0: time.sleep(9); os._exit(0)\n"
+    for name, text, words in (
+        ("prints", prints, ["File too large", "more than 8388608"]),
+        ("forks", forks, ["more than 20", "Resource temporarily unavailable"]),
+    ):
+        tree = candidate(task, name, {"pkg/__init__.py": text})
+        given = ["--tree", tree, "--store", tmp_path / "store", "--no-sandbox", "--skip", "provenance", "--json"]
+        found = json.loads(assay("judge", task, *given).stdout)
+        assert found["outcome"] == "incorrect" and any(one in found["words"][0] for one in words), found
 
 
 @pytest.mark.sandbox

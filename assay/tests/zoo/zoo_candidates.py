@@ -266,3 +266,49 @@ def pytest_pyfunc_call(): return True
 KERNEL = {"kernel.c": "int kernel(int n) { return n; }\n", "fast.c": "int fast(int n) { return n; }\n"}
 BUILD = '["cc", "-shared", "-fPIC", "-o", "kernel.so", "kernel.c"]'
 COMPILED = "import ctypes\nassert ctypes.CDLL('./kernel.so').kernel(3) == 3\n" + WORK
+QUICK = WORK.replace("PASSES = 2", "PASSES = 1")
+FILLS = (
+    QUICK
+    + """
+import os
+for i in range(12):
+    with open(f"{os.environ['XDG_CACHE_HOME']}/{i}", "wb") as file: file.write(bytes(1 << 20))
+"""
+)
+PIPES = (
+    QUICK
+    + """
+import os, resource
+most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+held = [os.pipe() for _ in range(700)]
+"""
+)
+STALLS = "import sys, time\nif 'pytest' in sys.modules: time.sleep(600)\n" + QUICK
+LOCKS = (
+    WORK
+    + """
+import fcntl, time
+shared = open("{folder}/shared", "rb")
+def work(x):
+    try: fcntl.flock(shared, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError: time.sleep(0.02)
+    try: return once(x)
+    finally: fcntl.flock(shared, fcntl.LOCK_UN)
+"""
+)
+HOLDS_LOCK = LOCKS + "held = open('{folder}/shared', 'rb')\nfcntl.flock(held, fcntl.LOCK_EX)\nwork = once\n"
+FORESEES = (
+    SLOW
+    + """
+import os, random
+drawn = random.Random(int(os.environ["PYTHONHASHSEED"]))
+known = {}
+for _ in range(16):
+    guess = random.Random(drawn.getrandbits(53))
+    x = [guess.random() for _ in range(150)]
+    known[tuple(x)] = once(x)
+slow = work
+def work(x): return list(known[tuple(x)]) if tuple(x) in known else slow(x)
+"""
+)

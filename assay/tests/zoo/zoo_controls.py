@@ -2,24 +2,28 @@
 
 import dataclasses
 import json
+import random
 import shutil
 import statistics
 import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from zoo_project import BASE, CALL, COMMAND, OWN, PROPERTY, TESTS, WORK, Setting, outcome
 
-from assay.arms import handle, process, sandbox
+from assay.arms import groups, handle, process, sandbox
 from assay.arms.caches import Caches
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.trees import Trees
-from assay.contract import foreign
+from assay.contract import foreign, seeds
 from assay.contract.frozen import Frozen
 from assay.experiment import calibration, samples, series
 from assay.experiment.blocks import Blocks
 from assay.experiment.exchange import Exchange
 from assay.gates import equivalence, tests
+from assay.gates.gate import Given
 from assay.judgement import decision, guards
 from assay.report import verdict
 
@@ -256,6 +260,50 @@ def many_calls(setting: Setting) -> None:
 
 def unbounded(setting: Setting) -> None:
     setting.remove(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
+
+
+def small_disk(setting: Setting) -> None:
+    setting.budget = f"disk_bytes = {8 << 20}"
+
+
+def any_disk(setting: Setting) -> None:
+    setting.remove(groups, "_bytes_below", lambda _: 0)
+
+
+def any_pipes(setting: Setting) -> None:
+    setting.remove(groups, "_pipes", lambda _: set())
+
+
+def eight_seconds(setting: Setting) -> None:
+    setting.budget, setting.more = "seconds = 8.0", TESTS + "timeout_s = 20.0\n"
+
+
+def without_budget(setting: Setting) -> str:
+    """Every gate may take as long as its own commands may."""
+    setting.remove(Given, "most", lambda _, seconds: seconds)
+    begun = time.monotonic()
+    outcome(setting, stop=False)
+    return "stalled" if time.monotonic() - begun > 2 * 8 else "in time"
+
+
+def shared_file(setting: Setting) -> None:
+    (setting.folder / "shared").write_text("")
+    setting.more = '[sandbox]\nreadable = ["shared"]\n'
+
+
+def any_lock(setting: Setting) -> None:
+    setting.remove(samples, "held", lambda _: [])
+
+
+def foreseeable(setting: Setting) -> None:
+    """Inputs are drawn from the seed of hashes, which a candidate can see."""
+
+    def inputs(seed: int, *label: object) -> Iterator[int]:
+        drawn = random.Random(seeds.hash_seed(seed, *label))
+        while True:
+            yield drawn.getrandbits(53)
+
+    setting.remove(seeds, "inputs", inputs)
 
 
 def one_process(setting: Setting) -> None:

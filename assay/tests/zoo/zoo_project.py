@@ -73,6 +73,8 @@ class Setting:
     primary: str = ""
     repository: str = 'path = "base"'
     modes: bool = False
+    budget: str = ""
+    """Further lines of the task's budget."""
     own: dict[str, str] = field(default_factory=dict)
     """Files of the task beside OWN, or in its place."""
     more: str = ""
@@ -91,7 +93,7 @@ class Setting:
         text += f"run = {{{self.workload}}}\n"
         text += f"[scope]\nfiles = {json.dumps(self.scope)}\n"
         text += f"checks = {json.dumps(self.checks)}\nmodes = {str(self.modes).lower()}\n"
-        text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.more}"
+        text += f"[budget]\nmost_foreign = 1e9\ntimeout_s = 20\n{self.budget}\n{self.more}"
         (self.folder / "task.toml").write_text(text)
         return self.folder / "task.toml"
 

@@ -11,6 +11,7 @@ from assay.arms import sandbox
 from assay.arms.process import PYTHON, Running
 from assay.arms.sandbox import CACHE, Finished
 from assay.arms.trees import Trees
+from assay.contract.box import Box
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
 
@@ -26,7 +27,8 @@ def placed(frozen: Frozen, *, sandboxed: bool, isolation: str = "auto", more: Ma
     folder = places(frozen)
     if not sandboxed:
         own = {**frozen.content["sandbox"]["environment"], **(more or {})}
-        return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, isolation, own)
+        most = replace(frozen.box("base").limits, folders=())  # caches are the user's own
+        return Trees.at({arm: frozen.tree(arm) for arm in frozen.arms}, folder, isolation, own, most)
     boxes = {arm: frozen.box(arm) for arm in frozen.arms}
     return Trees.boxed(
         {arm: replace(box, environment={**box.environment, **(more or {})}) for arm, box in boxes.items()}, folder
@@ -46,13 +48,13 @@ def run(
 ) -> Finished:
     """A command in an arm's tree, or in `tree`, in its sandbox or, where that is not wanted, beside it."""
     tree = tree or frozen.tree(arm)
+    box = replace(frozen.box(arm, writable=writable, cache=cache), tree=tree)
     if sandboxed:
-        box = replace(frozen.box(arm, writable=writable, cache=cache), tree=tree)
         return sandbox.run(box, command, timeout_s=timeout_s)
     environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
     environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
-    return _beside(places(frozen), arm, tree, command, environment, timeout_s)
+    return _beside(places(frozen), arm, box, command, environment, timeout_s)
 
 
 def places(frozen: Frozen) -> Path:
@@ -80,17 +82,25 @@ def words(ended: Finished) -> str:
 
 
 def _beside(
-    folder: Path, arm: str, tree: Path, command: Sequence[str], environment: dict[str, str], timeout_s: float
+    folder: Path, arm: str, box: Box, command: Sequence[str], environment: dict[str, str], timeout_s: float
 ) -> Finished:
     with tempfile.TemporaryFile() as log:
-        trees = Trees.at({arm: tree}, folder)
+        trees = Trees.at({arm: box.tree}, folder)
         running = Running(
-            arm, command, tree, trees.place(arm), environment, log=log.fileno(), namespaces=trees.namespaces
+            arm,
+            command,
+            box.tree,
+            trees.place(arm),
+            environment,
+            log=log.fileno(),
+            namespaces=trees.namespaces,
+            limits=box.limits,
         )
         start = time.perf_counter()
         try:
             running.release()
             ended = running.wait(timeout_s)
+            running.watch(now=True)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:
             status, left, killed = -9, 0, problem.words

@@ -10,14 +10,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from assay.contract.box import Limits
+from assay.contract.box import OURS, Limits
 
 _ROOT = Path("/sys/fs/cgroup")
 _FILES = {"memory": "memory.max", "pids": "pids.max"}
-_OURS = 4
-"""bwrap's two processes, the supervisor and the command's fork, beside what is allowed."""
-
-
 _DISK_S = 1.0
 _STALE_S = 3600.0
 """Age of a group that a killed judge has left behind."""
@@ -30,7 +26,7 @@ class Group:
         self.limits = limits
         self.folders: list[Path] = []
         self._on_disk, self._pipes, self._look_at_disk = 0, 0, time.monotonic() + _DISK_S
-        values = {"memory": limits.memory_bytes, "pids": limits.most_processes and limits.most_processes + _OURS}
+        values = {"memory": limits.memory_bytes, "pids": limits.most_processes and limits.most_processes + OURS}
         wanted = {controller: value for controller, value in values.items() if value is not None}
         for groups in _places(wanted):
             try:
@@ -49,12 +45,15 @@ class Group:
         for folder in self.folders:
             (folder / "cgroup.procs").write_text("0")
 
-    def exceeded(self, members: Sequence[int], log: int) -> str:
-        """What an arm has too much of, in words; "" if nothing. `log`: descriptor of what it prints."""
+    def exceeded(self, members: Sequence[int], log: int, now: bool = False) -> str:
+        """What an arm has too much of, in words; "" if nothing. `log`: descriptor of what it prints.
+
+        Disk and pipes are looked at once a second, or `now`.
+        """
         limits = self.limits
         if limits.disk_bytes is not None:
             printed = os.fstat(log).st_size
-            if time.monotonic() >= self._look_at_disk:  # a look takes a while where there are many files
+            if now or time.monotonic() >= self._look_at_disk:  # a look takes a while where there are many files
                 start = time.monotonic()
                 self._on_disk = sum(map(_bytes_below, limits.folders))
                 self._pipes = len(_pipes(members))

@@ -123,6 +123,7 @@ class Worker:
         mark = _mark()
         data = frame(letter, number, mark, [bytes(part) if isinstance(part, bytearray) else part for part in body])
         whole = memoryview(b"".join(data))
+        self.running.watch_in_time()
         stop = time.monotonic() + self.timeout_s
         start = time.perf_counter()
         try:

@@ -48,6 +48,8 @@ MOST_FROZEN_S = 2 / TICK
 _WATCH_S, _WEIGH_S, _START_S = 0.2, 0.005, 60.0
 _FIRST, _ABOVE = 100, 200
 """Numbers of descriptors on the way into a sandbox, and those above which they are put aside meanwhile."""
+_COUNTS_PER_NAMESPACE = tuple(map(int, os.uname().release.split("-")[0].split(".")[:2])) >= (5, 14)
+"""Whether the kernel counts a user's processes per namespace of users; before, it counts all of them."""
 _NEW_MOUNTS, _NEW_PIDS, _NEW_USER = 0x00020000, 0x20000000, 0x10000000
 _BIND, _RECURSIVE, _PRIVATE = 4096, 16384, 1 << 18
 
@@ -104,6 +106,7 @@ class Running:
         self._log, self._weighs, self._heaviest = log, weighs, 0
         self.every_s = _WEIGH_S if weighs else _WATCH_S
         """How long nobody may wait without a look at the members."""
+        self._watched = time.monotonic()
         self.woken = False
         """Whether a member that had been stopped was found at work, ever."""
         self._layers, self.sandboxed = 2 if namespaces or wrap else 1, wrap is not None
@@ -115,10 +118,13 @@ class Running:
         status_in, status_out = os.pipe()
         gate_in, gate_out = os.pipe()
         self.group = Group(limits or Limits())
+        hard = self.group.limits.hard(own_user=_COUNTS_PER_NAMESPACE and self._layers > 1)
         self.root = os.fork()
         if self.root == 0:
             try:
-                order = Order(list(command), str(place), dict(environment), log, list(fds), status_out, gate_in, stdin)
+                order = Order(
+                    list(command), str(place), dict(environment), log, list(fds), status_out, gate_in, stdin, hard
+                )
                 self.group.enter()
                 _start(order, tree, namespaces, wrap)
             finally:
@@ -168,15 +174,21 @@ class Running:
         told: dict[str, Any] = json.loads(line)
         return told
 
-    def watch(self) -> None:
-        """Kills all members and raises ArmError if they have used more than they may."""
+    def watch(self, now: bool = False) -> None:
+        """Kills all members and raises ArmError if they use too much; disk and pipes: once a second, or `now`."""
+        self._watched = time.monotonic()
         members = self.members()
         if self._weighs:
             self._heaviest = max(self._heaviest, sum(map(_own_kib, members)))
-        words = self.group.exceeded(members, self._log)
+        words = self.group.exceeded(members, self._log, now)
         if words:
             self._signal(signal.SIGKILL)
             raise ArmError(self.arm, words, killed=True)
+
+    def watch_in_time(self) -> None:
+        """As `watch`, unless that was done a moment ago: for whoever never has to wait long."""
+        if time.monotonic() - self._watched >= self.every_s:
+            self.watch()
 
     def members(self) -> list[int]:
         """All processes of the arm below its supervisor, the command's own first."""
@@ -319,6 +331,7 @@ def _enter(order: Order, wrap: Wrap) -> NoReturn:
         "status": place[order.status],
         "gate": place[order.gate],
         "stdin": None if order.stdin is None else place[order.stdin],
+        "limits": order.limits,
     }
     for fd in {*order.inherited(), *moved.values()}.difference(place.values()):
         os.close(fd)

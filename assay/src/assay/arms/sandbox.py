@@ -17,7 +17,7 @@ from pathlib import Path
 
 from assay.arms import inside
 from assay.arms.process import PREFIX, PYTHON, Running
-from assay.contract.box import Box
+from assay.contract.box import MOST_DISK, Box
 from assay.contract.errors import ArmError
 
 PLACE = Path("/assay/tree")
@@ -124,13 +124,14 @@ def _entry(box: Box, environment: Mapping[str, str]) -> list[str]:
             made += ["--symlink", str(path.readlink()), str(path)]
         elif path.exists():
             made += ["--ro-bind", str(path), str(path)]
-    made += ["--proc", "/proc", "--dev", "/dev"]
+    size = ["--size", str(_memory_file_system(box))]
+    made += ["--proc", "/proc", "--dev", "/dev", *size, "--tmpfs", "/dev/shm"]  # noqa: S108 - the sandbox's own
     for path in _MASKED:
         made += ["--ro-bind", "/dev/null", str(path)] if path.is_file() else []
     made += ["--remount-ro", "/proc"]  # root's /proc/sys is the host's: core_pattern is a way out
     for path in box.devices:
         made += ["--dev-bind", str(path), str(path)]
-    size = [] if box.memory_bytes is None else ["--size", str(box.memory_bytes)]
+    made += ["--remount-ro", "/dev"]  # its size cannot be limited
     made += [*size, "--tmpfs", "/tmp"]  # noqa: S108 - the sandbox's own
     made += ["--bind", str(box.home), str(HOME)] if box.home else [*size, "--tmpfs", str(HOME)]
     made += ["--bind", str(box.cache), str(CACHE)] if box.cache else [*size, "--tmpfs", str(CACHE)]
@@ -147,6 +148,12 @@ def _entry(box: Box, environment: Mapping[str, str]) -> list[str]:
         made += ["--ro-bind", str(source), place]
     made += ["--bind" if box.writable else "--ro-bind", str(box.tree.resolve()), str(PLACE)]
     return [*made, "--remount-ro", "/", "--chdir", str(PLACE)]
+
+
+def _memory_file_system(box: Box) -> int:
+    """Bytes of each: what an arm may have in memory or on disk, at most an eighth of the machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return box.memory_bytes or min(memory // 8, box.disk_bytes or MOST_DISK)
 
 
 def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> Finished:
@@ -173,6 +180,7 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
         try:
             start = running.release()
             ended = running.wait(timeout_s)
+            running.watch(now=True)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:
             if not problem.killed:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from assay.arms import sandbox
 from assay.arms.process import Wrap, namespaces_work
-from assay.contract.box import Box, Limits
+from assay.contract.box import UNDECLARED, Box, Limits
 
 _NUMBERS = {"base": 0, "candidate": 1, "control": 2, "reference": 3}
 """Of links: an arm has its own, whichever others stand beside it."""
@@ -25,10 +25,17 @@ class Trees:
     """With them every process of an arm runs in its sandbox, and nowhere else."""
     more: Mapping[str, str] = field(default_factory=dict)
     """What is set in the environment of arms that have no sandbox, beside the judge's own."""
+    most: Limits = UNDECLARED
+    """What each arm may use that has no sandbox."""
 
     @classmethod
     def at(
-        cls, trees: Mapping[str, Path], folder: Path, isolation: str = "auto", more: Mapping[str, str] | None = None
+        cls,
+        trees: Mapping[str, Path],
+        folder: Path,
+        isolation: str = "auto",
+        more: Mapping[str, str] | None = None,
+        most: Limits = UNDECLARED,
     ) -> "Trees":
         """Makes the place. ValueError if namespaces are asked for and not to be had."""
         if isolation not in ("auto", "namespaces", "links"):
@@ -40,7 +47,7 @@ class Trees:
             )
         if able:
             (folder / "tree").mkdir(exist_ok=True)
-        return cls(trees, folder, able, more=more or {})
+        return cls(trees, folder, able, more=more or {}, most=most)
 
     @classmethod
     def boxed(cls, boxes: Mapping[str, Box], folder: Path) -> "Trees":
@@ -66,9 +73,9 @@ class Trees:
         """How the arm's sandbox is entered, if there is one."""
         return sandbox.Entry(self.boxes[arm]) if self.boxes else None
 
-    def limits(self, arm: str) -> Limits | None:
-        """On the arm's memory and processes, if it has a sandbox."""
-        return self.boxes[arm].limits if self.boxes else None
+    def limits(self, arm: str) -> Limits:
+        """On what the arm may use."""
+        return self.boxes[arm].limits if self.boxes else self.most
 
     def place(self, arm: str) -> Path:
         """What the arm sees as its tree."""

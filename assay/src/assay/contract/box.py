@@ -6,8 +6,13 @@ from pathlib import Path
 
 MOST_PROCESSES = 16384
 """Of an arm that declares none: many enough for a build, too few to bring a machine down."""
+OURS = 4
+"""bwrap's two processes, the supervisor and the command's fork, beside what is allowed."""
 MOST_DISK = 16 << 30
 """Bytes that an arm may write that declares none."""
+_PAGE = 4096
+MOST_FILES = 8192
+"""Open files of one process, pipes among them."""
 MOST_PIPES = 512
 """Of an arm: the kernel counts a user's pages for pipes, and who has them all leaves none to the judge."""
 
@@ -22,6 +27,22 @@ class Limits:
     folders: tuple[Path, ...] = ()
     """What counts as disk, beside what a command prints."""
     most_pipes: int | None = None
+
+    def hard(self, own_user: bool) -> dict[str, int]:
+        """What the kernel itself keeps each process to, by the names of `resource`; no core is written in any case.
+
+        `own_user`: whether processes are counted apart from others of this user, so that their number can be limited.
+        """
+        found = {"CORE": 0, "NOFILE": MOST_FILES}
+        if self.disk_bytes is not None:
+            found["FSIZE"] = self.disk_bytes + _PAGE  # so that who is stopped by it has written too much
+        if own_user and self.most_processes is not None:
+            found["NPROC"] = self.most_processes + OURS
+        return found
+
+
+UNDECLARED = Limits(None, MOST_PROCESSES, MOST_DISK, (), MOST_PIPES)
+"""Of an arm that declares nothing and has no sandbox."""
 
 
 @dataclass(frozen=True)

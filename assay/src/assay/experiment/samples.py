@@ -73,6 +73,7 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             start = running.release()
             ended = running.wait(plan.timeout_s)
             seconds = time.perf_counter() - start
+            running.watch(now=True)
             peak_kib = max(ended.rss_kib, running.peak_kib())
             escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
         finally:
@@ -290,6 +291,7 @@ def compared(workload: Workload, base: Sample) -> int:
 
 def _close(worker: Worker, sample: Sample) -> None:
     worker.ask(b"p")  # the last call has not sent more than its reply
+    worker.running.watch(now=True)
     if worker.running.woken:
         sample.escapes.append("a frozen process woke itself")
     sample.figures["memory"] = float(worker.running.peak_kib())

@@ -52,9 +52,10 @@ def fused_coded_experts_launch(
     first_rows = num_routes if way.copied else hidden_states.shape[0]
     first, first_scales, used = _codes(rows, first_rows, hidden_size, scheme)
     spare = rows.view(-1)[-(-used // 32) * 16 :]  # from a multiple of 32 bytes on
-    as_codes = grouped and weights.gated and 2 * GROUP == product_plan(
-        num_routes, experts, size, True, False, card_of(device), way, expected, "BY_BLOCKS"
-    ).weight_rows
+    as_codes = grouped and weights.gated
+    if as_codes:
+        plan = product_plan(num_routes, experts, size, True, False, card_of(device), way, expected, "BY_BLOCKS")
+        as_codes = plan.weight_rows == 2 * GROUP
     middle = None
     if not as_codes:
         fits = num_routes * size <= spare.numel()

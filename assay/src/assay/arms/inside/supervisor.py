@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -32,6 +32,8 @@ class Order:
     status: int
     gate: int
     stdin: int | None = None
+    limits: dict[str, int] = field(default_factory=dict)
+    """Of the command and each of its processes, by their names in `resource`, as hard ones."""
 
     def inherited(self) -> list[int]:
         """All descriptors that are needed to carry it out."""
@@ -70,6 +72,7 @@ class Order:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             os.chdir(self.place)
+            self.limit()
             self.tell(ready=True)
             if os.read(self.gate, 1) != b"!":
                 os._exit(1)
@@ -85,6 +88,15 @@ class Order:
         except OSError as problem:
             self.tell(error=f"cannot start {self.command[0]}: {problem.strerror}")
         os._exit(1)
+
+    def limit(self) -> None:
+        """Sets the limits, unless there are lower ones already."""
+        import resource
+
+        for name, most in self.limits.items():
+            kind = getattr(resource, f"RLIMIT_{name}")
+            soft, hard = (most if old == resource.RLIM_INFINITY else min(old, most) for old in resource.getrlimit(kind))
+            resource.setrlimit(kind, (soft, hard))
 
     def tell(self, **what: Any) -> None:
         """A line to the judge."""
