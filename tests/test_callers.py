@@ -119,7 +119,7 @@ def test_compiled_without_outputs(name: str) -> None:
     check_equal(asked, rebuilt(plain, lambda _: next(parts)), plain, name)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.full)], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", [name for name, operator in OPERATORS.items() if operator.takes_out])
 def test_compiled_with_outputs(name: str, dynamic: bool) -> None:
     """All outputs are filled in one graph, since compiling takes most of the time."""

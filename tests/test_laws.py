@@ -127,6 +127,15 @@ def test_tests_import_no_test_modules() -> None:
             assert not {name.split(".")[0] for name in names} & {*modules, "tests"}, path
 
 
+def test_tests_of_assay_import_no_tests() -> None:
+    """Theirs share modules beside them. A module of tests would bring its fixtures, marks and imports along."""
+    for path in (TESTS.parent / "assay" / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not [name for name in names if name.startswith("test_")], path
+
+
 OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
 OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
@@ -300,16 +309,6 @@ def test_sizes_that_stay_readable() -> None:
     for path in sources:
         limit = of_rooms if path in rooms else of_files
         assert len(path.read_text().splitlines()) <= limit, path
-
-
-def test_what_tests_share_is_in_no_test_module() -> None:
-    """Importing one would collect its fixtures and tests a second time, and need what it needs."""
-    for folder in (TESTS, TESTS.parent / "assay" / "tests"):
-        for path in folder.rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-                assert not [name for name in names if name.split(".")[0].startswith("test_")], path
 
 
 def test_nothing_inherits_beyond_what_is_allowed() -> None:

@@ -227,7 +227,7 @@ def test_the_rest_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card
         for step, dtypes in others:
             assert built(step, dtypes, card, tmp_path)["spilled"] == 0
     cut, product, _ = experts._gemm_plan.__wrapped__(
-        torch.device("cpu"), kind, 8192, 128, 1536, 2048, 2048, (1536 * 2048, 2048), 0, 8
+        torch.device("cpu"), kind, 8192, 128, 128, 1536, 2048, 2048, (1536 * 2048, 2048), 0, 8
     )
     assert built(cut, (torch.int64, integer, integer), card, tmp_path)["spilled"] == 0
     assert built(product, (kind, kind, None, torch.float32, integer, integer, kind), card, tmp_path)["spilled"] == 0

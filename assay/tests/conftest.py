@@ -1,6 +1,7 @@
 """Tests that need bubblewrap skip without it, which the run's last line tells. Where it is required they fail."""
 
 import os
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(refused)
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     refused = sandbox.refusal()
     skipped = [one for one in terminalreporter.stats.get("skipped", []) if refused and refused in str(one.longrepr)]
     if skipped:

@@ -32,7 +32,7 @@ def none():
 """
 BASE = """
 import numpy as np
-def total(x): return np.float32(0) + np.cumsum(x, dtype=np.float32)
+def total(x): return np.float32(0) + np.cumsum(x, dtype=np.float32).astype(np.float32)
 def wide(x): return np.cumsum(x.astype(np.float64))
 def into(x, out): out[...] = x * 2
 def same(x): return [x.tolist(), str(x.dtype), int(x.size), None, bytes(x), {"a": x * 2}]

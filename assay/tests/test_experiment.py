@@ -139,7 +139,7 @@ def test_outputs_within_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture
     text = CALL.replace("return total", "import numpy; return numpy.array([n + {noise}, 1.0])").replace("{units}", "8")
     a = tree(tmp_path / "a", 0, text=text.replace("{noise}", "0.0"))
     far = tree(tmp_path / "far", 0, text=text.replace("{noise}", "1e-2"))
-    near_slower = text.replace("{noise}", "1e-7").replace("return", "time.sleep(0.02); return")
+    near_slower = text.replace("{noise}", "1e-7").replace("return", "time.sleep(0.006); return")
     near = tree(tmp_path / "near", 0, text="import time\n" + near_slower)
     assert call(a, near, tmp_path / "1", "--atol", "1e-6") == 1 and "0 differ" in capsys.readouterr().out
     assert rows(tmp_path / "1")[-1]["verdict"] == "slower"

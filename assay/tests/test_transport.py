@@ -87,7 +87,7 @@ def test_a_call_alone_is_what_the_interval_is_of(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("runs", [2, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.parametrize("runs", [1, pytest.param(40, marks=pytest.mark.full)])
 def test_a_no_op_that_speeds_up_sending_is_never_faster(runs: int, tmp_path: Path) -> None:
     text = SENDS.format(passes=320)
     words = [run(tmp_path, text, text + QUICK, f"raw{i}")["verdict"]["verdict"] for i in range(runs)]
@@ -98,5 +98,7 @@ def test_a_no_op_that_speeds_up_sending_is_never_faster(runs: int, tmp_path: Pat
 def test_without_the_bound_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
     text = SENDS.format(passes=320)
-    words = [run(tmp_path, text, text + QUICK, f"raw{i}")["verdict"]["verdict"] for i in range(3)]
+    words: list[str] = []
+    while "faster" not in words and len(words) < 3:
+        words.append(run(tmp_path, text, text + QUICK, f"raw{len(words)}")["verdict"]["verdict"])
     assert "faster" in words
