@@ -39,13 +39,14 @@ ARROWS = {  # module -> what of moeyard it may import
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
+    "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "warmup": {"values", "dispatch.table", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "cuda", "reference", "testing"},
+    "testing": {"", "values", "quant", "cuda", "reference", "testing"},
     "integrations": ROOM | {"", "combine", "integrations"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
@@ -57,10 +58,10 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
-    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
-    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm load_experts "
-    "moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align save_experts shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
+    "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
+    "fused_experts grouped_gemm load_experts moe_align_block_size moe_layer moe_lora_align_block_size moe_sum permute "
+    "permute_to_fp8 quantize_experts route route_and_align save_experts shuffle_rows warmup"
 ).split()
 
 

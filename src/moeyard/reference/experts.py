@@ -83,8 +83,8 @@ def fused_experts(
 ) -> Tensor:
     """Every token through its experts, one by one, in float64; rounded once at the end.
 
-    Of quantised weights the values count. Where a scheme quantises activations, a row is rounded to the dtype of the
-    hidden states, then quantised, once before each product.
+    Beside quantised weights a row is rounded to the dtype of the hidden states before each product, then quantised if
+    the scheme says so.
     """
     local = weights.num_local_experts
     matrices = lru_cache(16)(lambda expert: dequantised_expert(weights, expert))
@@ -100,21 +100,17 @@ def fused_experts(
         factor = routing.topk_weights[token, k]
         row = hidden_states[token]
         if apply_router_weight_on_input:
-            row = row.double() * factor.double() if not _quantises(weights) else (row.float() * factor).to(row.dtype)
+            row = row.double() * factor.double() if weights.scheme is None else (row.float() * factor).to(row.dtype)
         w13, w2 = matrices(expert)
         row = w13 @ _operand(row, weights, expert, False)
         if weights.w13_bias is not None:
             row = row + weights.w13_bias[expert].double()
         row = activate(row.unsqueeze(0), activation or Activation(), gated=weights.gated)[0]
-        row = w2 @ _operand(row.to(hidden_states.dtype) if _quantises(weights) else row, weights, expert, True)
+        row = w2 @ _operand(row if weights.scheme is None else row.to(hidden_states.dtype), weights, expert, True)
         if weights.w2_bias is not None:
             row = row + weights.w2_bias[expert].double()
         result[token] += row if apply_router_weight_on_input else row * factor.double()
     return result.to(hidden_states.dtype)
-
-
-def _quantises(weights: ExpertWeights) -> bool:
-    return weights.scheme is not None and weights.scheme.activations != "none"
 
 
 def _operand(row: Tensor, weights: ExpertWeights, expert: int, second: bool) -> Tensor:

@@ -4,6 +4,7 @@ Importing it imports torch and nothing else. `moeyard.testing.interpreted` lets 
 kernels on a CPU; `moeyard.testing.hopper` runs cases of the Hopper kernels in a process of its own.
 """
 
+from moeyard.testing.budgets import Judged, judged_experts
 from moeyard.testing.comparisons import largest_and_rms, layout_difference, no_worse, same_bits
 from moeyard.testing.implementations import CPU, impls_on
 from moeyard.testing.layers import draw_routing, draw_weights, plain_activation, plain_experts, wide_weights
@@ -17,6 +18,7 @@ from moeyard.testing.oracles import (
 )
 from moeyard.testing.outputs import GUARD, POISON, guard_broken, poisoned, poisoned_layout
 from moeyard.testing.processes import SOURCE, python
+from moeyard.testing.quantised import draw_quantised
 from moeyard.testing.routings import ROUTINGS
 
 __all__ = [
@@ -25,12 +27,15 @@ __all__ = [
     "POISON",
     "ROUTINGS",
     "SOURCE",
+    "Judged",
     "disagreement_error",
+    "draw_quantised",
     "draw_routing",
     "draw_weights",
     "fp8_error",
     "guard_broken",
     "impls_on",
+    "judged_experts",
     "largest_and_rms",
     "layout_difference",
     "layout_error",
