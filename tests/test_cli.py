@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import moeyard
-from moeyard.testing import python
+from moeyard.testing import checkpoints, python
 
 TINY = """
 description = "tiny"
@@ -92,6 +92,21 @@ def test_mistakes_are_errors_in_words(arguments: list[str], message: str) -> Non
     done = python("-m", "moeyard", *arguments)
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_inspect_says_what_experts_are(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    for name, layout, words in (
+        ("fp8 channel", "apart", "e4m3 1x*, e4m3 per row (float-quantized, one by one, gate and up apart); 0.0"),
+        ("bfloat16", "stacked fused", "BF16 (unquantised, stacked, gate and up in one, gate first); 0.0"),
+        ("modelopt nvfp4", "w1", "model.safetensors; activations of 4 bits are not quantised"),
+    ):
+        checkpoints.write(tmp_path, checkpoints.FORMS[name], layout)
+        done = python("-m", "moeyard", "inspect", str(tmp_path))
+        start = "model.layers.3.mlp.experts: 3 experts, hidden_size 192, intermediate_size 160; "
+        assert done.returncode == 0 and done.stdout.startswith(start) and words in done.stdout, done.stderr
+    done = python("-m", "moeyard", "inspect", str(tmp_path), "--prefix", "model.experts")
+    assert done.returncode == 2 and "prefix: expected tensors in" in " ".join(done.stderr.split())
 
 
 def test_doctor_and_warmup() -> None:

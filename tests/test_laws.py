@@ -240,6 +240,7 @@ def test_extras_are_declared() -> None:
     declared = {name: {re.split(r"[<>=\[]", line)[0] for line in lines} for name, lines in extras.items()}
     assert [re.split("[<>=]", line)[0] for line in project["dependencies"]] == ["torch"]
     assert declared["cpu"] == {"numba", "numpy"} and declared["cli"] == {"typer", "rich"}
+    assert declared["checkpoints"] == {"compressed-tensors"}
     assert declared["plot"] == {"matplotlib"} and extras["bench"] == ["moeyard[cpu,cli,plot]"]
 
 

@@ -1,4 +1,4 @@
-"""The command line: moeyard bench | doctor | warmup | plot. It needs typer and rich, the extra `cli`."""
+"""The command line: moeyard bench | doctor | inspect | warmup | plot. It needs typer and rich, the extra `cli`."""
 
 import platform
 from pathlib import Path
@@ -15,6 +15,7 @@ import moeyard
 from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, timing, workloads
 from moeyard.bench.operators import Case, Provider, operators
 from moeyard.bench.tables import EXPLAINED, tables
+from moeyard.checkpoints import describe
 from moeyard.dispatch.table import TABLE, explain
 
 app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
@@ -218,6 +219,7 @@ _OPTIONAL = (
     ("cuda.core", "pip install 'moeyard[gpu]'", "the cuda implementations"),
     ("triton", "pip install 'moeyard[gpu]'", "the triton implementations"),
     ("matplotlib", "pip install 'moeyard[plot]'", "moeyard plot"),
+    ("compressed_tensors", "pip install 'moeyard[checkpoints]'", "load_experts checks its configurations with it"),
     ("transformers", "pip install transformers", "its experts as providers of moeyard bench"),
     ("vllm", "install a release that fits this torch", "vLLM as a provider of moeyard bench"),
 )
@@ -233,6 +235,30 @@ def warmup(
         seconds = moeyard.warmup(place)
     for name, spent in seconds.items():
         _console.print(f"{spent * 1e3:8.1f} ms  {name}", highlight=False)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A folder with safetensors files and config.json, or one such file.")],
+    prefix: Annotated[
+        list[str] | None, typer.Option(help="What stands before experts' names; all layers unless given.")
+    ] = None,
+) -> None:
+    """Say what the experts of a checkpoint are: scheme, sizes, files. Reads no weights."""
+    try:
+        prefixes = prefix or describe.prefixes_in(path)
+        if not prefixes:
+            raise _fail(f"PATH: expected a checkpoint with experts, got none in {path}")
+        for name in prefixes:
+            found = describe.describe(path, name)
+            sizes = f"hidden_size {found.hidden_size}, intermediate_size {found.intermediate_size}"
+            what = f"{found.num_experts} experts, {sizes}; {found.scheme} ({found.format}, {found.stored})"
+            files = f"{found.files[0]}{f' and {len(found.files) - 1} more' if len(found.files) > 1 else ''}"
+            note = f"; {found.note}" if found.note else ""
+            line = f"{name}: {what}; {found.gigabytes:.3g} GB in {files}{note}"
+            _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
 
 
 def _fail(message: str) -> typer.Exit:

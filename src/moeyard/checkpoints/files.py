@@ -195,6 +195,11 @@ class Reader:
         if target.is_cpu:
             self._read(span, target)
             return
+        if not self._slots:
+            host = torch.empty(span.size, dtype=torch.uint8)
+            self._read(span, host)
+            target.copy_(host)
+            return
         size = self._slots[0][0].numel()
         for at in range(0, span.size, size):
             slot, copied = self._slots[self._turn]

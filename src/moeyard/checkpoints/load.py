@@ -222,10 +222,10 @@ def _units(
 
 
 def _most(layer: Layer, device: torch.device) -> int:
-    """Bytes that are converted at once: few on the host, where a conversion takes about ten times as many."""
+    """Bytes that are converted at once: few on the host, where a conversion takes several times as many."""
     entries = [roles["weight"] for _, roles in layer.linears]
     largest = max(entry.size // (layer.num_experts if layer.stacked else 1) for entry in entries)
-    return min(READ, largest // 32) if device.type == "cpu" else READ
+    return min(READ, largest // 16) if device.type == "cpu" else READ
 
 
 def _entry_of(layer: Layer, role: str) -> Entry:

@@ -78,6 +78,25 @@ def _in_columns(items: Tensor) -> Tensor:
     return torch.stack([codes[..., AWQ_COLUMNS.index(column)] for column in range(8)], -1).flatten(-2)
 
 
+def _awq(items: Tensor) -> Tensor:
+    """AWQ's words [k, n / 8] -> [n, k / 2] uint8, two codes along k in a byte.
+
+    Words of eight rows are a matrix of 8 x 8 codes. It is transposed in three steps, in which halves, quarters and
+    eighths of words change places (Warren, Hacker's Delight, 7-3). Then whole words are transposed: quicker than bytes.
+    """
+    k, n = items.shape
+    rows = torch.nn.functional.pad(items, (0, 0, 0, -k % 8)).unflatten(0, (-1, 8)).unbind(1)
+    words = [row.clone() for row in rows]
+    for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+        for low in (number for number in range(8) if not number & step):
+            one, two = words[low], words[low + step]
+            swapped = (one >> 4 * step).bitwise_xor_(two).bitwise_and_(mask)
+            two ^= swapped
+            one ^= swapped.bitwise_left_shift_(4 * step)
+    in_columns = torch.stack([words[AWQ_COLUMNS.index(column)] for column in range(8)], -1)
+    return _bytes(in_columns.view(-1, 8 * n).t())[:, : k // 2]
+
+
 PLAIN = Stored(("F32", "F16", "BF16", "F64"))
 TURNED = PLAIN._replace(turned=True, unpack=lambda items: items.t())
 E4M3 = Stored(("F8_E4M3",), raw=True)
@@ -95,7 +114,7 @@ GPTQ = {
     4: Stored(("I32",), per_k=8, turned=True, unpack=lambda items: _bytes(items.t()), per_byte=2),
     8: Stored(("I32",), per_k=4, turned=True, unpack=lambda items: _signed(items.t())),
 }
-AWQ = Stored(("I32",), per_n=8, turned=True, unpack=lambda items: paired(_in_columns(items).t()), per_byte=2)
+AWQ = Stored(("I32",), per_n=8, turned=True, unpack=_awq, per_byte=2)
 
 SCALES = Stored(("F32", "BF16", "F16"))
 EXACT_SCALES = Stored((*SCALES.dtypes, "F8_E8M0"))
