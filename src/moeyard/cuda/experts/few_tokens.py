@@ -121,8 +121,7 @@ def _dense_scales(scales: ExpertScales) -> ExpertScales:
     """Scales whose rows follow each other."""
     if all(tensor is None or tensor.is_contiguous() for tensor in scales.tensors):
         return scales
-    made = (None if tensor is None else tensor.contiguous() for tensor in scales.tensors)
-    return ExpertScales(*made, block_start=scales.block_start)  # type: ignore[arg-type]
+    return scales.moved(lambda tensor: tensor.contiguous())
 
 
 def _prepare(
