@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_few_tokens import H200, MODELS, SMALL, cuobjdump
 
 from moeyard import Activation
 from moeyard.cuda.experts import few_tokens
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
 from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, down_room, few_tokens_are_quicker, few_tokens_plan
+from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.compile import compile_source
 from moeyard.cuda.runtime.sources import SOURCES
 from moeyard.dispatch.call import Call, WeightFacts
@@ -30,11 +30,24 @@ from moeyard.quant import (
     QuantScheme,
     int4_scheme,
 )
+from moeyard.testing.few_tokens import cuobjdump
 
+H200, SMALL = Card(132, 232448, True), Card(84, 101376, True)
+MODELS = {  # top_k, hidden size, intermediate size, gated, experts
+    "Mixtral": (2, 4096, 14336, True, 8),
+    "Qwen3-30B": (8, 2048, 768, True, 128),
+    "DeepSeek-V3": (8, 7168, 2048, True, 256),
+    "gpt-oss-120b": (4, 2880, 2880, True, 128),
+    "Qwen3-Next": (10, 2048, 512, True, 512),
+    "Qwen3-Next / 4": (10, 2048, 128, True, 512),
+    "Qwen3-235B / 8": (8, 4096, 192, True, 128),
+    "not gated": (6, 2688, 1856, False, 128),
+    "odd": (3, 16 * 37, 16 * 131, True, 5),
+    "one word": (1, 16, 16, True, 1),
+}
 SCHEMES = (
     FP8_TENSOR, FP8_TENSOR_STATIC, FP8_CHANNEL, FP8_BLOCK, FP8_WEIGHTS, FP8_BLOCK_WEIGHTS, INT8_CHANNEL, INT8_WEIGHTS
 )  # fmt: skip
-WHOLE = [name for name, (_, hidden, size, _, _) in MODELS.items() if not hidden % 16 and not size % 16]
 
 
 def sizes_of(model: str, tokens: int, scheme: QuantScheme, start: int = 0) -> ExpertSizes:
@@ -42,7 +55,7 @@ def sizes_of(model: str, tokens: int, scheme: QuantScheme, start: int = 0) -> Ex
     return ExpertSizes(tokens, top_k, hidden, size, gated, scheme, start)
 
 
-@pytest.mark.parametrize("model", WHOLE)
+@pytest.mark.parametrize("model", MODELS)
 def test_plans_hold(model: str) -> None:
     for scheme in SCHEMES:
         for tokens in range(1, 33):
@@ -74,7 +87,7 @@ def test_half_the_bytes_may_be_read_twice_as_often() -> None:
         (model, tokens, scheme): few_tokens_are_quicker(
             ExpertSizes(tokens, *MODELS[model][:4], scheme), MODELS[model][4], H200
         )
-        for model in WHOLE
+        for model in MODELS
         for tokens in range(1, 9)
         for scheme in (None, FP8_CHANNEL)
     }
@@ -138,7 +151,10 @@ def compiled(case: tuple, arch: str) -> bytes:  # type: ignore[type-arg]
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{case[0]}; {case[2]}")
 def test_kernels_multiply_codes_and_spill_nothing(case: tuple, tmp_path: Path) -> None:  # type: ignore[type-arg]
     pytest.importorskip("cuda.core")
-    dump, path = cuobjdump(), tmp_path / "kernels.cubin"
+    dump, path = (
+        cuobjdump() or pytest.skip("triton, whose wheel has cuobjdump, is not installed"),
+        tmp_path / "kernels.cubin",
+    )
     path.write_bytes(compiled(case, "sm_90"))
     usage = subprocess.run([dump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from few_tokens_host import CARD, COMPILER, build, launch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, Routing
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
@@ -26,8 +25,10 @@ from moeyard.quant import (
 )
 from moeyard.testing import guard_broken, poisoned
 from moeyard.testing.budgets import judged_experts
+from moeyard.testing.few_tokens import CARD, COMPILER, build, launch
 from moeyard.testing.quantised import draw_quantised
 
+HERE = Path(__file__).parent / "host_few_tokens"
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 SCHEMES = (
     FP8_CHANNEL, FP8_BLOCK, INT8_CHANNEL, FP8_TENSOR, FP8_TENSOR_STATIC, FP8_WEIGHTS, FP8_BLOCK_WEIGHTS, INT8_WEIGHTS,
@@ -93,7 +94,7 @@ def drawn(case: dict[str, Any], scheme: QuantScheme) -> tuple[Any, ...]:
     ids = torch.randint(-1, num_experts + 1, (tokens, top_k), dtype=torch.int64 if case.get("wide") else torch.int32)
     ids[0, 0] = 0  # somebody is held
     rows = torch.randn(tokens, hidden).to(dtype) * torch.exp2(torch.randint(-3, 4, (tokens, 1))).to(dtype)
-    rows[:, -1] *= 8  # the largest magnitude is not among the words of the first warp
+    rows[:, -1] = 4 * rows.abs().amax(1)  # the largest magnitude is not among the words of the first warp
     return rows, Routing(torch.rand(tokens, top_k), ids), weights, num_experts, mapping
 
 
@@ -141,7 +142,7 @@ FEW = [("1 token", scheme) for scheme in SCHEMES] + [("2 tokens, short rings", s
 def test_codes_are_multiplied_by_the_rule(name: str, scheme: QuantScheme, tmp_path: Path) -> None:
     assert refusal_of("cuda (few tokens)", scheme) is None
     case, defines = prepared(name, scheme)
-    library = build(tmp_path, defines)
+    library = build(HERE, tmp_path, defines)
     for at_once in (True, False):
         assert wrong(library, case, at_once, drawn(case, scheme)) is None
     rows, *rest = given = drawn(case, scheme)
@@ -193,7 +194,7 @@ MUTANTS: dict[str, tuple[QuantScheme, str, tuple[str, str]]] = {
 def test_wrong_kernels_are_found(mutant: str, tmp_path: Path) -> None:
     scheme, name, change = MUTANTS[mutant]
     case, defines = prepared(name, scheme)
-    library = build(tmp_path, defines, change)
+    library = build(HERE, tmp_path, defines, change)
     rows, *rest = drawn(case, scheme)
     strange = rows.clone()
     strange[0, 0] = torch.nan

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from few_tokens_host import CARD, COMPILER, build, launch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
 from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, down_room, few_tokens_plan
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.testing import draw_weights, guard_broken, no_worse, plain_experts, poisoned, wide_weights
+from moeyard.testing.few_tokens import CARD, COMPILER, build, launch
 
+HERE = Path(__file__).parent / "host_few_tokens"
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 
@@ -107,7 +108,7 @@ def right(
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_experts_and_end(name: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared(name)
-    library = build(tmp_path, defines)
+    library = build(HERE, tmp_path, defines)
     for at_once in (True, False):
         assert computed(library, case, at_once) is None
 
@@ -129,6 +130,6 @@ MUTANTS = {
 )
 def test_wrong_kernels_are_found(mutant: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared("short rings")
-    library = build(tmp_path, defines, MUTANTS[mutant])
+    library = build(HERE, tmp_path, defines, MUTANTS[mutant])
     found = [computed(library, case, at_once) for at_once in (True, False) for _ in range(2)]
     assert any(found), "at least one way of delivering copies shows it"

@@ -20,8 +20,9 @@ void multiply_tile(float (&sums)[4], const u32 (&a)[2], const u32 (&b)[2], u32 x
     for (u32 t = 0; t < 4; ++t) {
       const Fragments &of_row = lanes[row * 4 + t], &of_column = lanes[(column + i % 2) * 4 + t];
       for (u32 k = 0; k < 4; ++k) {
-        const u32 first = (i < 2 ? of_row.a : of_row.b)[k / 2], second = of_column.x[k / 2];
-        sum += static_cast<double>(widen<KIND>(first >> k % 2 * 16 & 0xffff)) * widen<KIND>(second >> k % 2 * 16 & 0xffff);
+        const u32 first = (i < 2 ? of_row.a : of_row.b)[k / 2] >> k % 2 * 16 & 0xffff;
+        const u32 second = of_column.x[k / 2] >> k % 2 * 16 & 0xffff;
+        sum += static_cast<double>(widen<KIND>(first)) * widen<KIND>(second);
       }
     }
     sums[i] = static_cast<float>(sum);

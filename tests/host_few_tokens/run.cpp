@@ -123,15 +123,15 @@ i64 sizes[7];
 
 void run_up() {
   few_tokens_up_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
-                   static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
-                   GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                   sizes[6]);
+                       static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
+                       GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                       sizes[5], sizes[6]);
 }
 
 void run_down() {
   few_tokens_down_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
-                     static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
-                     GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2]);
+                         static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
+                         GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2]);
 }
 
 }  // namespace

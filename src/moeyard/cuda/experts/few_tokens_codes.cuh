@@ -109,7 +109,7 @@ __device__ __forceinline__ u32 largest_of_word(const uint4& word) {
 // `maxima` are words for WARPS times `count`. USUAL: how many rows there mostly are.
 template <class Scales, u32 WORDS, u32 USUAL, bool WEIGHTED, typename FactorOf>
 __device__ __forceinline__ void quantise_rows(uint4* rows, u32 count, float* scales, u32* maxima, FactorOf factor_of) {
-  constexpr u32 SHARE = WARPS / USUAL ? WARPS / USUAL : 1, TEAMS = WARPS / SHARE;  // warps that have a row, and such teams
+  constexpr u32 SHARE = WARPS / USUAL ? WARPS / USUAL : 1, TEAMS = WARPS / SHARE;  // teams of SHARE warps have a row
   constexpr bool MEASURED = X_CODE != NO_CODE && !X_GROUP && (!X_STATIC || X_CODE == INT8);
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, member = warp % SHARE, team = warp / SHARE;
   const u32 first = team < TEAMS ? team : count;
@@ -179,8 +179,8 @@ __device__ __forceinline__ void quantise_rows(uint4* rows, u32 count, float* sca
   }
 }
 
-// The sums of COUNT rows of codes, as far as a lane has them. Rows are multiplied by tensor cores, two at a time: lanes
-// stay with the words that they read, and the sums stand on a diagonal (mma.cuh). Bytes by bytes are summed as integers.
+// The sums of COUNT rows of codes, as far as a lane has them. Tensor cores multiply two rows at a time: lanes stay with
+// the words that they read, and the sums stand on a diagonal (mma.cuh). Bytes by bytes are summed as integers.
 template <class Scales, u32 COUNT>
 struct CodeSums {
   static constexpr bool BYTES = X_CODE == INT8;

@@ -1,11 +1,12 @@
-"""Builds and runs the kernels of few_tokens.cu lane by lane on a host, for tests of 16-bit weights and of codes.
+"""The kernels of few_tokens.cu without a GPU: built for a host, lane by lane, or as machine code to look at.
 
-A C++ compiler builds the very source with headers of `host_few_tokens` in place of those that hold machine
+A C++ compiler builds the very source with other headers, from a folder, in place of those that hold machine
 instructions. Copies into shared memory arrive at once, which shows who overwrites what is still read, or as late as
 somebody waits for them, which shows who does not wait.
 """
 
 import ctypes
+import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,20 +17,24 @@ import torch
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
 
-HERE, TEXTS = Path(__file__).parent / "host_few_tokens", SOURCES | HEADERS
 CARD = Card(4, 232448, True)
+"""What kernels on a host are planned for."""
 COMPILER = shutil.which("g++")
+_TEXTS = SOURCES | HEADERS
+_NAMES = ("few_tokens.cu", "few_tokens.cuh", "few_tokens_codes.cuh", "activation.cuh", "codes.cuh")
 
 
-def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
-    """The kernels as a library of the host, `change` of their source made first."""
-    for name in ("few_tokens.cu", "few_tokens.cuh", "few_tokens_codes.cuh", "activation.cuh", "codes.cuh"):
-        text = TEXTS[name]
+def build(
+    headers: Path, folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None
+) -> Any:
+    """The kernels as a library of the host in `folder`, with `headers`, and `change` of their source made first."""
+    for name in _NAMES:
+        text = _TEXTS[name]
         if change is not None and change[0] in text:
             text, change = text.replace(*change), None
         (folder / name).write_text(text)
     assert change is None, "the source has what is to be changed"
-    for path in HERE.iterdir():
+    for path in headers.iterdir():
         shutil.copy(path, folder)
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines)]
     done = subprocess.run(
@@ -54,3 +59,10 @@ def launch(
     numbers = (ctypes.c_int64 * 7)(*sizes, *(0,) * (7 - len(sizes)))
     failure = library.run(int(second), blocks, int(at_once), torch.initial_seed() % 2**31, pointers, numbers)
     return None if failure is None else failure.decode()
+
+
+def cuobjdump() -> str | None:
+    """NVIDIA's disassembler in Triton's wheel; None where that is not installed."""
+    spec = importlib.util.find_spec("triton")
+    path = Path(spec.origin or "").parent / "backends/nvidia/bin/cuobjdump" if spec else Path()
+    return str(path) if path.is_file() else None
