@@ -1,6 +1,5 @@
 """The experts of a few tokens, without a GPU: plans, who copies what and in which order, what the compiler makes."""
 
-import importlib.util
 import random
 import re
 import subprocess
@@ -23,6 +22,7 @@ from moeyard.cuda.experts.few_tokens_plan import (
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
+from moeyard.testing.few_tokens import cuobjdump
 
 H200, SMALL = Card(132, 232448, True), Card(84, 101376, True)
 MODELS = {  # top_k, hidden size, intermediate size, gated, experts
@@ -218,20 +218,15 @@ def compiled(case: tuple, arch: str, card: Card = H200) -> bytes | None:  # type
     return building.compile_source(text, defines, arch)
 
 
-def cuobjdump() -> str:
-    spec = importlib.util.find_spec("triton")
-    path = Path(spec.origin or "").parent / "backends/nvidia/bin/cuobjdump" if spec else Path()
-    if not path.is_file():
-        pytest.skip("triton, whose wheel has cuobjdump, is not installed")
-    return str(path)
-
-
 @pytest.mark.parametrize("case", COMPILED, ids=lambda case: case[0])
 def test_kernels_compile_to_bulk_copies_and_spill_nothing(case: tuple, tmp_path: Path) -> None:  # type: ignore[type-arg]
     pytest.importorskip("cuda.core")
     code = compiled(case, "sm_90")
     assert code is not None
-    dump, path = cuobjdump(), tmp_path / "kernels.cubin"
+    dump, path = (
+        cuobjdump() or pytest.skip("triton, whose wheel has cuobjdump, is not installed"),
+        tmp_path / "kernels.cubin",
+    )
     path.write_bytes(code)
     usage = subprocess.run([dump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     found = re.findall(r"Function (\w+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)

@@ -1,13 +1,5 @@
-"""The kernels of few_tokens.cu, lane by lane on a host: what they compute, and that nobody waits for ever.
+"""The kernels of few_tokens.cu, lane by lane on a host: what they compute, and that nobody waits for ever."""
 
-A C++ compiler builds the very source with headers of `host_few_tokens` in place of those that hold machine
-instructions. Copies into shared memory arrive at once, which shows who overwrites what is still read, or as late as
-somebody waits for them, which shows who does not wait.
-"""
-
-import ctypes
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,49 +10,12 @@ import torch
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
 from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, down_room, few_tokens_plan
-from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
-from moeyard.cuda.runtime.sources import HEADERS, SOURCES
 from moeyard.testing import draw_weights, guard_broken, no_worse, plain_experts, poisoned, wide_weights
+from moeyard.testing.few_tokens import CARD, COMPILER, build, launch
 
-HERE, TEXTS = Path(__file__).parent / "host_few_tokens", SOURCES | HEADERS
-CARD = Card(4, 232448, True)
-COMPILER = shutil.which("g++")
+HERE = Path(__file__).parent / "host_few_tokens"
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
-
-
-def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
-    """The kernels as a library of the host, `change` of their source made first."""
-    for name in ("few_tokens.cu", "few_tokens.cuh", "activation.cuh"):
-        text = TEXTS[name]
-        if change is not None and change[0] in text:
-            text, change = text.replace(*change), None
-        (folder / name).write_text(text)
-    assert change is None, "the source has what is to be changed"
-    for path in HERE.iterdir():
-        shutil.copy(path, folder)
-    options = ["-std=c++20", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines)]
-    done = subprocess.run(
-        [str(COMPILER), *options, "-o", "kernels.so", "run.cpp"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[:3000]
-    library = ctypes.CDLL(str(folder / "kernels.so"))
-    library.run.restype = ctypes.c_char_p
-    return library
-
-
-def launch(
-    library: Any, second: bool, blocks: int, at_once: bool, tensors: list[torch.Tensor | None], *sizes: int
-) -> str | None:
-    """One launch; what went wrong, or None."""
-    pointers = (ctypes.c_void_p * 7)(*(0 if t is None else t.data_ptr() for t in tensors))
-    numbers = (ctypes.c_int64 * 7)(*sizes, *(0,) * (7 - len(sizes)))
-    failure = library.run(int(second), blocks, int(at_once), torch.initial_seed() % 2**31, pointers, numbers)
-    return None if failure is None else failure.decode()
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -153,7 +108,7 @@ def right(
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_compute_experts_and_end(name: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared(name)
-    library = build(tmp_path, defines)
+    library = build(HERE, tmp_path, defines)
     for at_once in (True, False):
         assert computed(library, case, at_once) is None
 
@@ -175,6 +130,6 @@ MUTANTS = {
 )
 def test_wrong_kernels_are_found(mutant: str, tmp_path: Path) -> None:
     case, _, _, defines = prepared("short rings")
-    library = build(tmp_path, defines, MUTANTS[mutant])
+    library = build(HERE, tmp_path, defines, MUTANTS[mutant])
     found = [computed(library, case, at_once) for at_once in (True, False) for _ in range(2)]
     assert any(found), "at least one way of delivering copies shows it"

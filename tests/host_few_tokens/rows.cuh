@@ -22,10 +22,14 @@ typedef long long i64;
 
 constexpr u32 ALL = 0xffffffffu;
 constexpr int FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
+using std::max;
 using std::min;
 
 struct Index {
   u32 x;
+};
+struct alignas(8) uint2 {
+  u32 x, y;
 };
 struct alignas(16) uint4 {
   u32 x, y, z, w;
@@ -43,6 +47,8 @@ inline int __popc(u32 mask) { return __builtin_popcount(mask); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1.0f / x; }
 
 inline float __uint_as_float(u32 bits) {
   float value;
@@ -54,6 +60,27 @@ inline u32 __float_as_uint(float value) {
   u32 bits;
   std::memcpy(&bits, &value, 4);
   return bits;
+}
+
+inline float __int_as_float(int bits) { return __uint_as_float(bits); }
+
+// To nearest, ties to even; saturated; 0 of NaN.
+inline int __float2int_rn(float value) {
+  if (value != value) return 0;
+  if (value >= 2147483648.0f) return 0x7fffffff;
+  return value < -2147483648.0f ? -0x7fffffff - 1 : static_cast<int>(std::nearbyint(value));
+}
+
+inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+  const u64 bytes = static_cast<u64>(high) << 32 | low;
+  u32 picked = 0;
+  for (int i = 0; i < 4; ++i) picked |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return picked;
+}
+
+inline int __dp4a(int a, int b, int sum) {
+  for (int i = 0; i < 32; i += 8) sum += static_cast<signed char>(a >> i) * static_cast<signed char>(b >> i);
+  return sum;
 }
 
 template <typename T>
@@ -81,6 +108,15 @@ inline float __shfl_xor_sync(u32, float value, int step) {
   return __uint_as_float(exchange(__float_as_uint(value), [=](const u32* words) { return words[other]; }));
 }
 
+inline u32 __shfl_xor_sync(u32, u32 value, u32 step) {
+  const u32 other = lane_id() ^ step;
+  return exchange(value, [=](const u32* words) { return words[other]; });
+}
+
+inline u32 __reduce_max_sync(u32, u32 value) {
+  return exchange(value, [](const u32* words) { return *std::max_element(words, words + 32); });
+}
+
 inline u32 __ballot_sync(u32, bool vote) {
   return exchange(vote, [](const u32* words) {
     u32 mask = 0;
@@ -91,6 +127,7 @@ inline u32 __ballot_sync(u32, bool vote) {
 
 template <int KIND>
 float widen(u32 bits) {
+  if (KIND == FLOAT32) return __uint_as_float(bits);
   if (KIND == BFLOAT16) return __uint_as_float(bits << 16);
   const u16 half = bits;
   _Float16 value;

@@ -10,6 +10,7 @@
 Index threadIdx, blockIdx, gridDim;
 alignas(128) u8 shared[1 << 18];
 u32 words_of_lanes[32][32];
+Fragments fragments[32][32];
 
 namespace {
 
@@ -112,20 +113,25 @@ void run_block() {
   }
 }
 
-void* pointers[7];
+void* pointers[9];
 i64 sizes[7];
+#if QUANTISED_WEIGHTS
+#define GIVEN pointers[7], static_cast<float*>(pointers[8]),
+#else
+#define GIVEN
+#endif
 
 void run_up() {
   few_tokens_up_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
-                   static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
-                   static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
-                   sizes[6]);
+                       static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
+                       GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                       sizes[5], sizes[6]);
 }
 
 void run_down() {
   few_tokens_down_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
-                     static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
-                     static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2]);
+                         static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
+                         GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2]);
 }
 
 }  // namespace
@@ -173,7 +179,7 @@ void await_bytes(u32 address, u32 parity) {
 
 // Null, or what went wrong.
 extern "C" const char* run(int second, u32 blocks, int at_once_, u32 seed, void** pointers_, i64* sizes_) {
-  std::copy(pointers_, pointers_ + 7, pointers);
+  std::copy(pointers_, pointers_ + 9, pointers);
   std::copy(sizes_, sizes_ + 7, sizes);
   body = second ? run_down : run_up;
   threads = THREADS;

@@ -23,8 +23,16 @@ def _coded(scheme: QuantScheme) -> bool:
     return codes and scheme.scales == "float" and not scheme.global_scales and (of_rows or of_blocks)
 
 
+def _eight_bits(scheme: QuantScheme) -> bool:
+    """Codes of 8 bits with scales per matrix, per row or per 128 x 128, and rows of 16 bits or of the code."""
+    rows = scheme.activations in ("none", scheme.weights) and scheme.activation_group in (0, 128)
+    plain = scheme.weights in ("e4m3", "int8") and scheme.scales == "float" and not scheme.global_scales
+    return plain and rows and scheme.block in ((0, 0), (1, 0), (128, 128))
+
+
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cuda (products)": _coded,
+    "cuda (few tokens)": _eight_bits,
     "torch": _known,
     "reference": _every,
 }

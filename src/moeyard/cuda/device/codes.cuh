@@ -87,7 +87,8 @@ __device__ __forceinline__ void halves_of_e4m3(u32 codes, u32& low, u32& high) {
 
 // Two float16 as two bfloat16, which have bits for all of them: of values that codes have.
 __device__ __forceinline__ u32 bfloats_of_halves(u32 pair) {
-  return __byte_perm(__float_as_uint(widen<FLOAT16>(pair & 0xffff)), __float_as_uint(widen<FLOAT16>(pair >> 16)), 0x7632);
+  const float low = widen<FLOAT16>(pair & 0xffff), high = widen<FLOAT16>(pair >> 16);
+  return __byte_perm(__float_as_uint(low), __float_as_uint(high), 0x7632);
 }
 
 __device__ __forceinline__ u32 subtract_bfloats(u32 a, u32 b) {

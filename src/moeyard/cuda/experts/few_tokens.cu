@@ -23,9 +23,9 @@
 // before it: so `down` finds ids and factors without waiting.
 
 // Weights of 8 bits (few_tokens_codes.cuh) have the same rings. A block holds the rows of its own units alone and
-// quantises them where they lie, once; their scales and those of its weights are in shared memory, too. Two rows of
-// 8 bytes a lane take 13 instructions: 3 loads, 8 to widen to float16, 2 products of the tensor cores, which are
-// there to save instructions. Those are as many values as the 44 of 16-bit weights have.
+// quantises them where they lie, once; their scales and those of its weights are in shared memory, too. 8 bytes of gate
+// and of up take 18 instructions as compiled (3 loads, 8 to widen to float16, 2 products of tensor cores, which are
+// there to save instructions, the rest of the loop), so 34 KB a microsecond are 1200 instructions of a warp.
 
 #include "few_tokens_codes.cuh"
 
@@ -54,8 +54,8 @@ static_assert(!IN_PARTS || UP_PIECES == 1 || UP_SEGMENT % 4 == 0, "segments begi
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
     const void* ids, const int* expert_map, const float* topk_weights, const u8* hidden_states, const u8* w13,
-    const u16* bias, SCALE_PARAMETERS u16* act, i64 num_experts, i64 num_local, i64 token_stride, i64 expert_stride, i64 alpha, i64 beta,
-    i64 limit) {
+    const u16* bias, SCALE_PARAMETERS u16* act, i64 num_experts, i64 num_local, i64 token_stride, i64 expert_stride,
+    i64 alpha, i64 beta, i64 limit) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   u8* vectors = shared + UP_RING;
@@ -122,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
   for (u32 slot = 0; slot < UP_STAGES; ++slot) fill(slot);
 
   const GivenScales given = {GIVEN_SCALES};
-  float* scales = reinterpret_cast<float*>(vectors_here + 1 + WARPS * UP_STAGES);  // of rows of scales from first_row on
+  float* scales = reinterpret_cast<float*>(vectors_here + 1 + WARPS * UP_STAGES);  // of rows from first_row on
   float* x_scales = scales + UP_SCALES;
   const u32 first_row = first_place * UpScales::ROWS + UpScales::row_of(first % SIZE);
   if constexpr (QUANTISED) {
@@ -141,8 +141,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
     await_bytes(shared_address(vectors_here), 0);  // all warps do, so that no block ends before its copies
   }
   if constexpr (QUANTISED && (X_CODE != NO_CODE || INPUT_IS_WEIGHTED)) {
+    u32* maxima = reinterpret_cast<u32*>(x_scales + UP_HELD * UpScales::GROUPS);
     quantise_rows<UpScales, HIDDEN_WORDS, 1, INPUT_IS_WEIGHTED>(
-        reinterpret_cast<uint4*>(vectors), held, x_scales, reinterpret_cast<u32*>(x_scales + UP_HELD * UpScales::GROUPS),
+        reinterpret_cast<uint4*>(vectors), held, x_scales, maxima,
         [&](u32 v) { return routes.factor[first_place + v]; });
   }
   const Curve curve = {__uint_as_float(alpha), __uint_as_float(beta), __uint_as_float(limit)};
@@ -357,8 +358,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
         const uint4* words = reinterpret_cast<const uint4*>(ring + slot * DOWN_SLOT);
         const u32 held = words_of<SIZE_WORDS, DOWN_SEGMENT>(piece);
         if constexpr (QUANTISED) {
-          code_sums.template add<SIZE_WORDS, DOWN_SEGMENT, 0>(reinterpret_cast<const uint2*>(words), x_words + piece * DOWN_SEGMENT,
-                                                  held, piece * DOWN_SEGMENT, own_scales, own_x_scales);
+          code_sums.template add<SIZE_WORDS, DOWN_SEGMENT, 0>(reinterpret_cast<const uint2*>(words),
+                                                              x_words + piece * DOWN_SEGMENT, held,
+                                                              piece * DOWN_SEGMENT, own_scales, own_x_scales);
         }
 #pragma unroll
         for (u32 i = 0; !QUANTISED && i < DOWN_SEGMENT; i += 32) {

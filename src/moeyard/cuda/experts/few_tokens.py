@@ -83,7 +83,9 @@ def fused_experts_launch(
     if expert_map is not None:
         expert_map = expert_map.contiguous()
         mapping = expert_map.data_ptr()
-    scales, more_up, more_down, itemsize = weights.scales, (), (), 2
+    more_up: tuple[int, ...] = ()
+    more_down: tuple[int, ...] = ()
+    scales, itemsize = weights.scales, 2
     if scales is not None:
         scales, itemsize = _dense_scales(scales), 1
         more_up = (scales.w13.data_ptr(), 0 if scales.w13_input is None else scales.w13_input.data_ptr())
@@ -121,8 +123,7 @@ def _dense_scales(scales: ExpertScales) -> ExpertScales:
     """Scales whose rows follow each other."""
     if all(tensor is None or tensor.is_contiguous() for tensor in scales.tensors):
         return scales
-    made = (None if tensor is None else tensor.contiguous() for tensor in scales.tensors)
-    return ExpertScales(*made, block_start=scales.block_start)  # type: ignore[arg-type]
+    return scales.moved(lambda tensor: tensor.contiguous())
 
 
 def _prepare(

@@ -19,7 +19,7 @@ static_assert((COLUMNS_A_SCALE == 0 || COLUMNS_A_SCALE == 128) && (X_GROUP == 0 
 static_assert(BLOCK_START % 8 == 0, "parts begin with words");
 
 __device__ constexpr u32 least(u32 a, u32 b) { return a < b ? a : b; }
-__device__ constexpr u32 parts(u32 size, u32 part) { return part ? (size + part - 1) / part : 1; }
+__device__ constexpr u32 parts(u32 size, u32 part) { return part ? (size + part - 1) / part : 1; }  // 0: whole
 
 // Units of a block at most, and how many runs of `run` units those touch, of `runs` in all.
 __device__ constexpr u32 units_of_block(u32 total) { return (total + GRID - 1) / GRID; }
@@ -28,18 +28,19 @@ __device__ constexpr u32 touched(u32 units, u32 run, u32 runs) { return least(ru
 // The scales of a matrix of HEIGHT rows and WIDTH columns.
 template <u32 HEIGHT, u32 WIDTH, u32 FIRST_ROW, u32 FIRST_COLUMN>
 struct Scales {
-  static constexpr u32 ROWS = parts(FIRST_ROW + HEIGHT, ROWS_A_SCALE);
+  static constexpr u32 SHARE = ROWS_A_SCALE ? ROWS_A_SCALE : 1, START = FIRST_ROW % SHARE;
+  static constexpr u32 ROWS = parts(START + HEIGHT, ROWS_A_SCALE);
   static constexpr u32 COLUMNS = parts(FIRST_COLUMN + WIDTH, COLUMNS_A_SCALE);
   static constexpr u32 GROUPS = parts(FIRST_COLUMN + WIDTH, X_GROUP);  // of a row that it is multiplied by
   static constexpr u32 FIRST_WORD = IN_PARTS ? FIRST_COLUMN / 8 : 0;
   static constexpr u32 SHIFT = FIRST_WORD % 4;  // lanes that have nothing at first, so that four never share two parts
 
   static __device__ __forceinline__ u32 row_of(u32 row) {
-    return ROWS_A_SCALE ? (FIRST_ROW + row) / parts(ROWS_A_SCALE, 1) : 0;
+    return ROWS_A_SCALE ? (START + row) / SHARE : 0;
   }
   // Rows of scales that `rows` weight rows of so many matrices touch at most.
   static __device__ constexpr u32 rows_held(u32 rows, u32 matrices) {
-    return ROWS_A_SCALE == 0 ? matrices : ROWS_A_SCALE == 1 ? rows : rows / parts(ROWS_A_SCALE, 1) + 2 * matrices;
+    return ROWS_A_SCALE == 0 ? matrices : ROWS_A_SCALE == 1 ? rows : rows / SHARE + 2 * matrices;
   }
 };
 
@@ -64,6 +65,11 @@ __device__ __forceinline__ void load_static_scales(float* to, const float* scale
   if (X_STATIC && threadIdx.x < count) to[threadIdx.x] = __ldcg(scales + experts[threadIdx.x]);
 }
 
+// A value times the router's weight, rounded as a row of its own would be.
+__device__ __forceinline__ float weighted(float value, float factor) {
+  return widen<KIND_OF_ROWS>(narrow_pair<KIND_OF_ROWS>(value * factor, 0.0f));
+}
+
 // Eight values of a row as products take them: pairs of 16-bit floats (of e4m3 the values of codes), or eight bytes.
 template <bool WEIGHTED>
 __device__ __forceinline__ uint4 quantised(const uint4& word, float factor, float scale, float inverse) {
@@ -72,7 +78,7 @@ __device__ __forceinline__ uint4 quantised(const uint4& word, float factor, floa
   widen_word(word, value);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    if constexpr (WEIGHTED) value[i] *= factor;
+    if constexpr (WEIGHTED) value[i] = weighted(value[i], factor);
     if constexpr (X_CODE != NO_CODE) {
       value[i] = X_STATIC ? __fdiv_rn(value[i], scale) : quotient(value[i], scale, inverse);
     }
@@ -103,15 +109,19 @@ __device__ __forceinline__ u32 largest_of_word(const uint4& word) {
 // `maxima` are words for WARPS times `count`. USUAL: how many rows there mostly are.
 template <class Scales, u32 WORDS, u32 USUAL, bool WEIGHTED, typename FactorOf>
 __device__ __forceinline__ void quantise_rows(uint4* rows, u32 count, float* scales, u32* maxima, FactorOf factor_of) {
-  constexpr u32 SHARE = WARPS / USUAL ? WARPS / USUAL : 1, TEAMS = WARPS / SHARE;  // warps that have a row, and such teams
+  constexpr u32 SHARE = WARPS / USUAL ? WARPS / USUAL : 1, TEAMS = WARPS / SHARE;  // teams of SHARE warps have a row
   constexpr bool MEASURED = X_CODE != NO_CODE && !X_GROUP && (!X_STATIC || X_CODE == INT8);
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5, member = warp % SHARE, team = warp / SHARE;
   const u32 first = team < TEAMS ? team : count;
+  auto magnitude = [](u32 largest, float factor) {
+    const float value = widen<KIND_OF_ROWS>(largest);
+    return WEIGHTED ? weighted(value, fabsf(factor)) : value;
+  };
   auto magnitude_of = [&](u32 v) {
     u32 largest = 0;
 #pragma unroll
     for (u32 i = 0; i < SHARE; ++i) largest = max(largest, maxima[v * SHARE + i]);
-    return widen<KIND_OF_ROWS>(largest) * (WEIGHTED ? fabsf(factor_of(v)) : 1.0f);
+    return magnitude(largest, WEIGHTED ? factor_of(v) : 1.0f);
   };
 
   if constexpr (MEASURED) {
@@ -140,7 +150,7 @@ __device__ __forceinline__ void quantise_rows(uint4* rows, u32 count, float* sca
         u32 largest = largest_of_word(word);
 #pragma unroll
         for (u32 step = 1; step < GROUP_WORDS; step *= 2) largest = max(largest, __shfl_xor_sync(ALL, largest, step));
-        const float scale = scale_of_magnitude<X_CODE>(widen<KIND_OF_ROWS>(largest) * (WEIGHTED ? fabsf(factor) : 1.0f));
+        const float scale = scale_of_magnitude<X_CODE>(magnitude(largest, factor));
         if (here) row[w - FIRST] = quantised<WEIGHTED>(word, factor, scale, __frcp_rn(scale));
         if (lane % GROUP_WORDS == 0 && w / GROUP_WORDS < Scales::GROUPS) {
           scales[v * Scales::GROUPS + w / GROUP_WORDS] = scale;
@@ -162,15 +172,15 @@ __device__ __forceinline__ void quantise_rows(uint4* rows, u32 count, float* sca
   if constexpr (MEASURED && X_STATIC) {  // no byte is NaN: the scale is, where the row has one
 #pragma unroll 1
     for (u32 v = threadIdx.x; v < count; v += THREADS) {
-      const float magnitude = magnitude_of(v);
-      if (magnitude != magnitude) scales[v] = magnitude;
+      const float largest = magnitude_of(v);
+      if (largest != largest) scales[v] = largest;
     }
     __syncthreads();
   }
 }
 
-// The sums of COUNT rows of codes, as far as a lane has them. Rows are multiplied by tensor cores, two at a time: lanes
-// stay with the words that they read, and the sums stand on a diagonal (mma.cuh). Bytes by bytes are summed as integers.
+// The sums of COUNT rows of codes, as far as a lane has them. Tensor cores multiply two rows at a time: lanes stay with
+// the words that they read, and the sums stand on a diagonal (mma.cuh). Bytes by bytes are summed as integers.
 template <class Scales, u32 COUNT>
 struct CodeSums {
   static constexpr bool BYTES = X_CODE == INT8;
