@@ -16,6 +16,7 @@ def _every(_: QuantScheme) -> bool:
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
+    "cpu": _known,
     "torch": _known,
     "reference": _every,
 }
