@@ -31,6 +31,7 @@ def _eight_bits(scheme: QuantScheme) -> bool:
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
+    "cpu": _known,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
     "torch": _known,
