@@ -3,14 +3,17 @@
 #   TORCH    the torch to install, as arguments of pip install. Empty keeps what is there.
 #   PYTHON   the interpreter that makes .venv (3.11 or newer)
 #   OUT      folder that `make gpu` writes its results to
+#   ASSAY_AGENTS  folder that `make agents` installs published agents in, each in an environment of its own
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 OUT ?= build/gpu
+ASSAY_AGENTS ?= $(HOME)/.cache/assay/agents
+export ASSAY_AGENTS
 BIN := .venv/bin
 RUN = timeout --kill-after=15
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint docs bench-cpu gpu clean
+.PHONY: help demo agents test test-full lint docs bench-cpu gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,7 +22,7 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON: expected 3.11 or newer, got " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH),$(BIN)/python -m pip install --quiet $(TORCH))
-	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable './assay[judge]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]' --editable './assay[agents]'
 	touch $@
 
 demo: .venv/ready ## run the seed workload and print a table
@@ -28,7 +31,19 @@ demo: .venv/ready ## run the seed workload and print a table
 test: .venv/ready ## every test this machine can run, 12 minutes on two cores; ended after 20
 	$(RUN) 1200 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
 
-test-full: .venv/ready ## the longer tests too
+# What cannot be installed is left out with a word, and its tests skip.
+agents: ## install published command-line agents, which longer tests run
+	for name in mini-swe-agent aider-chat; do \
+		test -x '$(ASSAY_AGENTS)'/$$name/bin/python || { $(PYTHON) -m venv '$(ASSAY_AGENTS)'/$$name && \
+		'$(ASSAY_AGENTS)'/$$name/bin/python -m pip install --quiet $$name; } || \
+		{ rm -rf '$(ASSAY_AGENTS)'/$$name; echo "not installed: $$name"; }; done
+	test -x '$(ASSAY_AGENTS)'/openhands/bin/openhands || { python3.12 -m venv '$(ASSAY_AGENTS)'/openhands && \
+		'$(ASSAY_AGENTS)'/openhands/bin/python -m pip install --quiet openhands; } || \
+		{ rm -rf '$(ASSAY_AGENTS)'/openhands; echo 'not installed: openhands, which needs python3.12'; }
+	npm install --prefix '$(ASSAY_AGENTS)/npm' --no-audit --no-fund @anthropic-ai/claude-code @openai/codex \
+		@google/gemini-cli || echo 'not installed: agents of npm'
+
+test-full: .venv/ready agents ## the longer tests too, with published agents
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/ready ## ruff and strict mypy

@@ -27,7 +27,7 @@ _DECODE: dict[str, dict[str, Any]] = {
     "4 warps, 48 KB": {"warps": 4, "ring_bytes": 48 << 10},
     "4 warps, 32 KB": {"warps": 4, "ring_bytes": 32 << 10},
 }
-"""Label -> keyword arguments of `few_tokens_plan` of moeyard.cuda.experts.plan."""
+"""Label -> keyword arguments of `few_tokens_plan` of moeyard.cuda.experts.few_tokens_plan."""
 
 
 def decode(case: Case) -> Runs:

@@ -20,7 +20,8 @@ import torch
 from moeyard.cuda.align.launchers import align_defines
 from moeyard.cuda.align.plan import AlignPlan, align_plan
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
-from moeyard.cuda.experts.plan import ExpertSizes, Way, few_tokens_plan, product_plan
+from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, few_tokens_plan
+from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.route.launchers import router_defines
 from moeyard.cuda.route.plan import route_align_plan, router_plan

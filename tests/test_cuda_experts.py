@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,13 +17,15 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
-from moeyard.cuda.experts.plan import ProductPlan, expected_routes, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts.plan import ProductPlan, product_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
 from moeyard.cuda.runtime.tensor_map import weight_boxes
 from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.sizes import expected_routes
+from moeyard.values import Segments
 
 H200 = Card(132, 232448, True)
 MODELS = {  # hidden, intermediate, experts, top_k
@@ -173,6 +176,32 @@ def test_plans_take_the_routes_that_come_to_this_rank(
             assert alone.stages - chosen.stages in (0, 1), "the table has room for all experts"
             assert chosen.grid >= alone.grid, "blocks for all tiles that may come"
     assert expected_routes(0, local, experts) == 0
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["by segment", "by route"])
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_a_product_alone_plans_for_the_rows_of_this_rank(
+    ranks: int, routed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4096 tokens of DeepSeek-V3 under expert parallelism: 128 rows per expert here, whoever counts all routes."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(launches, "_product", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(launches, "_turns", lambda _device: 0)
+    monkeypatch.setattr(launches, "shuffle_rows_launch", lambda *_, **__: None)
+    local, routes = 256 // ranks, 32768
+    counts = torch.full((local,), routes // 256, dtype=torch.int32)
+    firsts = (counts.cumsum(0) - counts).long()
+    slots = torch.arange(routes, dtype=torch.int32) if routed else None
+    rows, weight = torch.zeros(routes, 16, dtype=torch.bfloat16), torch.zeros(local, 2048, 16, dtype=torch.bfloat16)
+    out = torch.empty(routes, 2048, dtype=torch.bfloat16)
+    for known in (256, 0):
+        segments = Segments(firsts, counts, slots, 1, known)
+        launches.grouped_gemm_launch(rows, weight, None, None, segments, out=out)
+    told, untold = asked
+    assert (told["expected"], untold["expected"]) == (routes // ranks, routes)
+    assert told["way"] == way_of(routes // ranks, local, 2048, layer=False)
+    plan = product_plan(routes, local, 2048, False, routed, H200, told["way"], told["expected"])
+    assert plan.rows == product_plan(routes // ranks, local, 2048, False, routed, H200, told["way"]).rows
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
-from moeyard.cuda.experts.plan import (
+from moeyard.cuda.experts.few_tokens_plan import (
     ExpertSizes,
     FewTokensPlan,
     down_room,
@@ -68,8 +68,8 @@ def test_plans_hold(model: str) -> None:
         for card in (H200, SMALL):
             for plan in plans(sizes, card):
                 whole, room = card.shared_limit + 1024, down_room(plan, sizes, card)
-                assert plan.up_bytes(sizes) + room + 2 * 1024 <= whole, "a block of both launches at once"
-                assert room >= plan.down_bytes(sizes) and room <= card.shared_limit
+                assert plan.up_bytes(sizes, card) + room + 2 * 1024 <= whole, "a block of both launches at once"
+                assert room >= plan.down_bytes(sizes, card) and room <= card.shared_limit
                 assert 2 <= plan.up_stages <= 16 and 2 <= plan.down_stages <= 16
                 assert plan.down_rows == 1 or 8 * plan.down_segment == sizes.intermediate_size
                 assert sizes.hidden_size % plan.down_rows == 0

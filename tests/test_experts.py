@@ -1,5 +1,6 @@
 """Products, activations, experts and the layer: against float64, with the errors of plain torch as the budget."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch.nn import functional
 
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Routing, reference
+from moeyard.dispatch import op
 from moeyard.testing import (
     CPU,
     draw_routing,
@@ -242,6 +244,29 @@ def test_route_and_align() -> None:
         assert all(same_bits(a, b) for a, b in zip(layout.tensors, aligned.tensors, strict=True))
 
 
+@pytest.mark.parametrize("way", ["straight", "registered"])
+def test_launchers_of_products_learn_of_the_experts_elsewhere(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout counts the routes of all ranks, so plans have to know how many experts those are spread over."""
+    chosen, seen = op.launcher, []
+
+    def recorded(*call: Any) -> Any:
+        launch = chosen(*call)
+        return lambda *given, out: (seen.append(given[-1].num_experts), launch(*given, out=out))
+
+    monkeypatch.setattr(op, "launcher", recorded)
+    weights, rows = draw_weights(4, 16, 8, torch.float32), torch.randn(6, 16)
+    ids, mapping = draw_routing(6, 32, 2).topk_ids, torch.full((32,), -1, dtype=torch.int32)
+    mapping[8:12] = torch.arange(4, dtype=torch.int32)
+    layout = reference.moe_align_block_size(ids, num_experts=32, block_size=1, expert_map=mapping, num_local_experts=4)
+    mode = contextlib.nullcontext() if way == "straight" else torch.device("cpu")  # under a mode nothing goes straight
+    with mode:
+        assert op.goes_straight(rows) is (way == "straight")
+        moeyard.grouped_gemm(rows, weights.w13, layout=layout)
+        moeyard.grouped_gemm(rows, weights.w13, expert_offsets=torch.tensor([0, 1, 2, 4, 6]))
+        moeyard.grouped_gemm(rows[:4, None], weights.w13, expert_num_tokens=torch.ones(4, dtype=torch.int32))
+    assert seen == [32, 0, 0]
+
+
 def test_registered_ops_and_compile() -> None:
     weights, routing = draw_weights(4, 32, 24, torch.float32, bias=True), draw_routing(6, 4, 2)
     rows = torch.randn(6, 32)
@@ -255,7 +280,7 @@ def test_registered_ops_and_compile() -> None:
     everything, factors = torch.tensor([12, 0, 0, 0], dtype=torch.int32), routing.topk_weights
     torch.library.opcheck(
         torch.ops.moeyard.grouped_gemm.default,
-        (torch.randn(12, 32), weights.w13, None, factors, None, 1, torch.zeros(4).long(), everything, 12, "auto"),
+        (torch.randn(12, 32), weights.w13, None, factors, None, 1, torch.zeros(4).long(), everything, 4, 12, "auto"),
     )  # fmt: skip
 
     def layer(rows: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, reference
 from moeyard.cuda.experts.few_tokens import few_tokens_defines
-from moeyard.cuda.experts.plan import ExpertSizes, down_room, few_tokens_plan
+from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, down_room, few_tokens_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES

@@ -38,7 +38,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "grouped_gemm": ROOM,
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
-    "checkpoints": {"values", "dispatch.checks"},
+    "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
+    "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "warmup": {"values", "dispatch.table", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
@@ -57,9 +58,10 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
 PUBLIC = (
-    "GPT_OSS_ACTIVATION Activation ExpertWeights Layout Permuted Routing activate batched_moe_align_block_size "
-    "combine empty_layout experts_from_interleaved explain fused_experts grouped_gemm moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute permute_to_fp8 route route_and_align shuffle_rows warmup"
+    "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
+    "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
+    "fused_experts grouped_gemm load_experts moe_align_block_size moe_layer moe_lora_align_block_size moe_sum permute "
+    "permute_to_fp8 quantize_experts route route_and_align save_experts shuffle_rows warmup"
 ).split()
 
 
@@ -126,6 +128,7 @@ def test_tests_import_no_test_modules() -> None:
 
 
 OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
+OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
 MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
 
@@ -288,10 +291,25 @@ def test_a_bad_override_is_an_error(value: str) -> None:
 
 
 def test_sizes_that_stay_readable() -> None:
+    law = re.search(r"Rooms stay within (\d+) lines, files within (\d+)", (TESTS.parent / "DESIGN.md").read_text())
+    assert law is not None
+    of_rooms, of_files = map(int, law.groups())
+    rooms = {SOURCE / f"{name}.py" for name in OPS}
     sources = [path for kind in ("*.py", "*.cu", "*.cuh") for path in SOURCE.rglob(kind)]
+    assert rooms <= set(sources)
     for path in sources:
-        limit = 300 if path.stem in OPS and path.parent == SOURCE else 400
+        limit = of_rooms if path in rooms else of_files
         assert len(path.read_text().splitlines()) <= limit, path
+
+
+def test_what_tests_share_is_in_no_test_module() -> None:
+    """Importing one would collect its fixtures and tests a second time, and need what it needs."""
+    for folder in (TESTS, TESTS.parent / "assay" / "tests"):
+        for path in folder.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                assert not [name for name in names if name.split(".")[0].startswith("test_")], path
 
 
 def test_nothing_inherits_beyond_what_is_allowed() -> None:

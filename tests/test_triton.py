@@ -144,6 +144,29 @@ def plan_of(
 
 
 @pytest.mark.parametrize("card", [H200, A100, L4], ids=str)
+@pytest.mark.parametrize("tokens", [1, 128, 1024, 4096])
+def test_products_under_expert_parallelism_take_the_tiles_of_their_share(
+    monkeypatch: pytest.MonkeyPatch, card: Card, tokens: int
+) -> None:
+    """Of 8 ranks; programs are for all routes, since all may come."""
+    monkeypatch.setattr(experts, "card", lambda _: card)
+    monkeypatch.setattr(experts, "_programmatic", lambda _: False)
+    hidden, size, count, top_k = MODELS["DeepSeek-V3"]
+    routes, local = tokens * top_k, count // 8
+
+    def plan(num_rows: int, num_experts: int) -> tuple[dict[str, Any], int]:
+        _, product, most = experts._gemm_plan.__wrapped__(
+            torch.device("cpu"), torch.bfloat16, num_rows, num_experts, local, size, hidden, hidden,
+            (size * hidden, hidden), 0, top_k,
+        )  # fmt: skip
+        return product.constants, most
+
+    (constants, most), (alone, _) = plan(routes, count), plan(routes // 8, 0)
+    assert constants == alone
+    assert most == most_row_tiles(routes, local, constants["ROWS"])
+
+
+@pytest.mark.parametrize("card", [H200, A100, L4], ids=str)
 @pytest.mark.parametrize(
     ("tokens", "model"),
     [

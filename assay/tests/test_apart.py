@@ -13,8 +13,8 @@ import pytest
 
 from assay.__main__ import main
 from assay.contract.rows import VERSION as SCHEMA
+from holding import processes
 from small_project import BASE, FASTER, assay, candidate, edited, environment, files, git, project, verdict
-from test_kill import processes
 
 compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 LOADS = """import ctypes

@@ -16,6 +16,7 @@ from assay.arms.process import Running, namespaces_work
 from assay.contract.box import Box
 from assay.contract.errors import ArmError
 from assay.machine import load
+from holding import gone, python, start
 
 DOUBLE_FORK = """
 import os, sys, time
@@ -45,32 +46,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "tree").mkdir()
     (tmp_path / "namespaces").mkdir()
     yield tmp_path
-
-
-def start(folder: Path, mode: str, command: list[str], log: int, fds: tuple[int, ...] = ()) -> Running:
-    box = Box(folder / "tree", writable=True)
-    return Running(
-        "arm",
-        command,
-        folder / "tree",
-        sandbox.PLACE if mode == "sandbox" else folder / mode,
-        sandbox.environment(box) if mode == "sandbox" else os.environ,
-        log=log,
-        fds=fds,
-        namespaces=mode == "namespaces",
-        wrap=sandbox.Entry(box) if mode == "sandbox" else None,
-    )
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-S", "-c", code]
-
-
-def gone(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
 
 
 def test_a_double_fork_is_counted_and_killed(folder: Path, mode: str) -> None:
@@ -135,7 +110,7 @@ def test_nothing_outlives_a_killed_judge(folder: Path, mode: str) -> None:
     judge = f"""
 import time, tempfile
 from pathlib import Path
-from test_arms import python, start
+from holding import python, start
 log = tempfile.TemporaryFile()
 running = start(Path({str(folder)!r}), {mode!r}, python("import time; time.sleep(60)"), log.fileno())
 running.release()

@@ -21,6 +21,11 @@ ALLOWED = {*sys.stdlib_module_names, "numpy", "assay"}
 JUDGES = {"contract/task.py": {"pydantic"}, "judgement/api.py": {"griffe"}, "gates/equivalence.py": {"hypothesis"}}
 MORE = {
     "report/terminal.py": {"rich"},
+    "report/campaign.py": {"pyarrow"},
+    "prompts/render.py": {"jinja2"},
+    "agents/template.py": {"pydantic"},
+    "campaign/plan.py": {"pydantic"},
+    "campaign/distributed.py": {"ray"},
     "arms/inside/worker.py": {"wire", "torch", "pyperf"},
     "arms/inside/wire.py": {"torch"},
     **JUDGES,
@@ -30,14 +35,24 @@ ARROWS = {
     "statistics": set(),
     "repository": set(),
     "contract": {"statistics", "repository"},
+    "mining": {"contract", "repository"},
+    "prompts": {"repository", "contract"},
     "arms": {"contract"},
     "machine": {"arms"},
     "experiment": {"statistics", "contract", "arms", "machine"},
     "gates": {"contract", "arms", "experiment"},
     "report": {"statistics", "contract", "experiment", "gates"},
     "judgement": {"statistics", "repository", "contract", "arms", "machine", "experiment", "gates", "report"},
+    "admission": {
+        *("statistics", "repository", "contract", "mining", "arms", "machine", "experiment", "gates", "judgement"),
+    },
+    "agents": {"repository", "contract", "prompts", "arms", "machine", "judgement"},
+    "campaign": {"repository", "contract", "prompts", "arms", "judgement", "agents"},
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
-    "cli": {"statistics", "contract", "machine", "experiment", "gates", "report", "judgement", "proof"},
+    "cli": {
+        *("statistics", "contract", "mining", "prompts", "arms", "machine", "experiment", "gates", "report"),
+        *("judgement", "admission", "agents", "campaign", "proof"),
+    },
 }
 """Folder -> the folders that it imports. The module `assay` itself holds the public names and the version."""
 DESIGN = Path(__file__).parents[1] / "DESIGN.md"
@@ -109,7 +124,13 @@ def test_measuring_and_deciding_load_nothing_that_has_to_be_installed() -> None:
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     loaded = set(ast.literal_eval(done.stdout))
-    assert "numpy" in loaded and not loaded & {"torch", "moeyard", "rich", "pytest", *set().union(*JUDGES.values())}
+    assert "numpy" in loaded and not loaded & {
+        "torch",
+        "moeyard",
+        "rich",
+        "pytest",
+        *set().union(*JUDGES.values(), {"jinja2", "asyncio"}),
+    }
 
 
 def test_what_starts_by_path_needs_no_package() -> None:

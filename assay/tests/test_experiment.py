@@ -6,7 +6,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import pytest
 from assay.__main__ import main
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.process import Running
+from assay.experiment import samples
 from assay.experiment.raw import replay
 from assay.machine import load
+from holding import python, start
 
 WORK = "total = 0\nfor i in range({units} * 10000): total += i * i\n"
 CALL = "def work(n):\n    total = n\n    for i in range({units} * 10000): total += i * i\n    return total\n"
@@ -116,7 +120,7 @@ def test_callables(
     blocks = found[1:-1]
     assert len({block["inputs"] for block in blocks}) == len(blocks)
     assert all(len(block["calls"][arm]) >= 3 for block in blocks for arm in block["order"])
-    assert {"import", "first", "steady", "memory", "transport"} == set(blocks[0]["figures"]["base"])
+    assert {"import", "first", "steady", "memory", "transport", "spared"} == set(blocks[0]["figures"]["base"])
     assert found[0]["calibrated"]["transport_s"] < 0.1 * found[0]["calibrated"]["call_s"]
     text = page.read_text()
     assert text.count("<circle") == 5 * len(blocks) and "http" not in text and "<script" not in text
@@ -180,6 +184,58 @@ def test_what_outlives_its_arm_is_killed_and_its_block_left_out(
     if verdict == "tampered":
         words = "candidate: a process went on working after the end, in 14 of 14 blocks, and in no other arm"
         assert found[-1]["reason"] == words
+
+
+ON_ONE_CORE = """
+import os, subprocess, sys
+os.sched_setaffinity(0, [{core}])
+subprocess.Popen([sys.executable, "-S", "-c", "{code}"])
+"""
+
+
+@pytest.fixture
+def crowded() -> Iterator[Callable[[int], None]]:
+    """Fills a core with 24 busy sessions, as kernels may share a core among sessions, not processes."""
+    hogs: list[int] = []
+
+    def fill(core: int) -> None:
+        for _ in range(24):
+            hogs.append(os.fork())
+            if hogs[-1] == 0:
+                os.setsid()
+                os.sched_setaffinity(0, [core])
+                while True:
+                    pass
+
+    yield fill
+    for hog in hogs:
+        os.kill(hog, signal.SIGKILL)
+        os.waitpid(hog, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "works"), [("while True: pass", True), ("import time; time.sleep(60)", False)], ids=["works on", "waits"]
+)
+def test_a_busy_machine_does_not_hide_who_works_on(
+    code: str, works: bool, tmp_path: Path, crowded: Callable[[int], None]
+) -> None:
+    """What was left behind gets 4 ms in 100 ms."""
+    core = min(os.sched_getaffinity(0))
+    (tmp_path / "tree").mkdir()
+    with tempfile.TemporaryFile() as log:
+        running = start(tmp_path, "links", python(ON_ONE_CORE.format(core=core, code=code)), log.fileno())
+        running.release()
+        assert running.wait(20).left == 1
+        stop = time.monotonic() + 20
+        time.sleep(0.5)  # it starts
+        while running.runnable() is not works:
+            assert time.monotonic() < stop
+            time.sleep(0.01)
+        crowded(core)
+        begun = time.monotonic()
+        assert samples._works(running) is works
+        assert works or time.monotonic() - begun < 2
+        running.end()
 
 
 def test_foreign_load_is_seen() -> None:

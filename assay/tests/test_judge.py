@@ -46,7 +46,7 @@ def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
         ("build", ""),
         ("tests", ""),
         ("equivalence", ""),
-        ("provenance", "not_asked"),
+        ("provenance", ""),
     ]
     assert found["gates"][1]["words"].startswith("4 tests passed") and "10 examples" in found["gates"][2]["words"]
     folder = tmp_path / "store/attempts" / found["attempt"]["id"]

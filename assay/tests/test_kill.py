@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.arms import sandbox
+from holding import processes
 from small_project import FASTER, assay, candidate, edited, environment, project
 
 KILLS = 20
@@ -32,21 +33,6 @@ def under_way(store: Path) -> set[str]:
     """Stages that have begun in attempts that have no last row."""
     ended = {row[0] for row in rows(store, "final")}
     return {stage for attempt, stage, _ in rows(store, "begun") if attempt not in ended}
-
-
-def processes(mark: str, store: Path) -> list[str]:
-    """Everything that has the mark in its environment, names the store, or has a folder of it mounted."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit() or int(folder.name) == os.getpid():
-            continue
-        try:
-            texts = [(folder / name).read_bytes() for name in ("cmdline", "environ", "mountinfo")]
-        except OSError:
-            continue
-        if texts[0] and (mark.encode() in texts[1] or any(str(store).encode() in text for text in texts)):
-            found.append(texts[0].replace(b"\0", b" ").decode(errors="replace"))
-    return found
 
 
 def test_twenty_kills(tmp_path: Path) -> None:

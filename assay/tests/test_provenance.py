@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -73,10 +73,11 @@ COMMAND = Workload("command", command=("python3", "-c", "import work; work.work(
 def test_built_sources(run: Workload, tmp_path: Path) -> None:
     plan = frozen(tmp_path, LOADED, [BUILD], run)
     found = check(plan, "kernel.c", "units.h", "work.py", "gone.c")
-    assert (found.outcome, found.poisoned) == ("", ("kernel.c", "units.h"))
+    assert (found.outcome, found.poisoned) == ("", ("kernel.c", "units.h", "work.py"))
     found = check(plan, "kernel.c", "other.c")
     assert found.outcome == "not_evaluated" and "source not on the workload's path: other.c" in found.words
-    assert check(plan, "work.py").poisoned == ()
+    assert check(plan, "work.py").words == "nothing works without work.py"
+    assert check(plan, "gone.c", "gone.py", "test_work.py").words == "no source was changed"
 
 
 def test_sources_that_are_compiled_at_run_time(tmp_path: Path) -> None:
@@ -99,5 +100,43 @@ def test_a_candidate_that_does_not_build_proves_nothing(tmp_path: Path) -> None:
     found = check(plan, "kernel.c")
     assert found.outcome == "infra.provenance" and "none.c" in found.words
     plan = frozen(tmp_path / "2", LOADED, [BUILD], Workload("call", target="work:other", inputs="inputs:make"))
-    assert check(plan, "kernel.c").outcome == "infra.provenance"
+    assert check(plan, "kernel.c").outcome == "infra.provenance"  # base has no such function either
+    plan = frozen(tmp_path / "3", LOADED, [BUILD], CALL)
+    (plan.tree("candidate") / "work.py").write_text("raise RuntimeError('no')\n")
+    assert check(plan, "kernel.c").words.startswith("nothing can be said: the candidate fails by itself, w: ")
     assert asdict(found)["poisoned"] == ()
+
+
+INSTALLED = Workload("call", target="pkg:work", inputs="inputs:make")
+IMPORTS = Workload("command", command=("python3", "-c", "import pkg"))
+
+
+@pytest.mark.parametrize("run", [INSTALLED, IMPORTS], ids=lambda run: str(run.kind))
+@pytest.mark.parametrize("shown", [True, False])
+def test_what_is_timed_is_the_tree_that_is_judged(shown: bool, run: Workload, tmp_path: Path) -> None:
+    """With a src layout and nothing that leads there, the package that is installed beside the tree is what runs."""
+    plan = frozen(tmp_path, LOADED, [BUILD], replace(run, paths=(".", "src") if shown else (".",)))
+    for folder in (tmp_path / "installed", *(plan.tree(arm) / "src" for arm in ("base", "candidate"))):
+        (folder / "pkg").mkdir(parents=True)
+        (folder / "pkg/__init__.py").write_text("def work(n): return n\n")
+    found = [str(tmp_path / "installed")]
+    path = ["/assay/tree/src", *found] if shown else found
+    plan.content["sandbox"] |= {"readable": found, "environment": {"PYTHONPATH": ":".join(path)}}
+    seen = check(plan, "src/pkg/__init__.py")
+    assert seen.outcome == ("" if shown else "not_evaluated"), seen
+    assert shown or "what is timed runs though src/pkg/__init__.py raise when they are imported" in seen.words
+
+
+def test_a_file_that_is_done_without_where_it_cannot_be_imported(tmp_path: Path) -> None:
+    """Whoever catches ImportError would go on without the file: it raises something else."""
+    falls_back = "def work(n): return n\ntry: from quick import work\nexcept ImportError: pass\n"
+    plan = frozen(tmp_path, falls_back, [], CALL)
+    (plan.tree("candidate") / "quick.py").write_text("def work(n): return n\n")
+    assert check(plan, "quick.py").outcome == ""
+    (plan.tree("candidate") / "unused.py").write_text("")
+    assert check(plan, "unused.py").outcome == "not_evaluated"
+
+
+def test_a_build_that_imports_what_is_changed(tmp_path: Path) -> None:
+    plan = frozen(tmp_path, "def work(n): return n\n", [["python3", "-c", "import work"]], CALL)
+    assert check(plan, "work.py").outcome == ""

@@ -16,37 +16,64 @@ from small_project import candidate, edited, environment, files, git, project, v
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_judge_your_own_repository_in_five_minutes(tmp_path: Path) -> None:
-    """The README's files and commands, in a fresh directory, as they stand there."""
-    section = README.read_text().split("## Judge your own repository in five minutes")[1].split("\n## ")[0]
-    blocks = re.findall(r"```(\w+) *([\w./-]*)\n(.*?)```", section, flags=re.DOTALL)
-    assert {kind for kind, _, _ in blocks} == {"python", "toml", "sh"}
+def blocks_of(title: str) -> list[tuple[str, str, str]]:
+    """Kind, name and text of a section's blocks."""
+    section = README.read_text().split(f"## {title}")[1].split("\n## ")[0]
+    return re.findall(r"```(\w+) *([\w./-]*)\n(.*?)```", section, flags=re.DOTALL)
+
+
+def written(folder: Path, blocks: list[tuple[str, str, str]]) -> str:
+    """Writes a section's files; its commands. Other tests run beside this one, so that foreign load is allowed."""
     for kind, name, text in blocks:
         if kind != "sh":
-            beside = "\n[budget]\nmost_foreign = 1e9\n"  # other tests run beside this one
-            files(tmp_path, {name: text + beside * (kind == "toml")})
+            beside = "\n[budget]\nmost_foreign = 1e9\n" if "[repository]" in text or "[commands]" in text else ""
+            files(folder, {name: text + beside})
     (commands,) = (text for kind, _, text in blocks if kind == "sh")
-    git(tmp_path, "init", "--quiet", "words")
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    more = "" if sandbox.refusal() is None else " --no-sandbox"
+    return commands
+
+
+def shell(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
+    """Runs commands with `assay` on PATH."""
+    bin_ = folder / "bin"
+    bin_.mkdir(exist_ok=True)
     (bin_ / "assay").write_text(f'#!/bin/sh\nexec {sys.executable} -m assay "$@"\n')
     (bin_ / "assay").chmod(0o755)
     named = {f"GIT_{who}_{what}": "a@b" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    path = os.pathsep.join([str(bin_), os.environ["PATH"]])
-    commands = commands.replace("assay judge task.toml", f"assay judge task.toml{more}")
+    given = environment(PATH=os.pathsep.join([str(bin_), os.environ["PATH"]]), **named)
+    return subprocess.run(["sh", "-ec", commands], cwd=folder, env=given, capture_output=True, text=True, check=False)
+
+
+def test_judge_your_own_repository_in_five_minutes(tmp_path: Path) -> None:
+    """The README's files and commands, in a fresh directory, as they stand there."""
+    blocks = blocks_of("Judge your own repository in five minutes")
+    assert {kind for kind, _, _ in blocks} == {"python", "toml", "sh"}
+    git(tmp_path, "init", "--quiet", "words")
+    commands = written(tmp_path, blocks)
+    more = "" if sandbox.refusal() is None else " --no-sandbox"
     start = time.monotonic()
-    done = subprocess.run(
-        ["sh", "-ec", commands],
-        cwd=tmp_path,
-        env=environment(PATH=path, **named),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = shell(tmp_path, commands.replace("assay judge task.toml", f"assay judge task.toml{more}"))
     print(f"{time.monotonic() - start:.0f} s")
     assert done.stdout.splitlines()[1].startswith("faster: the interval lies above 0"), done.stdout + done.stderr
     assert done.returncode == 0 and list(tmp_path.glob(".assay/attempts/*/report.html"))
+
+
+@pytest.mark.full
+@pytest.mark.sandbox
+def test_run_your_first_campaign_in_ten_minutes(tmp_path: Path) -> None:
+    """As above, with a margin that a busy machine can meet, since a void canary is what the README says of one."""
+    git(tmp_path, "init", "--quiet", "words")
+    before = written(tmp_path, blocks_of("Judge your own repository in five minutes"))
+    edited(tmp_path / "task.toml", 'name = "words"\n', 'name = "words"\ndelta = 1.0\n')
+    commands = written(tmp_path, blocks_of("Run your first campaign in ten minutes"))
+    start = time.monotonic()
+    done = shell(tmp_path, before.splitlines()[0] + "\n" + commands)
+    assert done.returncode == 0 and time.monotonic() - start < 600, done.stdout + done.stderr
+    assert (
+        "by-hand on words #2: faster" in done.stdout
+        and "by-hand: succeeded 2 of 2 [34%, 100%]; pass@1 100%" in done.stdout
+    )
+    assert "sabotage on words #1: slower" in done.stdout and "/assay/measure/a-page" in done.stdout
+    assert (tmp_path / "first/report.html").exists() and (tmp_path / "first/predictions.jsonl").exists()
 
 
 SLEEPLESS = """def work(n):

@@ -9,14 +9,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from assay.__main__ import main
 from assay.arms.handle import started
 from assay.arms.inside.wire import encode
-from assay.arms.process import Running
+from assay.arms.process import Running, namespaces_work
 from assay.arms.sandbox import run
 from assay.arms.trees import Trees
+from assay.cli.shown import schema
 from assay.contract.box import Box
 from assay.contract.errors import ArmError
 from assay.contract.task import read
@@ -24,7 +26,7 @@ from assay.contract.workload import Workload
 from assay.experiment.exchange import Exchange
 from assay.judgement import attempt, measurement
 from assay.judgement.guards import Source
-from small_project import BASE, FASTER, assay, candidate, edited, environment, project
+from small_project import BASE, FASTER, assay, candidate, edited, environment, git, project
 
 NOTHING = b"".join(bytes(part) for part in encode(()))
 HOLDS = "import time\nheld = bytearray(b'x') * ({size} << 20)\ntime.sleep({seconds})\n"
@@ -150,9 +152,50 @@ def test_a_full_disk_is_infrastructure_with_a_row(
     assert found["outcome"] == "infra.host" and found["words"][0].startswith("measure: OSError: "), found
     assert main(["ledger", "--store", str(tmp_path / "store")]) == 0
     assert capsys.readouterr().out.rstrip().endswith("infra.host unsandboxed without tests, equivalence")
-    monkeypatch.setattr(attempt.freeze, "freeze", full)  # before there is a plan there is no verdict either
-    assert main(["judge", str(task), "--tree", str(tree), *options]) == 3
-    assert "prepare: OSError: " in capsys.readouterr().err
+    rows = 1
+    for module, name, stage in ((attempt.freeze, "freeze", "prepare"), (attempt.freeze, "handed_in", "read")):
+        monkeypatch.setattr(module, name, full)  # before there is a plan
+        for command in ("judge", "prepare"):
+            assert main([command, str(task), "--tree", str(tree), *options]) == 3
+            assert f"infra.host: {stage}: OSError: " in capsys.readouterr().out
+            rows += 1
+            assert main(["ledger", "--store", str(tmp_path / "store")]) == 0
+            listed = capsys.readouterr().out.splitlines()
+            assert len(listed) == rows and all("infra.host" in line for line in listed), listed
+        verdicts = [json.loads(file.read_text()) for file in tmp_path.glob("store/attempts/*/verdict.json")]
+        assert len(verdicts) == rows
+        for found in verdicts:
+            jsonschema.Draft202012Validator(schema("verdict")).validate(found)
+
+
+SMALL_DISK = """
+mkdir -p {store} && mount -t tmpfs -o size={size}k none {store}
+{python} -m assay judge {task} --tree {tree} --store {store} --no-sandbox --json; echo status $?
+{python} -m assay ledger --store {store}
+"""
+
+
+@pytest.mark.parametrize("size", [1700, 4000, 7000, 8000])
+def test_a_disk_that_is_full_indeed(size: int, tmp_path: Path) -> None:
+    """Wherever it runs full (reading the patch, the plan, the build): there is a verdict, and a last row."""
+    if not namespaces_work():
+        pytest.skip("no file system may be mounted here")
+    task = edited(project(tmp_path), 'packages = ["pkg"]', "packages = []")
+    task.write_text(task.read_text() + '\n[commands]\nbuild = [["cp", "large", "larger"]]\n')
+    (tmp_path / "repo/large").write_bytes(os.urandom(1 << 20))
+    git(tmp_path / "repo", "add", "--all")
+    git(tmp_path / "repo", "commit", "--quiet", "-m", "large")
+    tree = candidate(task, "c", {"pkg/__init__.py": FASTER})
+    script = SMALL_DISK.format(store=tmp_path / "store", size=size, python=sys.executable, task=task, tree=tree)
+    command = ["unshare", *([] if os.getuid() == 0 else ["--map-root-user"]), "--mount", "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(), timeout=120)
+    text, _, rest = done.stdout.partition("\nstatus ")
+    assert text.startswith("{"), done.stdout + done.stderr
+    said, (status, *listed) = json.loads(text), rest.splitlines()
+    print(said["words"])
+    assert (said["outcome"] in ("infra.host", "infra.build"), status) == (True, "3"), done.stdout + done.stderr
+    assert any(words in said["words"][0] for words in ("No space left on device", "disk is full"))
+    assert len(listed) == 1 and listed[0].rstrip().endswith(f"{said['outcome']} unsandboxed"), listed
 
 
 def test_who_no_longer_listens_changes_nothing(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_a_no_op_that_speeds_up_sending_is_never_faster(runs: int, tmp_path: Pat
 
 
 def test_without_the_bound_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Blocks, "unsent", lambda blocks: blocks.seconds["candidate"])
+    monkeypatch.setattr(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
     text = SENDS.format(passes=320)
     words = [run(tmp_path, text, text + QUICK, f"raw{i}")["verdict"]["verdict"] for i in range(3)]
     assert "faster" in words

@@ -4,7 +4,7 @@ Importing it imports torch and nothing else; implementations are loaded at their
 """
 
 from moeyard.activation import activate
-from moeyard.checkpoints import experts_from_interleaved
+from moeyard.checkpoints import experts_from_interleaved, load_experts, save_experts
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
 from moeyard.experts import fused_experts, moe_layer
@@ -16,6 +16,8 @@ from moeyard.layout import (
     moe_lora_align_block_size,
 )
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
+from moeyard.quant import ExpertScales, QuantScheme
+from moeyard.quantize import dequantize_experts, quantize_experts
 from moeyard.router import route, route_and_align
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
@@ -25,26 +27,32 @@ __version__ = "0.1.0"
 __all__ = [
     "GPT_OSS_ACTIVATION",
     "Activation",
+    "ExpertScales",
     "ExpertWeights",
     "Layout",
     "Permuted",
+    "QuantScheme",
     "Routing",
     "activate",
     "batched_moe_align_block_size",
     "combine",
+    "dequantize_experts",
     "empty_layout",
     "experts_from_interleaved",
     "explain",
     "fused_experts",
     "grouped_gemm",
+    "load_experts",
     "moe_align_block_size",
     "moe_layer",
     "moe_lora_align_block_size",
     "moe_sum",
     "permute",
     "permute_to_fp8",
+    "quantize_experts",
     "route",
     "route_and_align",
+    "save_experts",
     "shuffle_rows",
     "warmup",
 ]

@@ -19,13 +19,13 @@ def _flatten(
     segments: Segments,
     num_results: int,
 ) -> tuple[Any, ...]:
-    first_rows, row_counts, slots, divisor = segments
-    return rows, weight, bias, topk_weights, slots, divisor, first_rows, row_counts, num_results
+    first_rows, row_counts, slots, divisor, num_experts = segments
+    return rows, weight, bias, topk_weights, slots, divisor, first_rows, row_counts, num_experts, num_results
 
 
 def _gather(*flat: Any) -> tuple[Any, ...]:
-    *operands, slots, divisor, first_rows, row_counts, num_results = flat
-    return *operands, Segments(first_rows, row_counts, slots, divisor), num_results
+    *operands, slots, divisor, first_rows, row_counts, num_experts, num_results = flat
+    return *operands, Segments(first_rows, row_counts, slots, divisor, num_experts), num_results
 
 
 def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
@@ -51,7 +51,8 @@ def _launch(
 
 GROUPED_GEMM = Op(
     "grouped_gemm(Tensor rows, Tensor weight, Tensor? bias, Tensor? topk_weights, Tensor? sorted_token_ids, "
-    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_results, str impl) -> Tensor",
+    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_experts, SymInt num_results, str impl) "
+    "-> Tensor",
     flatten=_flatten,
     gather=_gather,
     seen=lambda rows, weight, bias, topk_weights, *_: (rows, weight, bias, topk_weights),
@@ -137,7 +138,8 @@ def _segments(
         if rows.shape[0] not in (routes, routes // top_k):
             raise ValueError(f"rows: expected {routes // top_k} or {routes} rows (of layout), got {rows.shape[0]}")
         divisor = 1 if rows.shape[0] == routes else top_k
-        return Segments(layout.expert_offsets[:-1], layout.expert_counts, layout.sorted_token_ids, divisor)
+        first_rows, slots = layout.expert_offsets[:-1], layout.sorted_token_ids
+        return Segments(first_rows, layout.expert_counts, slots, divisor, layout.num_experts)
     if offsets is not None:
         check_tensor("expert_offsets", offsets, dtypes=(torch.int64,), ndim=(1,), device=rows.device)
         check_shape("expert_offsets", offsets, (experts + 1,), "one more than experts")

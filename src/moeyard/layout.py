@@ -161,7 +161,8 @@ def moe_align_block_size(
         num_local_experts: experts of this rank, `num_experts` unless given (an upper bound: reading it off the map
             would wait for the device).
         top_k: routes of a token; the second size of 2-D ids, 1 for 1-D ids unless given.
-        out: a layout of the right sizes to overwrite (`empty_layout`); allocated unless given.
+        out: a layout of the right sizes to overwrite (`empty_layout`); allocated unless given. torch.compile takes no
+            tensors of a workspace that holds other item sizes, too; `Layout.clone` gives each its own memory.
         impl: an implementation by name, or "auto".
 
     Returns a `Layout`. Raises TypeError or ValueError naming the argument; also when capacity passes int32.

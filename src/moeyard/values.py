@@ -199,6 +199,9 @@ class Segments(NamedTuple):
     """[capacity] int32: the row of the result of each slot."""
     divisor: int = 1
     """Rows of the result per row that is read: top_k where a token's row serves all its routes."""
+    num_experts: int = 0
+    """Global number of experts that rows of the result are spread over, of which some are on other ranks; 0 where all
+    rows are for the experts that are here."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

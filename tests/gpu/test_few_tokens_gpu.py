@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, reference
 from moeyard.cuda.experts.few_tokens import fused_experts_launch, unfit
-from moeyard.cuda.experts.plan import ExpertSizes, few_tokens_are_quicker, few_tokens_plan
+from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, few_tokens_are_quicker, few_tokens_plan
 from moeyard.cuda.runtime.cards import card_of
 from moeyard.dispatch import table
 from moeyard.dispatch.call import Call, facts_of_experts
@@ -44,7 +44,7 @@ PROBE = """
 import torch
 from moeyard import Activation, ExpertWeights
 from moeyard.cuda.experts.few_tokens import fused_experts_launch
-from moeyard.cuda.experts.plan import ExpertSizes, few_tokens_plan
+from moeyard.cuda.experts.few_tokens_plan import ExpertSizes, few_tokens_plan
 from moeyard.cuda.runtime.cards import card_of
 from moeyard.values import ExpertCall
 for tokens, top_k, hidden, size in ((1, 8, 2048, 768), (2, 3, 296, 1048)):

@@ -6,11 +6,8 @@ import sys
 
 from assay import __version__
 from assay.cli.table import COMMANDS
-from assay.contract.errors import Status, StoppedError
+from assay.contract.errors import PATHS, Status, StoppedError
 from assay.report import terminal
-
-_NAMED = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-"""What is wrong with a path that somebody gave; any other error of the system is the machine's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except StoppedError as problem:
         return _sorry(command.name, problem, problem.status, progress)
     except (OSError, sqlite3.Error) as problem:
-        named = isinstance(problem, _NAMED)
+        named = isinstance(problem, PATHS)
         return _sorry(command.name, problem, Status.USAGE if named else Status.INFRASTRUCTURE, progress)
     except ValueError as problem:
         return _sorry(command.name, problem, Status.USAGE, progress)

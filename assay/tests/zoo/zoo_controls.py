@@ -125,6 +125,13 @@ def installed(setting: Setting) -> None:
     setting.more = TESTS + f'[sandbox]\nreadable = ["installed"]\nenvironment = {{PYTHONPATH = "{folder}"}}\n'
 
 
+def installed_and_timed(setting: Setting) -> None:
+    """Nothing leads workers into the folder of the tree's code, and the task has no tests."""
+    installed(setting)
+    setting.more = setting.more.removeprefix(TESTS)
+    setting.workload += ', paths = ["."]'
+
+
 def repository(setting: Setting) -> None:
     base = setting.folder / "base"
     git(base, "init", "-q")
@@ -234,13 +241,21 @@ def own_echo(setting: Setting) -> None:
         return float(statistics.median(found[arm].echoes))
 
     setting.remove(samples, "transport", own)
-    setting.remove(Blocks, "unsent", lambda blocks: blocks.seconds["candidate"])
+    unbounded(setting)
 
 
 def long_lists(setting: Setting) -> None:
     """Sending takes about a tenth of a call."""
     setting.own["inputs.py"] = OWN["inputs.py"].replace("range(150)", "range(600)")
     setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
+
+
+def many_calls(setting: Setting) -> None:
+    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
+
+
+def unbounded(setting: Setting) -> None:
+    setting.remove(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
 
 
 def one_process(setting: Setting) -> None:

@@ -38,6 +38,7 @@ from zoo_controls import (
     kept_caches,
     last_only,
     long_lists,
+    many_calls,
     named_arms,
     needing,
     never_frozen,
@@ -47,6 +48,7 @@ from zoo_controls import (
     own_echo,
     sending_counts,
     shared_cache,
+    unbounded,
     unchecked,
     unmarked,
     unseen,
@@ -57,6 +59,7 @@ from zoo_handed_in import HANDED_IN
 from zoo_project import ASV, CALL, COMMAND, PROPERTY, WORK, ZEROS, Trick, naive
 
 from assay.gates import equivalence, tolerance
+from taken_over import LISTS, QUICK_LISTS
 
 OUTPUTS = "every timed output is compared with base's"
 MARKS = "a reply bears the mark that was drawn for its request"
@@ -129,6 +132,16 @@ TRICKS = [
         needs=long_lists,
         control=own_echo,
         or_else=("undecided", "void"),
+    ),
+    Trick(
+        "the worker's place taken",
+        "neutralised:undecided",
+        "what a patched worker could spare is measured in base's own worker, and nothing within it is called faster",
+        {"work.py": QUICK_LISTS},
+        base={"work.py": LISTS},
+        needs=many_calls,
+        control=unbounded,
+        or_else=("equivalent", "slower", "void"),
     ),
     Trick("patched clock", "neutralised:slower", OUTSIDE, {"work.py": CLOCK}, control=inner_clock),
     Trick("patched comparator", "rejected:incorrect", OUTSIDE, {"work.py": COMPARATOR}, control=naive),

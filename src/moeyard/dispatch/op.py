@@ -152,7 +152,11 @@ class Op:
                 refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
         fields = self._registered(*flat, impl)
         result = fields if self._assemble is None else self._assemble(fields, *arguments)
-        return result if out is None else out.copy_(result)
+        if out is None:
+            return result
+        for (name, mine), theirs in zip(_named(out), _tensors(result), strict=True):
+            _write(name, mine, theirs)
+        return out
 
     def _refuse_gradients(self, flat: tuple[Any, ...]) -> None:
         """ValueError for a tensor whose gradient this operator would lose."""
@@ -211,6 +215,25 @@ def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     if isinstance(outputs, Layout):
         return outputs.tensors
     return tuple(tensor for _, tensor in _named(outputs))
+
+
+def _write(name: str, out: Tensor, result: Tensor) -> None:
+    """Copies `result` into `out`, whose shape and dtype are equal.
+
+    Compilers turn `copy_` into a copy of the whole storage behind `out`. They fail where that is not a whole number of
+    elements: where `out` is a view of a workspace of another dtype. `clone.out` names no storage, but loses gradients.
+    """
+    if not torch.compiler.is_compiling():
+        out.copy_(result)
+    elif not result.requires_grad:
+        torch.ops.aten.clone.out(result, out=out)
+    elif out.untyped_storage().size() % out.itemsize:
+        raise ValueError(
+            f"{name}: expected a storage of whole elements of {out.itemsize} bytes where a compiler needs gradients, "
+            f"got {out.untyped_storage().size()} bytes"
+        )
+    else:
+        out.copy_(result)
 
 
 def _fields(outputs: Any) -> Any:

@@ -48,6 +48,16 @@ cached_layout_lengths = lru_cache(maxsize=1024)(layout_lengths)
 """`layout_lengths` of plain integers: layers and steps repeat their sizes."""
 
 
+def expected_routes(num_routes: int, num_local_experts: int, num_experts: int) -> int:
+    """How many of the routes of all ranks this one has, if each expert has as many; all if `num_experts` is 0.
+
+    Plans depend on it: under expert parallelism `num_routes` counts the routes of every rank.
+    """
+    if not num_routes or not num_experts:
+        return num_routes
+    return max(1, num_routes * min(num_local_experts, num_experts) // num_experts)
+
+
 def batched_layout_lengths(num_experts: int, max_num_tokens: int, block_size: int) -> tuple[int, ...]:
     """The lengths of the layout of `num_experts` batches of at most `max_num_tokens` rows, each padded by itself."""
     capacity = num_experts * round_up(max_num_tokens, block_size)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import round_up
+from moeyard.dispatch.sizes import expected_routes, round_up
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
@@ -47,7 +47,7 @@ def grouped_gemm_launch(
     rows, weight, bias = _dense_rows(rows), _dense_rows(weight), None if bias is None else _dense_rows(bias)
     factors = None if topk_weights is None else topk_weights.contiguous()
     cut, product, most_tiles = _gemm_plan(
-        out.device, rows.dtype, out.shape[0], *weight.shape, rows.stride(0), weight.stride()[:2],
+        out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), weight.stride()[:2],
         0 if bias is None else bias.stride(0), segments.divisor,
     )  # fmt: skip
     tiles = torch.empty(3 * most_tiles, dtype=torch.int32, device=out.device)
@@ -127,10 +127,10 @@ def _experts_plan(
 ) -> _ExpertsPlan:  # fmt: skip
     local, hidden, size = w2_shape
     n, here, programmatic = tokens * top_k, card(device), _programmatic(device)
-    mean_rows = max(1, n * local // num_experts)  # of a random routing
+    expected = expected_routes(n, local, num_experts)
     itemsize, experts = dtype.itemsize, _power(local, 32)
-    first_tile = product_tile(mean_rows, local, size, hidden, gated=gated, itemsize=itemsize, card=here)
-    second_tile = product_tile(mean_rows, local, hidden, size, gated=False, itemsize=itemsize, card=here)
+    first_tile = product_tile(expected, local, size, hidden, gated=gated, itemsize=itemsize, card=here)
+    second_tile = product_tile(expected, local, hidden, size, gated=False, itemsize=itemsize, card=here)
     rows = first_tile.rows
     assert second_tile.rows == rows  # one list of tiles serves both
     most_tiles, chunks = most_row_tiles(n, local, rows), -(-n // _CHUNK)
@@ -184,10 +184,11 @@ def _experts_plan(
 
 @lru_cache(_MOST_PLANS)
 def _gemm_plan(
-    device: torch.device, dtype: torch.dtype, num_rows: int, experts: int, columns: int, size: int, row_stride: int,
-    strides: tuple[int, int], bias_stride: int, divisor: int,
+    device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, experts: int, columns: int, size: int,
+    row_stride: int, strides: tuple[int, int], bias_stride: int, divisor: int,
 ) -> tuple[Step, Step, int]:  # fmt: skip
-    tile = product_tile(num_rows, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
+    expected = expected_routes(num_rows, experts, num_experts)
+    tile = product_tile(expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
     programmatic, most_tiles = _programmatic(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
         align_kernels.tiles_kernel, (1, 1), (experts, most_tiles), EXPERTS=_power(experts, 32), ROWS=tile.rows,

@@ -38,7 +38,7 @@ def grouped_gemm_launch(
 ) -> None:
     """Packs the rows of all experts, multiplies, and lets every row of the result find its packed one."""
     num_rows, device = out.shape[0], out.device
-    first_rows, row_counts, slots, divisor = segments
+    first_rows, row_counts, slots, divisor, _ = segments
     if not num_rows or not out.shape[1]:
         return
     ends = torch.cumsum(row_counts.long(), 0)
@@ -48,8 +48,7 @@ def grouped_gemm_launch(
     slot = torch.where(held, first_rows[expert] + packed - (ends - row_counts)[expert], 0)
     target = slot if slots is None else slots[slot].long()
     source = torch.where(held, target // divisor, 0)
-    kind = "cpu" if device.type == "meta" else device.type
-    with torch.autocast(kind, enabled=False):  # there is none for meta tensors
+    with torch.autocast(_autocast_kind(device), enabled=False):
         result = _product(rows[source], weight, ends, expert)
     if bias is not None:
         result = result + bias[expert]
@@ -58,6 +57,11 @@ def grouped_gemm_launch(
     where = torch.zeros(num_rows + 1, dtype=torch.int64, device=device)
     where.scatter_(0, torch.where(held, target, num_rows), packed)
     out.copy_(result[where[:-1]])
+
+
+def _autocast_kind(device: torch.device) -> str:
+    """What autocast calls a device; it has no kind for meta tensors."""
+    return "cpu" if device.type == "meta" else device.type
 
 
 def _product(rows: Tensor, weight: Tensor, ends: Tensor, expert: Tensor) -> Tensor:
@@ -116,7 +120,7 @@ def product_in_blocks(rows: Tensor, matrices: Matrices, experts: Tensor, bias: T
         for first in range(0, matrices.rows, tall):
             last = min(first + tall, matrices.rows)
             part = matrices.part(experts[i : i + some], first, last, wide)
-            with torch.autocast(rows.device.type, enabled=False):
+            with torch.autocast(_autocast_kind(rows.device), enabled=False):
                 result[i : i + some, :, first:last] = blocks[i : i + some].to(wide) @ part.transpose(1, 2)
     if bias is not None:
         result = result + bias[experts].unsqueeze(1)

@@ -14,7 +14,7 @@ from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
 
-_LAST_WORDS = 1000
+_LAST_WORDS, _LEAST_FREE = 1000, 1 << 20
 
 
 def placed(frozen: Frozen, *, sandboxed: bool, isolation: str = "auto", more: Mapping[str, str] | None = None) -> Trees:
@@ -65,6 +65,12 @@ def places(frozen: Frozen) -> Path:
 def cache_inside(frozen: Frozen, arm: str, cache: Path | None, *, sandboxed: bool) -> Path:
     """Where a command finds the folder that `run` was given as its cache."""
     return CACHE if sandboxed else cache or frozen.cache(arm)
+
+
+def disk_is_full(folder: Path) -> bool:
+    """Whether next to nothing can be written there any more, so that what fails may fail for that."""
+    state = os.statvfs(folder)
+    return state.f_bavail * state.f_frsize < _LEAST_FREE or (state.f_files > 0 and state.f_favail == 0)
 
 
 def words(ended: Finished) -> str:

@@ -37,7 +37,7 @@ from assay.arms.inside.supervisor import (
     stat,
 )
 from assay.contract.box import Limits
-from assay.contract.errors import ArmError
+from assay.contract.errors import ArmError, LateError
 
 Wrap = Callable[[list[str], Mapping[str, str]], list[str]]
 """The supervisor's arguments and the environment -> program and arguments that start it inside a sandbox."""
@@ -158,7 +158,7 @@ class Running:
             if not poller.poll(min(self.every_s, max(0.0, stop - time.monotonic())) * 1000):
                 self.watch()
                 if time.monotonic() >= stop:
-                    raise ArmError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
+                    raise LateError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
                 continue
             more = os.read(self._status, 4096)
             if not more:
@@ -201,6 +201,10 @@ class Running:
     def cpu_seconds(self) -> float:
         """Processor seconds of all living members and of their children that have ended, in steps of 10 ms."""
         return sum(cpu_seconds(process) for process in self.members())
+
+    def runnable(self) -> bool:
+        """Whether a thread of a living member runs or waits for a processor."""
+        return any(map(_runnable, self.members()))
 
     def peak_kib(self) -> int:
         """The most that all members together were seen to have, at least the largest peak of a living one."""
@@ -367,6 +371,15 @@ def _awake(process: int) -> bool:
     """Whether a process runs or sleeps of its own accord: it is not stopped, not ending, not held up in the kernel."""
     fields = stat(process)
     return fields is not None and fields[0] in "RS"
+
+
+def _runnable(process: int) -> bool:
+    """Whether any thread of a process runs or waits for a processor."""
+    try:
+        threads = os.listdir(f"/proc/{process}/task")
+    except OSError:
+        return False
+    return any((fields := stat(f"{process}/task/{thread}")) and fields[0] == "R" for thread in threads)
 
 
 def _own_kib(process: int) -> int:

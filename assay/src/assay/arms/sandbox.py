@@ -131,7 +131,8 @@ def _entry(box: Box, environment: Mapping[str, str]) -> list[str]:
     for path in box.devices:
         made += ["--dev-bind", str(path), str(path)]
     size = [] if box.memory_bytes is None else ["--size", str(box.memory_bytes)]
-    made += [*size, "--tmpfs", "/tmp", *size, "--tmpfs", str(HOME)]  # noqa: S108 - the sandbox's own
+    made += [*size, "--tmpfs", "/tmp"]  # noqa: S108 - the sandbox's own
+    made += ["--bind", str(box.home), str(HOME)] if box.home else [*size, "--tmpfs", str(HOME)]
     made += ["--bind", str(box.cache), str(CACHE)] if box.cache else [*size, "--tmpfs", str(CACHE)]
     for folder in _CACHES.values():
         made += ["--dir", str(CACHE / folder)] if folder and not box.cache else []
@@ -142,6 +143,8 @@ def _entry(box: Box, environment: Mapping[str, str]) -> list[str]:
             made += ["--ro-bind", name, name]
     for name in PARTS:
         made += ["--ro-bind", str(INSIDE / name), f"/assay/{name}"]
+    for source, place in box.placed:
+        made += ["--ro-bind", str(source), place]
     made += ["--bind" if box.writable else "--ro-bind", str(box.tree.resolve()), str(PLACE)]
     return [*made, "--remount-ro", "/", "--chdir", str(PLACE)]
 

@@ -46,6 +46,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     calls.add_argument("--graph", action="store_true", help="with --clock cuda: replay a CUDA graph of the links")
     calls.add_argument("--no-compare", action="store_true", help="outputs are not sent back and compared")
+    calls.add_argument(
+        "--trusted", action="store_true", help="B does not patch its worker: its chain and copies bound nothing"
+    )
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
     calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
@@ -124,6 +127,7 @@ def _ab(given: argparse.Namespace, progress: Progress) -> int:
         given.most_foreign,
         given.primary,
         given.isolation,
+        trusted=given.trusted,
     ).checked()
     if raw.exists():
         raise UsageError(f"--out: expected a file that is not there yet, got {raw}")

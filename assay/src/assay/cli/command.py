@@ -36,9 +36,11 @@ class Command:
     """Whether `--` and a command may follow."""
     installs: tuple[str, ...] = ()
     """Packages that it needs beside numpy."""
+    extra: str = "judge"
+    """The extra of assay that brings them."""
 
     def check(self) -> None:
         """NotInstalledError if a package is missing."""
         if missing := [name for name in self.installs if find_spec(name) is None]:
-            words = "judging needs more packages than measuring: pip install 'assay[judge]'"
+            words = f"{self.name} needs more packages than measuring: pip install 'assay[{self.extra}]'"
             raise NotInstalledError(f"{', '.join(missing)}: {words}")

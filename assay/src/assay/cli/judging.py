@@ -1,4 +1,4 @@
-"""Commands that read a task: task, judge, prepare. What needs packages is imported late: other commands have none."""
+"""Commands that judge a patch: judge, prepare. What needs packages is imported late: other commands have none."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from assay.cli.command import EPILOG, SANDBOX, STORE, Command
 from assay.cli.plans import told
-from assay.cli.shown import schema
 from assay.contract.errors import UsageError
 from assay.contract.frozen import FILE
 from assay.gates.table import INSTALLS, OPTIONAL
@@ -21,12 +20,6 @@ if TYPE_CHECKING:
 
 _SKIP = f"gates to leave out, of {', '.join(OPTIONAL)}; ledger, report and verdict say so"
 _PATCH = "a patch file, or a folder of *.diff and *.patch; repeatable"
-
-
-def _task_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_subparsers(dest="what", required=True)
-    what.add_parser("schema", help="print the JSON schema of a task")
-    what.add_parser("check", help="read a task strictly").add_argument("task", type=Path, metavar="TASK")
 
 
 def _patch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,18 +46,6 @@ def _gates(text: str) -> tuple[str, ...]:
     if wrong := [name for name in names if name not in OPTIONAL]:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(OPTIONAL)}, got {', '.join(wrong)}")
     return tuple(name for name in OPTIONAL if name in names)
-
-
-def _task(given: argparse.Namespace, _: Progress) -> int:
-    if given.what == "schema":
-        terminal.document(schema("task"))
-        return 0
-    from assay.contract import task
-
-    found = task.read(given.task)
-    base = found.base or f"the directory {found.repository}"
-    terminal.line(f"{found.task.name} {found.digest}: {len(found.task.workload)} workloads, from {base}")
-    return 0
 
 
 def _sources(given: argparse.Namespace) -> "list[Source]":
@@ -157,7 +138,6 @@ def _prepare(given: argparse.Namespace, progress: Progress) -> int:
 
 _JUDGING = ("pydantic", "griffe", *INSTALLS)
 _JUDGE_HELP, _PREPARE_HELP = "from a task and a patch to a typed outcome", "guard and test a patch and freeze a plan"
-TASK = Command("task", "check a task, or print the schema of tasks", _task_arguments, _task, installs=("pydantic",))
 JUDGE = Command(
     "judge",
     _JUDGE_HELP,

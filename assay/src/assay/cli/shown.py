@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from assay.cli.command import STORE, Command
-from assay.contract import plan, rows, verdict
+from assay.contract import admission, cells, mined, plan, rows, verdict
 from assay.contract.errors import Status, UsageError
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
@@ -70,11 +70,35 @@ def _task_schema() -> dict[str, object]:
     return task.json_schema()
 
 
+def _agent_schema() -> dict[str, object]:
+    from assay.agents import template
+
+    return template.json_schema()
+
+
+def _run_schema() -> dict[str, object]:
+    from assay.agents import record
+
+    return record.schema()
+
+
+def _campaign_schema() -> dict[str, object]:
+    from assay.campaign import plan as campaigns
+
+    return campaigns.json_schema()
+
+
 _SCHEMAS = {
     "raw": rows.schema,
     "plan": lambda: plan.schema(table.OPTIONAL),
     "verdict": lambda: verdict.schema(table.NAMES, table.REJECTIONS, (SKIPPED, NOT_ASKED)),
     "task": _task_schema,
+    "mined": mined.schema,
+    "admission": admission.schema,
+    "agent": _agent_schema,
+    "agent-run": _run_schema,
+    "campaign": _campaign_schema,
+    "cell": cells.schema,
 }
 
 

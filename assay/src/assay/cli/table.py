@@ -1,13 +1,18 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, judging, plans, proofs, shown
+from assay.cli import ab, admission, agents, campaigns, exports, judging, plans, prompts, proofs, shown, tasks
 
 COMMANDS = {
     command.name: command
     for command in (
-        judging.TASK,
+        tasks.TASK,
+        admission.ADMIT,
         judging.JUDGE,
         judging.PREPARE,
+        prompts.PROMPT,
+        agents.AGENT,
+        campaigns.RUN,
+        exports.EXPORT,
         plans.MEASURE,
         plans.DECIDE,
         shown.LEDGER,

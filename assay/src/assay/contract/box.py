@@ -38,6 +38,10 @@ class Box:
     """Device nodes, shown at their own paths."""
     cache: Path | None = None
     """A folder of this arm alone, for all caches; without it they are empty at every start."""
+    home: Path | None = None
+    """A folder that is HOME and may be written; without it HOME is empty at every start."""
+    placed: tuple[tuple[Path, str], ...] = ()
+    """Files, folders and sockets that are shown read-only at other paths than their own."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """What is set beside what the sandbox itself sets."""
     memory_bytes: int | None = None
@@ -49,7 +53,8 @@ class Box:
     @property
     def limits(self) -> Limits:
         """On its processes."""
-        writable = (*((self.tree,) if self.writable else ()), *((self.cache,) if self.cache else ()))
+        folders = (self.tree if self.writable else None, self.cache, self.home)
+        writable = tuple(folder for folder in folders if folder is not None)
         return Limits(
             self.memory_bytes, self.most_processes or MOST_PROCESSES, self.disk_bytes or MOST_DISK, writable, MOST_PIPES
         )

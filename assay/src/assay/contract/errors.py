@@ -2,6 +2,9 @@
 
 from enum import IntEnum
 
+PATHS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What is wrong with a path that somebody gave; any other error of the system is the machine's."""
+
 
 class Status(IntEnum):
     """Exit statuses of every command."""
@@ -114,3 +117,7 @@ class ArmError(MeasurementError, RuntimeError):
         if self.arm != "candidate" or self.infra:
             return "infra.run"
         return "tampered" if self.tampered else "incorrect"
+
+
+class LateError(ArmError):
+    """It did not come in the time that was given to it."""

@@ -61,6 +61,11 @@ class Block:
         {"description": "what sending takes in base's worker: taken out of the primary figures of all arms"},
         ADDED,
     ]
+    spared_s: Annotated[
+        NotNegative,
+        {"description": "what an arm that has patched its worker could spare beside, as base's worker measures it"},
+        ADDED,
+    ]
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]

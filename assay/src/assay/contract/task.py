@@ -65,6 +65,11 @@ class Timed:
     Not compared are outputs of a command, of a benchmark, of a call with `compare = false`, and of a function that
     returns nothing.
     """
+    worker: Literal["untrusted", "trusted"] = "untrusted"
+    """Whether a patch may have its worker in its hands; only what that cannot explain is then called faster.
+
+    `trusted` is for patches of one's own: a chain's function, and copies of arguments and outputs, are then no bound.
+    """
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -229,6 +234,7 @@ class Read:
             workloads=len(task.workload),
             most_start_s=task.budget.most_start_s,
             unchecked=timed.outputs == "unchecked",
+            trusted=timed.worker == "trusted",
         ).checked()
 
 

@@ -106,6 +106,8 @@ class Plan:
     """Seconds that import and first call may take longer than base's, if that is more than twice as long."""
     unchecked: Annotated[bool, ADDED] = False
     """Whether the task says that outputs need not be compared."""
+    trusted: Annotated[bool, ADDED] = False
+    """Whether workers are trusted: what a patched one could spare beside sending is then no bound of `faster`."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
 
     def checked(self) -> "Plan":

@@ -25,6 +25,8 @@ class Blocks:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {arm: [] for arm in ARMS})
     transport: list[float] = field(default_factory=list)
     """What was taken out of every figure of a clean block for sending."""
+    spared: list[float] = field(default_factory=list)
+    """What an arm that has patched its worker could spare beside, in each clean block."""
     contaminated: int = 0
     compared: int = 0
     """Calls whose outputs were compared, in clean blocks."""
@@ -48,6 +50,7 @@ class Blocks:
                 self.escaped = words[0] if words and arm == "candidate" else self.escaped
         else:
             self.transport.append(block.get("transport_s", 0.0))
+            self.spared.append(block.get("spared_s", 0.0))
             self.compared += block.get("compared", 0)
             for arm, figure in block["primary"].items():
                 self.seconds.setdefault(arm, []).append(figure)
@@ -69,17 +72,18 @@ class Blocks:
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
         looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
         seen = judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
-        if seen.verdict == "faster" and any(self.transport):
-            bounded = judge(base, self.unsent(), control, delta=delta, contaminated=self.contaminated, looks=looks)
+        if seen.verdict == "faster" and any((*self.transport, *self.spared)):
+            bounded = judge(base, self.bounded(), control, delta=delta, contaminated=self.contaminated, looks=looks)
             if bounded.verdict != "faster":
                 last = seen.blocks == looks[-1].blocks
-                words = "the interval lies above 0, but not beyond what sending alone could explain"
+                words = "the interval lies above 0, but not beyond what a patched worker could explain"
                 return replace(seen, verdict="undecided" if last else "continue", reason=words)
         return seen
 
-    def unsent(self) -> list[float]:
-        """The candidate's figures if its sending took no time at all, which is in its own hands."""
-        return [one + sent for one, sent in zip(self.seconds["candidate"], self.transport, strict=True)]
+    def bounded(self) -> list[float]:
+        """The candidate's figures as if it had spared all that is in the hands of its own process."""
+        columns = (self.seconds["candidate"], self.transport, self.spared)
+        return [sum(figures) for figures in zip(*columns, strict=True)]
 
 
 def _without_times(verdict: str, reason: str, blocks: int) -> Judgement:

@@ -64,6 +64,10 @@ class Exchange:
             self.worker.ask(b"e", 0.0, [NOTHING if given is None else given]).seconds for _ in range(_ECHOES)
         )
 
+    def spared(self) -> float:
+        """Seconds of the last request but for its calls and what was sent, by the worker's own clock: trust base's."""
+        return self.worker.ask(b"s").inner
+
     def after(self) -> After:
         """Asks about the last call, and overwrites its arguments."""
         arguments = bytes(self.worker.ask(b"a").body)

@@ -23,6 +23,8 @@ from assay.machine.objects import held
 
 _LATE_S = 0.1
 """How long what a command has left behind is looked at: whether it works."""
+_STARVED_S = 5.0
+"""How long at most, where it would work and other processes of the machine leave it no processor."""
 
 
 @dataclass
@@ -42,6 +44,8 @@ class Sample:
     """Seconds of every timed call, with what sending takes."""
     echoes: list[float] = field(default_factory=list)
     """Seconds that sending alone takes, once per round."""
+    spared: list[float] = field(default_factory=list)
+    """Seconds of a request but for its calls and what is sent, once per round."""
     outputs: list[bytes] = field(default_factory=list)
     after: dict[int, After] = field(default_factory=dict)
     """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
@@ -83,11 +87,12 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
 
 def _works(running: Running) -> bool:
     """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
-    used, stop = running.cpu_seconds(), time.monotonic() + _LATE_S
-    while time.monotonic() < stop:  # a look in the end would not see what has ended by then
-        time.sleep(_LATE_S / 20)
+    used, begun, looked = running.cpu_seconds(), time.monotonic(), 0.0
+    while looked < _LATE_S or (looked < _STARVED_S and running.runnable()):
+        time.sleep(_LATE_S / 20)  # a look in the end would not see what has ended by then
         if running.cpu_seconds() - used > MOST_FROZEN_S:
             return True
+        looked = time.monotonic() - begun
     return False
 
 
@@ -139,7 +144,7 @@ def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
     An arm's own echo would be in its own hands: encoder and pipe are in the process that is judged.
     """
     for arm, sample in samples.items():
-        sample.figures["transport"] = transport(samples, arm)
+        sample.figures["transport"], sample.figures["spared"] = transport(samples, arm), spared(samples, arm)
     calls = [[without(one, sample.figures["transport"]) for one in sample.calls] for sample in samples.values()]
     for arm, seconds in paired(calls, workload.rounds, list(samples)).items():
         samples[arm].figures["steady"] = seconds
@@ -151,6 +156,12 @@ def transport(samples: Mapping[str, Sample], arm: str) -> float:
     return statistics.median(echoes) if echoes else 0.0
 
 
+def spared(samples: Mapping[str, Sample], arm: str) -> float:
+    """Seconds that an arm could spare that has patched its worker, beside sending; as `transport`."""
+    found = samples.get("base", samples[arm]).spared
+    return statistics.median(found) if found else 0.0
+
+
 def without(seconds: float, sending: float) -> float:
     """A call without what sending takes; a tenth of it at least, as an echo may be slower than what it stands for."""
     return max(seconds - sending, seconds / 10)
@@ -160,6 +171,7 @@ def _echo(exchange: Exchange, workload: Workload, given: bytes, sample: Sample) 
     """Every arm echoes, so that all are treated alike; only base's is used."""
     if workload.clock == "judge":
         sample.echoes.append(exchange.echo(None if workload.constant else given))
+        sample.spared.append(exchange.spared())
 
 
 def _take_turns(

@@ -189,7 +189,8 @@ class _Series:
             escapes={arm: samples[arm].escapes for arm in samples},
             calls={arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
             gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
-            transport_s=self._transport(samples),
+            transport_s=self._of_base("transport", samples, ("steady",)),
+            spared_s=self._spared(samples),
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             compared=compared(self.plan.workload, samples["base"]),
             differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
@@ -197,9 +198,15 @@ class _Series:
         self.number += 1
         return asdict(row)
 
-    def _transport(self, samples: Mapping[str, Sample]) -> float:
-        figures = samples["base"].figures
-        return figures["transport"] if self.plan.primary == "steady" and "transport" in figures else 0.0
+    def _of_base(self, name: str, samples: Mapping[str, Sample], primary: Sequence[str]) -> float:
+        """A figure of base's worker, where one of these is what is judged; 0 where there is no worker."""
+        return samples["base"].figures.get(name, 0.0) if self.plan.primary in primary else 0.0
+
+    def _spared(self, samples: Mapping[str, Sample]) -> float:
+        if self.plan.trusted:
+            return 0.0
+        sending = self._of_base("transport", samples, ("first",))  # it is taken out of no other figure
+        return sending + self._of_base("spared", samples, ("steady", "first"))
 
     def _given(self, counts: bool = True) -> list[bytes]:
         """A block's inputs: the first ones are not timed."""

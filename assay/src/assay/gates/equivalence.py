@@ -307,6 +307,7 @@ class _Side:
             body = bytes(self.exchange.call(given).body)
             after = self.exchange.after()
             self.exchange.echo(given)  # as after a turn that is timed
+            self.exchange.spared()
             for one in (body, *before):
                 wire.decode(one)
             answer = _Answer(body, wire.decode(after.arguments), after.lasts, before)

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from assay.arms.commands import disk_is_full
 from assay.contract.errors import ArmError, OverBudgetError
 from assay.contract.frozen import Frozen
 from assay.contract.outcome import INFRA
@@ -90,13 +91,16 @@ class Gate:
     """Packages that it imports."""
 
     def tried(self, given: Given) -> Found:
-        """What it finds; an arm that could not be started is the infrastructure's."""
+        """What it finds; what fails on a full disk, and an arm that could not be started, is the infrastructure's."""
         if self.asked is not None and self.name not in given.frozen.content["gates"]["asked"]:
             return Found(NOT_ASKED, self.otherwise)
         if given.seconds <= 0:
             return Found(OUT_OF_BUDGET, f"{self.name}: the task's seconds of gates are spent")
         try:
-            return self.run(given)
+            found = self.run(given)
+            if not found.passed and disk_is_full(given.frozen.folder):
+                return Found(f"{INFRA}{self.name}", f"the disk is full; {found.words}")
+            return found
         except OverBudgetError as problem:
             return Found(problem.outcome, f"{self.name}: {problem}")
         except ArmError as problem:

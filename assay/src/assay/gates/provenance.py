@@ -1,13 +1,13 @@
 """Is a changed source on the workload's path at all? It is if nothing works once the source is an error.
 
 Each compiled source that a patch changes is poisoned in a clean copy of the candidate, which is then built and run with
-empty caches. A copy that nothing was done to must build and run, so that a failure means what it seems to. Digests of
-what was built would prove less: a comment changes nothing in a library, and a library may be there already.
+empty caches. The Python files that it changes are poisoned together, so that what is timed is the tree that is judged,
+and no package of that name that is installed beside it. A copy that nothing was done to must build and run, so that a
+failure means what it seems to. Digests of what was built would prove less: a comment changes nothing in a library, and
+a library may be there already.
 """
 
-import random
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +15,11 @@ from pathlib import Path, PurePosixPath
 
 from assay.arms import commands, sandbox
 from assay.arms.trees import Trees
-from assay.contract import seeds
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
-from assay.contract.workload import Plan
-from assay.experiment.inputs import Inputs
-from assay.experiment.samples import command_sample, worker_samples
+from assay.experiment.once import once
 from assay.gates.gate import Found, Gate, Given, Where
+from assay.gates.poison import code, poison, some
 
 _C = b'#error "assay: is this source used?"\n'
 _POISON = {
@@ -76,33 +74,49 @@ def check(
     refused = sandbox.refusal()
     if sandboxed and refused:
         raise ValueError(refused)
-    sources = compiled(changed)
-    if not sources:
-        return Provenance("", "no compiled source was changed")
+    candidate = frozen.tree("candidate")
+    sources = [source for source in compiled(changed) if (candidate / source).is_file()]
+    python = [path for path in code(changed) if (candidate / path).is_file()]
+    if not sources and not python:
+        return Provenance("", "no source was changed")
     with tempfile.TemporaryDirectory(prefix="poison-", dir=frozen.folder) as folder:
-        looked = []
-        for number, source in enumerate(["", *sources]):
-            tree, cache = Path(folder, f"tree{number}"), Path(folder, f"cache{number}")
+
+        def copy() -> _Copy:
+            name = secrets.token_hex(4)
+            tree, cache = Path(folder, f"tree-{name}"), Path(folder, f"cache-{name}")
             write(tree)
             cache.mkdir()
-            if source and not (tree / source).is_file():
-                continue  # it was deleted
-            if source:
-                (tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
-                looked.append(source)
-            try:
-                failed = _Copy(frozen, tree, cache, sandboxed, most).tried()
-            except _StoppedError as problem:
-                return Provenance(problem.outcome, str(problem), tuple(looked))
-            if not source and failed:
+            return _Copy(frozen, tree, cache, sandboxed, most)
+
+        looked: list[str] = []
+        try:
+            clean = copy()
+            if failed := clean.built():
                 return Provenance("infra.provenance", f"a second build of the candidate: {failed}")
-            if source and not failed:
-                words = f"source not on the workload's path: {source} as an error changes nothing in build or run"
-                return Provenance("not_evaluated", words, tuple(looked))
-            shutil.rmtree(tree)
-    return Provenance(
-        "", f"nothing works without {', '.join(looked)}" if looked else "sources were deleted only", tuple(looked)
-    )
+            if failed := clean.ran():
+                return Provenance("", f"nothing can be said: the candidate fails by itself, {failed}")
+            for source in sources:
+                looked.append(source)
+                poisoned = copy()
+                (poisoned.tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
+                if not poisoned.built() and not poisoned.ran():
+                    words = f"source not on the workload's path: {source} as an error changes nothing in build or run"
+                    return Provenance("not_evaluated", words, tuple(looked))
+            if python:
+                looked += python
+                poisoned = copy()
+                poison(poisoned.tree, python)  # before it is set up, so that what is installed from it raises as well
+                if poisoned.built():  # the build needs the files; does the workload?
+                    poisoned = copy()
+                    if failed := poisoned.built():
+                        return Provenance("infra.provenance", f"a third build of the candidate: {failed}")
+                    poison(poisoned.tree, python)
+                if not poisoned.ran():
+                    words = f"source not on the workload's path: what is timed runs though {some(python)} raise"
+                    return Provenance("not_evaluated", f"{words} when they are imported", tuple(looked))
+        except _StoppedError as problem:
+            return Provenance(problem.outcome, str(problem), tuple(looked))
+    return Provenance("", f"nothing works without {some(looked)}", tuple(looked))
 
 
 class _StoppedError(RuntimeError):
@@ -123,8 +137,8 @@ class _Copy:
     sandboxed: bool
     most: Callable[[float], float]
 
-    def tried(self) -> str:
-        """Builds the tree and runs every workload once: what failed, in words, or ""."""
+    def built(self) -> str:
+        """Builds the tree: what failed, in words, or ""."""
         wanted = self.frozen.content["commands"]
         for command in [*wanted["setup"], *wanted["build"]]:
             ended = commands.run(
@@ -140,29 +154,21 @@ class _Copy:
             self.most(1)
             if ended.status:
                 return f"{' '.join(command)}: {commands.words(ended)}"
+        return ""
+
+    def ran(self) -> str:
+        """Runs every workload once: what failed, in words, or ""."""
         for name, plan in self.frozen.plans().items():
             try:
-                self.once(replace(plan, timeout_s=self.most(plan.timeout_s)))
+                alone = self.trees("candidate", self.tree, self.cache)
+                base = self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"))
+                once(replace(plan, timeout_s=self.most(plan.timeout_s)), alone, base, "provenance")
             except ArmError as problem:
                 if problem.infra or problem.tampered or problem.arm != "candidate":
                     raise _StoppedError(problem) from None
                 self.most(1)  # else it was not late, but cut short
                 return f"{name}: {problem.words}"
         return ""
-
-    def once(self, plan: Plan) -> None:
-        """One run, or a first call, of a workload in the copy. ArmError if it fails."""
-        alone = self.trees("candidate", self.tree, self.cache)
-        if not plan.workload.worker:
-            command_sample("candidate", plan, alone, secrets.randbits(32))
-            return
-        inputs = Inputs(plan, self.trees("base", self.frozen.tree("base"), self.frozen.cache("base")))
-        try:
-            made = inputs.make([next(seeds.inputs(plan.seed, "provenance"))])
-        finally:
-            inputs.end()
-        short = replace(plan, workload=replace(plan.workload, rounds=1, warmups=1))
-        worker_samples(short, alone, random.Random(0), made * 2, secrets.randbits(32))
 
     def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""
@@ -177,6 +183,6 @@ GATE = Gate(
     "provenance",
     looked_at,
     Where.MEASURED,
-    asked=lambda _, changed: bool(compiled(changed)),
-    otherwise="no compiled source was changed",
+    asked=lambda _, changed: bool(compiled(changed) or code(changed)),
+    otherwise="no source was changed",
 )

@@ -14,13 +14,11 @@ from xml.etree import ElementTree
 from assay.arms import commands
 from assay.arms.sandbox import Finished
 from assay.contract.outcome import INFRA, Outcome
-from assay.contract.patterns import CHECKS, UNASKED, matches
 from assay.gates.gate import Found, Gate, Given, Where
+from assay.gates.poison import code, poison, some
 
 _REPORT = "tests.xml"
 _MOST_REPORT = 64 << 20
-_SHOWN = 5
-_POISON = 'raise ImportError("assay: is this file imported?")\n'
 
 
 def tested(given: Given) -> Found:
@@ -68,7 +66,7 @@ class _Run:
         cache.mkdir()
         wanted = self.given.frozen.content["commands"]
         if before:
-            _poison(tree, poisoned)
+            poison(tree, poisoned)
         well = True
         for command in [*wanted["setup"], *wanted["build"]]:
             ended = commands.run(
@@ -83,7 +81,7 @@ class _Run:
             )
             well = well and not ended.status
         if not before:
-            _poison(tree, poisoned)
+            poison(tree, poisoned)
         return tree, well
 
 
@@ -94,34 +92,21 @@ def imported(run: _Run, base: dict[str, str], found: Found) -> Found:
     was changed, once all of them do that do not test, measure or build.
     """
     frozen = run.given.frozen
-    files = [path for path in frozen.content["patch"]["changed"] if _code(path)]
-    files = [path for path in files if (frozen.tree("candidate") / path).is_file()]
-    if not files:
-        tree = frozen.tree("candidate")
-        files = [path.relative_to(tree).as_posix() for path in tree.rglob("*.py") if path.is_file()]
-        files = [path for path in files if _code(path)]
+    tree = frozen.tree("candidate")
+    files = [path for path in code(frozen.content["patch"]["changed"]) if (tree / path).is_file()]
+    files = files or code([path.relative_to(tree).as_posix() for path in tree.rglob("*.py") if path.is_file()])
     if not files:
         return found
-    tree, built = run.copy("poisoned", files, before=True)
+    copy, built = run.copy("poisoned", files, before=True)
     if not built:  # what is built needs the files; do the tests?
-        tree, built = run.copy("poisoned-late", files, before=False)
+        copy, built = run.copy("poisoned-late", files, before=False)
     if not built:
         return Found(f"{INFRA}tests", "a second build of the candidate failed")
-    seen, _ = run.of("candidate", tree.name.removeprefix("tree-"), tree)
+    seen, _ = run.of("candidate", copy.name.removeprefix("tree-"), copy)
     if all(seen.get(name) == "passed" for name, result in base.items() if result == "passed"):
-        some = _some(files)
-        words = f"the tests pass though {some} raise when they are imported: they do not test the tree that is judged"
-        return Found(Outcome.NOT_EVALUATED, words)
+        words = f"the tests pass though {some(files)} raise when they are imported"
+        return Found(Outcome.NOT_EVALUATED, f"{words}: they do not test the tree that is judged")
     return Found("", f"{found.words}; they import the tree that is judged")
-
-
-def _code(path: str) -> bool:
-    return path.endswith(".py") and not matches(path, (*CHECKS, *UNASKED))
-
-
-def _poison(tree: Path, files: Sequence[str]) -> None:
-    for path in files:
-        (tree / path).write_text(_POISON)
 
 
 def compared(base: dict[str, str], candidate: dict[str, str], ended: Finished) -> Found:
@@ -132,16 +117,12 @@ def compared(base: dict[str, str], candidate: dict[str, str], ended: Finished) -
     worse = [name for name in failed if name not in missing]
     if missing:
         return Found(
-            "tests_failed", f"{len(missing)} of {len(base)} tests were not reported: {_some(missing)}; {last_words}"
+            "tests_failed", f"{len(missing)} of {len(base)} tests were not reported: {some(missing)}; {last_words}"
         )
     if worse:
-        return Found("tests_failed", f"{len(worse)} of {len(base)} tests did not pass: {_some(worse)}; {last_words}")
+        return Found("tests_failed", f"{len(worse)} of {len(base)} tests did not pass: {some(worse)}; {last_words}")
     passed = sum(result == "passed" for result in base.values())
     return Found("", f"{passed} tests passed, {len(base) - passed} were skipped in base")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def results(report: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.arms import sandbox
-from assay.contract.errors import HostError, NoSandboxError
+from assay.contract.errors import PATHS, HostError, NoSandboxError
 from assay.contract.frozen import FILE, Frozen, written
 from assay.contract.task import Read
 from assay.gates import build, notes, table
@@ -51,13 +51,12 @@ def judge(
     TaskError and ValueError say what is wrong with task or source; then there is no attempt at all.
     """
     where = identity.environment()
-    with _opened(read, source, store, where, sandboxed, skipped, told) as (one, handed):
+    with _opened(read, source, store, where, sandboxed, skipped, told) as one:
         try:
-            found = one.stages(handed)
+            found = one.close(one.stages() | {"environment": where})
         except (OSError, sqlite3.Error) as problem:  # a full disk, a pipe that was closed: nobody's patch is to blame
-            found = one.stopped(problem)
-        found["environment"] = where
-        return one.close(found), one.attempt.folder
+            found = one.close_stopped(problem, where)
+        return found, one.attempt.folder
 
 
 def prepared(
@@ -70,28 +69,39 @@ def prepared(
     told: Told = lambda _: None,
 ) -> tuple[Frozen, dict[str, Any] | None]:
     """A plan to be measured elsewhere, and the verdict if that is not needed. Raises as `judge` does."""
-    with _opened(read, source, store, "measured elsewhere", sandboxed, skipped, told) as (one, handed):
-        frozen = one.frozen(handed)
-        passed = not frozen.content["outcome"] and one.apart(frozen)
-        return frozen, None if passed else one.close(verdict(frozen, one.gates))
+    with _opened(read, source, store, "measured elsewhere", sandboxed, skipped, told) as one:
+        try:
+            frozen = one.frozen()
+            passed = not frozen.content["outcome"] and one.apart(frozen)
+            return frozen, None if passed else one.close(verdict(frozen, one.gates))
+        except (OSError, sqlite3.Error) as problem:
+            return one.plan(), one.close_stopped(problem, None)
 
 
 @contextlib.contextmanager
 def _opened(
     read: Read, source: Source, store: Path, where: Any, sandboxed: bool, skipped: Sequence[str], told: Told
-) -> Iterator[tuple["_Judging", freeze.Handed]]:
-    """An attempt, locked, and the guarded patch. `where`: the environment, or a word if it is not known yet."""
+) -> Iterator["_Judging"]:
+    """An attempt, locked, of the guarded patch. `where`: the environment, or a word if it is not known yet."""
     if sandboxed and sandbox.refusal():
         raise NoSandboxError(f"{sandbox.refusal()}; --no-sandbox does without, and says so everywhere")
     ledger = Ledger(store)
     try:
-        with ledger.temporary() as folder:
-            handed = freeze.handed_in(read, source, folder)
-            key = freeze.key(read, handed, where, skipped)
-            changed = len(handed.judged.changed)
+        with contextlib.ExitStack() as stack:
+            handed: freeze.Handed | OSError
+            try:
+                handed = freeze.handed_in(read, source, stack.enter_context(ledger.temporary()))
+            except OSError as problem:
+                if isinstance(problem, PATHS):
+                    raise
+                handed = problem
+                ledger.release()
+            patch = None if isinstance(handed, OSError) else handed
+            key = freeze.key(read, patch, where, skipped)
+            changed = len(patch.judged.changed) if patch else 0
             facts = {"task": read.task.name, "source": source.kind, "changed": changed, "skipped": list(skipped)}
-            with ledger.attempt(key, sandboxed=sandboxed, facts=facts) as attempt:
-                yield _Judging(ledger, attempt, key, read, sandboxed, skipped, told), handed
+            attempt = stack.enter_context(ledger.attempt(key, sandboxed=sandboxed, facts=facts))
+            yield _Judging(ledger, attempt, key, read, handed, sandboxed, skipped, told)
     finally:
         ledger.close()
 
@@ -105,20 +115,22 @@ class _Judging:
         attempt: Attempt,
         key: Key,
         read: Read,
+        handed: freeze.Handed | OSError,
         sandboxed: bool,
         skipped: Sequence[str],
         told: Told,
     ) -> None:
-        self.ledger, self.attempt, self.key, self.read = ledger, attempt, key, read
+        """`handed`: the guarded patch, or why this machine could not read it."""
+        self.ledger, self.attempt, self.key, self.read, self.handed = ledger, attempt, key, read, handed
         self.sandboxed, self.skipped, self.told = sandboxed, skipped, told
         self.gates: list[dict[str, str]] = []
-        self.now = ""
+        self.now = "read"
         for old in attempt.folder.glob("*-*"):  # of a judge that was killed: what is kept has no dash in its name
             shutil.rmtree(old, ignore_errors=True)
 
-    def stages(self, handed: freeze.Handed) -> dict[str, Any]:
+    def stages(self) -> dict[str, Any]:
         """Runs what is not done yet, up to the first rejection; the verdict."""
-        frozen = self.frozen(handed)
+        frozen = self.frozen()
         if not frozen.content["outcome"] and self.passes(frozen, table.GATES):
             device = frozen.content["sandbox"]["device"]
             with locks.held(device, alone=True, waiting=self.waits) as environment:
@@ -126,13 +138,30 @@ class _Judging:
             return decide(self.attempt.folder / RAW)
         return verdict(frozen, self.gates)
 
-    def stopped(self, problem: Exception) -> dict[str, Any]:
-        """The verdict where this machine failed; HostError if there is not even a plan, or no place to write to."""
+    def close_stopped(self, problem: Exception, where: Any) -> dict[str, Any]:
+        """The verdict where this machine failed, with its last row; reports only if they can be written.
+
+        HostError if there is no place even for the row.
+        """
         words = f"{self.now}: {type(problem).__name__}: {problem}"
+        found = verdict(self.plan(), self.gates, host=words) | ({"environment": where} if where else {})
         try:
-            return verdict(Frozen.read(self.attempt.folder / FILE), self.gates, host=words)
-        except (OSError, ValueError, sqlite3.Error):
-            raise HostError(words) from None
+            self.ledger.release()
+            with contextlib.suppress(OSError):
+                self.write(found)
+            self.ledger.close_attempt(self.attempt, found)
+        except (OSError, sqlite3.Error):
+            raise HostError(f"{found['outcome']}: {words}; and no last row could be written") from None
+        return found
+
+    def plan(self) -> Frozen:
+        """The plan, or as much of it as is known."""
+        try:
+            return Frozen.read(self.attempt.folder / FILE)
+        except ValueError:
+            judged = None if isinstance(self.handed, OSError) else self.handed.judged
+            options: dict[str, Any] = {"sandboxed": self.sandboxed, "skipped": self.skipped}
+            return freeze.unfrozen(self.read, judged, self.attempt, **options)
 
     def apart(self, frozen: Frozen) -> bool:
         """Tries the gates that need packages, and leaves clean trees behind; whether all were passed."""
@@ -184,8 +213,11 @@ class _Judging:
         """Says that another judge measures."""
         self.told({"kind": "waiting", "name": name})
 
-    def frozen(self, handed: freeze.Handed) -> Frozen:
-        """The plan: from here on nothing that was handed in is looked at again."""
+    def frozen(self) -> Frozen:
+        """The plan: from here on nothing that was handed in is looked at again. OSError if that could not be read."""
+        handed = self.handed
+        if isinstance(handed, OSError):
+            raise handed
         self.stage("prepare", lambda: self.prepare(handed))
         return Frozen.read(self.attempt.folder / FILE)
 
@@ -210,8 +242,12 @@ class _Judging:
 
     def close(self, found: dict[str, Any]) -> dict[str, Any]:
         """Writes verdict and reports, then the last row; the verdict."""
+        self.write(found)
+        self.ledger.close_attempt(self.attempt, found)
+        return found
+
+    def write(self, found: dict[str, Any]) -> None:
+        """Verdict and reports, beside the plan."""
         found["attempt"]["of_patch"] = self.ledger.attempts(self.key.task, self.key.patch)
         written(self.attempt.folder / VERDICT, json.dumps(found, indent=1) + "\n")
         pages.write(self.attempt.folder, found)
-        self.ledger.close_attempt(self.attempt, found)
-        return found

@@ -160,8 +160,8 @@ def _p_at(blocks: Blocks, n: int) -> float:
     alpha = next(look.alpha for look in LOOKS if look.blocks == n)
     ratios = _ratios(blocks, "candidate", n)
     p = p_value(ratios)
-    if hodges_lehmann(ratios) > 0:  # as far as sending could not explain it
-        bounded = np.log(blocks.seconds["base"][:n]) - np.log(blocks.unsent()[:n])
+    if hodges_lehmann(ratios) > 0:  # as far as a patched worker could not explain it
+        bounded = np.log(blocks.seconds["base"][:n]) - np.log(blocks.bounded()[:n])
         p = max(p, p_value(bounded) if hodges_lehmann(bounded) > 0 else 1.0)
     return min(1.0, p * FAMILY / alpha)
 
@@ -257,6 +257,8 @@ def _trust(frozen: Frozen, headers: Sequence[Mapping[str, Any]], workloads: Sequ
         found.append(f"left out on request: {', '.join(skipped)}")
     if unchecked := [one["name"] for one in workloads if one["outputs"]]:
         found.append(f"outputs not compared: {', '.join(unchecked)}")
+    if trusted := [name for name, plan in frozen.plans().items() if plan.trusted]:
+        found.append(f"workers trusted: {', '.join(trusted)}")
     if any(header["clock"] == "cooperative" for header in headers):
         found.append("clock: cooperative; no tamper resistance is claimed")
     if frozen.content["patch"]["restored"]:

@@ -25,6 +25,8 @@ from assay.repository.store import Store
 
 _API_S = 120.0
 _PATCH = "patch.diff"
+_UNREAD = hashlib.sha256(b"unread").hexdigest()[:16]
+"""In place of the digest of a patch that could not be read, since this machine failed."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,46 @@ def protocol(read: Read, skipped: Sequence[str]) -> str:
     return _digest([assay.__version__, plan.VERSION, read.task.require, plans, list(skipped)])
 
 
-def key(read: Read, handed: Handed, where: Any, skipped: Sequence[str]) -> Key:
+def key(read: Read, handed: Handed | None, where: Any, skipped: Sequence[str]) -> Key:
     """The key of an attempt; `where` is the environment, or a word if it is not known yet."""
-    return Key(read.digest, handed.judged.digest, _digest(where), protocol(read, skipped))
+    return Key(read.digest, handed.judged.digest if handed else _UNREAD, _digest(where), protocol(read, skipped))
+
+
+def known(
+    read: Read, found: Judged | None, attempt: Attempt, *, sandboxed: bool, skipped: Sequence[str]
+) -> dict[str, Any]:
+    """The parts of a plan that stand before anything is written. Without `found` the patch could not be read."""
+    task = read.task
+    patch = plan.PatchFacts(_UNREAD, 0, [], [], [])
+    if found is not None:
+        changes = (list(found.changed), list(found.restored), list(found.left))
+        patch = plan.PatchFacts(found.digest, len(found.patch), *changes)
+    return {
+        "assay": assay.__version__,
+        "attempt": plan.AttemptName(attempt.id, attempt.number),
+        "task": plan.TaskFacts(task.name, read.digest, task.delta, task.require),
+        "patch": patch,
+        "protocol": protocol(read, skipped),
+        "gates": plan.GatesAsked(asked(read, found) if found else [], list(skipped)),
+        "sandbox": plan.SandboxFacts(
+            wanted=sandboxed,
+            readable=[str((read.file.parent / path).resolve()) for path in task.sandbox.readable],
+            devices=list(task.sandbox.devices),
+            environment=task.sandbox.environment,
+            device=task.sandbox.device,
+            memory_bytes=task.budget.memory_bytes,
+            processes=task.budget.processes,
+            disk_bytes=task.budget.disk_bytes,
+        ),
+    }
+
+
+def unfrozen(read: Read, found: Judged | None, attempt: Attempt, *, sandboxed: bool, skipped: Sequence[str]) -> Frozen:
+    """What a verdict needs where there is no plan, since this machine failed before."""
+    parts = known(read, found, attempt, sandboxed=sandboxed, skipped=skipped)
+    content = {name: part if isinstance(part, str) else asdict(part) for name, part in parts.items()}
+    nothing: dict[str, Any] = {"outcome": "", "words": [], "workloads": {}}
+    return Frozen(attempt.folder, content | nothing)
 
 
 def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, skipped: Sequence[str]) -> Frozen:
@@ -92,14 +131,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
     workloads = {timed.name: _frozen(read, timed, folder) for timed in task.workload}
     content = asdict(
         plan.PlanFile(
-            assay=assay.__version__,
-            attempt=plan.AttemptName(attempt.id, attempt.number),
-            task=plan.TaskFacts(task.name, read.digest, task.delta, task.require),
-            patch=plan.PatchFacts(
-                result.digest, len(result.patch), list(result.changed), list(result.restored), list(result.left)
-            ),
-            protocol=protocol(read, skipped),
-            gates=plan.GatesAsked(asked(read, result), list(skipped)),
+            **known(read, result, attempt, sandboxed=sandboxed, skipped=skipped),
             outcome=result.outcome,
             words=list(result.words),
             commits=commits,
@@ -112,16 +144,6 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
                 task.commands.timeout_s,
             ),
             budget_s=task.budget.seconds,
-            sandbox=plan.SandboxFacts(
-                wanted=sandboxed,
-                readable=[str((read.file.parent / path).resolve()) for path in task.sandbox.readable],
-                devices=list(task.sandbox.devices),
-                environment=task.sandbox.environment,
-                device=task.sandbox.device,
-                memory_bytes=task.budget.memory_bytes,
-                processes=task.budget.processes,
-                disk_bytes=task.budget.disk_bytes,
-            ),
             workloads=workloads,
         )
     )

@@ -89,8 +89,11 @@ def _given(store: Store, base: str, source: Source, repository: Path) -> tuple[s
         return store.tree_of(resolved(repository, source.value)), ()
     if not place.is_file():
         raise ValueError(f"--patch: expected a file, got {source.value}")
+    patch = place.read_bytes()
+    if not patch.strip():
+        return "", ("the patch is empty",)
     try:
-        return store.applied(base, place.read_bytes()), ()
+        return store.applied(base, patch), ()
     except GitError as problem:
         return "", (f"the patch does not apply to base: {problem}",)
 

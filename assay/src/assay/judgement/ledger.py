@@ -45,6 +45,10 @@ _UNFINISHED = (
 _NAMES = ("attempts", "begun", "done", "final")
 
 
+_RESERVE, _RESERVED = "reserve", 1 << 20
+"""A file of so many bytes, which makes room for the last row where a disk is full."""
+
+
 class Key(NamedTuple):
     """What makes two judgements the same: digests."""
 
@@ -89,6 +93,12 @@ class Ledger:
         version = self._one("PRAGMA user_version")
         if version != SCHEMA:
             raise ValueError(f"ledger: expected version {SCHEMA}, got {version}")
+        with contextlib.suppress(OSError), (store / _RESERVE).open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, _RESERVED)
+
+    def release(self) -> None:
+        """Gives back what is kept in reserve: from now on there is room for a few rows."""
+        (self.store / _RESERVE).unlink(missing_ok=True)
 
     def close(self) -> None:
         """Closes the file."""

@@ -4,8 +4,10 @@ RAW is a folder: the plan, what its gates found, and a file of JSON lines a work
 block by block. Whatever cuts it short, the next run goes on behind the last whole line.
 """
 
+import errno
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -111,5 +113,7 @@ def _decided(left: float, name: str, plan: Plan, trees: Trees, raw: Path, second
                 raise OverBudgetError("the task's seconds of measuring are spent, and this is not decided")
             return seen is not None
         except MeasurementError as problem:
+            if commands.disk_is_full(raw):
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; {problem}") from None
             out.write(json.dumps(asdict(Failed(outcome=problem.outcome, words=str(problem)))) + "\n")
             return True

@@ -161,7 +161,7 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
     if sending:
         lines.append(
             f"sending: {quantity('transport', statistics.median(sending))}, as base's worker echoes it, is taken out "
-            f"of all arms' times; what it could explain is not called faster"
+            f"of all arms' times; what a patched worker could explain is not called faster"
         )
     elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
         lines.append("sending: in the times of all arms")

@@ -5,6 +5,7 @@ git runs programs that a repository names (fsmonitor, external diffs, filters, h
 fast-import and out of it through cat-file, byte by byte: no attributes, no filters, no index of anybody else.
 """
 
+import errno
 import os
 import stat
 import subprocess
@@ -32,8 +33,20 @@ MOST_FILE = 1 << 30
 """Bytes of a file above which it is not read."""
 
 
+_MACHINE = {os.strerror(code): code for code in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENOMEM)}
+"""In words that git passes on, what is the machine's fault and nobody else's."""
+
+
 class GitError(ValueError):
     """git refused; its own words."""
+
+
+def _refused(what: str, words: str) -> Exception:
+    """GitError, or OSError where the machine failed."""
+    for said, code in _MACHINE.items():
+        if said in words:
+            return OSError(code, f"{said}, git {what}")
+    return GitError(f"git {what}: {words}")
 
 
 @dataclass(frozen=True)
@@ -78,12 +91,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(arguments: Sequence[str], stdin: bytes = b"", ok: Sequence[int] = (0,), **more: str) -> bytes:
-    """What git prints. GitError with its last line if it ends with a status that is not `ok`."""
+    """What git prints. GitError with its first line if it ends with a status that is not `ok`.
+
+    OSError if that is the machine's fault: its disk is full, say.
+    """
     command = ["git", *_NO_CONFIGURATION, *arguments]
     done = subprocess.run(command, input=stdin, capture_output=True, env=environment(**more), check=False)
     if done.returncode not in ok:
-        words = done.stderr.decode(errors="replace").strip().splitlines() or [f"status {done.returncode}"]
-        raise GitError(f"git {arguments[0]}: {words[0]}")
+        words = done.stderr.decode(errors="replace").strip()
+        first = words.splitlines()[0] if words else f"status {done.returncode}"
+        raise _refused(arguments[0], words if any(said in words for said in _MACHINE) else first)
     return done.stdout
 
 
@@ -135,7 +152,7 @@ class Store:
             command = ["git", *_NO_CONFIGURATION, f"--git-dir={self.folder}", "fast-import", "--quiet", "--force"]
             done = subprocess.run(command, stdin=stream, capture_output=True, env=environment(), check=False)
         if done.returncode:
-            raise GitError(f"git fast-import: {done.stderr.decode(errors='replace').strip()[:500]}")
+            raise _refused("fast-import", done.stderr.decode(errors="replace").strip()[:500])
         return Content(self.tree_of("refs/assay/taken"), tuple(refused))
 
     def changes(self, before: str, after: str) -> list[Change]:

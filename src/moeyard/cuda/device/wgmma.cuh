@@ -60,6 +60,9 @@ __device__ __forceinline__ void sync_warpgroup(u32 group) {
   else asm volatile("bar.sync 2, 128;" ::: "memory");
 }
 
+// A barrier of the 256 threads of two warpgroups that multiply.
+__device__ __forceinline__ void sync_multipliers() { asm volatile("bar.sync 4, 256;" ::: "memory"); }
+
 // A barrier of the 128 threads of the warpgroup that loads.
 __device__ __forceinline__ void sync_loaders() { asm volatile("bar.sync 3, 128;" ::: "memory"); }
 
@@ -160,6 +163,15 @@ __device__ __forceinline__ float2 load_shared_pair(u32 address) {
   return pair;
 }
 
+__device__ __forceinline__ void store_shared(u32 address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+// Brings the line of this address to the L1 cache.
+__device__ __forceinline__ void prefetch_line(const float* address) {
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(address) : "memory");
+}
+
 // Products of a warpgroup: d[64, N] += a[64, 16] b[N, 16]^T with a and b in shared memory, rows of 128 bytes (64
 // values) in groups of 8, in the 128-byte swizzle: the 16-byte piece p of row r lies at p ^ r % 8. Of d, lane l of warp
 // w holds rows 16 w + l / 4 (values 4 j, 4 j + 1) and 8 more (4 j + 2, 4 j + 3), columns 8 j + 2 (l % 4) and the next.
@@ -196,11 +208,8 @@ typedef float Sum;
 #endif
 #endif
 
-// A sum in place of which its value as a float is kept once it is scaled.
-__device__ __forceinline__ float value_of(float sum) { return sum; }
-__device__ __forceinline__ float value_of(int sum) { return __int_as_float(sum); }
-__device__ __forceinline__ void scale_sum(float& sum, float scale) { sum *= scale; }
-__device__ __forceinline__ void scale_sum(int& sum, float scale) { sum = __float_as_int(__int2float_rn(sum) * scale); }
+__device__ __forceinline__ float float_of(float sum) { return sum; }
+__device__ __forceinline__ float float_of(int sum) { return __int2float_rn(sum); }
 
 // Nothing reads a sum before this: the compiler does not see that products end later than they are written.
 __device__ __forceinline__ void settle(Sum& sum) { asm volatile("" : SUM_REGISTER(sum)::"memory"); }

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts.plan import Way, expected_routes, way_of
+from moeyard.cuda.experts.plan import Way, product_plan, way_of_codes
 from moeyard.cuda.experts.product import apart, compact_layout, lies_well, product, turns_of
 from moeyard.cuda.rows.launchers import combine_launch, quantize_launch
+from moeyard.cuda.runtime.cards import card_of
+from moeyard.dispatch.sizes import expected_routes
 from moeyard.quant import QuantScheme
 from moeyard.values import ExpertCall
 
@@ -25,11 +27,11 @@ def fused_coded_experts_launch(
     out: Tensor,
     way: Way | None = None,
 ) -> None:
-    """Layout, quantisation, product with activation, quantisation, product, sum: six launches.
+    """Layout, quantisation, product with activation, quantisation, product, sum: six launches, or five.
 
     A token's row is quantised once: on its way into the order of experts, or where the product gathers rows, in the
     order of tokens. What the activation leaves is rounded to 16 bits and then quantised, one scale per row, or per 128
-    columns beside blocks.
+    columns beside blocks. Those lie in one tile of the first product where tiles are tall, which then quantises them.
 
     Rows of results hold, before the second product writes them, the codes and scales of the first product's rows and,
     where there is room, what the activation leaves.
@@ -43,15 +45,19 @@ def fused_coded_experts_launch(
     assert scheme is not None and scales is not None
     experts, hidden_size, size = weights.num_local_experts, weights.hidden_size, weights.intermediate_size
     expected = expected_routes(num_routes, experts, num_experts)
-    way = way or way_of(expected, experts, weights.w13.shape[1])
+    way = way or way_of_codes(expected, experts, weights.w13.shape[1])
     grouped, weighs = bool(scheme.activation_group), hidden_states.dtype == torch.float16
 
     rows = hidden_states.new_empty((num_routes, hidden_size))
     first_rows = num_routes if way.copied else hidden_states.shape[0]
     first, first_scales, used = _codes(rows, first_rows, hidden_size, scheme)
     spare = rows.view(-1)[-(-used // 32) * 16 :]  # from a multiple of 32 bytes on
-    fits = num_routes * size <= spare.numel()
-    middle = spare[: num_routes * size].view(num_routes, size) if fits else rows.new_empty((num_routes, size))
+    plan = product_plan(num_routes, experts, size, weights.gated, False, card_of(device), way, expected, "BY_BLOCKS")
+    as_codes = grouped and weights.gated and plan.weight_rows == 2 * GROUP
+    middle = None
+    if not as_codes:
+        fits = num_routes * size <= spare.numel()
+        middle = spare[: num_routes * size].view(num_routes, size) if fits else rows.new_empty((num_routes, size))
     groups = -(-size // GROUP) if grouped else 1
     second_room = rows.new_empty(num_routes * (size // 4 + groups), dtype=torch.int32)
     second, second_scales, _ = _codes(second_room, num_routes, size, scheme)
@@ -69,15 +75,17 @@ def fused_coded_experts_launch(
         rows=first, row_scales=first_scales, programmatic=True,
     )  # fmt: skip
     product(
-        first, weights.w13, weights.w13_bias, offsets, counts, middle,
+        first, weights.w13, weights.w13_bias, offsets, counts, second if middle is None else middle,
         slots=None if way.copied else layout.sorted_token_ids, divisor=1 if way.copied else top_k,
         gather=not way.copied, activation=activation, gated=weights.gated, ready=way.copied and not grouped, way=way,
         expected=expected, turns=turns, weight_scales=_as_floats(scales.w13), row_scales=first_scales,
+        result_scales=second_scales if as_codes else None, dtype=rows.dtype,
     )  # fmt: skip
-    quantize_launch(
-        middle, None, grouped=grouped, rows=second, row_scales=second_scales, count=layout.num_tokens_post_padded,
-        programmatic=True,
-    )  # fmt: skip
+    if middle is not None:
+        quantize_launch(
+            middle, None, grouped=grouped, rows=second, row_scales=second_scales, count=layout.num_tokens_post_padded,
+            programmatic=True,
+        )  # fmt: skip
     product(
         second, weights.w2, weights.w2_bias, offsets, counts, rows, slots=layout.sorted_token_ids if weighs else None,
         factors=topk_weights if weighs else None, ready=not grouped, way=way, expected=expected, turns=turns,

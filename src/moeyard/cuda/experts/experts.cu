@@ -74,28 +74,25 @@ __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const R
 }
 
 // The same of codes in blocks of 128 x 128 and rows in groups of 128: a step's products have sums of their own, which
-// are multiplied by the scales of both and added. `scales` are those of the gate half, or of all weight rows, and of the
-// up half. While one warpgroup adds, the tensor cores work for the other.
+// are multiplied by the scales of both and added. While one warpgroup adds, the tensor cores work for the other.
 template <int N>
 __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
-                                                u32 group, const Signals& signals, const float* gate,
-                                                const float* up) {
+                                                u32 group, const Signals& signals) {
 #pragma unroll
   for (int m = 0; m < TALL; ++m) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sums[m][i] = 0;
   }
-  const u32 first = 8 * (threadIdx.x & 3);  // the byte of the first of a lane's two rows in eight
-  float of_gate = __ldg(gate), of_up = GATED_RESULT ? __ldg(up) : of_gate;
+  const u32 mine = 8 * (threadIdx.x & 3) + (GATED_RESULT ? 0 : 4 * BN * group);  // of a lane's two rows in eight
   for (u32 step = 0; step < steps; ++step) {
     await_phase(room.full + 8 * stage.number, stage.parity);
     if constexpr (GATHERS) show_shared_writes();
     const u32 here = room.stages + stage.number * STAGE_BYTES;
-    const u32 scales = room.stage_scales + stage.number * SCALE_BYTES + first;
+    const u32 scales = room.stage_scales + stage.number * SCALE_BYTES + mine;
+    float2 halves = {1.0f, 1.0f};
+    if constexpr (GATED_RESULT) halves = load_shared_pair(room.stage_scales + stage.number * SCALE_BYTES + 4 * BN);
     const u64 weights = tile_descriptor(here + group * 64 * TALL * BK * ITEM);
     const u64 rows = tile_descriptor(here + WEIGHT_BYTES);
-    const u32 next = min(step + 1, steps - 1);
-    const float next_gate = __ldg(gate + next), next_up = GATED_RESULT ? __ldg(up + next) : next_gate;
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
       Sum batch[N / 2];
@@ -112,16 +109,19 @@ __device__ __forceinline__ void multiply_blocks(Sum (&sums)[TALL][BN / 2], const
 #pragma unroll
       for (int i = 0; i < N / 8; ++i) {
         const float2 of_rows = load_shared_pair(scales + 32 * i);
-        sums[m][4 * i] = fmaf(of_rows.x * of_gate, batch[4 * i], sums[m][4 * i]);
-        sums[m][4 * i + 1] = fmaf(of_rows.y * of_gate, batch[4 * i + 1], sums[m][4 * i + 1]);
-        sums[m][4 * i + 2] = fmaf(of_rows.x * of_up, batch[4 * i + 2], sums[m][4 * i + 2]);
-        sums[m][4 * i + 3] = fmaf(of_rows.y * of_up, batch[4 * i + 3], sums[m][4 * i + 3]);
+        float2 of_gate = of_rows, of_up = of_rows;
+        if constexpr (GATED_RESULT) {
+          of_gate = {of_rows.x * halves.x, of_rows.y * halves.x};
+          of_up = {of_rows.x * halves.y, of_rows.y * halves.y};
+        }
+        sums[m][4 * i] = fmaf(of_gate.x, batch[4 * i], sums[m][4 * i]);
+        sums[m][4 * i + 1] = fmaf(of_gate.y, batch[4 * i + 1], sums[m][4 * i + 1]);
+        sums[m][4 * i + 2] = fmaf(of_up.x, batch[4 * i + 2], sums[m][4 * i + 2]);
+        sums[m][4 * i + 3] = fmaf(of_up.y, batch[4 * i + 3], sums[m][4 * i + 3]);
       }
     }
     __syncwarp();  // all lanes have read the scales
     if (signals.releases) arrive(room.empty + 8 * stage.number);
-    of_gate = next_gate;
-    of_up = next_up;
     stage.advance();
   }
 }
@@ -137,90 +137,97 @@ __device__ __forceinline__ void multiply_used(Sum (&sums)[TALL][BN / 2], const R
 
 template <int N = BN>
 __device__ __forceinline__ void multiply_used_blocks(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
-                                                     u32 steps, u32 group, const Signals& signals, const float* gate,
-                                                     const float* up, u32 rows) {
+                                                     u32 steps, u32 group, const Signals& signals, u32 rows) {
   if constexpr (N > FINE) {
-    if (rows <= N - FINE) {
-      return multiply_used_blocks<N - FINE>(sums, room, stage, steps, group, signals, gate, up, rows);
-    }
+    if (rows <= N - FINE) return multiply_used_blocks<N - FINE>(sums, room, stage, steps, group, signals, rows);
   }
-  multiply_blocks<N>(sums, room, stage, steps, group, signals, gate, up);
+  multiply_blocks<N>(sums, room, stage, steps, group, signals);
 }
 
-// Products of a tile in blocks: the weights' scales are of blocks of 128 rows, in each of which a warpgroup's rows lie.
-__device__ __forceinline__ void multiply_scaled(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage,
-                                                const Arguments& a, u32 group, const Signals& signals,
-                                                const Tile& tile, u32 first_column) {
-  const u32 blocks = (a.columns + 127) / 128;  // of a half
-  const u64 row = static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * blocks : blocks);
-  const float* gate = a.weight_scales + (row + min(first_column / 128, blocks - 1)) * a.steps;
-  multiply_used_blocks(sums, room, stage, a.steps, group, signals, gate, gate + blocks * a.steps, tile.rows);
-}
-
-// The scales of the two weight rows that a lane has in each product.
-__device__ __forceinline__ void load_weight_scales(float2 (&scales)[TALL], const Arguments& a, const Tile& tile,
-                                                   u32 column) {
-  const u32 of_half = CHANNELS ? a.columns : 1;
-  const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * of_half : of_half);
-#pragma unroll
-  for (int m = 0; m < TALL; ++m) {
-    const u32 mine = CHANNELS ? min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2)) : 0;
-    scales[m].x = __ldg(of_expert + mine);
-    scales[m].y = GATED_RESULT || CHANNELS ? __ldg(of_expert + mine + (GATED_RESULT ? of_half : 1)) : scales[m].x;
-  }
-}
-
-// What a warpgroup has to know of the scales of a tile's rows.
-__device__ __forceinline__ void look_up_scales(const Room& room, const Arguments& a, const Tile& tile) {
+// Asks for the scales of a tile's rows and of its weights, which `Scaling` has when its products have ended.
+__device__ __forceinline__ void ask_for_scales(const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 thread = threadIdx.x & 127, group = threadIdx.x / 128 - 1;
   sync_warpgroup(group);  // the scales of the tile before have been read
   for (u32 row = thread; row < tile.rows; row += 128) {
     const u32 of = GATHERS ? __ldcg(a.sorted_token_ids + tile.first_row + row) / a.divisor : tile.first_row + row;
-    room.scales[group * BN + row] = __ldcg(a.row_scales + of);
+    copy_4_bytes(shared_address(room.scales + group * BN + row), a.row_scales + of);
   }
-  sync_warpgroup(group);
-}
-
-// Sums of codes, times the scales of rows and weights.
-__device__ __forceinline__ void scale_sums(Sum (&sums)[TALL][BN / 2], const Room& room, const Arguments& a,
-                                           const Tile& tile, u32 column) {
-  const u32 group = threadIdx.x / 128 - 1;
-  float2 of_weights[TALL];
-  load_weight_scales(of_weights, a, tile, column);
-  const float* of_lane = room.scales + group * BN + 2 * (threadIdx.x & 3);
-#pragma unroll
-  for (int i = 0; i < BN / 8; ++i) {
-    if (8 * i >= tile.rows) break;
-    const float2 of_rows = *reinterpret_cast<const float2*>(of_lane + 8 * i);
+  if constexpr (CHANNELS) {
+    const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 : 1) * a.columns;
 #pragma unroll
     for (int m = 0; m < TALL; ++m) {
-      scale_sum(sums[m][4 * i], of_rows.x * of_weights[m].x);
-      scale_sum(sums[m][4 * i + 1], of_rows.y * of_weights[m].x);
-      scale_sum(sums[m][4 * i + 2], of_rows.x * of_weights[m].y);
-      scale_sum(sums[m][4 * i + 3], of_rows.y * of_weights[m].y);
+      const float* mine = of_expert + min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2));
+      prefetch_line(mine);
+      if constexpr (GATED_RESULT) prefetch_line(mine + a.columns);
     }
   }
 }
 
+// The scales of a tile of codes, one per row: those of the two weight rows that a lane has in each product, and where
+// those of rows lie. Sums are scaled as they are read: were they written, the compiler would wait for every product.
+struct Scaling {
+  float2 of_weights[TALL];
+  const float* of_rows;  // from the lane's first row on
+
+  __device__ __forceinline__ void prepare(const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+    if constexpr (!ROW_SCALES) return;
+    const u32 group = threadIdx.x / 128 - 1;
+    await_copies();
+    sync_warpgroup(group);
+    of_rows = room.scales + group * BN + 2 * (threadIdx.x & 3);
+    const u32 of_half = CHANNELS ? a.columns : 1;
+    const float* of_expert = a.weight_scales + static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 * of_half : of_half);
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      const u32 mine = CHANNELS ? min(column + m * COLUMNS_A_PRODUCT, a.columns - (GATED_RESULT ? 1 : 2)) : 0;
+      of_weights[m].x = __ldg(of_expert + mine);
+      of_weights[m].y =
+          GATED_RESULT || CHANNELS ? __ldg(of_expert + mine + (GATED_RESULT ? of_half : 1)) : of_weights[m].x;
+    }
+  }
+  // Of the lane's two rows in the eight from `start` on.
+  __device__ __forceinline__ float2 pair(u32 start) const {
+    if constexpr (ROW_SCALES) return *reinterpret_cast<const float2*>(of_rows + start);
+    return {1.0f, 1.0f};
+  }
+  // Of one of the two.
+  __device__ __forceinline__ float one(u32 start, u32 odd) const {
+    if constexpr (ROW_SCALES) return of_rows[start + odd];
+    return 1.0f;
+  }
+};
+
+// A sum as a float, scaled where sums are of codes.
+__device__ __forceinline__ float scaled(Sum sum, float scale) {
+  if constexpr (ROW_SCALES) return float_of(sum) * scale;
+  return float_of(sum);
+}
+
 // What becomes of the sums of a row and of the two weight rows that a lane has in a product: 32 bits of two columns, or
 // with a gate a value of one.
-__device__ __forceinline__ float finish_gated(const Sum* sums, const float2 bias, const Arguments& a) {
-  return bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, value_of(sums[2]) + bias.y, a.curve);
+__device__ __forceinline__ u32 finish_pair(const Sum* sums, const float2 bias, const Arguments& a, float factor,
+                                           float of_row, const float2 of_weights) {
+  const float first = scaled(sums[0], of_row * of_weights.x), second = scaled(sums[2], of_row * of_weights.y);
+  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(first + bias.x, a.curve) * factor,
+                           bend<Quick, CURVE, CLAMPS>(second + bias.y, a.curve) * factor);
 }
 
-__device__ __forceinline__ u32 finish_pair(const Sum* sums, const float2 bias, const Arguments& a, float factor) {
-  return narrow_pair<KIND>(bend<Quick, CURVE, CLAMPS>(value_of(sums[0]) + bias.x, a.curve) * factor,
-                           bend<Quick, CURVE, CLAMPS>(value_of(sums[2]) + bias.y, a.curve) * factor);
+// With a gate: of two rows, to be transposed.
+__device__ __forceinline__ float finish_gated(const Sum* sums, const float2 bias, const Arguments& a, float of_row,
+                                              const float2 of_weights) {
+  const float gate = scaled(sums[0], of_row * of_weights.x), up = scaled(sums[2], of_row * of_weights.y);
+  return bend<Quick, CURVE, CLAMPS>(gate + bias.x, up + bias.y, a.curve);
 }
 
-// The same with a gate of two rows: to be transposed.
-__device__ __forceinline__ u32 finish_two_gated(const Sum* sums, const float2 bias, const Arguments& a) {
-  return narrow_pair<KIND>(finish_gated(sums, bias, a), finish_gated(sums + 1, bias, a));
+__device__ __forceinline__ u32 finish_two_gated(const Sum* sums, const float2 bias, const Arguments& a,
+                                                const float2 of_rows, const float2 of_weights) {
+  return narrow_pair<KIND>(finish_gated(sums, bias, a, of_rows.x, of_weights),
+                           finish_gated(sums + 1, bias, a, of_rows.y, of_weights));
 }
 
 // Results of all rows of a tile, straight to memory: two columns side by side of each product of a lane.
 __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                              const Room& room, const Arguments& a, const Tile& tile, u32 column) {
+                                              const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile, u32 column) {
   const u32 first = 2 * (threadIdx.x & 3), group = threadIdx.x / 128 - 1;
   u16* of_row = a.out + static_cast<i64>(tile.first_row + first) * a.columns + column;
 #pragma unroll
@@ -241,7 +248,8 @@ __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], c
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         if (column + m * COLUMNS_A_PRODUCT >= a.columns) continue;
-        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) = finish_pair(sums[m] + at, bias[m], a, factor);
+        *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT) =
+            finish_pair(sums[m] + at, bias[m], a, factor, scaling.one(start, odd), scaling.of_weights[m]);
       }
     }
   }
@@ -270,7 +278,7 @@ __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Argument
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
 __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                                    const Room& room, const Arguments& a, const Tile& tile,
+                                                    const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile,
                                                     u32 first_column, u32& turn) {
   constexpr u32 PIECES = COLUMNS_A_GROUP / 8;
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
@@ -283,10 +291,12 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
     ++turn;
 #pragma unroll
     for (int i = 0; i < CHUNK; i += 8) {
+      const float2 of_rows = scaling.pair(start + i);
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
         const u32 to = chunk + in_chunk + i * PITCH + m * COLUMNS_A_PRODUCT * 2;
-        store_transposed(to, finish_two_gated(sums[m] + (start + i) / 2, bias[m], a));
+        const Sum* of_eight = sums[m] + (start + i) / 2;
+        store_transposed(to, finish_two_gated(of_eight, bias[m], a, of_rows, scaling.of_weights[m]));
       }
     }
     sync_warpgroup(group);
@@ -302,7 +312,7 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
 // Results of a tile with a gate through the stage that is lent for them, transposed to rows with columns side by side;
 // the copy engine takes them from there. Returns the stage's `empty` barrier, which wants to hear when that is done.
 __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
-                                                  const Room& room, const Arguments& a, const Tile& tile,
+                                                  const Scaling& scaling, const Room& room, const Arguments& a, const Tile& tile,
                                                   u32 first_column, Stage& stage) {
   const u32 thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, group = threadIdx.x / 128 - 1;
   const u32 held = room.empty + 8 * stage.number;
@@ -315,8 +325,11 @@ __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2
   for (int start = 0; start < BN; start += 16) {
     if (start >= tile.rows) break;
     const Sum *first = sums[0] + start / 2, *second = sums[1] + start / 2;
-    const uint4 values = {finish_two_gated(first, bias[0], a), finish_two_gated(first + 4, bias[0], a),
-                          finish_two_gated(second, bias[1], a), finish_two_gated(second + 4, bias[1], a)};
+    const float2 of_rows = scaling.pair(start), of_next = scaling.pair(start + 8);
+    const float2 *of = scaling.of_weights;
+    const uint4 values = {
+        finish_two_gated(first, bias[0], a, of_rows, of[0]), finish_two_gated(first + 4, bias[0], a, of_next, of[0]),
+        finish_two_gated(second, bias[1], a, of_rows, of[1]), finish_two_gated(second + 4, bias[1], a, of_next, of[1])};
     store_transposed(to + start * PITCH, values);
   }
   show_shared_writes();
@@ -330,6 +343,55 @@ __device__ __forceinline__ u32 send_gated_results(const Sum (&sums)[TALL][BN / 2
   }
   commit_copies_out();
   return held;
+}
+
+// Results of a tile with a gate as codes, CHUNK rows at a time: rounded to 16 bits, gathered in shared memory by both
+// warpgroups, and quantised by 16 threads per row.
+__device__ __forceinline__ void write_codes(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                            const Scaling& scaling, const Room& room, const Arguments& a,
+                                            const Tile& tile, u32& turn) {
+  constexpr u32 COLUMNS = 128, BETWEEN = COLUMNS * 2 + 16, PIECES = COLUMNS / 8;
+  static_assert(!AS_CODES || (CHUNK * BETWEEN <= CONSUMERS * CHUNK_BYTES && CHUNK * PIECES == 256), "a piece a thread");
+  const u32 thread = threadIdx.x - 128, lane = thread & 31, warp = thread >> 5 & 3, group = thread >> 7;
+  const u32 in_chunk = (lane & 7) * BETWEEN + (group * COLUMNS_A_GROUP + warp * COLUMNS_A_WARP) * 2;
+  const u32 piece = thread % PIECES, own = thread / PIECES, column = tile.weight_tile * COLUMNS + piece * 8;
+#pragma unroll
+  for (int start = 0; start < BN; start += CHUNK) {
+    if (start >= tile.rows) break;
+    const u32 chunk = room.chunks + (turn & 1) * CHUNK * BETWEEN;  // the other may still be read
+    ++turn;
+#pragma unroll
+    for (int i = 0; i < CHUNK; i += 8) {
+#pragma unroll
+      for (int m = 0; m < TALL; ++m) {
+        const Sum* of_eight = sums[m] + (start + i) / 2;
+        store_transposed(chunk + in_chunk + i * BETWEEN + m * COLUMNS_A_PRODUCT * 2,
+                         finish_two_gated(of_eight, bias[m], a, scaling.pair(start + i), scaling.of_weights[m]));
+      }
+    }
+    sync_multipliers();
+    const uint4 word = load_shared(chunk + own * BETWEEN + piece * 16);
+    const u32 pairs[4] = {word.x, word.y, word.z, word.w};
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = larger_pair(largest, pairs[i] & 0x7fff7fff);
+    largest = max(largest & 0xffff, largest >> 16);
+#pragma unroll
+    for (u32 step = 1; step < PIECES; step *= 2) largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
+    const float scale = scale_of_magnitude<E4M3>(widen<KIND>(largest)), inverse = __frcp_rn(scale);
+    u32 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = to_e4m3(quotient(widen<KIND>(pairs[i] & 0xffff), scale, inverse),
+                         quotient(widen<KIND>(pairs[i] >> 16), scale, inverse));
+    }
+    if (start + own < tile.rows && column < a.columns) {
+      const u64 row = tile.first_row + start + own;
+      const uint2 both = {codes[0] | codes[1] << 16, codes[2] | codes[3] << 16};
+      *reinterpret_cast<uint2*>(reinterpret_cast<u8*>(a.out) + row * a.columns + column) = both;
+      if (piece == 0) a.result_scales[row * ((a.columns + COLUMNS - 1) / COLUMNS) + tile.weight_tile] = scale;
+    }
+  }
 }
 
 // What a warpgroup has to know of a tile whose results go to routes, or are weighted by them.
@@ -357,25 +419,27 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     float2 bias[TALL];
     if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
     if constexpr (KNOWS_ROUTES) look_up_routes(room, a, tile);
-    if constexpr (ROW_SCALES) look_up_scales(room, a, tile);
-    if constexpr (BLOCK_SCALES) multiply_scaled(sums, room, stage, a, group, signals, tile, first_column);
+    if constexpr (ROW_SCALES) ask_for_scales(room, a, tile, first_column + column_of(warp, lane));
+    if constexpr (BLOCK_SCALES) multiply_used_blocks(sums, room, stage, a.steps, group, signals, tile.rows);
     else multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
-    if constexpr (ROW_SCALES) scale_sums(sums, room, a, tile, first_column + column_of(warp, lane));
+    Scaling scaling;
+    scaling.prepare(room, a, tile, first_column + column_of(warp, lane));
     if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
-    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, room, a, tile, first_column, stage);
-    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, room, a, tile, first_column, turn);
-    else write_results(sums, bias, room, a, tile, first_column + column_of(warp, lane));
+    if constexpr (AS_CODES) write_codes(sums, bias, scaling, room, a, tile, turn);
+    else if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
+    else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, scaling, room, a, tile, first_column, turn);
+    else write_results(sums, bias, scaling, room, a, tile, first_column + column_of(warp, lane));
   }
   if (IN_STAGE && signals.held) give_back(signals);
 }
 
 #if VALUE_BYTES == 1  // codes have scales
-#define SCALE_PARAMETERS const float *weight_scales, const float *row_scales,
-#define SCALE_ARGUMENTS weight_scales, row_scales
+#define SCALE_PARAMETERS const float *weight_scales, const float *row_scales, float *result_scales,
+#define SCALE_ARGUMENTS weight_scales, row_scales, result_scales
 #else
 #define SCALE_PARAMETERS
-#define SCALE_ARGUMENTS nullptr, nullptr
+#define SCALE_ARGUMENTS nullptr, nullptr, nullptr
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
@@ -391,7 +455,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
     prefetch_map(weight_map);
     if (!GATHERS) prefetch_map(row_map);
     for (u32 i = 0; i < DEPTH; ++i) {
-      open_barrier(room.full + 8 * i, MANY_LOAD ? 129 : 1);
+      open_barrier(room.full + 8 * i, 1 + 128 * (GATHERS + BLOCK_SCALES));
       open_barrier(room.empty + 8 * i, 4 * CONSUMERS);
     }
     open_barrier(room.lead, 4);

@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room
 __device__ __forceinline__ void lend_stage(const Room& room, Stage& stage) {
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
   arrive(room.full + 8 * stage.number);
-  if (MANY_LOAD && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
+  if (GATHERS && threadIdx.x == 0) arrive(room.full + 8 * stage.number);
   stage.advance();
 }
 
@@ -80,9 +80,49 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   turns.leave();
 }
 
+// The scales of blocks: thread t has those of row t, and multiplies them by those of the weights of either warpgroup.
+// Where there is a gate both warpgroups have rows of both halves: then the scales of the halves lie behind the rows'.
+// All are read a step ahead.
+struct Scales {
+  const float *of_row, *of_weights;
+  u32 other;  // from the first block of weights to the second
+  float row, first, second;
+
+  __device__ __forceinline__ void read() {
+    row = __ldg(of_row++);
+    first = __ldg(of_weights);
+    second = __ldg(of_weights++ + other);
+  }
+  __device__ __forceinline__ void begin(const Arguments& a, const Tile& tile) {
+    u32 slot = tile.first_row + min(u32(threadIdx.x), tile.rows - 1);
+    if constexpr (GATHERS) slot = __ldcg(a.sorted_token_ids + slot) / a.divisor;
+    const u32 blocks = (a.columns + 127) / 128;  // of a half
+    const u32 column = tile.weight_tile * CONSUMERS * COLUMNS_A_GROUP, last = blocks - 1;
+    const u32 block = min(column / 128, last), next = min((column + (CONSUMERS - 1) * COLUMNS_A_GROUP) / 128, last);
+    of_row = a.row_scales + static_cast<u64>(slot) * a.steps;
+    of_weights = a.weight_scales + (static_cast<u64>(tile.expert) * (GATED_RESULT ? 2 : 1) * blocks + block) * a.steps;
+    other = (GATED_RESULT ? blocks : next - block) * a.steps;
+    read();
+  }
+  __device__ __forceinline__ void leave(u32 to, bool more) {
+    const u32 mine = to + 4 * threadIdx.x;
+    if (threadIdx.x < BN) {
+      store_shared(mine, GATED_RESULT ? row : row * first);
+      if constexpr (!GATED_RESULT) store_shared(mine + 4 * BN, row * second);
+    }
+    if (GATED_RESULT && threadIdx.x < 2) store_shared(mine + 4 * BN, threadIdx.x == 0 ? first : second);
+    if (more) read();
+  }
+};
+
+// What each thread loaded for a stage has come, or will be told of.
+__device__ __forceinline__ void arrive_when_loaded(u32 full) {
+  if constexpr (GATHERS) arrive_after_copies(full);
+  if constexpr (BLOCK_SCALES) arrive(full);
+}
+
 // All threads of the warpgroup load. Where rows are gathered, thread t brings piece t % 8 of rows t / 8, t / 8 + 16, ...,
-// to where the swizzle wants it; else the first one has boxes of rows brought. Of a stage's scales thread t brings that
-// of row t.
+// to where the swizzle wants it; else the first one has boxes of rows brought.
 __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
                                              const Arguments& a, Work tiles, u32 total) {
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
@@ -103,23 +143,15 @@ __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const 
         token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) : 0;
       }
     }
-    const float* scale = a.row_scales;  // of this thread's row
-    if constexpr (BLOCK_SCALES) {
-      u32 row = tile.first_row + min(u32(threadIdx.x), tile.rows - 1);
-      if constexpr (GATHERS) row = __ldcg(a.sorted_token_ids + row) / a.divisor;
-      scale += static_cast<u64>(row) * a.steps;
-    }
+    Scales scales;
+    if constexpr (BLOCK_SCALES) scales.begin(a, tile);
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
       if (threadIdx.x == 0) {
         if (step == last_call(a.steps)) following = turns.next();
         load_weights(weight_map, room, tile, step, stage.number, policy);
       }
-      if constexpr (BLOCK_SCALES) {
-        if (threadIdx.x < BN) {
-          copy_4_bytes(room.stage_scales + stage.number * SCALE_BYTES + 4 * threadIdx.x, scale + step);
-        }
-      }
+      if constexpr (BLOCK_SCALES) scales.leave(room.stage_scales + stage.number * SCALE_BYTES, step + 1 < a.steps);
       if constexpr (!GATHERS) {
         if (threadIdx.x == 0) load_rows(row_map, room, tile, step, stage.number);
       } else {
@@ -139,7 +171,7 @@ __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const 
           }
         }
       }
-      arrive_after_copies(room.full + 8 * stage.number);
+      arrive_when_loaded(room.full + 8 * stage.number);
       stage.advance();
     }
     if constexpr (IN_STAGE) lend_stage(room, stage);
@@ -149,7 +181,7 @@ __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const 
     odd ^= 1;  // the slot is written again when all have read it
   }
   await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-  arrive_after_copies(room.full + 8 * stage.number);
+  arrive_when_loaded(room.full + 8 * stage.number);
   if (threadIdx.x == 0) {
     tell_end(room, stage.number);
     turns.leave();

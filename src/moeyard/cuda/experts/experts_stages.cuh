@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activation.cuh"
+#include "codes.cuh"
 #include "experts_tiles.cuh"
 #include "wgmma.cuh"
 
@@ -23,12 +24,13 @@ constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES ? BN / 2 : 0);  // of a lane
 constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
 constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
 constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
-constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 4 : 0;          // of a stage: scales of its rows' 128 values
+constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 8 : 0;          // of a stage: its rows' scales times two of weights
 constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr bool IN_STAGE = GATED && BN > 128;    // how results leave: through a stage,
 constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their own, or straight from registers
+constexpr bool AS_CODES = RESULTS_AS_CODES;     // quantised on their way, in groups of 128 columns, which a tile has
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
@@ -40,6 +42,7 @@ static_assert(!IN_STAGE || (TALL == 2 && DEPTH >= 2 && CONSUMERS * BN * PITCH <=
 static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(!(MANY_LOAD && READY_BEFORE), "one thread loads before the launch ahead has ended");
 static_assert(!BLOCK_SCALES || (ITEM == 1 && BN <= 128), "a second set of sums fits; a step is a block of 128 values");
+static_assert(!AS_CODES || (IN_CHUNKS && BLOCK_SCALES && BM == 256), "two warpgroups have the 128 columns of a scale");
 static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 
@@ -73,6 +76,7 @@ struct Arguments {
   u16* out;
   u32* turns;
   const float *weight_scales, *row_scales;  // of codes
+  float* result_scales;
   u32 columns, steps, size, divisor;
   i64 row_pitch;  // in bytes
   Curve curve;

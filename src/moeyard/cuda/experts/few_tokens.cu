@@ -22,16 +22,39 @@
 // copies are under way, or TRIGGER copies of a warp before that, but never before it has waited itself for the launch
 // before it: so `down` finds ids and factors without waiting.
 
-#include "few_tokens.cuh"
+// Weights of 8 bits (few_tokens_codes.cuh) have the same rings. A block holds the rows of its own units alone and
+// quantises them where they lie, once; their scales and those of its weights are in shared memory, too. Two rows of
+// 8 bytes a lane take 13 instructions: 3 loads, 8 to widen to float16, 2 products of the tensor cores, which are
+// there to save instructions. Those are as many values as the 44 of 16-bit weights have.
+
+#include "few_tokens_codes.cuh"
+
+#if QUANTISED_WEIGHTS
+#define SCALE_PARAMETERS const void *weight_scales, const float *static_scales,
+#define GIVEN_SCALES weight_scales, static_scales
+#else
+#define SCALE_PARAMETERS
+#define GIVEN_SCALES nullptr, nullptr
+#endif
+struct GivenScales {
+  const void* of_weights;
+  const float* of_rows;  // one per expert, if they are static
+};
 
 constexpr u32 MATRICES = GATED ? 2 : 1;
 constexpr u32 UP_PIECES = segments_of<HIDDEN_WORDS, UP_SEGMENT>, UP_SLOT = MATRICES * UP_SEGMENT * WORD_BYTES;
-constexpr u32 UP_RING = WARPS * UP_STAGES * UP_SLOT, UP_VECTORS = TOKENS * HIDDEN * 2;
-static_assert(UP_BYTES == UP_RING + UP_VECTORS + sizeof(Routes) + 8 * (WARPS * UP_STAGES + 1), "as the host counts");
+using UpScales = Scales<SIZE, HIDDEN, BLOCK_START, 0>;
+constexpr u32 UP_UNITS = units_of_block(ROUTES * SIZE), UP_PLACES = touched(UP_UNITS, SIZE, ROUTES);
+constexpr u32 UP_HELD = QUANTISED ? UP_PLACES : TOKENS;  // rows of a block's own routes, or all
+constexpr u32 UP_SCALES = UpScales::rows_held(UP_UNITS, UP_PLACES) * MATRICES * UpScales::COLUMNS;
+constexpr u32 UP_EXTRA = QUANTISED ? 4 * (UP_SCALES + UP_HELD * (UpScales::GROUPS + WARPS)) : 0;
+constexpr u32 UP_RING = WARPS * UP_STAGES * UP_SLOT, UP_VECTORS = UP_HELD * HIDDEN * 2;
+static_assert(UP_BYTES == UP_RING + UP_VECTORS + sizeof(Routes) + 8 * (WARPS * UP_STAGES + 1) + UP_EXTRA, "as counted");
+static_assert(!IN_PARTS || UP_PIECES == 1 || UP_SEGMENT % 4 == 0, "segments begin with four lanes");
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
     const void* ids, const int* expert_map, const float* topk_weights, const u8* hidden_states, const u8* w13,
-    const u16* bias, u16* act, i64 num_experts, i64 num_local, i64 token_stride, i64 expert_stride, i64 alpha, i64 beta,
+    const u16* bias, SCALE_PARAMETERS u16* act, i64 num_experts, i64 num_local, i64 token_stride, i64 expert_stride, i64 alpha, i64 beta,
     i64 limit) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -45,19 +68,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
   if (warp == 0) open_barriers(vectors_here, 1 + WARPS * UP_STAGES);
   await_previous_launch();
   if (warp == 0) {
-    if (lane == 0) expect_bytes(shared_address(vectors_here), UP_VECTORS);
-    __syncwarp();
-    see_earlier_writes();
-    if (lane < TOKENS) {
-      copy_in(shared_address(vectors + lane * HIDDEN * 2), hidden_states + lane * token_stride, HIDDEN * 2,
-              shared_address(vectors_here));
+    if constexpr (!QUANTISED) {
+      if (lane == 0) expect_bytes(shared_address(vectors_here), UP_VECTORS);
+      __syncwarp();
+      see_earlier_writes();
+      if (lane < TOKENS) {
+        copy_in(shared_address(vectors + lane * HIDDEN * 2), hidden_states + lane * token_stride, HIDDEN * 2,
+                shared_address(vectors_here));
+      }
     }
     find_routes(routes, ids, expert_map, topk_weights, num_experts, num_local);
   }
   __syncthreads();
 
   const u32 total = routes.starts[TOKENS] * SIZE, last = first_unit(total, blockIdx.x + 1);
-  const u32 begin = first_unit(total, blockIdx.x) + warp;
+  const u32 first = first_unit(total, blockIdx.x), begin = first + warp;
+  const u32 first_place = first / SIZE, held = first < last ? (last - 1) / SIZE + 1 - first_place : 0;
+  if (QUANTISED && warp == 0 && held) {
+    if (lane == 0) expect_bytes(shared_address(vectors_here), held * HIDDEN * 2);
+    __syncwarp();
+    see_earlier_writes();
+    if (lane < held) {
+      const u8* from = hidden_states + routes.route[first_place + lane] / TOP_K * token_stride;
+      copy_in(shared_address(vectors + lane * HIDDEN * 2), from, HIDDEN * 2, shared_address(vectors_here));
+    }
+  }
   const u32 units = begin < last ? (last - begin + WARPS - 1) / WARPS : 0;
   u32 left = units * UP_PIECES, ahead = begin, ahead_piece = 0;
   const u32 trigger = left ? min(static_cast<u32>(TRIGGER), left - 1) : 0;
@@ -86,24 +121,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
 #pragma unroll 1
   for (u32 slot = 0; slot < UP_STAGES; ++slot) fill(slot);
 
-  await_bytes(shared_address(vectors_here), 0);  // all warps do, so that no block ends before its copies
+  const GivenScales given = {GIVEN_SCALES};
+  float* scales = reinterpret_cast<float*>(vectors_here + 1 + WARPS * UP_STAGES);  // of rows of scales from first_row on
+  float* x_scales = scales + UP_SCALES;
+  const u32 first_row = first_place * UpScales::ROWS + UpScales::row_of(first % SIZE);
+  if constexpr (QUANTISED) {
+    const u32 last_row = (last - 1) / SIZE * UpScales::ROWS + UpScales::row_of((last - 1) % SIZE);
+    load_scales<MATRICES * UpScales::COLUMNS>(
+        scales, given.of_weights, first_row, held ? last_row + 1 : first_row, [&](u32 row, u32 column) {
+          const u32 matrix = routes.expert[row / UpScales::ROWS] * MATRICES + column / UpScales::COLUMNS;
+          return (static_cast<i64>(matrix) * UpScales::ROWS + row % UpScales::ROWS) * UpScales::COLUMNS +
+                 column % UpScales::COLUMNS;
+        });
+    load_static_scales(x_scales, given.of_rows, routes.expert + first_place, held);
+    __syncthreads();
+  }
+
+  if (!QUANTISED || held) {
+    await_bytes(shared_address(vectors_here), 0);  // all warps do, so that no block ends before its copies
+  }
+  if constexpr (QUANTISED && (X_CODE != NO_CODE || INPUT_IS_WEIGHTED)) {
+    quantise_rows<UpScales, HIDDEN_WORDS, 1, INPUT_IS_WEIGHTED>(
+        reinterpret_cast<uint4*>(vectors), held, x_scales, reinterpret_cast<u32*>(x_scales + UP_HELD * UpScales::GROUPS),
+        [&](u32 v) { return routes.factor[first_place + v]; });
+  }
   const Curve curve = {__uint_as_float(alpha), __uint_as_float(beta), __uint_as_float(limit)};
   u32 slot = 0, parity = 0;
   float kept_gate = 0.0f, kept_up = 0.0f;  // of the unit whose number, modulo 32, is this lane's
 #pragma unroll 1
   for (u32 n = 0; n < units; ++n) {
-    const u32 place = (begin + n * WARPS) / SIZE, token = TOKENS == 1 ? 0 : routes.route[place] / TOP_K;
-    const uint4* x_words = reinterpret_cast<const uint4*>(vectors) + token * HIDDEN_WORDS;
+    const u32 place = (begin + n * WARPS) / SIZE;
+    const u32 vector = QUANTISED ? place - first_place : TOKENS == 1 ? 0 : routes.route[place] / TOP_K;
+    const uint4* x_words = reinterpret_cast<const uint4*>(vectors) + vector * HIDDEN_WORDS;
     const float factor = routes.factor[place];
     float gate[2] = {}, up[2] = {};
+    const u32 row_here = (begin + n * WARPS) % SIZE, scale_row = place * UpScales::ROWS + UpScales::row_of(row_here);
+    const float* own_scales = scales + (scale_row - first_row) * MATRICES * UpScales::COLUMNS;
+    const float* own_x_scales = x_scales + vector * UpScales::GROUPS;
+    CodeSums<UpScales, MATRICES> sums;
 #pragma unroll 1
     for (u32 piece = 0; piece < UP_PIECES; ++piece) {
       await_bytes(barriers + 8 * slot, parity);
       const uint4* words = reinterpret_cast<const uint4*>(ring + slot * UP_SLOT);
-      const u32 held = words_of<HIDDEN_WORDS, UP_SEGMENT>(piece);
+      const u32 here = words_of<HIDDEN_WORDS, UP_SEGMENT>(piece);
+      if constexpr (QUANTISED) {
+        sums.template add<HIDDEN_WORDS, UP_SEGMENT, UpScales::COLUMNS>(reinterpret_cast<const uint2*>(words),
+                                                         x_words + piece * UP_SEGMENT, here, piece * UP_SEGMENT,
+                                                         own_scales, own_x_scales);
+      }
 #pragma unroll
-      for (u32 i = 0; i < UP_SEGMENT; i += 32) {
-        if (i + lane < held) {
+      for (u32 i = 0; !QUANTISED && i < UP_SEGMENT; i += 32) {
+        if (i + lane < here) {
           float x[8];
           widen_word(x_words[piece * UP_SEGMENT + i + lane], x);
           if constexpr (INPUT_IS_WEIGHTED) {  // rounded, as a row of its own would be
@@ -125,6 +193,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
         parity ^= 1;
       }
     }
+    if constexpr (QUANTISED) {
+      gate[0] = sums.scaled(0, own_scales[0], own_x_scales[0]);
+      if constexpr (GATED) up[0] = sums.scaled(1, own_scales[UpScales::COLUMNS], own_x_scales[0]);
+    }
     const float whole_gate = sum_of_warp(gate[0] + gate[1]), whole_up = GATED ? sum_of_warp(up[0] + up[1]) : 0.0f;
     const u32 number = n & 31;
     if (lane == number) {
@@ -145,9 +217,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
 
 constexpr u32 ROWS = DOWN_ROWS, UNITS_A_TOKEN = HIDDEN / ROWS;  // consecutive rows of w2 that one copy brings
 constexpr u32 DOWN_PIECES = segments_of<SIZE_WORDS, DOWN_SEGMENT>, DOWN_SLOT = ROWS * DOWN_SEGMENT * WORD_BYTES;
-constexpr u32 DOWN_RING = WARPS * DOWN_STAGES * DOWN_SLOT, DOWN_VECTORS = ROUTES * SIZE * 2;
+using DownScales = Scales<HIDDEN, SIZE, 0, BLOCK_START>;
+constexpr u32 DOWN_UNITS = units_of_block(TOKENS * UNITS_A_TOKEN);
+constexpr u32 DOWN_TOKENS = touched(DOWN_UNITS, UNITS_A_TOKEN, TOKENS);
+constexpr u32 DOWN_HELD = QUANTISED ? DOWN_TOKENS * TOP_K : ROUTES;
+constexpr u32 DOWN_SCALES = DownScales::rows_held(DOWN_UNITS * ROWS, DOWN_TOKENS) * TOP_K * DownScales::COLUMNS;
+constexpr u32 DOWN_EXTRA = QUANTISED ? 4 * (DOWN_SCALES + DOWN_HELD * (DownScales::GROUPS + WARPS)) : 0;
+constexpr u32 DOWN_RING = WARPS * DOWN_STAGES * DOWN_SLOT, DOWN_VECTORS = DOWN_HELD * SIZE * 2;
 static_assert(HIDDEN % ROWS == 0 && (ROWS == 1 || DOWN_SEGMENT == SIZE_WORDS), "several rows: whole ones");
-static_assert(DOWN_BYTES >= DOWN_RING + DOWN_VECTORS + sizeof(Routes) + 8 * (WARPS * DOWN_STAGES + ROUTES), "room");
+static_assert(DOWN_BYTES >= DOWN_RING + DOWN_VECTORS + sizeof(Routes) + 8 * (WARPS * DOWN_STAGES + ROUTES) + DOWN_EXTRA,
+              "room");
+static_assert(!IN_PARTS || DOWN_PIECES == 1 || DOWN_SEGMENT % 4 == 0, "segments begin with four lanes");
 
 // Where a warp is in the copies it makes: units, the routes of their token, the segments of their rows.
 struct Walk {
@@ -174,10 +254,10 @@ struct Walk {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
     const void* ids, const int* expert_map, const float* topk_weights, const u8* act, const u8* w2, const u16* bias,
-    u16* out, i64 num_experts, i64 num_local, i64 expert_stride) {
+    SCALE_PARAMETERS u16* out, i64 num_experts, i64 num_local, i64 expert_stride) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  u8* vectors = shared + DOWN_RING;  // [ROUTES, SIZE], those that have an expert first
+  u8* vectors = shared + DOWN_RING;  // [DOWN_HELD, SIZE], those that have an expert first
   Routes& routes = *reinterpret_cast<Routes*>(vectors + DOWN_VECTORS);
   u64* vectors_here = reinterpret_cast<u64*>(&routes + 1);  // [ROUTES]
   const u8* ring = shared + warp * (DOWN_STAGES * DOWN_SLOT);
@@ -209,6 +289,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
 #pragma unroll 1
   for (u32 slot = 0; slot < DOWN_STAGES; ++slot) fill(slot);
 
+  const GivenScales given = {GIVEN_SCALES};
+  float* scales = reinterpret_cast<float*>(vectors_here + ROUTES + WARPS * DOWN_STAGES);  // [row of scales, k, column]
+  float* x_scales = scales + DOWN_SCALES;
+  const u32 first_row = first / UNITS_A_TOKEN * DownScales::ROWS + DownScales::row_of(first % UNITS_A_TOKEN * ROWS);
+  u32 first_vector = 0, vectors_held = ROUTES;
+  if constexpr (QUANTISED) {
+    const u32 end = last * ROWS - 1, last_row = end / HIDDEN * DownScales::ROWS + DownScales::row_of(end % HIDDEN);
+    if (first < last) first_vector = routes.starts[first / UNITS_A_TOKEN];
+    vectors_held = first < last ? routes.starts[(last - 1) / UNITS_A_TOKEN + 1] - first_vector : 0;
+    load_scales<TOP_K * DownScales::COLUMNS>(
+        scales, given.of_weights, first_row, first < last ? last_row + 1 : first_row, [&](u32 row, u32 column) -> i64 {
+          const u32 token = row / DownScales::ROWS, place = routes.starts[token] + column / DownScales::COLUMNS;
+          if (place >= routes.starts[token + 1]) return -1;
+          return (static_cast<i64>(routes.expert[place]) * DownScales::ROWS + row % DownScales::ROWS) *
+                     DownScales::COLUMNS + column % DownScales::COLUMNS;
+        });
+    load_static_scales(x_scales, given.of_rows, routes.expert + first_vector, vectors_held);
+    __syncthreads();
+  }
+
   await_previous_launch();
   allow_next_launch();
   if (warp == 0 && first < last) {  // act of this block's tokens, each of which some warp waits for
@@ -217,10 +317,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
     if (from <= lane && lane < stop) {
       const u32 barrier = shared_address(vectors_here + lane);
       expect_bytes(barrier, SIZE * 2);
-      copy_in(shared_address(vectors + lane * (SIZE * 2)), act + static_cast<u64>(routes.route[lane]) * (SIZE * 2),
-              SIZE * 2, barrier);
+      copy_in(shared_address(vectors + (lane - first_vector) * (SIZE * 2)),
+              act + static_cast<u64>(routes.route[lane]) * (SIZE * 2), SIZE * 2, barrier);
     }
     __syncwarp();
+  }
+  if constexpr (X_CODE != NO_CODE) {
+#pragma unroll 1
+    for (u32 v = 0; v < vectors_held; ++v) await_bytes(shared_address(vectors_here + first_vector + v), 0);
+    quantise_rows<DownScales, SIZE_WORDS, TOP_K, false>(
+        reinterpret_cast<uint4*>(vectors), vectors_held, x_scales,
+        reinterpret_cast<u32*>(x_scales + DOWN_HELD * DownScales::GROUPS), [](u32) { return 1.0f; });
   }
 
   u32 slot = 0, parity = 0;
@@ -237,16 +344,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
     }
 #pragma unroll 1
     for (u32 place = start; place < stop; ++place) {
-      await_bytes(shared_address(vectors_here + place), 0);
-      const uint4* x_words = reinterpret_cast<const uint4*>(vectors) + place * SIZE_WORDS;
+      if constexpr (X_CODE == NO_CODE) await_bytes(shared_address(vectors_here + place), 0);
+      const uint4* x_words = reinterpret_cast<const uint4*>(vectors) + (place - first_vector) * SIZE_WORDS;
       float products[ROWS][2] = {};
+      const u32 scale_row = token * DownScales::ROWS + DownScales::row_of(row) - first_row;
+      const float* own_scales = scales + (scale_row * TOP_K + place - start) * DownScales::COLUMNS;
+      const float* own_x_scales = x_scales + (place - first_vector) * DownScales::GROUPS;
+      CodeSums<DownScales, ROWS> code_sums;
 #pragma unroll 1
       for (u32 piece = 0; piece < DOWN_PIECES; ++piece) {
         await_bytes(barriers + 8 * slot, parity);
         const uint4* words = reinterpret_cast<const uint4*>(ring + slot * DOWN_SLOT);
         const u32 held = words_of<SIZE_WORDS, DOWN_SEGMENT>(piece);
+        if constexpr (QUANTISED) {
+          code_sums.template add<SIZE_WORDS, DOWN_SEGMENT, 0>(reinterpret_cast<const uint2*>(words), x_words + piece * DOWN_SEGMENT,
+                                                  held, piece * DOWN_SEGMENT, own_scales, own_x_scales);
+        }
 #pragma unroll
-        for (u32 i = 0; i < DOWN_SEGMENT; i += 32) {
+        for (u32 i = 0; !QUANTISED && i < DOWN_SEGMENT; i += 32) {
           if (i + lane < held) {
             float x[8];
             widen_word(x_words[piece * DOWN_SEGMENT + i + lane], x);
@@ -262,6 +377,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
         }
       }
       const float factor = INPUT_IS_WEIGHTED ? 1.0f : routes.factor[place];
+#pragma unroll
+      for (u32 r = 0; QUANTISED && r < ROWS; ++r) {
+        const u32 other = ROWS_A_SCALE == 1 ? r * TOP_K * DownScales::COLUMNS : 0;
+        products[r][0] = code_sums.scaled(r, own_scales[other], own_x_scales[0]);
+      }
 #pragma unroll
       for (u32 r = 0; r < ROWS; ++r) sums[r] = __fmaf_rn(factor, products[r][0] + products[r][1], sums[r]);
     }

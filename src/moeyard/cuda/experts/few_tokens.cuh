@@ -4,22 +4,25 @@
 
 #include "activation.cuh"
 #include "bulk.cuh"
-#include "rows.cuh"
+#include "codes.cuh"
 
 // One batch size, one model, one plan a compilation: all that is known before comes as macros.
 typedef ID Id;                                            // int or i64
 constexpr bool MAPPED = MAP;                              // whether there is an expert_map
 constexpr int KIND_OF_ROWS = ROW_KIND;                    // BFLOAT16 or FLOAT16
 constexpr u32 TOKENS = NUM_TOKENS, TOP_K = NUM_TOP_K, ROUTES = TOKENS * TOP_K;
-constexpr u32 HIDDEN = HIDDEN_SIZE, HIDDEN_WORDS = HIDDEN / 8;      // words of 16 bytes: eight values
+constexpr int WEIGHTS = WEIGHT_CODE, X_CODE = ACTIVATION_CODE;  // NO_CODE: 16-bit floats
+constexpr bool QUANTISED = QUANTISED_WEIGHTS;
+constexpr u32 HIDDEN = HIDDEN_SIZE, HIDDEN_WORDS = HIDDEN / 8;      // words: eight values
 constexpr u32 SIZE = INTERMEDIATE_SIZE, SIZE_WORDS = SIZE / 8;
 constexpr bool GATED = GATED_ROWS, INPUT_IS_WEIGHTED = WEIGHT_ON_INPUT;
 constexpr bool UP_BIASED = W13_BIAS, DOWN_BIASED = W2_BIAS, CLAMPED = HAS_LIMIT;
 constexpr int WHICH = ACTIVATION;  // of the curves of activation.cuh
 constexpr u32 WARPS = WARPS_A_BLOCK, THREADS = 32 * WARPS;
-constexpr u32 WORD_BYTES = 16;
+constexpr u32 WORD_BYTES = QUANTISED ? 8 : 16;  // of weights
 static_assert(0 < ROUTES && ROUTES <= 32, "a lane a route");
-static_assert(HIDDEN % 8 == 0 && SIZE % 8 == 0, "rows are whole words");
+static_assert(HIDDEN * WORD_BYTES % 128 == 0 && SIZE * WORD_BYTES % 128 == 0, "rows are whole 16 bytes");
+static_assert(QUANTISED == (WEIGHTS != NO_CODE) && (X_CODE == NO_CODE || X_CODE == WEIGHTS), "both have one code");
 
 // Rows of WORDS words are cut in segments of SEGMENT, of which the last may be shorter.
 template <u32 WORDS, u32 SEGMENT>

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.cuda.experts.plan import (
+from moeyard.cuda.experts.few_tokens_plan import (
     WORD,
     ExpertSizes,
     FewTokensPlan,
@@ -20,6 +20,7 @@ from moeyard.cuda.runtime.launch import SETTINGS, Launch
 from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.dispatch.call import Call
+from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.values import Activation, ExpertCall
 
 
@@ -34,9 +35,14 @@ def unfit(call: Call) -> str | None:
         return "takes a few tokens: give num_tokens, top_k and weights"
     if weights.readable:
         return weights.readable
+    if weights.scheme is not None and weights.block_start % WORD:
+        return f"weights.scales.block_start: takes multiples of {WORD}, got {weights.block_start}"
     sizes = ExpertSizes(
-        call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated
-    )
+        call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated,
+        weights.scheme, weights.block_start,
+    )  # fmt: skip
+    if not sizes.rows_are_whole:
+        return f"takes rows of whole 16 bytes, got {sizes.hidden_size} and {sizes.intermediate_size} columns of weights"
     num_experts = call.num_experts or weights.num_local_experts
     share = min(1.0, weights.num_local_experts / num_experts)
     if not _are_quicker(sizes, num_experts, card_of(call.device.index), share):
@@ -58,7 +64,8 @@ def fused_experts_launch(
 ) -> None:
     """Fills `out` by two launches and one allocation of [T * K, I]. Sums are float32; the same input, the same bits.
 
-    Raises ValueError for sizes that `few_tokens_plan` has no plan for.
+    Codes of 8 bits are multiplied as codes: int8 by int8 exactly, others as 16-bit floats. Rows are quantised in shared
+    memory, by every block those that it needs. Raises ValueError for sizes that `few_tokens_plan` has no plan for.
     """
     weights, activation, num_experts, expert_map, weight_on_input = call
     device = hidden_states.get_device()
@@ -76,18 +83,26 @@ def fused_experts_launch(
     if expert_map is not None:
         expert_map = expert_map.contiguous()
         mapping = expert_map.data_ptr()
+    scales, more_up, more_down, itemsize = weights.scales, (), (), 2
+    if scales is not None:
+        scales, itemsize = _dense_scales(scales), 1
+        more_up = (scales.w13.data_ptr(), 0 if scales.w13_input is None else scales.w13_input.data_ptr())
+        more_down = (scales.w2.data_ptr(), 0 if scales.w2_input is None else scales.w2_input.data_ptr())
     key = (
         *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
         bool(mapping), bool(b13), bool(b2), weight_on_input, activation, num_experts, w13.shape[0],
-        2 * hidden_states.stride(0), 2 * w13.stride(0), 2 * w2.stride(0), device, chosen, SETTINGS["programmatic"],
+        2 * hidden_states.stride(0), itemsize * w13.stride(0), itemsize * w2.stride(0), weights.scheme,
+        0 if scales is None else scales.block_start, None if scales is None else scales.w13.dtype,
+        device, chosen, SETTINGS["programmatic"],
     )  # fmt: skip
     launches = _READY.get(key)
     if launches is None:
         launches = _READY.add(key, _prepare(*key[:-1]))
     act = out.new_empty(topk_ids.numel(), w2.shape[2])
     stream, ids, factors = current_stream(device), topk_ids.data_ptr(), topk_weights.data_ptr()
-    launches[0](stream, ids, mapping, factors, hidden_states.data_ptr(), w13.data_ptr(), b13, act.data_ptr())
-    launches[1](stream, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, out.data_ptr())
+    rows, result = hidden_states.data_ptr(), out.data_ptr()
+    launches[0](stream, ids, mapping, factors, rows, w13.data_ptr(), b13, *more_up, act.data_ptr())
+    launches[1](stream, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, *more_down, result)
 
 
 _READY = Ready()
@@ -100,6 +115,14 @@ def _dense(hidden_states: Tensor) -> Tensor:
     if strided or hidden_states.data_ptr() % 16:
         return hidden_states.clone(memory_format=torch.contiguous_format)
     return hidden_states
+
+
+def _dense_scales(scales: ExpertScales) -> ExpertScales:
+    """Scales whose rows follow each other."""
+    if all(tensor is None or tensor.is_contiguous() for tensor in scales.tensors):
+        return scales
+    made = (None if tensor is None else tensor.contiguous() for tensor in scales.tensors)
+    return ExpertScales(*made, block_start=scales.block_start)  # type: ignore[arg-type]
 
 
 def _prepare(
@@ -120,10 +143,14 @@ def _prepare(
     token_stride: int,
     up_stride: int,
     down_stride: int,
+    scheme: QuantScheme | None,
+    block_start: int,
+    scale_dtype: torch.dtype | None,
     device: int,
     chosen: FewTokensPlan | None,
 ) -> tuple[Launch, Launch]:
-    sizes, card = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated), card_of(device)
+    sizes = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated, scheme, block_start)
+    card = card_of(device)
     plan = chosen or few_tokens_plan(sizes, card, min(1.0, num_local / num_experts))
     if plan is None:
         raise ValueError(
@@ -132,17 +159,18 @@ def _prepare(
         )
     defines = few_tokens_defines(
         sizes, plan, card, dtype, id_type(id_dtype), mapped, (up_biased, down_biased),
-        activation, weight_on_input,
+        activation, weight_on_input, scale_dtype,
     )  # fmt: skip
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
     both: Any = {"grid": card.processors, "threads": WARP * plan.warps, "overlapping": True}
+    both["pointers"] = 7 if scheme is None else 9
     up = Launch(
-        "few_tokens.cu", "few_tokens_up_kernel", defines, device, pointers=7, shared_bytes=plan.up_bytes(sizes),
+        "few_tokens.cu", "few_tokens_up_kernel", defines, device, shared_bytes=plan.up_bytes(sizes, card),
         sizes=(num_experts, num_local, token_stride, up_stride, *map(float_bits, constants)), **both,
     )  # fmt: skip
     down = Launch(
-        "few_tokens.cu", "few_tokens_down_kernel", defines, device, pointers=7,
-        shared_bytes=down_room(plan, sizes, card), sizes=(num_experts, num_local, down_stride), **both,
+        "few_tokens.cu", "few_tokens_down_kernel", defines, device, shared_bytes=down_room(plan, sizes, card),
+        sizes=(num_experts, num_local, down_stride), **both,
     )  # fmt: skip
     return up, down
 
@@ -157,8 +185,10 @@ def few_tokens_defines(
     biased: tuple[bool, bool],
     activation: Activation,
     weight_on_input: bool,
+    scale_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[str, str], ...]:
     """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2."""
+    scheme = sizes.scheme
     flags = {
         "MAP": mapped,
         "GATED_ROWS": sizes.gated,
@@ -166,6 +196,8 @@ def few_tokens_defines(
         "W2_BIAS": biased[1],
         "WEIGHT_ON_INPUT": weight_on_input,
         "HAS_LIMIT": activation.limit is not None,
+        "QUANTISED_WEIGHTS": scheme is not None,
+        "STATIC_SCALES": scheme is not None and scheme.static,
     }
     numbers = {
         "NUM_TOKENS": sizes.num_tokens,
@@ -178,13 +210,25 @@ def few_tokens_defines(
         "WARPS_A_BLOCK": plan.warps,
         "UP_SEGMENT": plan.up_segment,
         "UP_STAGES": plan.up_stages,
-        "UP_BYTES": plan.up_bytes(sizes),
+        "UP_BYTES": plan.up_bytes(sizes, card),
         "DOWN_SEGMENT": plan.down_segment,
         "DOWN_STAGES": plan.down_stages,
         "DOWN_ROWS": plan.down_rows,
         "DOWN_BYTES": down_room(plan, sizes, card),
         "TRIGGER": plan.trigger,
         "EVICT_FIRST": int(plan.evict_first),
+        "WEIGHT_CODE": _CODES["none" if scheme is None else scheme.weights],
+        "ACTIVATION_CODE": _CODES["none" if scheme is None else scheme.activations],
+        "ACTIVATION_GROUP": 0 if scheme is None else scheme.activation_group,
+        "SCALE_ROWS": 0 if scheme is None else scheme.block[0],
+        "SCALE_COLUMNS": 0 if scheme is None else scheme.block[1],
+        "SCALE_KIND": KINDS[scale_dtype or torch.float32],
+        "BLOCK_START": sizes.block_start,
+        "BLOCKS": card.processors,
     }
     named = [(name, "true" if flag else "false") for name, flag in flags.items()]
     return (*named, *((name, str(value)) for name, value in numbers.items()))
+
+
+_CODES = {"none": "NO_CODE", "e4m3": "E4M3", "int8": "INT8"}
+"""The names of codes in codes.cuh."""

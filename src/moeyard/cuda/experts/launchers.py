@@ -5,10 +5,11 @@ from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
 from moeyard.cuda.experts.coded import fused_coded_experts_launch, unfit_scheme
-from moeyard.cuda.experts.plan import Way, expected_routes, way_of
+from moeyard.cuda.experts.plan import Way, way_of
 from moeyard.cuda.experts.product import apart, compact_layout, lies_well, product, turns_of
 from moeyard.cuda.rows.launchers import combine_launch, permute_launch, shuffle_rows_launch
 from moeyard.dispatch.call import Call
+from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import ExpertCall, Segments
 
 _UNIT = 16
@@ -58,9 +59,9 @@ def grouped_gemm_launch(
     if not out.shape[0]:
         return
     device = rows.get_device()
-    first_rows, row_counts, sorted_token_ids, row_divisor = segments
+    first_rows, row_counts, sorted_token_ids, row_divisor, num_experts = segments
     by_route = gather = sorted_token_ids is not None
-    expected = out.shape[0]
+    expected = expected_routes(out.shape[0], weight.shape[0], num_experts)
     way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
     if sorted_token_ids is not None and way.copied:
         gather = False

@@ -80,11 +80,14 @@ def product(
     turns: int,
     weight_scales: Tensor | None = None,
     row_scales: Tensor | None = None,
+    result_scales: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """One launch: row r of an expert is row r of `rows`, or with `gather` that of token `slots[r] // divisor`.
 
     Rows and weights of 8-bit codes have scales: of weights one per matrix, per row, or per block of 128 x 128; of rows
-    one, or one per 128 columns beside blocks.
+    one, or one per 128 columns beside blocks. With `result_scales` results, which would be of `dtype`, are quantised in
+    groups of 128 columns on their way.
 
     Results go to row r of `out`, or `by_route` to row `slots[r]`; `factors` belong to routes. `expected` counts the
     rows that are likely to come, of as many as `out` has. `ready` says that the launch ahead did not write the
@@ -97,9 +100,9 @@ def product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, out.dtype, gather, divisor, factors is None, by_route, activation, gated,
+        out.shape, experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route, activation, gated,
         bias is None, ready, way, expected, device, weight.dtype,
-        scaling_of(weight_scales, row_scales, 1 + gated),
+        scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None,
     )  # fmt: skip
     launch, plan = _READY.get(key) or _READY.add(key, _prepare(*key))
     weights = weight_map(
@@ -108,6 +111,11 @@ def product(
     boxes = weights  # where rows are gathered the second map is not read
     if not gather:
         boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.box)
+    addresses: tuple[int, ...] = ()
+    if weight_scales is not None and row_scales is not None:
+        addresses = (
+            weight_scales.data_ptr(), row_scales.data_ptr(), 0 if result_scales is None else result_scales.data_ptr()
+        )  # fmt: skip
     launch.with_maps(
         current_stream(device),
         (weights, boxes),
@@ -119,7 +127,7 @@ def product(
         row_counts.data_ptr(),
         out.data_ptr(),
         turns,
-        *(() if weight_scales is None or row_scales is None else (weight_scales.data_ptr(), row_scales.data_ptr())),
+        *addresses,
     )
 
 
@@ -154,6 +162,7 @@ def _prepare(
     device: int,
     element: torch.dtype,
     scaling: tuple[str, bool],
+    as_codes: bool,
 ) -> tuple[Launch, ProductPlan]:
     routed = by_route or not unweighted
     plan = product_plan(shape[0], experts, shape[1], gated, routed, card_of(device), way, expected, scaling[0])
@@ -161,7 +170,7 @@ def _prepare(
     defines = product_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready, element=element,
-        scaling=scaling,
+        scaling=scaling, as_codes=as_codes,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     launch = Launch(
@@ -170,7 +179,7 @@ def _prepare(
         defines,
         device,
         maps=2,
-        pointers=8 if scaling[0] == "UNSCALED" else 10,
+        pointers=8 if scaling[0] == "UNSCALED" else 11,
         sizes=(experts, shape[1], size, size * element.itemsize, divisor, *map(float_bits, curve)),
         grid=plan.grid,
         threads=plan.threads,
@@ -195,13 +204,14 @@ def product_defines(
     ready: bool,
     element: torch.dtype | None = None,
     scaling: tuple[str, bool] = ("UNSCALED", False),
+    as_codes: bool = False,
 ) -> tuple[tuple[str, str], ...]:
     """What a product is compiled for: rows and weights of `element`, results of `dtype`."""
     element = element or dtype
     flags = {
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
         "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams,
-        "INTEGERS": element == torch.int8, "CHANNEL_SCALES": scaling[1],
+        "INTEGERS": element == torch.int8, "CHANNEL_SCALES": scaling[1], "RESULTS_AS_CODES": as_codes,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

@@ -4,12 +4,13 @@
 // group of 128: a warp has a piece. IN_PLACE: row r goes to row r; COUNTED:
 // as far as there are rows by the number at `route_rows`.
 
-#include "rows.cuh"
+#include "codes.cuh"
 
 constexpr u32 WARPS = BLOCK / 32;
 constexpr int KIND = ROW_KIND, BYTES = WORD, COUNT = LOADS;
 constexpr int VALUES = values_of<KIND, BYTES>;  // and as many bytes of the result
-constexpr bool WHOLE = CODE_IS_INT8, STAYS = IN_PLACE, COUNTS = COUNTED;
+constexpr int CODE = CODE_IS_INT8 ? INT8 : E4M3;
+constexpr bool STAYS = IN_PLACE, COUNTS = COUNTED;
 constexpr bool GROUPED = GROUPS, HELD = WHOLE_ROW;  // held: the row of a team is in its registers
 constexpr u32 TEAM = GROUPED ? 32 : THREADS_A_ROW;  // threads that share a piece: whole warps
 constexpr u32 REACH = TEAM * COUNT;
@@ -22,13 +23,7 @@ typedef typename WordOf<VALUES>::Type Result;
 // Magnitudes are compared as integers, so that NaN is the largest: of float32, or of two 16-bit floats at a time.
 __device__ __forceinline__ u32 larger(u32 a, u32 b) {
   if constexpr (KIND == FLOAT32) return max(a, b);
-#if __CUDA_ARCH__ >= 900
-  u32 both;
-  asm("max.u16x2 %0, %1, %2;" : "=r"(both) : "r"(a), "r"(b));
-  return both;
-#else
-  return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16;
-#endif
+  return larger_pair(a, b);
 }
 
 __device__ __forceinline__ u32 largest_of(const Piece<BYTES>& piece, u32 largest) {
@@ -44,46 +39,13 @@ __device__ __forceinline__ u32 of_pair(u32 largest) {
 }
 
 __device__ __forceinline__ float scale_of(u32 largest) {
-  const float magnitude = widen<KIND>(largest);
-  return __fdiv_rn(magnitude < 1e-10f ? 1e-10f : magnitude, WHOLE ? 127.0f : 448.0f);
+  return scale_of_magnitude<CODE>(widen<KIND>(largest));
 }
 
-// value / scale, rounded to nearest as the division is, from inverse = 1 / scale: two steps of Markstein's. A scale
-// that is infinite or NaN makes 0 or NaN of what it divides. No scale is so small or large that steps lose bits that an
-// 8-bit float has.
-__device__ __forceinline__ float quotient(float value, float scale, float inverse) {
-  float result = value * inverse;
-  if (scale < __int_as_float(0x7f800000)) {
-    result = fmaf(-inverse, fmaf(result, scale, -value), result);
-    result = fmaf(-inverse, fmaf(result, scale, -value), result);
-  }
-  return result;
-}
-
-// Two floats as two bytes of int8, the low one first.
-__device__ __forceinline__ u32 to_int8(float low, float high) {
-  const int first = max(-127, min(127, __float2int_rn(low))), second = max(-127, min(127, __float2int_rn(high)));
-  return (first & 0xff) | (second & 0xff) << 8;
-}
-
-// Two floats as two bytes of float8_e4m3fn, the low one first.
-__device__ __forceinline__ u32 to_codes(float low, float high) {
-  if constexpr (WHOLE) return to_int8(low, high);
-#if __CUDA_ARCH__ >= 890
-  u32 codes;
-  asm("{\n\t.reg .b16 pair;\n\tcvt.rn.satfinite.e4m3x2.f32 pair, %2, %1;\n\tcvt.u32.u16 %0, pair;\n\t}"
-      : "=r"(codes)
-      : "f"(low), "f"(high));
-  return codes;
-#else
-  auto code = [](float value) -> u32 {
-    const u32 bits = __float_as_uint(value), sign = bits >> 24 & 0x80, size = bits & 0x7fffffff;
-    if (size > 0x7f800000) return 0x7f;
-    if (size < 0x3c800000) return sign | __float2int_rn(__uint_as_float(size) * 512.0f);  // below 2^-6: steps of 2^-9
-    return sign | min(((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3), 0x7eu);
-  };
-  return code(low) | code(high) << 8;
-#endif
+// Two floats as two bytes, the low one first.
+__device__ __forceinline__ u32 pair_of_codes(float low, float high) {
+  if constexpr (CODE == INT8) return to_int8(low) | to_int8(high) << 8;
+  return to_e4m3(low, high);
 }
 
 __device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float scale, float inverse) {
@@ -98,13 +60,13 @@ __device__ __forceinline__ Result quantised(const Piece<BYTES>& piece, float sca
     u8 byte;
   } result;
   if constexpr (VALUES == 1) {
-    result.byte = to_codes(value[0], 0.0f);
+    result.byte = pair_of_codes(value[0], 0.0f);
   } else if constexpr (VALUES == 2) {
-    result.half = to_codes(value[0], value[1]);
+    result.half = pair_of_codes(value[0], value[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < VALUES / 4; ++i) {
-      result.words[i] = to_codes(value[4 * i], value[4 * i + 1]) | to_codes(value[4 * i + 2], value[4 * i + 3]) << 16;
+      result.words[i] = pair_of_codes(value[4 * i], value[4 * i + 1]) | pair_of_codes(value[4 * i + 2], value[4 * i + 3]) << 16;
     }
   }
   return result.whole;

@@ -97,8 +97,8 @@ def check(what: str, result: int) -> None:
         raise RuntimeError(f"{what}: {os.strerror(ctypes.get_errno())}")
 
 
-def stat(process: int) -> list[str] | None:
-    """Fields of /proc/PID/stat from the state on; None if it has ended."""
+def stat(process: int | str) -> list[str] | None:
+    """Fields of /proc/PID/stat from the state on, or of /proc/PID/task/TID/stat; None if it has ended."""
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:  # noqa: PTH123 - starts quickly
             return file.read().rpartition(")")[2].split()

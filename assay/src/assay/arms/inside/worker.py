@@ -7,7 +7,8 @@ l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
 c  call with the input in the frame         g  call with the kept input
 k  keep this output for echoes              p  nothing: to see it awake
-a  the last call's input as it is now
+s  seconds of a request but for its calls and what is sent
+a  the last call's input as it is now; of a chain, the last link's
 o  an earlier call's output as it is now, by how many calls ago: 0 is the last
 z  overwrite the last call's input, then as `o` with 0
 """
@@ -128,9 +129,9 @@ class Workload:
     """The loaded callable, and what is kept between requests."""
 
     def __init__(self, wire: Any, options: dict[str, Any]) -> None:
-        sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
         import json  # noqa: F401 - for values; the first call is not to be charged with it
 
+        sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
         self.wire, self.options = wire, options
         kind, target = options["kind"], options["target"]
         self.function: Callable[..., Any]
@@ -144,13 +145,15 @@ class Workload:
         self.next: Callable[[Any, Any], Any] | None = find(options["chain"]) if options["chain"] else None
         self.sends = bool(options["compare"])
         self.input: Any = ()
+        self.last: Any = ()
         self.output: Any = None
         self.kept: list[Any] = []
+        self.chained: list[float] = []
 
     def answer(self, letter: bytes, number: float, body: bytearray) -> tuple[float, Any]:
         """A number and the value to send back."""
         if letter in b"ci":
-            self.input = self.wire.decode(body, tensors=True)
+            self.input = self.last = self.wire.decode(body, tensors=True)
         if letter in b"cg":
             start = time.perf_counter()
             inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
@@ -159,10 +162,10 @@ class Workload:
                 self.kept = [output, *self.kept[:1]]
             return seconds, output if self.sends else None
         if letter == b"a":
-            return 0.0, self.input
+            return 0.0, self.last
         if letter in b"oz":
             if letter == b"z":
-                overwrite(self.input)
+                overwrite(self.last)
             return 0.0, self.kept[int(number)]
         if letter == b"m":
             if self.inputs is None:
@@ -173,17 +176,40 @@ class Workload:
             return 0.0, self.output
         if letter == b"k":
             self.output = self.wire.decode(body, tensors=True)
-        return 0.0, None
+        return self.spared() if letter == b"s" else 0.0, None
 
     def call(self) -> Any:
         """Calls once, or a chain in which every input depends on the output before."""
         given = self.input
         output = self.once(given)
-        for _ in range(self.options["links"] - 1):
+        links = self.options["links"]
+        if links > 1:
             assert self.next is not None
+            for _ in range(links - 2):
+                given = self.next(given, output)
+                output = self.once(given)
+            start = time.perf_counter()
             given = self.next(given, output)
+            self.chained.append(time.perf_counter() - start)
             output = self.once(given)
+            self.last = given
         return output
+
+    def spared(self) -> float:
+        """Seconds of the last request but for its calls and what was sent: its chain, and a copy per call.
+
+        A call that may not overwrite its arguments, and whose outputs last, can copy the former and has to make the
+        latter. What that takes is what one spares that does not keep to it.
+        """
+        links, chained = self.options["links"], sorted(self.chained)
+        given, output = copier(self.last), copier(self.output)
+        start = time.perf_counter()
+        for _ in range(links):
+            given()
+            output()
+        seconds = time.perf_counter() - start
+        self.chained.clear()
+        return seconds + (chained[len(chained) // 2] * (links - 1) if chained else 0.0)
 
     def once(self, given: Any) -> Any:
         """One call."""
@@ -230,6 +256,25 @@ def overwrite(value: Any) -> None:
         value.reshape(-1).view("uint8")[:] = 0x7F
     elif type(value).__module__ == "torch":
         value.view(-1).view(sys.modules["torch"].uint8).fill_(0x7F)
+
+
+def copier(value: Any) -> Callable[[], Any]:
+    """A function that copies a value, with all that can be written to; it need not look at what it copies."""
+    if isinstance(value, (dict, list, tuple)):
+        shallow: Any = dict if isinstance(value, dict) else list
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        inner = [(key, copier(one)) for key, one in pairs if not isinstance(one, (int, float, str, bytes, type(None)))]
+
+        def copied() -> Any:
+            found = shallow(value)
+            for key, copy in inner:
+                found[key] = copy()
+            return found
+
+        return copied
+    name = {"numpy": "copy", "torch": "clone"}.get(type(value).__module__.partition(".")[0])
+    copy: Callable[[], Any] = getattr(value, name) if name else lambda: value
+    return copy
 
 
 def serve(folder: str) -> None:
