@@ -5,15 +5,11 @@ dtype of the weights. The second multiplies by the down weights and adds each ro
 experts in ascending order. Each thread has its columns of every expert, so no thread waits in between.
 """
 
-import math
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from moeyard.cpu import dots
-from moeyard.cpu.dots import LANES
+from moeyard.cpu.activation import activate_launch, apply, code_of
 from moeyard.cpu.layout import align_launch
 from moeyard.cpu.pointers import float32_at, int32_at, int64_at, kernel
 from moeyard.cpu.products import (
@@ -25,28 +21,17 @@ from moeyard.cpu.products import (
     add_bias,
     dense_rows,
     grouped_gemm_launch,
+    largest_chunk,
     product,
     share_parts,
     widen,
 )
-from moeyard.cpu.rows import add_row, store_row
-from moeyard.cpu.threads import count_parts, dense, run_parts
-from moeyard.values import Activation, ExpertCall, Layout
+from moeyard.cpu.quantised import quantised_experts_launch
+from moeyard.cpu.rows import store_row
+from moeyard.cpu.threads import dense, run_parts
+from moeyard.values import ExpertCall, Layout
 
 __all__ = ["activate_launch", "fused_experts_launch", "grouped_gemm_launch"]
-_SILU, _GELU, _GELU_TANH, _RELU2 = range(4)
-_CODES = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu2": _RELU2}
-
-
-def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
-    """Fills out [R, I] from rows [R, 2I], or [R, I] without a gate."""
-    rows = dense_rows(rows)
-    num_rows, size = out.shape
-    parts = count_parts(rows.nbytes, 1 << 18)
-    run_parts(
-        _activate_kernel, parts, num_rows, (rows, out), KINDS[rows.dtype], rows.stride(0) * rows.element_size(), size,
-        gated, *_code(activation),
-    )  # fmt: skip
 
 
 def fused_experts_launch(
@@ -65,9 +50,12 @@ def fused_experts_launch(
     offsets, slots, routes, blocks, counts, used = parts[0].view(torch.int64), *parts[1:]
     layout = Layout(slots, blocks, used, offsets, counts, routes, call.num_experts, num_local, 1, top_k)
     align_launch(topk_ids, call.expert_map, layout)
+    factors = topk_weights.contiguous()
+    if weights.scheme is not None:
+        quantised_experts_launch(hidden_states, factors, layout, call, out=out)
+        return
     kind, width = KINDS[hidden_states.dtype], hidden_states.element_size()
     hidden_states = dense_rows(hidden_states)
-    factors = topk_weights.contiguous()
     middle = hidden_states.new_empty((num_routes, size))
     sums = out if out.dtype == torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     w13, w2 = weights.w13.contiguous(), weights.w2.contiguous()
@@ -76,85 +64,12 @@ def fused_experts_launch(
     run_parts(
         _first_kernel, share_parts(size, (1 + weights.gated) * used_bytes), -(-size // UNIT),
         (*common, hidden_states, w13, dense(weights.w13_bias), middle), *shared, hidden_states.stride(0) * width,
-        hidden_size, size, weights.gated, *_code(activation),
+        hidden_size, size, weights.gated, *code_of(activation),
     )  # fmt: skip
     run_parts(
         _second_kernel, share_parts(hidden_size, used_bytes), -(-hidden_size // UNIT),
         (*common, middle, w2, dense(weights.w2_bias), sums, out), *shared, size, hidden_size, num_tokens,
     )  # fmt: skip
-
-
-def _code(activation: Activation) -> tuple[int, float, float, float]:
-    limit = math.inf if activation.limit is None else activation.limit
-    return _CODES[activation.name], activation.alpha, activation.beta, limit
-
-
-@kernel
-def _apply(code: int, alpha: float, beta: float, limit: float, gate: Any, up: Any, size: int, scratch: Any) -> None:
-    """gate[:size] = act(gate) * (up + beta), clamped first; `up` has no elements where nothing is gated.
-
-    All are float32 arrays with room for whole vectors.
-    """
-    bound = np.float32(limit)
-    if limit != np.inf:
-        for j in range(size):
-            gate[j] = bound if gate[j] > bound else gate[j]
-    if code in (_SILU, _GELU_TANH):
-        if code == _SILU:
-            factor = np.float32(alpha)
-            for j in range(size):
-                scratch[j] = factor * gate[j]
-        else:  # 0.5 (1 + tanh y) is the sigmoid of 2 y
-            first, third = np.float32(1.5957691216057308), np.float32(0.07135481627159669)
-            for j in range(size):
-                scratch[j] = gate[j] * (first + third * gate[j] * gate[j])
-        for j in range(0, size, LANES):
-            dots.sigmoids(scratch.ctypes.data + 4 * j, scratch.ctypes.data + 4 * j)
-        for j in range(size):
-            gate[j] *= scratch[j]
-    elif code == _GELU:
-        for j in range(size):
-            gate[j] *= np.float32(0.5 * math.erfc(-gate[j] * 0.7071067811865476))
-    else:
-        for j in range(size):
-            gate[j] = gate[j] * gate[j] if gate[j] > 0 or gate[j] != gate[j] else np.float32(0)
-    if up.size:
-        shift = np.float32(beta)
-        for j in range(size):
-            other = up[j]
-            if limit != np.inf:
-                other = bound if other > bound else (-bound if other < -bound else other)
-            gate[j] *= other + shift
-
-
-@kernel
-def _activate_kernel(part: int, start: int, stop: int, rows: int, out: int, kind: int, row_stride: int, size: int,
-                     gated: bool, code: int, alpha: float, beta: float, limit: float) -> None:  # fmt: skip
-    width = 4 if kind == FLOAT32 else 2
-    whole = np.zeros((3, (size + LANES) // LANES * LANES), np.float32)
-    for row in range(start, stop):
-        gate = rows + row * row_stride
-        _plainly(kind, whole[0], gate, size)
-        if gated:
-            _plainly(kind, whole[1], gate + width * size, size)
-        _apply(code, alpha, beta, limit, whole[0], whole[1] if gated else whole[1][:0], size, whole[2])
-        store_row(kind, out + width * row * size, whole[0].ctypes.data, size, 0)
-
-
-@kernel
-def _plainly(kind: int, target: Any, source: int, size: int) -> None:
-    """A row as float32, in its own order."""
-    target[:size] = 0
-    add_row(kind, target.ctypes.data, np.float32(1), source, source, size)
-
-
-@kernel
-def _largest(offsets: Any, num_local: int) -> int:
-    """Rows of the largest chunk."""
-    most = 0
-    for expert in range(num_local):
-        most = max(most, min(offsets[expert + 1] - offsets[expert], ROWS))
-    return most
 
 
 @kernel
@@ -168,7 +83,7 @@ def _first_kernel(
     firsts = int64_at(offsets, num_local + 1)
     routes, weights = int32_at(slots, firsts[num_local]), factors
     low, high = start * UNIT, min(stop * UNIT, size)
-    most = _largest(firsts, num_local)
+    most = largest_chunk(firsts, num_local)
     packed, kept = np.empty(most * hidden_size, np.float32), np.zeros((2 * most + 1) * COLUMNS, np.float32)
     x, gates, ups = packed.ctypes.data, kept.ctypes.data, kept.ctypes.data + 4 * most * COLUMNS
     scratch, wide = kept[2 * most * COLUMNS :], (2 if gated else 1) * size
@@ -191,7 +106,7 @@ def _first_kernel(
                 for i in range(taken):
                     gate = float32_at(gates + 4 * i * COLUMNS, COLUMNS)
                     up = float32_at(ups + 4 * i * COLUMNS, COLUMNS if gated else 0)
-                    _apply(code, alpha, beta, limit, gate, up, some, scratch)
+                    apply(code, alpha, beta, limit, gate, up, some, scratch)
                     store_row(kind, middle + width * ((chunk + i) * size + column), gate.ctypes.data, some, 0)
     packed[:1] = 0  # numba frees an array after its last use, though its address is still in use
 
@@ -207,7 +122,7 @@ def _second_kernel(
     firsts = int64_at(offsets, num_local + 1)
     routes = int32_at(slots, firsts[num_local])
     low, high = start * UNIT, min(stop * UNIT, hidden_size)
-    most = _largest(firsts, num_local)
+    most = largest_chunk(firsts, num_local)
     packed, kept = np.empty(most * size, np.float32), np.empty(most * COLUMNS, np.float32)
     x, partial = packed.ctypes.data, kept.ctypes.data
     for token in range(num_tokens):

@@ -199,6 +199,15 @@ def add_bias(kind: int, sums: int, rows: int, bias: int, columns: int) -> None:
 
 
 @kernel
+def largest_chunk(offsets: Any, num_local: int) -> int:
+    """Rows of the largest chunk of an expert's rows; `offsets` say where those of each begin."""
+    most = 0
+    for expert in range(num_local):
+        most = max(most, min(offsets[expert + 1] - offsets[expert], ROWS))
+    return most
+
+
+@kernel
 def _grouped_kernel(
     part: int, start: int, stop: int, rows: int, slots: int, first_rows: int, row_counts: int, weight: int, bias: int,
     factors: int, out: int, kind: int, row_stride: int, divisor: int, num_experts: int, columns: int, size: int,

@@ -24,6 +24,7 @@ def _coded(scheme: QuantScheme) -> bool:
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
+    "cpu": _known,
     "cuda (products)": _coded,
     "torch": _known,
     "reference": _every,

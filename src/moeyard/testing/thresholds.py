@@ -238,10 +238,10 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
 }
 EXEMPT = {
     # a name: why nothing is drawn beside it
-    "cpu.experts:_SILU": "the code of an activation",
-    "cpu.experts:_GELU": "the code of an activation",
-    "cpu.experts:_GELU_TANH": "the code of an activation",
-    "cpu.experts:_RELU2": "the code of an activation",
+    "cpu.activation:_SILU": "the code of an activation",
+    "cpu.activation:_GELU": "the code of an activation",
+    "cpu.activation:_GELU_TANH": "the code of an activation",
+    "cpu.activation:_RELU2": "the code of an activation",
     "cpu.layout:_APART": "the distance of counters, which no size is compared with",
     "cpu.layout:_place:4": "the bytes of an id: both widths are drawn as dtypes",
     "cpu.layout:_rank_any:8": "the bytes of an id: both widths are drawn as dtypes",
