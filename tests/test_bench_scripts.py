@@ -14,7 +14,7 @@ from moeyard.bench.operators import Case, Provider
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import table
-from moeyard.testing import CPU
+from moeyard.testing import CPU, python
 
 LIMITS: dict[str, float | None] = {"copy_time_us": 100.0, "read_time_us": 90.0, "product_time_us": 50.0}
 SOMEONE = Provider("a", "x", len)
@@ -96,3 +96,57 @@ def test_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert experts_goals.main([str(tmp_path / "x.json")]) == 1
     assert "wanted a right answer, got hung\n1 of 2 goals met" in capsys.readouterr().out
     assert experts_goals.main([]) == 2
+
+
+VLLM_TEST = """
+import pytest, torch
+from vllm import _custom_ops as ops
+from vllm.model_executor.layers.fused_moe import fused_experts, modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, fp8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import CutlassExpertsFp4, CutlassExpertsFp8
+
+@pytest.mark.parametrize("m,n,k,e,topk", [(3, 64, 128, 4, 2), (64, 8192, 8192, 64, 8)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_cutlass(m, n, k, e, topk, swapped, workspace_init):
+    torch.manual_seed(0)
+    a = torch.randn((m, k), device="cuda", dtype=torch.half)
+    w1, w2 = (torch.randn(e, *rows, device="cuda") / 10 for rows in ((2 * n, k), (k, n)))
+    (w1_q, w1_s), (w2_q, w2_s) = (
+        map(torch.stack, zip(*[ops.scaled_fp8_quant(w, use_per_token_if_dynamic=True) for w in one]))
+        for one in (w1, w2)
+    )
+    config = fp8_w8a8_moe_quant_config(
+        w1_scale=w1_s, w2_scale=w2_s, per_act_token_quant=True, per_out_ch_quant=True
+    )
+    ids, weights = torch.randint(0, e, (m, topk), device="cuda"), torch.rand(m, topk, device="cuda")
+    got = mk.FusedMoEKernel(None, CutlassExpertsFp8(None, config)).apply(a, w1_q, w2_q, weights, ids)
+    one = (w1_q.float() * w1_s).half()
+    if swapped:
+        one = torch.cat(one.chunk(2, 1)[::-1], 1)
+    wanted = fused_experts(
+        a, one, (w2_q.float() * w2_s).half(), weights, ids, quant_config=FUSED_MOE_UNQUANTIZED_CONFIG
+    )
+    torch.testing.assert_close(got, wanted, atol=0.15, rtol=1e-2)
+
+def test_absent():
+    CutlassExpertsFp4()
+
+def test_cuda_graph():
+    torch.cuda.Stream()
+"""
+
+
+def test_vllms_tests_are_run_against_moeyard(tmp_path: Path) -> None:
+    folder = tmp_path / "tests" / "kernels" / "moe"
+    folder.mkdir(parents=True)
+    (folder / "test_cutlass_moe.py").write_text(VLLM_TEST)
+    script = str(Path(__file__).parents[1] / "benchmarks" / "vllm_tests.py")
+    done = python(script, str(tmp_path), "--device", "cpu")
+    assert "2 failed, 1 passed, 3 deselected" in done.stdout, done.stdout + done.stderr
+    assert (
+        "NotImplementedError: vllm.model_executor.layers.fused_moe.experts.cutlass_moe.CutlassExpertsFp4" in done.stdout
+    )
+    assert "Tensor-likes are not close" in done.stdout  # gate and up swapped in the expectation
+    assert "left out: 1 tests (needs a GPU's streams)" in done.stdout
+    assert "left out: 2 tests (larger than 2e+08)" in done.stdout and done.returncode == 1
+    assert "expected a folder with one of" in python(script, str(tmp_path / "absent")).stderr

@@ -284,6 +284,11 @@ print("all there")
 LAYER = """
 from vllm.model_executor.layers.fused_moe import fused_experts, fused_topk, grouped_topk
 assert fused_experts is ours.fused_experts and fused_topk is ours.fused_topk and grouped_topk is ours.grouped_topk
+from vllm.model_executor.layers.fused_moe.config import fp8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.cutlass_moe import cutlass_moe_fp8
+from vllm.model_executor.layers.fused_moe.experts.cutlass_moe import run_cutlass_moe_fp8
+assert cutlass_moe_fp8 is ours.cutlass_moe_fp8 and run_cutlass_moe_fp8 is ours.run_cutlass_moe_fp8
+assert fp8_w8a8_moe_quant_config is ours.fp8_w8a8_moe_quant_config
 """
 
 

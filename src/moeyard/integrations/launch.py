@@ -23,8 +23,17 @@ OPERATORS = {
 }
 """vLLM's modules and the operators in them that are provided or replaced."""
 
-LAYER = {_FUSED_MOE: ("fused_topk", "grouped_topk", "fused_experts")}
-"""What is provided where vLLM is not installed. Its own are kept: they take quantised weights too."""
+_LAYERS = ("fused_topk", "grouped_topk", "fused_experts")
+LAYER = {
+    _FUSED_MOE: _LAYERS,
+    f"{_FUSED_MOE}.fused_moe": _LAYERS,
+    f"{_FUSED_MOE}.config": (
+        "FusedMoEQuantConfig", "fp8_w8a16_moe_quant_config", "fp8_w8a8_moe_quant_config", "int8_w8a8_moe_quant_config",
+    ),
+    f"{_FUSED_MOE}.cutlass_moe": ("cutlass_moe_fp8", "run_cutlass_moe_fp8"),
+    f"{_FUSED_MOE}.experts.cutlass_moe": ("run_cutlass_moe_fp8",),
+}  # fmt: skip
+"""What is provided where vLLM is not installed. Its own are kept: they take schemes that are not provided here."""
 
 
 class _CallableModule(types.ModuleType):

@@ -9,7 +9,8 @@ Where it is not, the import paths of the operators exist, and nothing else of vL
 
 Deviations from vLLM, all in what it leaves undefined: orders are stable; ids that are out of range are dropped
 everywhere; the unused end of `expert_ids` stays -1 when a map is applied afterwards, where vLLM sends it through
-`expert_map[-1]`; flat ids are accepted in the form that says so (`moe_align_block_size`).
+`expert_map[-1]`; flat ids are accepted in the form that says so (`moe_align_block_size`). Quantised experts follow vLLM
+0.26 (docs/notes/vllm.md): rows with a dynamic scale have one each, and the router's weight counts once.
 """
 
 import sys

@@ -37,6 +37,8 @@ def unfit(call: Call) -> str | None:
         return weights.readable
     if weights.scheme is not None and weights.block_start % WORD:
         return f"weights.scales.block_start: takes multiples of {WORD}, got {weights.block_start}"
+    if weights.scheme is not None and weights.scheme.dynamic_second:
+        return "takes given scales of both products or of none, got those of the first alone"
     sizes = ExpertSizes(
         call.num_tokens, call.top_k, weights.size, weights.columns // (1 + weights.gated), weights.gated,
         weights.scheme, weights.block_start,
