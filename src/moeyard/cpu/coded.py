@@ -253,7 +253,7 @@ def _tile(p: Any, target: int, w: int, scales: int, zeros: int, steps: int) -> N
 @kernel
 def coded_room(size: int) -> int:
     """float32 values that `coded_product` needs beside its arguments."""
-    return (UNIT + 1) * scale_room(size) + UNIT * BLOCK
+    return int((UNIT + 1) * scale_room(size) + UNIT * BLOCK)
 
 
 @kernel
