@@ -230,10 +230,11 @@ def test_targets_and_ignored_layers(tmp_path: Path) -> None:
     config = FORMS["fp8 channel"].config
     assert config is not None
     mine = config["config_groups"]["group_0"]
-    other = {"targets": ["Linear"], "weights": {**INT4, "strategy": "channel"}}
+    other = {"weights": {**INT4, "strategy": "channel"}}
     names = [f"{PREFIX}.{expert}.{part}_proj" for expert in range(2) for part in ("gate", "up", "down")]
-    for targets in (["re:.*experts.*"], names):
-        groups = {"group_0": other, "group_1": {**mine, "targets": targets, "format": "float-quantized"}}
+    for targets, others in ((["re:.*experts.*"], ["Linear"]), (names, ["Linear", "re:.*experts.*"])):
+        both = {**mine, "targets": targets, "format": "float-quantized"}
+        groups = {"group_0": {**other, "targets": others}, "group_1": both}
         checkpoints.write(tmp_path, Form({**config, "format": "mixed-precision", "config_groups": groups},
                                          FORMS["fp8 channel"].draw), "apart", **SIZES)  # fmt: skip  # type: ignore[arg-type]
         assert str(load(tmp_path).scheme) == "e4m3 1x*, e4m3 per row"

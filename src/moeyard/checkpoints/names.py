@@ -98,7 +98,7 @@ def check_complete(
 
 
 def roles_of(linear: Linear, storage: Storage) -> dict[str, Entry]:
-    """The tensors of a linear layer by their roles: "weight", "bias" and those of `ROLES`.
+    """The tensors of a linear layer by their roles: "weight", "bias" and those of `Storage.names`.
 
     ValueError for a tensor that is missing, that no role of the storage takes, or that is there under two names.
     """

@@ -9,9 +9,6 @@ from moeyard.quant import QuantScheme
 
 Config = Mapping[str, Any]
 """An object of JSON."""
-ROLES = ("scale", "zero", "global", "input", "shape", "order", "checked")
-"""What tensors beside a weight hold. input: the scale of activations. shape: [N, K] before packing. order: the group of
-each column (g_idx). checked: zero points of a symmetric scheme, which have to be trivial."""
 OPTIONAL = ("shape", "order", "checked")
 SKIPPED = frozenset(
     ("k_scale", "v_scale", "kv_scale", "q_scale", "output_scale", "output_zero_point", "input_zero_point")
@@ -29,7 +26,10 @@ class Storage(NamedTuple):
     scale: Stored | None = None
     zero: Stored | None = None
     names: Mapping[str, tuple[str, ...]] = {}
-    """What the tensor of each role may be called. Roles without an entry have none."""
+    """What the tensor of each role may be called. Roles without an entry have none.
+
+    scale and zero: of blocks. global: the scale of a matrix. input: that of activations. shape: [N, K] before packing.
+    order: the group of each column (g_idx). checked: zero points of a symmetric scheme, which have to be trivial."""
     weight_names: tuple[str, ...] = ("weight", "")
     divides: bool = False
     """Whether global scales divide, as compressed-tensors' do."""

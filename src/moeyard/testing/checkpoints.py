@@ -262,8 +262,6 @@ FORMS: dict[str, Form] = {
     "awq": Form({**_AWQ, "zero_point": True}, _awq(True)),
     "awq symmetric": Form({**_AWQ, "zero_point": False}, _awq(False)),
 }
-NOTED = ("modelopt nvfp4",)
-"""Forms whose activations are not quantised, which a warning says."""
 LAYOUTS = ("apart", "w1", "fused", "stacked", "stacked fused")
 
 
