@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cpu.activation import activate_launch, apply, code_of
+from moeyard.cpu.coded.experts import quantised_experts_launch
 from moeyard.cpu.layout import align_launch
 from moeyard.cpu.pointers import float32_at, int32_at, int64_at, kernel
 from moeyard.cpu.products import (
@@ -26,7 +27,6 @@ from moeyard.cpu.products import (
     share_parts,
     widen,
 )
-from moeyard.cpu.quantised import quantised_experts_launch
 from moeyard.cpu.rows import store_row
 from moeyard.cpu.threads import dense, run_parts
 from moeyard.values import ExpertCall, Layout

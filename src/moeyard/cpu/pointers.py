@@ -24,7 +24,7 @@ _I16, _I32, _F16, _F32 = ir.IntType(16), ir.IntType(32), ir.HalfType(), ir.Float
 
 def _digest() -> str:
     """Of all sources of this folder: kernels call helpers of other modules, whose changes numba does not see."""
-    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    sources = (path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py")))
     return hashlib.sha256(b"\0".join(sources)).hexdigest()
 
 
@@ -130,15 +130,20 @@ def stream_fence(context: Any) -> Any:
     return types.void(), generate
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Starts to read the cache line at an address, which need not be a valid one."""
+    pointer = builder.inttoptr(address, cgutils.voidptr_t)
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _I32, _I32, _I32])
+    call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(call, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+
+
 @intrinsic
 def prefetch_line(context: Any, address: Any) -> Any:
-    """Starts to read the cache line at an address, which need not be a valid one."""
+    """`prefetch` of an address."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = builder.inttoptr(values[0], cgutils.voidptr_t)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, _I32, _I32, _I32])
-        call = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        builder.call(call, [pointer, _I32(0), _I32(3), _I32(1)])  # read, keep, data
+        prefetch(builder, values[0])
         return context.get_dummy_value()
 
     return types.void(types.intp), generate

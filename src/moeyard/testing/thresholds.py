@@ -242,6 +242,7 @@ EXEMPT = {
     "cpu.activation:_GELU": "the code of an activation",
     "cpu.activation:_GELU_TANH": "the code of an activation",
     "cpu.activation:_RELU2": "the code of an activation",
+    "cpu.coded.": "codes of dtypes and schemes, fields of plans; sizes meet cpu.products and cpu.dots",
     "cpu.layout:_APART": "the distance of counters, which no size is compared with",
     "cpu.layout:_place:4": "the bytes of an id: both widths are drawn as dtypes",
     "cpu.layout:_rank_any:8": "the bytes of an id: both widths are drawn as dtypes",

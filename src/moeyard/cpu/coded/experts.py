@@ -1,4 +1,4 @@
-"""The experts of a layer of quantised weights, in two passes over codes as `experts.py` makes them over weights.
+"""The experts of a layer of quantised weights, in two passes over codes as `cpu/experts.py` makes them over weights.
 
 Rows are rounded as the scheme says when they are gathered: hidden states in the first pass, what the activation left,
 in the dtype of the hidden states, in the second. Each thread does that for itself, so none waits in between.
@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from moeyard.cpu.activation import apply, code_of
-from moeyard.cpu.coded import coded_product, coded_room, plans_of, take_row
+from moeyard.cpu.coded.plan import plans_of
+from moeyard.cpu.coded.products import coded_product, coded_room
+from moeyard.cpu.coded.rows import take_row
+from moeyard.cpu.dots import LANES
 from moeyard.cpu.pointers import float32_at, int32_at, int64_at, kernel
 from moeyard.cpu.products import COLUMNS, FLOAT32, KINDS, ROWS, UNIT, add_bias, dense_rows, largest_chunk, share_parts
 from moeyard.cpu.rows import store_row
@@ -60,7 +63,7 @@ def _first_kernel(
     low, high = start * UNIT, min(stop * UNIT, size)
     most = largest_chunk(firsts, num_local)
     packed, kept = np.empty(most * hidden_size, np.float32), np.zeros((2 * most + 1) * COLUMNS, np.float32)
-    room, spare = np.empty(coded_room(hidden_size), np.float32), np.empty(hidden_size, np.float32)
+    room, spare = np.empty(coded_room(hidden_size), np.float32), np.empty(hidden_size + LANES, np.float32)
     x, gates, ups = packed.ctypes.data, kept.ctypes.data, kept.ctypes.data + 4 * most * COLUMNS
     scratch, wide = kept[2 * most * COLUMNS :], (2 if gated else 1) * size
     for expert in range(num_local):
@@ -101,7 +104,7 @@ def _second_kernel(
     low, high = start * UNIT, min(stop * UNIT, hidden_size)
     most = largest_chunk(firsts, num_local)
     packed, kept = np.empty(most * size, np.float32), np.empty(most * COLUMNS, np.float32)
-    room, spare = np.empty(coded_room(size), np.float32), np.empty(size, np.float32)
+    room, spare = np.empty(coded_room(size), np.float32), np.empty(size + LANES, np.float32)
     x, partial = packed.ctypes.data, kept.ctypes.data
     for token in range(num_tokens):
         float32_at(sums + 4 * (token * hidden_size + low), high - low)[:] = 0
