@@ -217,6 +217,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
         lambda value, off, s: _rows_of_an_expert(-(-value // 2048), off, s)._replace(columns=2048),
     ),
     "cuda.experts.few_tokens_plan:WORD": (_PRODUCTS, _sides),
+    "cuda.experts.few_tokens_plan:_COPY_BYTES": (_PRODUCTS, _sides),
     "cuda.experts.few_tokens_plan:_SEGMENT_WORDS": (_GEMM, lambda value, off, s: _hidden(8 * value, 8 * off, s)),
     "cuda.experts.few_tokens_plan:_LEAST_COPY_BYTES": (_GEMM, lambda value, off, s: _columns(value // 2, 8 * off, s)),
     "cuda.experts.few_tokens_plan:_MOST_ROWS": (_GEMM, _rows_of_an_expert),
