@@ -273,6 +273,13 @@ EXEMPT = {
     "cuda.experts.few_tokens_plan:_MOST_SLOTS": "slots of shared memory, which sizes of tiles decide",
     "cuda.experts.few_tokens_plan:_MOST_VALUES": "rows of 65536 values: weights of several GB",
     "cuda.experts.few_tokens_plan:_MOST_REPEATED_BYTES": "chooses between plans of several hundred MB of weights",
+    "cuda.experts.coded:GROUP": "columns of a scale; quantised layers have tests of their own",
+    "cuda.experts.plan:_MOST_ROWS_IN_BLOCKS": "tiles of codes; quantised layers have tests of their own",
+    "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
+    "dispatch.schemes:_coded:128": "the block of a scheme",
+    "vectorised.experts:_MOST_IN_A_BLOCK": "rows of quantised layers, which have tests of their own",
+    "vectorised.quant:code_values:4": "what the bits of a code mean",
+    "vectorised.quant:code_values:7": "what the bits of a code mean",
     "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
 }
 """A name that ends in "." stands for a folder; `REACHES` comes first."""
