@@ -17,7 +17,7 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
-from moeyard.cuda.experts.plan import ProductPlan, product_plan, shared_bytes, stage_bytes, way_of
+from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan, shared_bytes, stage_bytes, way_of
 from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
@@ -185,8 +185,8 @@ def test_a_product_alone_plans_for_the_rows_of_this_rank(
 ) -> None:
     """4096 tokens of DeepSeek-V3 under expert parallelism: 128 rows per expert here, whoever counts all routes."""
     asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(launches, "_product", lambda *_, **options: asked.append(options))
-    monkeypatch.setattr(launches, "_turns", lambda _device: 0)
+    monkeypatch.setattr(launches, "product", lambda *_, **options: asked.append(options))
+    monkeypatch.setattr(launches, "turns_of", lambda _device: 0)
     monkeypatch.setattr(launches, "shuffle_rows_launch", lambda *_, **__: None)
     local, routes = 256 // ranks, 32768
     counts = torch.full((local,), routes // 256, dtype=torch.int32)
@@ -215,11 +215,13 @@ def cuobjdump() -> str | None:
     return str(inside) if inside.exists() else shutil.which("cuobjdump")
 
 
-def examined(plan: ProductPlan, folder: Path, **options: bool | str) -> tuple[bytes, str, str]:
+def examined(plan: ProductPlan, folder: Path, **options: Any) -> tuple[bytes, str, str]:
     """(cubin, what it uses of the machine, its instructions)."""
-    flags = dict.fromkeys(("gated", "clamped", "gather", "by_route", "biased", "weighted", "ready"), False)
+    flags: dict[str, Any] = dict.fromkeys(
+        ("gated", "clamped", "gather", "by_route", "biased", "weighted", "ready"), False
+    )
     curve, dtype = options.pop("curve", "IDENTITY"), options.pop("dtype", torch.bfloat16)
-    defines = product_defines(plan, dtype, curve, **{**flags, **options})  # type: ignore[arg-type]
+    defines = product_defines(plan, dtype, curve, **{**flags, **options})
     text = SOURCES["experts.cu"]
     code = building.compile_source(text, defines, "sm_90a")
     tool = cuobjdump()
@@ -473,3 +475,44 @@ def test_what_does_not_fit_goes_to_the_next_or_is_an_error(monkeypatch: pytest.M
             moeyard.fused_experts(rows, routing, weights, impl="picky")
     finally:
         table.launcher.cache_clear()
+
+
+_PER_ROW, _INT8 = (torch.float8_e4m3fn, ("BY_ROWS", True)), (torch.int8, ("BY_ROWS", True))
+_PER_MATRIX, _BLOCKS = (torch.float8_e4m3fn, ("BY_ROWS", False)), (torch.float8_e4m3fn, ("BY_BLOCKS", False))
+
+
+@pytest.mark.parametrize(
+    ("element", "scaling", "first", "rows"),
+    [
+        (*_PER_ROW, True, 192),
+        (*_BLOCKS, True, 64),
+        (*_INT8, False, 16),
+        *(
+            pytest.param(*kind, first, rows, marks=pytest.mark.full)
+            for kind in (_PER_ROW, _PER_MATRIX, _INT8, _BLOCKS)
+            for first in (True, False)
+            for rows in (16, 64, 128, 192)
+            if kind != _BLOCKS or rows < 192
+        ),
+    ],
+)
+def test_no_product_of_codes_waits_for_the_one_before(
+    element: torch.dtype, scaling: tuple[str, bool], first: bool, rows: int, tmp_path: Path
+) -> None:
+    """The compiler waits for every product if sums are written between them: a step has one wait, a tile one more."""
+    blocks = scaling[0] == "BY_BLOCKS"
+    plan = product_plan(8192, 64, 1024, first, False, H200, Way(rows=rows), None, scaling[0])
+    code, used, text = examined(
+        plan, tmp_path, curve="SILU" if first else "IDENTITY", gated=first, gather=first, element=element,
+        scaling=scaling, ready=not first and not blocks, as_codes=first and blocks and plan.weight_rows == 256,
+    )  # fmt: skip
+    assert b"experts_kernel" in code
+    if not used:
+        pytest.skip("compiles; cuobjdump, which would show more, is neither on the path nor in a Triton wheel")
+    stack, local = (int(value) for value in re.findall(r"(?:STACK|LOCAL):(\d+)", used))
+    assert (stack, local) == (0, 0), used
+    kind = "IGMMA" if element == torch.int8 else "QGMMA"
+    products, waits = len(re.findall(rf"\b{kind}\.64x", text)), len(re.findall(r"WARPGROUP\.DEPBAR", text))
+    heights = plan.rows // min(plan.rows, 16)
+    assert products == 4 * plan.tall * heights
+    assert waits == heights * (plan.tall if blocks else 2)
