@@ -35,7 +35,7 @@ _POISON = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """What was found. `outcome`: "", "not_evaluated", "tampered" or "infra.provenance"; `words` say why."""
+    """What was found. `outcome`: "", "not_evaluated" or "infra.provenance"; `words` say why."""
 
     outcome: str
     words: str
@@ -115,16 +115,12 @@ def check(
                     words = f"source not on the workload's path: what is timed runs though {some(python)} raise"
                     return Provenance("not_evaluated", f"{words} when they are imported", tuple(looked))
         except _StoppedError as problem:
-            return Provenance(problem.outcome, str(problem), tuple(looked))
+            return Provenance("infra.provenance", str(problem), tuple(looked))
     return Provenance("", f"nothing works without {some(looked)}", tuple(looked))
 
 
 class _StoppedError(RuntimeError):
-    """Nothing can be said of a source: a sandbox or base failed, or the candidate did what is no mistake."""
-
-    def __init__(self, problem: ArmError) -> None:
-        super().__init__(str(problem))
-        self.outcome = "tampered" if problem.tampered and problem.arm == "candidate" else "infra.provenance"
+    """Nothing can be said of a source: a sandbox or base failed."""
 
 
 @dataclass(frozen=True)
@@ -157,15 +153,15 @@ class _Copy:
         return ""
 
     def ran(self) -> str:
-        """Runs every workload once: what failed, in words, or ""."""
+        """Runs every workload once: what failed, in words, or "". Whether it is tampering is asked beside base."""
         for name, plan in self.frozen.plans().items():
             try:
                 alone = self.trees("candidate", self.tree, self.cache)
                 base = self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"))
                 once(replace(plan, timeout_s=self.most(plan.timeout_s)), alone, base, "provenance")
             except ArmError as problem:
-                if problem.infra or problem.tampered or problem.arm != "candidate":
-                    raise _StoppedError(problem) from None
+                if problem.infra or problem.arm != "candidate":
+                    raise _StoppedError(str(problem)) from None
                 self.most(1)  # else it was not late, but cut short
                 return f"{name}: {problem.words}"
         return ""
