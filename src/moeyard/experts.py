@@ -92,7 +92,8 @@ def fused_experts(
         hidden_states: [num_tokens, hidden_size] float32, bfloat16, float16 or float64.
         routing: of the same tokens. Ids may be int32, int64 or uint32; dropped ones (as in `moe_align_block_size`) add
             nothing: a token with no other gets zeros.
-        weights: of the experts of this rank, dtype of `hidden_states`.
+        weights: of the experts of this rank, dtype of `hidden_states`; or quantised, with scheme and scales: then
+            `hidden_states` are not float64, and the scheme says how rows are rounded before each product.
         activation: silu unless given.
         num_experts: global number of experts; as many as `weights` or `expert_map` has unless given.
         expert_map: [num_experts] int32, as in `moe_align_block_size`.
@@ -148,7 +149,7 @@ def moe_layer(
     Args:
         hidden_states: [num_tokens, hidden_size], as in `fused_experts`.
         router_weight: [num_experts, hidden_size]; logits are computed in its dtype.
-        weights: of all experts.
+        weights: of all experts, of a scheme or not.
         router_bias: [num_experts] of the dtype of router_weight, added to the logits (gpt-oss).
         activation: of routed and shared experts; silu unless given.
         shared: one expert (several shared ones side by side are one wide one) that every token goes through.

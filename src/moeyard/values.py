@@ -206,7 +206,10 @@ class Segments(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
-    """The weights of the experts of one layer on one rank, as model files that fuse gate and up have them."""
+    """The weights of the experts of one layer on one rank, as model files that fuse gate and up have them.
+
+    With a `scheme` w13 and w2 hold codes, and `scales` says what these are worth.
+    """
 
     w13: Tensor
     """[num_local_experts, 2 * intermediate_size, hidden_size]: gate half first, then up; with `gated=False`

@@ -103,7 +103,7 @@ def judged_experts(
         wide.index_add_(0, token, result * factor.double().unsqueeze(1))
         rounded.index_add_(0, token, (result * factor.double().unsqueeze(1)).abs())
         squares.index_add_(0, token, square * factor.double().square())
-    rounding = 0.51 * torch.finfo(dtype).eps * wide.abs() + unit * routing.topk_ids.shape[1] * rounded
+    rounding = 0.51 * _spacing(wide, dtype) + unit * routing.topk_ids.shape[1] * rounded
     return Judged(wide, (squares + rounding.square().sum(1)).sqrt())
 
 
@@ -136,11 +136,17 @@ def _activated(before: Tensor, unsure: Tensor, activation: Activation, gated: bo
     return kept, off + 16 * FLOAT32_UNIT * kept.abs()
 
 
+def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far from a value the next one of a dtype is at most; that of subnormal numbers is fixed."""
+    info = torch.finfo(dtype)
+    return values.abs().clamp(min=info.smallest_normal) * info.eps
+
+
 def _step(rows: QuantisedRows, scheme: QuantScheme | None, dtype: torch.dtype) -> Tensor:
     """[R, C]: how far the next code is from each element's."""
     kind = "none" if scheme is None else scheme.activations
     if kind == "none":
-        return rows.values.abs() * torch.finfo(dtype).eps
+        return _spacing(rows.values, dtype)
     shares = (rows.values / rows.codes.double()).abs()  # the scale of each element, where its code is not 0
     scale = torch.where(rows.codes.double() == 0, rows.scales.double().amax(1, keepdim=True), shares)
     if kind == "int8":

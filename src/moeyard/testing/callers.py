@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import moeyard
+from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.testing.draws import (
+    SCALES,
     Sizes,
     Tensors,
     draw_activate,
@@ -28,6 +30,7 @@ from moeyard.testing.draws import (
     draw_moe_sum,
     draw_permute,
     draw_permute_to_fp8,
+    draw_quantised_experts,
     draw_route,
     draw_route_and_align,
     draw_shuffle,
@@ -116,15 +119,22 @@ def rebuilt(answer: Any, make: Callable[[Tensor], Tensor]) -> Any:
 # Calls
 
 
-def _call_experts(given: Tensors, impl: str, *, gated: bool, **options: Any) -> Any:
+def _call_experts(
+    given: Tensors, impl: str, *, gated: bool, scheme: QuantScheme | None = None, block_start: int = 0, **options: Any
+) -> Any:
     routing = Routing(given["topk_weights"], given["topk_ids"])
     options["expert_map"] = given.get("expert_map")
-    return moeyard.fused_experts(given["hidden_states"], routing, weights_of(given, gated), impl=impl, **options)
+    weights = weights_of(given, gated, scheme, block_start)
+    return moeyard.fused_experts(given["hidden_states"], routing, weights, impl=impl, **options)
 
 
-def weights_of(given: Tensors, gated: bool) -> ExpertWeights:
+def weights_of(given: Tensors, gated: bool, scheme: QuantScheme | None = None, block_start: int = 0) -> ExpertWeights:
     """The weights among the tensors of a question."""
-    return ExpertWeights(given["w13"], given["w2"], given.get("w13_bias"), given.get("w2_bias"), gated)
+    scales = None
+    if scheme is not None:
+        fields = {field: given[name] for name, field in SCALES.items() if name in given}
+        scales = ExpertScales(**fields, block_start=block_start)
+    return ExpertWeights(given["w13"], given["w2"], given.get("w13_bias"), given.get("w2_bias"), gated, scheme, scales)
 
 
 def _call_layer(given: Tensors, impl: str, *, gated: bool, **options: Any) -> Any:
@@ -199,6 +209,7 @@ OPERATORS: dict[str, Operator] = {
     ),
     "activate": Operator("activate", draw_activate, _calls(moeyard.activate), _WIDE),
     "fused_experts": Operator("fused_experts", draw_experts, _call_experts, _WIDE),
+    "quantised experts": Operator("fused_experts", draw_quantised_experts, _call_experts, _FLOATS),
     "moe_layer": Operator("fused_experts", draw_layer, _call_layer, _WIDE, takes_out=False),
 }
 """By name; an operator that takes rows in several ways is there once for each."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moeyard
 from moeyard.testing.layers import draw_weights
+from moeyard.testing.quantised import SCHEMES, draw_quantised
 from moeyard.testing.routings import ROUTINGS
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, Layout
 
@@ -223,6 +224,31 @@ def draw_experts(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
     return given, {
         "activation": _activation(rng), "gated": gated, "apply_router_weight_on_input": rng.random() < 0.3,
     }  # fmt: skip
+
+
+SCALES = {
+    "w13_scale": "w13", "w2_scale": "w2", "w13_zero_points": "w13_zero_points", "w2_zero_points": "w2_zero_points",
+    "w13_global_scale": "w13_global", "w2_global_scale": "w2_global", "w13_input_scale": "w13_input",
+    "w2_input_scale": "w2_input",
+}  # fmt: skip
+"""The fields of `ExpertScales` by the names that the registered operator has for them."""
+
+
+def draw_quantised_experts(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
+    """Experts of any scheme; odd sizes have no codes of four bits."""
+    scheme = rng.choice([one for one in SCHEMES if not (sizes.hidden % one.per_byte or sizes.columns % one.per_byte)])
+    given, options = draw_experts(sizes, rng)
+    start = rng.choice([0, rng.randrange(scheme.period)]) // scheme.per_byte * scheme.per_byte
+    weights = draw_quantised(
+        sizes.experts, sizes.hidden, sizes.columns, scheme, sizes.dtype, gated=options["gated"], block_start=start
+    )
+    assert weights.scales is not None
+    given.update(w13=weights.w13, w2=weights.w2)
+    for name, field in SCALES.items():
+        tensor = getattr(weights.scales, field)
+        if tensor is not None:
+            given[name] = tensor
+    return given, {**options, "scheme": scheme, "block_start": start}
 
 
 def draw_layer(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:

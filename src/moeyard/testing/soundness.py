@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import torch
 
+import moeyard
 from moeyard.testing.asking import CALLERS, NEED_OUTPUTS, Drawn, asks
-from moeyard.testing.callers import OPERATORS, Question, question
+from moeyard.testing.callers import OPERATORS, Question, question, weights_of
 from moeyard.testing.implementations import impls_on
 from moeyard.testing.lies import LIES, lies_of
 from moeyard.testing.thresholds import Threshold, collect, draw_sizes
@@ -79,6 +80,11 @@ def _impls(asked: Question) -> list[str]:
     """The implementations that meet a question, and "auto"; the reference, which goes row by row, for small ones."""
     first = next(iter(asked.tensors.values()))
     found = [name for name in impls_on(asked.operator.op, first.device, first.dtype) if name != "reference"]
+    if asked.name == "quantised experts":
+        options = asked.options
+        weights = weights_of(asked.tensors, options["gated"], options["scheme"], options["block_start"])
+        takes = moeyard.explain("fused_experts", first.device, first.dtype, weights=weights).able
+        found = [name for name in found if name in takes]
     if asked.name == "route_and_align":
         found = [name for name in found if name in impls_on("moe_align_block_size", first.device)]
     small = asked.sizes.tokens * asked.sizes.top_k <= 64 and asked.name != "moe_layer"

@@ -162,9 +162,10 @@ _PRODUCTS = (
     "grouped_gemm by offsets",
     "grouped_gemm by counts",
     "fused_experts",
+    "quantised experts",
     "moe_layer",
 )
-_GEMM = ("grouped_gemm by offsets", "fused_experts")
+_GEMM = ("grouped_gemm by offsets", "fused_experts", "quantised experts")
 _LAYOUTS = ("align", "lora")
 _ROUTERS = ("route", "route_and_align")
 _MOVERS = ("permute", "shuffle_rows", "permute_to_fp8")
@@ -189,6 +190,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cpu.rows:_STREAMED_BYTES": (_SUMS, _output_bytes),
     "vectorised.experts:_CHUNK_BYTES": (("grouped_gemm by offsets",), _weights_copied_at_once),
     "vectorised.experts:_COLUMNS": (_PRODUCTS, _sides),
+    "vectorised.experts:_MOST_IN_A_BLOCK": (("quantised experts",), _rows_of_an_expert),
     "triton.experts:_MOST_ALONE": (("fused_experts",), _routes),
     "triton.experts:_CHUNK": (("fused_experts",), _routes),
     "triton.experts:_SIDE_BY_SIDE": (("fused_experts",), _tokens),
@@ -254,6 +256,8 @@ EXEMPT = {
     "cpu.rows:_FLOAT32": "the code of a dtype",
     "cpu.rows:_BFLOAT16": "the code of a dtype",
     "cpu.rows:_FLOAT16": "the code of a dtype",
+    "vectorised.quant:code_values:4": "a code of e2m1",
+    "vectorised.quant:code_values:7": "a code of e2m1",
     "vectorised.router:_LEAST": "a key below all others",
     "triton.experts:_MOST_PLANS": "the length of a cache",
     "triton.plan:product_tile:9": "a compute capability",

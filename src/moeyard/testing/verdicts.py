@@ -8,6 +8,7 @@ from torch import Tensor
 
 import moeyard
 from moeyard import reference
+from moeyard.testing.budgets import judged_experts
 from moeyard.testing.callers import Question, weights_of
 from moeyard.testing.comparisons import same_bits
 from moeyard.testing.draws import Tensors
@@ -69,10 +70,24 @@ def _error(question: Question, plain: Tensors, parts: list[Tensor]) -> str | Non
         return _routing_error(question, plain, Routing(*parts))
     if name == "route_and_align":
         return _routing_error(question, plain, Routing(*parts[:2])) or _layout_error(question, plain, parts)
+    if name == "quantised experts":
+        return _quantised_error(question, plain, parts[0])
     wide, bound = answer_and_bound(question, plain)
     if name in ("combine", "moe_sum"):
         return sum_error(wide[0], parts[0], question.sizes.top_k)
     return _beyond(parts[0], wide[0], bound[0])
+
+
+def _quantised_error(question: Question, plain: Tensors, got: Tensor) -> str | None:
+    options = question.options
+    weights = weights_of(plain, options["gated"], options["scheme"], options["block_start"])
+    ids = plain["topk_ids"]
+    routing = Routing(plain["topk_weights"], ids.view(torch.int32) if ids.dtype == torch.uint32 else ids)
+    judged = judged_experts(
+        plain["hidden_states"], routing, weights, activation=options["activation"], expert_map=plain.get("expert_map"),
+        apply_router_weight_on_input=options["apply_router_weight_on_input"],
+    )  # fmt: skip
+    return judged.error(got)
 
 
 def _beyond(got: Tensor, wide: Tensor, bound: Tensor) -> str | None:
