@@ -282,8 +282,6 @@ EXEMPT = {
     "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
     "dispatch.schemes:_coded:128": "the block of a scheme",
     "vectorised.experts:_MOST_IN_A_BLOCK": "rows of quantised layers, which have tests of their own",
-    "vectorised.quant:code_values:4": "what the bits of a code mean",
-    "vectorised.quant:code_values:7": "what the bits of a code mean",
     "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
 }
 """A name that ends in "." stands for a folder; `REACHES` comes first."""
