@@ -32,7 +32,11 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
 def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None) -> Any:
     """The kernel as a library of the host, `change` of its source made first."""
-    for name in ("experts.cu", "activation.cuh", *(f"experts_{part}.cuh" for part in ("loads", "stages", "tiles"))):
+    for name in (
+        "experts.cu",
+        "activation.cuh",
+        *(f"experts_{part}.cuh" for part in ("loads", "results", "stages", "sums", "tiles")),
+    ):
         text = TEXTS[name]
         if change is not None and change[0] in text:
             text, change = text.replace(*change), None

@@ -22,19 +22,11 @@ from assay.contract.admission import Reason
 from assay.judgement.guards import Source
 from assay.repository.lines import parsed
 from assay.repository.store import Store
-from small_project import FASTER, assay, edited, environment, files, git, project
+from small_project import FASTER, assay, edited, environment, files, git, project, with_reference
 
 
 def valid(found: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator(schema("admission")).validate(found)
-
-
-def with_reference(folder: Path, text: str = FASTER, message: str = "Speed up work, 3x") -> Path:
-    """The small project, with a reference."""
-    made = project(folder)
-    files(folder / "repo", {"pkg/__init__.py": text})
-    git(folder / "repo", "commit", "--quiet", "--all", "-m", message)
-    return edited(made, 'base = "HEAD"', 'base = "HEAD~1"\nreference = "HEAD"')
 
 
 PATCH = """diff --git a/src/a.py b/src/a.py

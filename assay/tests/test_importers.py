@@ -11,9 +11,9 @@ from assay.cli.shown import schema
 from assay.contract import task
 from assay.mining import importers, prompt, records
 from assay.mining.records import FORMATS
+from mined_shop import FAST, SLOW, repository
 from prompts import REVERTED, SWAPPED
 from small_project import assay, git
-from test_mining import FAST, SLOW, repository
 
 PATCH = """diff --git a/src/shop/prices.py b/src/shop/prices.py
 --- a/src/shop/prices.py

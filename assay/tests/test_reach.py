@@ -13,8 +13,7 @@ from assay.admission import reach
 from assay.contract.frozen import Frozen
 from assay.gates import build
 from assay.gates.gate import Given
-from small_project import BASE, FASTER, assay, edited, files, git
-from test_admission import with_reference
+from small_project import BASE, FASTER, assay, edited, files, git, with_reference
 
 
 def built(made: Path, store: Path) -> Frozen:

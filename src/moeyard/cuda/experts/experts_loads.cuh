@@ -80,6 +80,8 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   turns.leave();
 }
 
+#if VALUE_BYTES == 1
+
 // The scales of blocks: thread t has those of row t, and multiplies them by those of the weights of either warpgroup.
 // Where there is a gate both warpgroups have rows of both halves: then the scales of the halves lie behind the rows'.
 // All are read a step ahead.
@@ -115,6 +117,8 @@ struct Scales {
   }
 };
 
+#endif
+
 // What each thread loaded for a stage has come, or will be told of.
 __device__ __forceinline__ void arrive_when_loaded(u32 full) {
   if constexpr (GATHERS) arrive_after_copies(full);
@@ -143,15 +147,19 @@ __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const 
         token[i] = row < tile.rows ? __ldcg(a.sorted_token_ids + tile.first_row + row) : 0;
       }
     }
+#if VALUE_BYTES == 1
     Scales scales;
     if constexpr (BLOCK_SCALES) scales.begin(a, tile);
+#endif
     for (u32 step = 0; step < a.steps; ++step) {
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
       if (threadIdx.x == 0) {
         if (step == last_call(a.steps)) following = turns.next();
         load_weights(weight_map, room, tile, step, stage.number, policy);
       }
+#if VALUE_BYTES == 1
       if constexpr (BLOCK_SCALES) scales.leave(room.stage_scales + stage.number * SCALE_BYTES, step + 1 < a.steps);
+#endif
       if constexpr (!GATHERS) {
         if (threadIdx.x == 0) load_rows(row_map, room, tile, step, stage.number);
       } else {

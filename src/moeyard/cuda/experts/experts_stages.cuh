@@ -3,9 +3,11 @@
 #pragma once
 
 #include "activation.cuh"
-#include "codes.cuh"
 #include "experts_tiles.cuh"
 #include "wgmma.cuh"
+#if VALUE_BYTES == 1
+#include "codes.cuh"
+#endif
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
