@@ -211,6 +211,7 @@ def test_a_reference_that_is_wrong_is_rejected(tmp_path: Path) -> None:
     assert shown.returncode == 5 and shown.stdout.startswith("undecided, unsandboxed: sums\n  + revert (static): ")
 
 
+@pytest.mark.full
 def test_killed_and_run_again(tmp_path: Path) -> None:
     """Whenever it is killed, what was done stays, nothing is done twice, and there is one record in the end."""
     made = with_reference(tmp_path, FASTER.replace("(n - 1)", "(n - 2)"))

@@ -198,6 +198,7 @@ def test_decisions() -> None:
     assert of(-1, Outcome.TOKENS, silent) == "budget.tokens" and of(127, None, good) == "failed"
 
 
+@pytest.mark.full
 @pytest.mark.sandbox
 def test_killed_in_the_middle_it_begins_anew(tmp_path: Path) -> None:
     project(tmp_path)

@@ -147,6 +147,7 @@ def test_a_wrong_canary_voids_the_campaign(tmp_path: Path) -> None:
     assert 'class="void-campaign"' in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.full
 @pytest.mark.sandbox
 def test_killed_in_the_middle_nothing_is_lost_or_done_twice(tmp_path: Path) -> None:
     text = CAMPAIGN[: CAMPAIGN.index("[[canary]]")] + CAMPAIGN[CAMPAIGN.index("[[prediction]]") :]

@@ -307,7 +307,7 @@ def foreseeable(setting: Setting) -> None:
 
 
 def one_process(setting: Setting) -> None:
-    setting.remove(process, "_own_kib", lambda _: 0)
+    setting.remove(process, "own_kib", lambda _: 0)
 
 
 def no_left(setting: Setting) -> None:

@@ -34,8 +34,8 @@ from assay.arms.inside.supervisor import (
     check,
     children,
     cpu_seconds,
-    stat,
 )
+from assay.arms.looks import awake, own_kib, peak_kib, runnable
 from assay.contract.box import Limits
 from assay.contract.errors import ArmError, LateError
 
@@ -179,7 +179,7 @@ class Running:
         self._watched = time.monotonic()
         members = self.members()
         if self._weighs:
-            self._heaviest = max(self._heaviest, sum(map(_own_kib, members)))
+            self._heaviest = max(self._heaviest, sum(map(own_kib, members)))
         words = self.group.exceeded(members, self._log, now)
         if words:
             self._signal(signal.SIGKILL)
@@ -216,11 +216,11 @@ class Running:
 
     def runnable(self) -> bool:
         """Whether a thread of a living member runs or waits for a processor."""
-        return any(map(_runnable, self.members()))
+        return any(map(runnable, self.members()))
 
     def peak_kib(self) -> int:
         """The most that all members together were seen to have, at least the largest peak of a living one."""
-        return max(self._heaviest, max((_peak_kib(process) for process in self.members()), default=0))
+        return max(self._heaviest, max((peak_kib(process) for process in self.members()), default=0))
 
     def freeze(self) -> float:
         """Stops every member; until none is new, since a process may fork while others are being stopped.
@@ -238,7 +238,7 @@ class Running:
         """
         used = {process: cpu_seconds(process) for process in self.members()}
         for process, seconds in used.items():
-            self.woken |= seconds - self._frozen.get(process, seconds) > MOST_FROZEN_S and _awake(process)
+            self.woken |= seconds - self._frozen.get(process, seconds) > MOST_FROZEN_S and awake(process)
             _kill(process, signal.SIGCONT)
         return sum(used.values())
 
@@ -378,35 +378,3 @@ def namespaces_work() -> bool:
 def _kill(process: int, what: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(process, what)
-
-
-def _awake(process: int) -> bool:
-    """Whether a process runs or sleeps of its own accord: it is not stopped, not ending, not held up in the kernel."""
-    fields = stat(process)
-    return fields is not None and fields[0] in "RS"
-
-
-def _runnable(process: int) -> bool:
-    """Whether any thread of a process runs or waits for a processor."""
-    try:
-        threads = os.listdir(f"/proc/{process}/task")
-    except OSError:
-        return False
-    return any((fields := stat(f"{process}/task/{thread}")) and fields[0] == "R" for thread in threads)
-
-
-def _own_kib(process: int) -> int:
-    """What a process has in memory, its share of what it has together with others."""
-    try:
-        lines = Path("/proc", str(process), "smaps_rollup").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-
-
-def _peak_kib(process: int) -> int:
-    try:
-        lines = Path("/proc", str(process), "status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), 0)
