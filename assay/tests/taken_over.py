@@ -40,7 +40,7 @@ LISTS = """
 def work(x):
     y = x[:]
     total = 0.0
-    for _ in range(360):
+    for _ in range(600):
         for one in y: total += one * one
     y.sort()
     return [int(one * 1000) for one in y]
