@@ -186,7 +186,7 @@ class Running:
             raise ArmError(self.arm, words, killed=True)
 
     def watch_in_time(self) -> None:
-        """As `watch`, unless that was done a moment ago: for whoever never has to wait long."""
+        """As `watch`, unless that was done a moment ago: for callers that never wait for long."""
         if time.monotonic() - self._watched >= self.every_s:
             self.watch()
 
