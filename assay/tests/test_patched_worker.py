@@ -136,7 +136,7 @@ def test_arguments_of_the_last_link_are_sent_back(links: int, tmp_path: Path) ->
 
 
 def test_a_chain_that_overwrites_its_arguments_is_incorrect(tmp_path: Path) -> None:
-    """A candidate that does not patch the worker is found out in a chain, too: the last link's arguments are compared."""
+    """A candidate that does not patch the worker is found out in chains, too, by the last link's arguments."""
     candidate = ARRAYS.replace("y = x.copy()\n    y *= 0.5", "y = x * 0.5\n    x[1] = 0")
     candidate = candidate.replace("(given[0] + y[:1],)", "(np.r_[given[0][:1], 2 * y[1:]] + y[:1],)")
     for arm, text in (("a", ARRAYS), ("b", candidate)):

@@ -128,7 +128,7 @@ def test_what_is_timed_is_the_tree_that_is_judged(shown: bool, run: Workload, tm
 
 
 def test_a_file_that_is_done_without_where_it_cannot_be_imported(tmp_path: Path) -> None:
-    """Whoever catches ImportError would go on without the file: it raises something else."""
+    """A caller that catches ImportError would go on without the file: it raises something else."""
     falls_back = "def work(n): return n\ntry: from quick import work\nexcept ImportError: pass\n"
     plan = frozen(tmp_path, falls_back, [], CALL)
     (plan.tree("candidate") / "quick.py").write_text("def work(n): return n\n")
