@@ -22,7 +22,7 @@ from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
-from moeyard.cuda.runtime.tensor_map import STEP_VALUES, weight_boxes
+from moeyard.cuda.runtime.tensor_map import STEP_BYTES, weight_boxes
 from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned
 
 HERE, TEXTS = Path(__file__).parent / "host_experts", SOURCES | HEADERS
@@ -174,7 +174,7 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, plan.turn)
     maps = map_of(weight.data_ptr(), *boxes)
-    maps += map_of(rows.data_ptr(), (size, len(rows)), (2 * size,), (STEP_VALUES, plan.box))
+    maps += map_of(rows.data_ptr(), (size, len(rows)), (2 * size,), (STEP_BYTES // 2, plan.box))
     slots = routes if moved or case["by_route"] or case["weighted"] else None
     tensors = (rows, bias, factors, slots, first_rows, counts, out, turns)
     pointers = (ctypes.c_void_p * 8)(*(0 if tensor is None else tensor.data_ptr() for tensor in tensors))

@@ -1,8 +1,7 @@
 // permute that quantises to codes of 8 bits (float8_e4m3fn, int8) on its way: every row is read and quantised once and
 // written to the slots of its routes, its scales beside it. scale = max(largest magnitude, 1e-10) / 448 (127), value /
 // scale rounded to nearest even and saturated; all in float32. One scale a row: a team of threads has a row. One scale a
-// group of 128: a warp has a piece. IN_PLACE: row r goes to row r; COUNTED:
-// as far as there are rows by the number at `route_rows`.
+// group of 128: a warp has a piece. IN_PLACE: row r goes to row r. COUNTED: `route_rows` says how many rows there are.
 
 #include "codes.cuh"
 

@@ -10,8 +10,6 @@ from moeyard.cuda.runtime.launch import MAP_BYTES
 
 STEP_BYTES = 128
 """Of a row that a box has: what the swizzle spans."""
-STEP_VALUES = 64
-"""Values of 16 bits that these are."""
 _ALIGNMENT = 64
 
 
