@@ -209,11 +209,18 @@ def test_an_interrupt_leaves_no_open_file(tmp_path: Path) -> None:
     assert printed.splitlines()[-2:] == ["[] again", "2"]
 
 
+HIDDEN = """
+from importlib import util
+there = util.find_spec
+util.find_spec = lambda name, package=None: None if name == "rich" else there(name, package)
+"""
+
+
 @pytest.mark.parametrize("rich", [True, False])
 def test_a_terminal_shows_a_bar(rich: bool, tmp_path: Path) -> None:
     """rich's, or a line where rich is not installed."""
     checkpoints.write(tmp_path, FORMS["fp8 channel"], "apart", **SIZES)
-    hidden = "" if rich else "import importlib.util as u; u.find_spec = lambda name: None\n"
+    hidden = "" if rich else HIDDEN
     code = f"{hidden}import moeyard; moeyard.load_experts({str(tmp_path)!r}, {PREFIX!r}, device='cpu')"
     ours, theirs = os.openpty()
     try:

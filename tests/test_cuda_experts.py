@@ -18,11 +18,11 @@ from moeyard import ExpertWeights, Routing
 from moeyard.bench import results
 from moeyard.cuda.experts import launchers as launches
 from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan, shared_bytes, stage_bytes, way_of
-from moeyard.cuda.experts.product import product_defines
+from moeyard.cuda.experts.product import apart, compact_layout, lies_well, product_defines
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
-from moeyard.cuda.runtime.tensor_map import weight_boxes
+from moeyard.cuda.runtime.tensor_map import STEP_BYTES, weight_boxes
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import Segments
@@ -109,7 +109,7 @@ def test_parts_of_a_layout_share_no_memory(tokens: int, top_k: int, experts: int
     routes = tokens * top_k
     middle, rows, out = (torch.empty(n, hidden, dtype=torch.bfloat16) for n in (routes, routes, tokens))
     for given in (out, None):
-        layout = launches._compact_layout(ids, experts, experts, middle, middle if copied else rows, given)
+        layout = compact_layout(ids, experts, experts, middle, middle if copied else rows, given)
         parts = [*layout.tensors[:3], layout.expert_offsets, layout.expert_counts, layout.route_rows]
         spans = sorted((part.data_ptr(), part.data_ptr() + part.numel() * part.element_size()) for part in parts)
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
@@ -121,8 +121,8 @@ def test_parts_of_a_layout_share_no_memory(tokens: int, top_k: int, experts: int
         assert (layout.expert_offsets.untyped_storage().data_ptr() == out.untyped_storage().data_ptr()) == fits
         assert layout.route_rows.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
     one = torch.empty(1, 4097, dtype=torch.bfloat16)[:, :4096]  # contiguous, whatever the stride of its one row
-    assert launches._compact_layout(ids[:1], 4, 4, middle, rows, one).expert_offsets.data_ptr() == one.data_ptr()
-    assert launches._apart(out, rows, None) and not launches._apart(out, rows, out.view(torch.int16)[1:])
+    assert compact_layout(ids[:1], 4, 4, middle, rows, one).expert_offsets.data_ptr() == one.data_ptr()
+    assert apart(out, rows, None) and not apart(out, rows, out.view(torch.int16)[1:])
 
 
 def off_by(tensor: torch.Tensor, elements: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ def test_rows_may_lie_anywhere_and_weights_may_not() -> None:
 
     for rows in (hidden, off_by(hidden, 1), torch.randn(6, 96).bfloat16()[:, 32:64], torch.randn(32, 6).bfloat16().T):
         placed = launches._in_place(rows)
-        assert launches._lies_well(placed) and torch.equal(placed, rows)
+        assert lies_well(placed) and torch.equal(placed, rows)
     assert launches._in_place(hidden) is hidden, "nothing is copied that need not be"
     assert refused(w13, w2) is None
     away = "expected an address that is a multiple of 16 bytes"
@@ -342,7 +342,7 @@ def test_gathered_rows_lie_where_the_tensor_cores_look(rows: int) -> None:
 
 
 def boxed(weights: np.ndarray, box_rows: int, turn: str, corner: tuple[int, ...]) -> np.ndarray:
-    """The box at `corner` of contiguous weights [experts, rows, size], zeros outside: [rows of the box, 64]."""
+    """The box at `corner` of contiguous weights [experts, rows, size], zeros outside: [rows of the box, 128 bytes]."""
     experts, rows, size = weights.shape
     sizes, strides, box = weight_boxes(experts, rows, size, weights.itemsize, box_rows, turn)
     view = np.lib.stride_tricks.as_strided(weights, sizes[::-1], (weights.itemsize, *strides)[::-1])
@@ -350,30 +350,32 @@ def boxed(weights: np.ndarray, box_rows: int, turn: str, corner: tuple[int, ...]
     cut = tuple(slice(c, min(c + b, n)) for c, b, n in zip(corner, box, sizes, strict=True))[::-1]
     part = view[cut]
     out[tuple(slice(0, n) for n in part.shape)] = part
-    return out.reshape(-1, BK)
+    return out.reshape(-1, STEP_BYTES // weights.itemsize)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("size", [704, 48, 768])
-def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int) -> None:
-    bm, hidden, experts = 64 * groups, 80, 3
-    weights = np.random.default_rng().integers(1, 2**31, (experts, 2 * size, hidden))
+@pytest.mark.parametrize("kind", [np.int16, np.int8])
+def test_boxes_of_gated_weights_hold_gate_and_up_in_turn(groups: int, size: int, kind: type[Any]) -> None:
+    bm, hidden, experts = 64 * groups, 144, 3
+    weights = np.random.default_rng().integers(1, np.iinfo(kind).max, (experts, 2 * size, hidden), kind)
+    values_a_step = STEP_BYTES // weights.itemsize
     for tile in range(-(-2 * size // bm)):
-        for step in range(-(-hidden // BK)):
-            got = boxed(weights, bm, "halves", (step * BK, 0, 0, tile * (bm // 16), 1))
-            assert got.shape == (bm, BK)
+        for step in range(-(-hidden // values_a_step)):
+            got = boxed(weights, bm, "halves", (step * values_a_step, 0, 0, tile * (bm // 16), 1))
+            assert got.shape == (bm, values_a_step)
             for row in range(bm):
                 column = tile * (bm // 2) + row // 16 * 8 + row % 8
                 source = column + (size if row % 16 >= 8 else 0)
-                wanted = np.zeros(BK, weights.dtype)
+                wanted = np.zeros(values_a_step, weights.dtype)
                 if column < size:
-                    values = weights[1, source, step * BK : (step + 1) * BK]
+                    values = weights[1, source, step * values_a_step : (step + 1) * values_a_step]
                     wanted[: len(values)] = values
                 assert (got[row] == wanted).all(), (tile, row)
 
 
 def test_boxes_of_pairs_hold_even_and_odd_rows_in_turn() -> None:
-    weights = np.random.default_rng().integers(1, 2**31, (2, 112, 64))
+    weights = np.random.default_rng().integers(1, 2**15, (2, 112, 64), np.int16)
     got = boxed(weights, 64, "pairs", (0, 0, 0, 4, 1))
     for row in range(48):
         assert (got[row] == weights[1, 64 + row // 16 * 16 + row % 8 * 2 + row // 8 % 2]).all()

@@ -146,7 +146,7 @@ def test_files_that_base_ignores_are_seen_and_only_bases_rules_count(case: Case,
 
 def test_nothing_to_judge(case: Case, tmp_path: Path) -> None:
     assert (case.judged().outcome, case.judged().patch) == ("no_patch", b"")
-    for text, words in (("nonsense\n", "does not apply"), ("", "does not apply"), (_NOT_THERE, "does not apply")):
+    for text, words in (("nonsense\n", "does not apply"), ("", "is empty"), (_NOT_THERE, "does not apply")):
         (tmp_path / "p.diff").write_text(text)
         found = case.judged(kind="patch", value=str(tmp_path / "p.diff"))
         assert found.outcome == "no_patch" and words in found.words[0]
