@@ -124,7 +124,7 @@ def _operand(rows: Tensor, weights: ExpertWeights, expert: int, *, second: bool)
 def _activated(before: Tensor, unsure: Tensor, activation: Activation, gated: bool) -> tuple[Tensor, Tensor]:
     """What the activation makes of [R, 2I] in float64, and how far that may be off where its input may be by `unsure`.
 
-    Gate and up move together or apart; an exponential rounds, too. In gelu 1 + erf cancels: what it leaves is as sure as 1.
+    Gate and up move together or apart; an exponential rounds, too. In gelu 1 + erf cancels and leaves the error of 1.
     """
     kept = activate(before, activation, gated=gated)
     gate, up = unsure.chunk(2, 1) if gated else (unsure, unsure[:, :0])
@@ -135,7 +135,8 @@ def _activated(before: Tensor, unsure: Tensor, activation: Activation, gated: bo
             off = torch.maximum(off, (moved - kept).abs())
     cancelled = torch.zeros_like(kept)
     if activation.name in ("gelu", "gelu_tanh"):
-        cancelled = before[:, : kept.shape[1]].abs() * (before[:, kept.shape[1] :].abs() + activation.beta if gated else 1)
+        size = kept.shape[1]
+        cancelled = before[:, :size].abs() * (before[:, size:].abs() + activation.beta if gated else 1)
     return kept, off + FLOAT32_UNIT * (16 * kept.abs() + 4 * cancelled)
 
 
