@@ -35,7 +35,7 @@ def test_every_letter_that_does_not_print_is_escaped() -> None:
 
 
 def test_only_the_terminal_prints() -> None:
-    """What it prints is escaped. selftest and doctor say only what is assay's own; two processes answer their parent."""
+    """What it prints is escaped; selftest and doctor say only what is ours, two processes answer their parent."""
     own = {"report/terminal.py", "proof/selftest.py", "proof/doctor.py", "judgement/api.py", "agents/proxy.py"}
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text())
