@@ -6,9 +6,13 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import jsonschema
 import pytest
 
+from assay.admission import admit, record
+from assay.cli.shown import schema
 from assay.contract import task
+from assay.contract.admission import Reason
 from assay.contract.frozen import FILE
 from assay.judgement.decision import replayed
 
@@ -67,6 +71,16 @@ def test_there_and_back_is_no_gain_twice(folder: Path) -> None:
     """The way back from a commit that is `faster` is not, nor from one that is `slower`."""
     there, back = (outcome(folder / variant / "verdict.json") for variant in ("reference", "reverse"))
     assert there != back or there not in ("faster", "slower")
+
+
+@pytest.mark.parametrize("file", sorted(PUBLIC.glob("results/*/admission.json")), ids=lambda file: file.parent.name)
+def test_an_admission_follows_from_its_reasons(file: Path) -> None:
+    found = record.read(file)
+    jsonschema.Draft202012Validator(schema("admission")).validate(found)
+    assert admit.decided([Reason(**one) for one in found["reasons"]]) == found["outcome"]
+    named = tomllib.loads((PUBLIC / f"{file.parent.name}.toml").read_text())
+    assert (found["task"]["name"], found["reference"]) == (named["name"], named["repository"]["reference"])
+    assert '"/' not in file.read_text()
 
 
 def test_the_table_is_that_of_the_verdicts() -> None:
