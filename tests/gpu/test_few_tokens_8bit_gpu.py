@@ -24,7 +24,7 @@ from moeyard.quant import (
 )
 from moeyard.testing import guard_broken, poisoned, same_bits
 from moeyard.testing.budgets import judged_experts
-from moeyard.testing.quantised import draw_quantised, moved_to
+from moeyard.testing.quantised import draw_quantised
 from moeyard.values import ExpertCall
 
 REFUSAL = table.explain("route", "cuda").reasons["cuda"]
@@ -54,6 +54,22 @@ MODELS = {  # top_k, hidden size, intermediate size (cut down, as are experts), 
 }
 
 
+def on_gpu(weights: ExpertWeights) -> ExpertWeights:
+    """The same layer on the GPU, between bytes that are NaN as codes."""
+
+    def between(codes: torch.Tensor) -> torch.Tensor:
+        room = torch.full((codes.numel() + 8192,), 0x7F, dtype=torch.uint8, device=CUDA)
+        room[4096:-4096] = codes.reshape(-1).view(torch.uint8).to(CUDA)
+        return room[4096:-4096].view(codes.dtype).view(codes.shape)
+
+    biases = (None if bias is None else bias.to(CUDA) for bias in (weights.w13_bias, weights.w2_bias))
+    assert weights.scales is not None
+    return ExpertWeights(
+        between(weights.w13), between(weights.w2), *biases, weights.gated, weights.scheme,
+        weights.scales.moved(lambda tensor: tensor.to(CUDA)),
+    )  # fmt: skip
+
+
 def draw(tokens: int, top_k: int, experts: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, Routing]:
     """Rows of several magnitudes, between NaN, and distinct experts of each token."""
     room = torch.full((tokens, hidden + 128), torch.nan, dtype=dtype, device=CUDA)
@@ -81,7 +97,7 @@ def test_models(model: str, scheme: QuantScheme) -> None:
     top_k, hidden, size, start, counts = MODELS[model]
     experts = top_k + 2
     host = draw_quantised(experts, hidden, size, scheme, block_start=start % scheme.period)
-    weights = moved_to(host, CUDA)
+    weights = on_gpu(host)
     for tokens in counts:
         sizes = ExpertSizes(tokens, top_k, hidden, size, True, scheme, start % scheme.period)
         if few_tokens_plan(sizes, card_of(0)) is None:
@@ -104,7 +120,7 @@ def test_every_kind_of_call(kind: str, scheme: QuantScheme) -> None:
     if kind == "float16 scales":
         scales = host.scales
         host = replace(host, scales=replace(scales, w13=scales.w13.half(), w2=scales.w2.half()))
-    weights = moved_to(host, CUDA)
+    weights = on_gpu(host)
     options: dict[str, Any] = {}
     if kind == "gpt-oss":
         options["activation"] = GPT_OSS_ACTIVATION
@@ -118,7 +134,7 @@ def test_every_kind_of_call(kind: str, scheme: QuantScheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_bad_values_stay_in_their_row(scheme: QuantScheme) -> None:
     host = draw_quantised(6, 512, 256, scheme)
-    weights = moved_to(host, CUDA)
+    weights = on_gpu(host)
     rows, routing = draw(5, 3, 6, 512, torch.bfloat16)
     rows[0, 3], rows[1, -1], rows[3] = torch.nan, torch.inf, 0
     assert wrong(launch(rows, routing, weights), rows, routing, host) is None
@@ -126,7 +142,7 @@ def test_bad_values_stay_in_their_row(scheme: QuantScheme) -> None:
 
 def test_dropped_routes_and_maps() -> None:
     host = draw_quantised(5, 512, 192, FP8_BLOCK, bias=True, block_start=64)
-    weights, experts = moved_to(host, CUDA), 11
+    weights, experts = on_gpu(host), 11
     mapping = torch.tensor([-1, 3, 5, 0, 2**31 - 1, -7, 1, 2, 4, 9, -1], dtype=torch.int32)
     for tokens, top_k in ((1, 8), (4, 8), (32, 1)):
         rows = torch.randn(tokens, 512, device=CUDA).bfloat16()
@@ -141,7 +157,7 @@ def test_dropped_routes_and_maps() -> None:
 @pytest.mark.parametrize("scheme", [FP8_CHANNEL, FP8_BLOCK, INT8_CHANNEL], ids=str)
 def test_layers_that_overlap_in_a_graph(scheme: QuantScheme) -> None:
     """Each layer's tokens come from the one before it, whose end they overlap."""
-    layers = [moved_to(draw_quantised(16, 2048, 768, scheme), CUDA) for _ in range(4)]
+    layers = [on_gpu(draw_quantised(16, 2048, 768, scheme)) for _ in range(4)]
     state = torch.randn(2, 2048, device=CUDA).bfloat16()
     ids = torch.stack([torch.randperm(16)[:8] for _ in range(2)]).int().to(CUDA)
     routing = Routing(torch.rand(2, 8, device=CUDA), ids)
@@ -170,7 +186,7 @@ def test_layers_that_overlap_in_a_graph(scheme: QuantScheme) -> None:
 
 
 def test_it_is_chosen() -> None:
-    weights = moved_to(draw_quantised(128, 256, 128, FP8_BLOCK), CUDA)
+    weights = on_gpu(draw_quantised(128, 256, 128, FP8_BLOCK))
     rows, routing = draw(1, 8, 128, 256, torch.bfloat16)
     seen = table.explain("fused_experts", "cuda", torch.bfloat16, num_tokens=1, top_k=8, weights=weights)
     assert seen.reasons["cuda (few tokens)"] == "chosen"

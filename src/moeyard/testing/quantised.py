@@ -103,6 +103,8 @@ def _inputs(scheme: QuantScheme, experts: int) -> Tensor | None:
 def moved_to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
     """Quantised weights and their scales on another device."""
     assert weights.scales is not None
-    biases = (None if bias is None else bias.to(device) for bias in (weights.w13_bias, weights.w2_bias))
-    moved = ExpertWeights(weights.w13.to(device), weights.w2.to(device), *biases, weights.gated)
-    return replace(moved, scheme=weights.scheme, scales=weights.scales.moved(lambda tensor: tensor.to(device)))
+    first, second = (None if bias is None else bias.to(device) for bias in (weights.w13_bias, weights.w2_bias))
+    scales = weights.scales.moved(lambda tensor: tensor.to(device))
+    return replace(
+        weights, w13=weights.w13.to(device), w2=weights.w2.to(device), w13_bias=first, w2_bias=second, scales=scales
+    )
