@@ -208,7 +208,10 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_candidates:2048": (_LAYOUTS, _routes),
     "cuda.align.plan:_candidates:131072": (("align",), _routes),
     "cuda.align.plan:_candidates:16384": (("align",), _routes),
-    "cuda.align.plan:sized:256": (_LAYOUTS, _experts),
+    "cuda.align.plan:_in_few:4096": (_LAYOUTS, _routes),
+    "cuda.align.plan:_in_few:16384": (("align",), _routes),
+    "cuda.align.plan:_in_few:131072": (("align",), _routes),
+    "cuda.align.plan:_MOST_IN_FEW": (("align",), _routes),
     "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
     "cuda.experts.plan:WARPGROUP": (_GEMM, _columns),
@@ -268,6 +271,7 @@ EXEMPT = {
     "cuda.experts.plan:_TABLE_BITS": "the width of an entry",
     "cuda.experts.plan:_ENTRY_BYTES": "the width of an entry",
     "cuda.experts.plan:_MOST_STAGES": "stages of shared memory, which sizes of tiles decide",
+    "cuda.experts.plan:_ENTRIES_OF_FEW": "the length of a table, which shared memory has room for",
     "cuda.experts.few_tokens_plan:_ROUTES_BYTES": "bytes of a block's shared memory",
     "cuda.experts.few_tokens_plan:_BARRIER_BYTES": "bytes of a block's shared memory",
     "cuda.experts.few_tokens_plan:_RING_BYTES": "bytes of a block's shared memory",
@@ -281,6 +285,7 @@ EXEMPT = {
     "cuda.experts.plan:_MOST_ROWS_IN_BLOCKS": "tiles of codes; quantised layers have tests of their own",
     "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
     "dispatch.schemes:_coded:128": "the block of a scheme",
+    "cuda.walk:_SINGLY": "which numbers of tokens are tried ahead of time",
     "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
 }
 """A name that ends in "." stands for a folder; `REACHES` comes first."""

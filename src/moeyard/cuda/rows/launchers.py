@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moeyard.cuda.rows.plan import RowPlan, row_plan, whole_row_plan
 from moeyard.cuda.runtime.cards import WARP
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.launch import SETTINGS, Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, division, id_type
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 
 _WIDEST = 16
@@ -45,13 +45,14 @@ def permute_launch(
         "permute", num_tokens, top_k, row_bytes, stride, word, scale_bytes, scale_stride, scale_word,
         device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         plan = chosen or row_plan(num_tokens, row_bytes // word, 1 if top_k > 4 else 2)
         sizes = (top_k, row_bytes // word, stride, scale_bytes // (scale_word or 1), scale_stride)
-        launch = _prepare(key, "send.cu", device, plan, (("WORD", word), ("SCALE_WORD", scale_word)), 5, num_tokens,
+        ready = _prepare(key, "send.cu", device, plan, (("WORD", word), ("SCALE_WORD", scale_word)), 5, num_tokens,
                           row_bytes // word, sizes)  # fmt: skip
-    launch(current_stream(device), source, route_rows.data_ptr(), target, from_scales, to_scales)
+    launch, shape = ready
+    launch(shape, source, route_rows.data_ptr(), target, from_scales, to_scales)
 
 
 def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> None:
@@ -64,15 +65,16 @@ def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> N
         return
     word, of_map = _word(source | target | row_bytes | stride), dst2src_map.dtype
     key = ("shuffle", num_results, num_rows, row_bytes, stride, word, of_map, device, SETTINGS["programmatic"])
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         defines = (("WORD", word), ("SCALE_WORD", 0), ("MAP_TYPE", id_type(of_map)))
         plan = row_plan(num_results, words, 1)
-        launch = _prepare(
+        ready = _prepare(
             key, "send.cu", device, plan, defines, 3, num_results, words, (num_rows, words, stride)
         )  # fmt: skip
-    launch(current_stream(device), source, dst2src_map.data_ptr(), target)
+    launch, shape = ready
+    launch(shape, source, dst2src_map.data_ptr(), target)
 
 
 def combine_launch(
@@ -143,8 +145,8 @@ def _sum(
         "sum", how, of_routes, weights == 0, num_experts, top_k, strides, num_tokens, row_bytes, word, out.dtype,
         device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         defines = (
             ("ROW_KIND", KINDS[out.dtype]),
@@ -156,8 +158,9 @@ def _sum(
         )
         plan = chosen or row_plan(num_tokens, words, min(top_k, 8))
         sizes = (top_k, words, *strides, num_experts)
-        launch = _prepare(key, "sum.cu", device, plan, defines, 5, num_tokens, words, sizes)
-    launch(current_stream(device), source, routes, weights, mapping, target)
+        ready = _prepare(key, "sum.cu", device, plan, defines, 5, num_tokens, words, sizes)
+    launch, shape = ready
+    launch(shape, source, routes, weights, mapping, target)
 
 
 def permute_to_fp8_launch(
@@ -217,8 +220,8 @@ def quantize_launch(
         "quantize", num_rows, top_k, row_bytes, stride, word, size, source.dtype, rows.dtype, grouped, places is None,
         count is None, device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         plan = chosen or (row_plan(num_rows, words, 2) if grouped else whole_row_plan(num_rows, words))
         defines = (
@@ -233,8 +236,9 @@ def quantize_launch(
         )
         blocks = None if grouped else -(-num_rows // (plan.threads // plan.team))
         sizes = (top_k, words, stride)
-        launch = _prepare(key, "quantize.cu", device, plan, defines, 4, num_rows, words, sizes, blocks)
-    launch(current_stream(device), address, 0 if where is None else where.data_ptr(), target, row_scales.data_ptr())
+        ready = _prepare(key, "quantize.cu", device, plan, defines, 4, num_rows, words, sizes, blocks)
+    launch, shape = ready
+    launch(shape, address, 0 if where is None else where.data_ptr(), target, row_scales.data_ptr())
 
 
 _READY = Ready()
@@ -254,23 +258,16 @@ def _prepare(
     words: int,
     sizes: tuple[int, ...],
     blocks: int | None = None,
-) -> Launch:
+) -> tuple[Launch | Noted, Shape]:
     """A launch over `rows` rows of `words` words, one warp per piece; or of so many `blocks`."""
     pieces = max(1, -(-words // (WARP * plan.loads)))
     given = {"BLOCK": plan.threads, "LOADS": plan.loads, "STORE": plan.store, "MAP_TYPE": "int"} | dict(defines)
-    launch = Launch(
-        source,
-        _NAMES[key[0]],
-        tuple((name, str(value)) for name, value in given.items()),
-        device,
-        pointers=pointers,
-        sizes=(rows, pieces, *division(pieces), *sizes),
-        grid=blocks or -(-rows * pieces // (plan.threads // WARP)),
-        threads=plan.threads,
-        shared_bytes=4 * WARP if source == "quantize.cu" else 0,
-        programmatic=key[-1],
-    )
-    kept: Launch = _READY.add(key, launch)
+    defined = tuple((name, str(value)) for name, value in given.items())
+    sizes = (rows, pieces, *division(pieces), *sizes)
+    recipe = Recipe(source, _NAMES[key[0]], defined, plan.threads, pointers + len(sizes), programmatic=key[-1])
+    grid = blocks or -(-rows * pieces // (plan.threads // WARP))
+    shape = Shape(grid, 4 * WARP if source == "quantize.cu" else 0, sizes)
+    kept: tuple[Launch | Noted, Shape] = _READY.add(key, (launch_of(recipe, device), shape))
     return kept
 
 

@@ -8,6 +8,7 @@ import torch
 
 from moeyard.cuda.runtime.compile import compile_source, compiler_capabilities, compiler_version
 from moeyard.cuda.runtime.driver import at_work_on, check, core
+from moeyard.cuda.runtime.planning import planned
 
 WARP = 32
 RESERVED = 1024
@@ -27,9 +28,13 @@ class Card:
     """Whether thread-block clusters can be launched (compute capability 9.0 and later)."""
 
 
+def card_of(device: int | None) -> Card:
+    """What plans need to know of a device; of none, of the card that is planned for."""
+    return planned().card if device is None or device < 0 else _card_of(device)
+
+
 @cache
-def card_of(device: int) -> Card:
-    """What plans need to know of a device."""
+def _card_of(device: int) -> Card:
     facts: Any = torch.cuda.get_device_properties(device)
     return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
 
