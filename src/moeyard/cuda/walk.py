@@ -3,8 +3,6 @@ tensors, and what they would launch is noted (runtime/planning.py). So no GPU is
 """
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,71 +15,32 @@ from moeyard.cuda.rows.launchers import combine_launch, moe_sum_launch, permute_
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.planning import planning
-from moeyard.dispatch.call import Call, facts_of_experts
-from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, layout_lengths
-from moeyard.values import Activation, ExpertCall, ExpertWeights, Layout, Router, Routing
-
-_SINGLY = 128
-"""Up to so many tokens every number is tried; beyond, steps of a 64th, and all changes between two that differ."""
+from moeyard.dispatch.call import Call, LayerFacts, facts_of_experts
+from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
+from moeyard.values import ExpertCall, Layout, Routing
 
 
-class LayerFacts(NamedTuple):
-    """What the kernels of a layer depend on besides the number of tokens. Of tensors only dtypes and sizes count."""
-
-    weights: ExpertWeights
-    router: Router
-    num_experts: int
-    """Global number of experts."""
-    activation: Activation = Activation()
-    dtype: torch.dtype = torch.bfloat16
-    """Of hidden states; and of logits."""
-    selection_bias: bool = False
-    mapped: bool = False
-    """Whether calls have an expert map."""
-    shared: ExpertWeights | None = None
-    """One expert that every token goes through."""
-    block_sizes: tuple[int, ...] = (1, 16)
-    """Of alignments."""
-
-
-def recipes_of(facts: LayerFacts, card: Card, tokens: int) -> dict[Recipe, None]:
+def recipes_of(facts: LayerFacts, card: Card, tokens: int, experts: bool = True) -> dict[Recipe, None]:
     """What all operators of a layer launch for so many tokens, in the order in which they do.
 
-    Routers, alignments of int32 ids and rows; the experts where these kernels take their weights.
+    Routers, alignments of int32 ids, rows; with `experts` those too, where these kernels take their weights.
     """
     with planning(card) as plan:
-        for call in _calls(facts, tokens):
+        for call in _calls(facts, tokens, experts):
             call()
     return plan.recipes
 
 
-def changes(asked: Callable[[int], object], most_tokens: int) -> list[int]:
-    """Numbers of tokens, one at least of each run of neighbours for which `asked` gives the same, up to the most."""
-    counts = list(range(1, min(most_tokens, _SINGLY) + 1))
-    while counts[-1] < most_tokens:
-        counts.append(min(most_tokens, counts[-1] + counts[-1] // 64))
-    found = {count: asked(count) for count in counts}
-    waiting = list(pairwise(counts))
-    while waiting:
-        low, high = waiting.pop()
-        if found[low] != found[high] and high - low > 1:
-            between = (low + high) // 2
-            found[between] = asked(between)
-            waiting += [(low, between), (between, high)]
-    counts = sorted(found)
-    return [1, *(high for low, high in pairwise(counts) if found[low] != found[high])]
-
-
-def all_recipes(facts: LayerFacts, card: Card, most_tokens: int) -> dict[Recipe, int]:
+def all_recipes(facts: LayerFacts, card: Card, most_tokens: int, experts: bool = True) -> dict[Recipe, int]:
     """What a layer launches for 1 to `most_tokens` tokens, and the fewest tokens for which it does."""
     found: dict[Recipe, int] = {}
-    for count in changes(lambda tokens: recipes_of(facts, card, tokens), most_tokens):
-        for recipe in recipes_of(facts, card, count):
+    for count in changes(lambda tokens: recipes_of(facts, card, tokens, experts).keys(), most_tokens):
+        for recipe in recipes_of(facts, card, count, experts):
             found.setdefault(recipe, count)
     return found
 
 
-def _calls(facts: LayerFacts, tokens: int) -> Iterator[Callable[[], object]]:
+def _calls(facts: LayerFacts, tokens: int, experts: bool) -> Iterator[Callable[[], object]]:
     weights, router, top_k = facts.weights, facts.router, facts.router.top_k
     hidden_size, local = weights.hidden_size, weights.num_local_experts
 
@@ -107,6 +66,8 @@ def _calls(facts: LayerFacts, tokens: int) -> Iterator[Callable[[], object]]:
     )  # fmt: skip
     yield lambda: combine_launch(rows, routing.topk_weights, route_rows=compact.route_rows, top_k=top_k, out=hidden)
     yield lambda: moe_sum_launch(rows.view(tokens, top_k, hidden_size), None, None, out=hidden)
+    if not experts:
+        return
     yield lambda: _experts(hidden, routing, ExpertCall(weights, facts.activation, facts.num_experts, mapping))
     if facts.shared is not None:
         everyone = Routing(empty(tokens, 1, dtype=torch.float32), empty(tokens, 1, dtype=torch.int32))

@@ -285,7 +285,7 @@ EXEMPT = {
     "cuda.experts.plan:_MOST_ROWS_IN_BLOCKS": "tiles of codes; quantised layers have tests of their own",
     "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
     "dispatch.schemes:_coded:128": "the block of a scheme",
-    "cuda.walk:_SINGLY": "which numbers of tokens are tried ahead of time",
+    "dispatch.sizes:_SINGLY": "which numbers of tokens are tried ahead of time",
     "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
 }
 """A name that ends in "." stands for a folder; `REACHES` comes first."""

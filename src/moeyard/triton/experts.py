@@ -14,7 +14,7 @@ from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
 
-_MOST_PLANS = 4096
+_MOST_PLANS = 512
 _MOST_ALONE = 4096  # routes that one launch lays out: each is compared with all
 _CHUNK = 512
 _SIDE_BY_SIDE = 8  # row tiles that meet the same weights in L2
@@ -46,7 +46,8 @@ def grouped_gemm_launch(
         raise ValueError(f"rows: expected at most {INT32_MAX} rows of the result, got {out.shape[0]}")
     rows, weight, bias = _dense_rows(rows), _dense_rows(weight), None if bias is None else _dense_rows(bias)
     factors = None if topk_weights is None else topk_weights.contiguous()
-    cut, product, most_tiles = _gemm_plan(
+    cut, product, most_tiles = _planned(
+        _gemm_plan,
         out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), weight.stride()[:2],
         0 if bias is None else bias.stride(0), segments.divisor,
     )  # fmt: skip
@@ -70,9 +71,9 @@ def fused_experts_launch(
     w13, w2 = _dense_rows(weights.w13), _dense_rows(weights.w2)
     b13, b2 = (None if bias is None else _dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
-    plan = _experts_plan(
-        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
-        call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
+    plan = _planned(
+        _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
+        weights.gated, call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
     routes, route_rows, tiles = _lay_out(plan, ids, call.expert_map)
@@ -135,9 +136,8 @@ def _experts_plan(
     assert second_tile.rows == rows  # one list of tiles serves both
     most_tiles, chunks = most_row_tiles(n, local, rows), -(-n // _CHUNK)
     alone = n <= _MOST_ALONE
-    sizes, blocks = (n, num_experts, local), _power(min(n, 256), 16)
+    sizes = (n, num_experts, local)
     common: dict[str, Any] = {"EXPERTS": experts, "PDL": programmatic}
-    cut: dict[str, Any] = {"EXPERTS": experts, "ROWS": rows, "PDL": programmatic}
     ints = [
         round_up(n, 4),
         round_up(n, 4),
@@ -151,7 +151,12 @@ def _experts_plan(
         weigh = Step(kernels.weigh_kernel, grid, (hidden, row_stride, top_k), COLUMNS=wide, PDL=programmatic)
     if alone:
         align = Step(
-            align_kernels.align_kernel, (-(-n // 32) + 1, 1), (*sizes, most_tiles), MINE=32, OTHERS=blocks, **cut
+            align_kernels.align_kernel,
+            (-(-n // 32) + 1, 1),
+            (*sizes, most_tiles, rows),
+            MINE=32,
+            OTHERS=256,
+            **common,
         )
     else:
         count = Step(align_kernels.count_kernel, (chunks, 1), sizes, CHUNK=_CHUNK, **common)
@@ -159,7 +164,7 @@ def _experts_plan(
             align_kernels.scan_kernel, (-(-experts // 32), 1), (chunks,), EXPERTS=experts, BLOCK=32, CHUNKS=64,
             PDL=programmatic,
         )  # fmt: skip
-        first = Step(align_kernels.first_kernel, (1, 1), (most_tiles,), **cut)
+        first = Step(align_kernels.first_kernel, (1, 1), (most_tiles, rows), **common)
         place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common)
     source_stride, divisor = (hidden, 1) if weight_on_input else (row_stride, top_k)
     gate_up = _product(
@@ -175,7 +180,7 @@ def _experts_plan(
         programmatic=programmatic,
         gather=False,
     )
-    wide = _power(min(hidden, 1024 if tokens > 2 * here.multiprocessors else 256), 16)
+    wide = _power(min(hidden, 1024), 16)
     combine = Step(
         kernels.combine_kernel, (tokens, -(-hidden // wide)), (hidden,), TOP_K=top_k, COLUMNS=wide, PDL=programmatic
     )
@@ -191,7 +196,7 @@ def _gemm_plan(
     tile = product_tile(expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
     programmatic, most_tiles = _programmatic(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
-        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles), EXPERTS=_power(experts, 32), ROWS=tile.rows,
+        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles, tile.rows), EXPERTS=_power(experts, 32),
         PDL=programmatic,
     )  # fmt: skip
     product = _product(
@@ -252,4 +257,9 @@ def _power(value: int, least: int) -> int:
 
 def _programmatic(device: torch.device) -> bool:
     """Whether a kernel may be placed while the one before drains: it waits for that one's writes itself."""
-    return device.type == "cuda" and card(device).capability >= (9, 0)
+    return device.type in ("cuda", "meta") and card(device).capability >= (9, 0)
+
+
+def _planned(prepare: Any, device: torch.device, *sizes: Any) -> Any:
+    """What `prepare` has kept for these sizes; for meta tensors, whose card is in no key, made anew."""
+    return (prepare.__wrapped__ if device.type == "meta" else prepare)(device, *sizes)
