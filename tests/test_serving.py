@@ -1,4 +1,4 @@
-"""What a serving engine can count on without a GPU: how many kernels a model needs, and that warming up makes them all."""
+"""What a serving engine counts on, without a GPU: how many kernels a model needs, and that warming up makes them."""
 
 import json
 import os

@@ -49,8 +49,8 @@ def warmup(
     """Makes kernels ahead of time, so that calls need not wait for a compiler.
 
     With weights: those of a layer. All numbers of tokens are walked, what the cache lacks is compiled in processes of
-    its own, and where the weights are on a GPU everything is loaded there and called once. Without: one small call of
-    every operator.
+    its own, and where the weights are on a GPU everything is loaded there and called once. Calls that are meant have
+    int32 ids, and tensors that are dense and begin at multiples of 16 bytes. Without: one small call of every operator.
 
     Args:
         weights: [num_local_experts, ...] as in `fused_experts`, unquantised and of 16 bits. Only their sizes count, and
