@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ ALL = {  # kernels of a model on Hopper where plans take the best that was measu
     "deepseek-v3": 43, "gpt-oss-120b": 37, "gpt-oss-20b": 36, "mixtral-8x7b": 35, "olmoe-1b-7b": 37,
     "qwen3-235b-a22b": 37, "qwen3-30b-a3b": 38, "qwen3-next-80b-a3b": 49,
 }  # fmt: skip
-FEW = {name: 22 if name == "qwen3-next-80b-a3b" else 20 for name in ALL}
+FEW = dict.fromkeys(ALL, 20)
 """With MOEYARD_KERNELS=few."""
 TRITON = {name: 27 if name in ("deepseek-v3", "qwen3-next-80b-a3b") else 16 for name in ALL}
 """Experts alone; a shared expert has its own table of experts and top_k."""
@@ -280,3 +281,36 @@ def test_what_came_with_the_package_comes_first_and_is_never_stale(
     monkeypatch.setattr(building, "compiler_version", lambda: (13, 5))
     monkeypatch.setitem(SOURCES, "batched.cu", SOURCES["batched.cu"] + "// edited")
     assert building.cubin("batched.cu", defines, "sm_90") == b"compiled" and len(compiled) == 2
+
+
+@pytest.mark.full
+def test_a_wheel_with_cubins_needs_no_compiler(tmp_path: Path) -> None:
+    """Built of a copy of the tree, installed beside it: the kernels of a named model come without NVRTC."""
+    pytest.importorskip("cuda.bindings")
+    root, tree, target = Path(__file__).parents[1], tmp_path / "tree", tmp_path / "target"
+    shutil.copytree(root / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "cubins"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+        shutil.copy(root / name, tree)
+    environment = {"MOEYARD_CACHE": str(tmp_path / "cache")}
+    cubins = tree / "src/moeyard/cuda/cubins"
+    made = python("-m", "moeyard.bench.cubins", str(cubins), "90a", environment=environment)
+    assert made.returncode == 0, made.stderr
+    assert sum(path.stat().st_size for path in cubins.iterdir()) <= 20 << 20
+    wheel = python("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(tree))
+    assert wheel.returncode == 0, wheel.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.stat().st_size <= 20 << 20
+    installed = python("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(path))
+    assert installed.returncode == 0, installed.stderr
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r}); sys.modules['cuda.bindings.nvrtc'] = None\n"
+        "import moeyard; from moeyard.cuda.runtime.compile import cubin\n"
+        f"assert moeyard.__file__.startswith({str(target)!r})\n"
+        "from moeyard.bench.served import options_of, served; from moeyard.cuda.ahead import units_of\n"
+        "from moeyard.warmup import facts_of; layer = served('qwen3-30b-a3b')\n"
+        "units = units_of(facts_of(layer.weights, **options_of(layer)), (9, 0), 16384)\n"
+        "print(len(units), {cubin(*unit)[:4] for unit in units})"
+    )
+    done = python("-c", code, environment={"MOEYARD_CACHE": str(tmp_path / "none")})
+    assert done.stdout.strip() == f"{ALL['qwen3-30b-a3b']} {{b'\\x7fELF'}}", done.stderr
+    assert not (tmp_path / "none").exists()

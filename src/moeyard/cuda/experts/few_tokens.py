@@ -1,5 +1,6 @@
 """The experts of a few tokens in two launches of few_tokens.cu, which read every weight of every route once."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -12,8 +13,10 @@ from moeyard.cuda.experts.few_tokens_plan import (
     down_room,
     few_tokens_are_quicker,
     few_tokens_plan,
+    most_tokens,
 )
 from moeyard.cuda.runtime.cards import WARP, Card, card_of
+from moeyard.cuda.runtime.few import FEW_KERNELS
 from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
 from moeyard.cuda.runtime.planning import Noted
@@ -153,8 +156,13 @@ def _prepare(
     chosen: FewTokensPlan | None,
 ) -> tuple[tuple[Launch | Noted, Shape], ...]:
     sizes = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated, scheme, block_start)
-    card = card_of(device)
-    plan = chosen or few_tokens_plan(sizes, card, min(1.0, num_local / num_experts))
+    card, share = card_of(device), min(1.0, num_local / num_experts)
+    given: tuple[int, ...] = ()
+    if FEW_KERNELS and chosen is None:
+        most = most_tokens(sizes, num_experts, card, share)
+        if most >= num_tokens:
+            sizes, given = replace(sizes, num_tokens=most), (num_tokens,)
+    plan = chosen or few_tokens_plan(sizes, card, share)
     if plan is None:
         raise ValueError(
             "hidden_states, topk_ids: expected at most 32 routes, rows of whole 16 bytes, and compute capability 9.0 "
@@ -162,12 +170,12 @@ def _prepare(
         )
     defines = few_tokens_defines(
         sizes, plan, card, dtype, id_type(id_dtype), mapped, (up_biased, down_biased),
-        activation, weight_on_input, scale_dtype,
+        activation, weight_on_input, scale_dtype, bool(given),
     )  # fmt: skip
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
-    up_sizes = (num_experts, num_local, token_stride, up_stride, *map(float_bits, constants))
+    up_sizes = (num_experts, num_local, token_stride, up_stride, *map(float_bits, constants), *given)
     up = Shape(card.processors, plan.up_bytes(sizes, card), up_sizes)
-    down = Shape(card.processors, down_room(plan, sizes, card), (num_experts, num_local, down_stride))
+    down = Shape(card.processors, down_room(plan, sizes, card), (num_experts, num_local, down_stride, *given))
 
     def launch(name: str, shape: Shape) -> tuple[Launch | Noted, Shape]:
         words = (7 if scheme is None else 9) + len(shape.sizes)
@@ -188,8 +196,11 @@ def few_tokens_defines(
     activation: Activation,
     weight_on_input: bool,
     scale_dtype: torch.dtype | None = None,
+    tokens_given: bool = False,
 ) -> tuple[tuple[str, str], ...]:
-    """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2."""
+    """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2. With
+    `tokens_given` launches say how many tokens there are, those of `sizes` at most.
+    """
     scheme = sizes.scheme
     flags = {
         "MAP": mapped,
@@ -229,6 +240,8 @@ def few_tokens_defines(
         "BLOCKS": card.processors,
     }
     named = [(name, "true" if flag else "false") for name, flag in flags.items()]
+    if tokens_given:
+        named.append(("TOKENS_GIVEN", "1"))
     return (*named, *((name, str(value)) for name, value in numbers.items()))
 
 
