@@ -15,12 +15,13 @@ import pytest
 import torch
 
 import moeyard
-from moeyard import ExpertWeights
+from moeyard import Activation, ExpertWeights
 from moeyard.bench.served import models, options_of, served
 from moeyard.dispatch import processes
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.sizes import changes
 from moeyard.testing import python
+from moeyard.values import Router
 from moeyard.warmup import facts_of
 
 MOST = 16384
@@ -120,6 +121,32 @@ def test_no_number_of_tokens_asks_triton_for_more(model: str) -> None:
         with planning(ahead.CARDS[HOPPER]) as plan:
             ahead._experts(given, given.weights, given.router.top_k, given.num_experts, count)
         assert plan.asked.keys() <= walked.keys(), count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("full", [False, True], ids=["bare", "full"])
+def test_addresses_ask_for_nothing_else(dtype: torch.dtype, full: bool) -> None:
+    """Meta tensors have no addresses: tensors that have some ask for the same kernels, biases, maps and all."""
+    pytest.importorskip("cuda.bindings")
+    from moeyard.cuda.ahead import CARDS
+    from moeyard.cuda.walk import recipes_of
+
+    def layer(device: str) -> LayerFacts:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        biases = (zeros(8, 128), zeros(8, 64)) if full else (None, None)
+        weights = ExpertWeights(zeros(8, 128, 64), zeros(8, 64, 64), *biases)
+        shared = ExpertWeights(zeros(1, 64, 64), zeros(1, 64, 32)) if full else None
+        experts = 16 if full else 8
+        return LayerFacts(weights, Router(2), experts, Activation(), dtype, full, full, shared, (1, 16))
+
+    for count in (1, 2, 15, 16, 40, 300, 3000):
+        for card in (CARDS[HOPPER], CARDS[8, 0]):
+            planned = recipes_of(layer("meta"), card, count)
+            assert planned == recipes_of(layer("cpu"), card, count, device="cpu"), count
+            named = {recipe.source for recipe in planned}
+            assert card is not CARDS[HOPPER] or {"few_tokens.cu", "experts.cu"} & named
 
 
 def test_changes_find_every_step() -> None:

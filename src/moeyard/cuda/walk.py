@@ -20,13 +20,16 @@ from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
 from moeyard.values import ExpertCall, Layout, Routing
 
 
-def recipes_of(facts: LayerFacts, card: Card, tokens: int, experts: bool = True) -> dict[Recipe, None]:
+def recipes_of(
+    facts: LayerFacts, card: Card, tokens: int, experts: bool = True, device: str = "meta"
+) -> dict[Recipe, None]:
     """What all operators of a layer launch for so many tokens, in the order in which they do.
 
-    Routers, alignments of int32 ids, rows; with `experts` those too, where these kernels take their weights.
+    Routers, alignments of int32 ids, rows; with `experts` those too, where these kernels take their weights. Tensors
+    may be on the CPU as well, where they have addresses.
     """
     with planning(card) as plan:
-        for call in _calls(facts, tokens, experts):
+        for call in _calls(facts, tokens, experts, device):
             call()
     return plan.recipes
 
@@ -40,12 +43,12 @@ def all_recipes(facts: LayerFacts, card: Card, most_tokens: int, experts: bool =
     return found
 
 
-def _calls(facts: LayerFacts, tokens: int, experts: bool) -> Iterator[Callable[[], object]]:
+def _calls(facts: LayerFacts, tokens: int, experts: bool, device: str) -> Iterator[Callable[[], object]]:
     weights, router, top_k = facts.weights, facts.router, facts.router.top_k
     hidden_size, local = weights.hidden_size, weights.num_local_experts
 
     def empty(*shape: int, dtype: torch.dtype = facts.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+        return torch.empty(shape, dtype=dtype, device=device)
 
     hidden, logits = empty(tokens, hidden_size), empty(tokens, facts.num_experts)
     bias = empty(facts.num_experts, dtype=torch.float32) if facts.selection_bias else None
@@ -54,11 +57,11 @@ def _calls(facts: LayerFacts, tokens: int, experts: bool) -> Iterator[Callable[[
     routing = Routing(empty(tokens, top_k, dtype=torch.float32), ids)
     yield lambda: route_launch(logits, bias, None, router, out=routing)
     for block_size in facts.block_sizes:
-        layout = _layout(tokens, top_k, facts.num_experts, local, block_size)
+        layout = _layout(tokens, top_k, facts.num_experts, local, block_size, device)
         if tokens <= MOST_FUSED_TOKENS:
             yield lambda: route_and_align_launch(logits, bias, None, mapping, router, routing, layout)  # noqa: B023
         yield lambda: align_launch(ids, mapping, layout)  # noqa: B023
-    compact = _layout(tokens, top_k, facts.num_experts, local, 1)
+    compact = _layout(tokens, top_k, facts.num_experts, local, 1, device)
     rows = empty(tokens * top_k, hidden_size)
     yield lambda: permute_launch(
         hidden, None, sorted_token_ids=compact.sorted_token_ids, route_rows=compact.route_rows, top_k=top_k, rows=rows,
@@ -75,11 +78,11 @@ def _calls(facts: LayerFacts, tokens: int, experts: bool) -> Iterator[Callable[[
         yield lambda: _experts(hidden, everyone, call)
 
 
-def _layout(tokens: int, top_k: int, num_experts: int, local: int, block_size: int) -> Layout:
+def _layout(tokens: int, top_k: int, num_experts: int, local: int, block_size: int, device: str) -> Layout:
     lengths = layout_lengths(tokens * top_k, local, block_size)
     int32, int64 = torch.int32, torch.int64
     kinds = (int32, int32, int32, int64, int32, int32)
-    tensors = tuple(torch.empty(n, dtype=kind, device="meta") for n, kind in zip(lengths, kinds, strict=True))
+    tensors = tuple(torch.empty(n, dtype=kind, device=device) for n, kind in zip(lengths, kinds, strict=True))
     return Layout.of(tensors, (num_experts, local, block_size, top_k))
 
 

@@ -271,6 +271,8 @@ EXEMPT = {
     "cuda.experts.plan:_TABLE_BITS": "the width of an entry",
     "cuda.experts.plan:_ENTRY_BYTES": "the width of an entry",
     "cuda.experts.plan:_MOST_STAGES": "stages of shared memory, which sizes of tiles decide",
+    "cuda.experts.layer:_LINE": "where parts of a layer's memory begin",
+    "cuda.experts.product:TURNS": "where products keep their turns",
     "cuda.experts.plan:_ENTRIES_OF_FEW": "the length of a table, which shared memory has room for",
     "cuda.experts.few_tokens_plan:_ROUTES_BYTES": "bytes of a block's shared memory",
     "cuda.experts.few_tokens_plan:_BARRIER_BYTES": "bytes of a block's shared memory",

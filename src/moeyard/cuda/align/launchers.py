@@ -189,6 +189,11 @@ def _ready(key: tuple[Any, ...]) -> tuple[Launch | Noted, Shape, int]:
     return found
 
 
+def align_ready(*key: Any) -> tuple[Launch | Noted, Shape, int]:
+    """The launch of an alignment, its shape and the words of its exchange; takes the arguments of `_make_ready`."""
+    return _READY.get(key) or _ready(key)
+
+
 def _make_ready(
     num_routes: int,
     num_experts: int,

@@ -96,7 +96,8 @@ def fused_experts_launch(
         more_down = (scales.w2.data_ptr(), 0 if scales.w2_input is None else scales.w2_input.data_ptr())
     key = (
         *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
-        bool(mapping), bool(b13), bool(b2), weight_on_input, activation, num_experts, w13.shape[0],
+        expert_map is not None, w13_bias is not None, w2_bias is not None, weight_on_input, activation, num_experts,
+        w13.shape[0],
         2 * hidden_states.stride(0), itemsize * w13.stride(0), itemsize * w2.stride(0), weights.scheme,
         0 if scales is None else scales.block_start, None if scales is None else scales.w13.dtype,
         device, chosen,

@@ -1,5 +1,7 @@
 """One product of experts.cu: a launch of rows of every expert times the expert's weights."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from moeyard.values import Activation, Layout
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3", torch.int8: "s8"}
 _CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+TURNS = 64
+"""Bytes from a barrier to where products keep their turns, behind what alignment uses."""
 _ALIGNMENT = 16
 """Of addresses, in bytes."""
 
@@ -26,7 +30,7 @@ def lies_well(tensor: Tensor) -> bool:
 
 def turns_of(device: int) -> int:
     """Where products of the current stream keep their turns (experts_tiles.cuh): behind what alignment uses."""
-    return barrier_for(device) + 64
+    return barrier_for(device) + TURNS
 
 
 def apart(out: Tensor, *others: Tensor | None) -> bool:
@@ -100,11 +104,12 @@ def product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route, activation, gated,
+        (out.shape[0], out.shape[1]), experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route,
+        activation, gated,
         bias is None, ready, way, expected, device, weight.dtype,
         scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None,
     )  # fmt: skip
-    launch, shape, plan = _READY.get(key) or _READY.add(key, _prepare(*key))
+    launch, shape, plan = product_ready(*key)
     weights = weight_map(
         weight.data_ptr(), experts, weight_rows, size, weight.dtype, plan.weight_rows, plan.turn, not plan.streams
     )
@@ -144,8 +149,14 @@ _READY = Ready()
 """Launches, their shapes and plans by all that they depend on besides addresses."""
 
 
+def product_ready(*key: Any) -> tuple[Launch | Noted, Shape, ProductPlan]:
+    """The launch of a product, its shape and its plan; takes the arguments of `_prepare`."""
+    found: tuple[Launch | Noted, Shape, ProductPlan] = _READY.get(key) or _READY.add(key, _prepare(*key))
+    return found
+
+
 def _prepare(
-    shape: torch.Size,
+    shape: tuple[int, int],
     experts: int,
     size: int,
     dtype: torch.dtype,
