@@ -320,7 +320,7 @@ def test_launches_are_kept_by_kernel_and_not_by_size(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(launch, "_launch_of", lambda recipe, device: made.append(recipe) or recipe)
     monkeypatch.setattr(align, "card_of", lambda device: cards.Card(132, 232448, True))
     for routes in range(33, 4000):
-        kept, shape, _ = align._make_ready(
+        kept, shape, _ = align.prepare_align(
             routes, 64, 64, routes, 1, torch.int32, True, True, False, 0, None, False
         )  # fmt: skip
         assert shape.sizes[0] == routes and isinstance(kept, Recipe)

@@ -185,16 +185,11 @@ call.
 
 
 def _ready(key: tuple[Any, ...]) -> tuple[Launch | Noted, Shape, int]:
-    found: tuple[Launch | Noted, Shape, int] = _READY.get(key) or _READY.add(key, _make_ready(*key))
+    found: tuple[Launch | Noted, Shape, int] = _READY.get(key) or _READY.add(key, prepare_align(*key))
     return found
 
 
-def align_ready(*key: Any) -> tuple[Launch | Noted, Shape, int]:
-    """The launch of an alignment, its shape and the words of its exchange; takes the arguments of `_make_ready`."""
-    return _READY.get(key) or _ready(key)
-
-
-def _make_ready(
+def prepare_align(
     num_routes: int,
     num_experts: int,
     experts: int,

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moeyard.cuda.align.launchers import align_ready
+from moeyard.cuda.align.launchers import prepare_align
 from moeyard.cuda.experts.plan import ProductPlan, Way
-from moeyard.cuda.experts.product import product_ready
+from moeyard.cuda.experts.product import prepare_product
 from moeyard.cuda.rows.launchers import permute_ready, sum_ready
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.dispatch.sizes import expected_routes, round_up
@@ -77,7 +77,7 @@ def layer_launches(sizes: LayerSizes) -> LayerLaunches:
     return found
 
 
-_READY = Ready()
+_READY = Ready(1024)
 
 
 def table_bytes(experts: int) -> tuple[int, int, int]:
@@ -95,7 +95,7 @@ def _prepare(sizes: LayerSizes) -> LayerLaunches:
     n, item = sizes.num_tokens * sizes.top_k, sizes.dtype.itemsize
     way, device, weighs = sizes.way, sizes.device, sizes.dtype == torch.float16
     expected = expected_routes(n, sizes.experts, sizes.num_experts)
-    launch, shape, words = align_ready(
+    launch, shape, words = prepare_align(
         n, sizes.num_experts, sizes.experts, n, 1, sizes.id_dtype, not sizes.mapped, sizes.ids_aligned, False, device,
         None, True,
     )  # fmt: skip
@@ -114,12 +114,12 @@ def _prepare(sizes: LayerSizes) -> LayerLaunches:
     table, exchange = None if lent else place(needed), place(4 * words)
     row_bytes = sizes.hidden_size * item
     common = (way, expected, device, sizes.dtype, ("UNSCALED", False), False)
-    first = product_ready(
+    first = prepare_product(
         (n, sizes.intermediate_size), sizes.experts, sizes.hidden_size, sizes.dtype, not way.copied,
         1 if way.copied else sizes.top_k, True, False, sizes.activation, sizes.gated, not sizes.biased[0], way.copied,
         *common,
     )  # fmt: skip
-    second = product_ready(
+    second = prepare_product(
         (n, sizes.hidden_size), sizes.experts, sizes.intermediate_size, sizes.dtype, False, 1, not weighs, False, None,
         False, not sizes.biased[1], True, *common,
     )  # fmt: skip

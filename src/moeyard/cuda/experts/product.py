@@ -1,7 +1,5 @@
 """One product of experts.cu: a launch of rows of every expert times the expert's weights."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -109,7 +107,7 @@ def product(
         bias is None, ready, way, expected, device, weight.dtype,
         scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None,
     )  # fmt: skip
-    launch, shape, plan = product_ready(*key)
+    launch, shape, plan = _READY.get(key) or _READY.add(key, prepare_product(*key))
     weights = weight_map(
         weight.data_ptr(), experts, weight_rows, size, weight.dtype, plan.weight_rows, plan.turn, not plan.streams
     )
@@ -149,13 +147,7 @@ _READY = Ready()
 """Launches, their shapes and plans by all that they depend on besides addresses."""
 
 
-def product_ready(*key: Any) -> tuple[Launch | Noted, Shape, ProductPlan]:
-    """The launch of a product, its shape and its plan; takes the arguments of `_prepare`."""
-    found: tuple[Launch | Noted, Shape, ProductPlan] = _READY.get(key) or _READY.add(key, _prepare(*key))
-    return found
-
-
-def _prepare(
+def prepare_product(
     shape: tuple[int, int],
     experts: int,
     size: int,
@@ -175,6 +167,7 @@ def _prepare(
     scaling: tuple[str, bool],
     as_codes: bool,
 ) -> tuple[Launch | Noted, Shape, ProductPlan]:
+    """The launch of such a product, its shape and its plan; nothing is kept but the launch."""
     routed = by_route or not unweighted
     plan = product_plan(shape[0], experts, shape[1], gated, routed, card_of(device), way, expected, scaling[0])
     clamped = activation is not None and activation.limit is not None
