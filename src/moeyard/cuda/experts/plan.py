@@ -34,6 +34,10 @@ class Way:
     every tile."""
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
+    fine: int = 0
+    """What multiplied rows of tiles of 128 and more are a multiple of: 16 or 32; 0: 16. With 32 the compiler makes half as
+    many products, in half the time, and a tile multiplies up to 31 rows that are not there.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class ProductPlan:
     shared_bytes: int
     turn: str
     """How weight rows lie in a stage (`weight_boxes` in tensor_map.py)."""
+    fine: int = 0
+    """As `Way` says."""
 
     @property
     def threads(self) -> int:
@@ -130,7 +136,9 @@ def product_plan(
                 if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
                     raise ValueError(f"rows: expected fewer, or fewer experts, got {num_rows} for {experts} experts")
                 grid = max(1, min(card.processors * blocks, row_tiles * -(-columns // columns_a_tile)))
-                return ProductPlan(rows, groups, tall, stages, blocks, grid, used, "halves" if gated else "pairs")
+                return ProductPlan(
+                    rows, groups, tall, stages, blocks, grid, used, "halves" if gated else "pairs", way.fine
+                )
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)

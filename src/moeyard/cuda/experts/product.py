@@ -218,4 +218,5 @@ def product_defines(
         ("SCALED", scaling[0]),
         ("ACTIVATION", curve),
         *((name, "true" if flag else "false") for name, flag in flags.items()),
+        *((("FINE_FROM_128", str(plan.fine)),) if plan.fine and plan.rows >= 128 else ()),
     )
