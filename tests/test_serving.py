@@ -57,22 +57,29 @@ def small(experts: int = 8) -> ExpertWeights:
     return ExpertWeights(empty(experts, 128, 64), empty(experts, 64, 64))
 
 
-def counted(which: str, names: list[str]) -> dict[str, int]:
-    pytest.importorskip("cuda.bindings")
-    done = python("-c", COUNT, json.dumps(names), environment={"MOEYARD_KERNELS": which})
-    assert done.returncode == 0, done.stderr
-    counts: dict[str, int] = json.loads(done.stdout)
-    return counts
-
-
 def test_all_models_are_counted() -> None:
     assert set(models()) == set(ALL)
 
 
-@pytest.mark.parametrize(("which", "most"), [("all", ALL), ("few", FEW)])
-def test_a_model_needs_so_many_kernels(which: str, most: dict[str, int]) -> None:
-    counts = counted(which, list(most))
-    assert all(counts[name] <= most[name] for name in most), counts
+@pytest.mark.parametrize("model", ALL)
+def test_a_model_needs_so_many_kernels(model: str) -> None:
+    pytest.importorskip("cuda.bindings")
+    from moeyard.cuda.ahead import units_of
+
+    assert len(units_of(facts(model), HOPPER, MOST)) <= ALL[model]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["qwen3-next-80b-a3b", "deepseek-v3"], pytest.param(list(FEW), marks=pytest.mark.full)],
+    ids=["two", "all"],
+)
+def test_a_model_can_make_do_with_few_kernels(names: list[str]) -> None:
+    pytest.importorskip("cuda.bindings")
+    done = python("-c", COUNT, json.dumps(names), environment={"MOEYARD_KERNELS": "few"})
+    assert done.returncode == 0, done.stderr
+    counts: dict[str, int] = json.loads(done.stdout)
+    assert all(count <= FEW[name] for name, count in counts.items()), counts
 
 
 def test_another_choice_of_kernels_is_an_error() -> None:
@@ -95,7 +102,7 @@ def counts_of(number: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model", "number"),
-    [*((name, 60) for name in ALL), pytest.param("qwen3-30b-a3b", 10_000, marks=pytest.mark.full)],
+    [*((name, 25) for name in ALL), pytest.param("qwen3-30b-a3b", 10_000, marks=pytest.mark.full)],
 )
 def test_no_number_of_tokens_asks_for_a_kernel_that_the_walk_missed(model: str, number: int) -> None:
     """Launchers as they are, on meta tensors: all operators of a layer."""
@@ -231,9 +238,6 @@ def test_what_cannot_be_warmed_up_is_an_error(change: dict[str, object], words: 
 
 
 def test_work_in_processes_ends_with_its_first_failure(tmp_path: Path) -> None:
-    target = "pathlib:Path.touch"
-    with pytest.raises(RuntimeError, match="AttributeError"):
-        processes.in_processes(target, [("x",)], 1)
     done: list[int] = []
     processes.in_processes("os:mkdir", [(str(tmp_path / name),) for name in "abc"], 2, lambda: done.append(1))
     assert len(done) == 3 and {path.name for path in tmp_path.iterdir()} == set("abc")

@@ -35,8 +35,8 @@ class Way:
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
     fine: int = 0
-    """What multiplied rows of tiles of 128 and more are a multiple of: 16 or 32; 0: 16. With 32 the compiler makes half as
-    many products, in half the time, and a tile multiplies up to 31 rows that are not there.
+    """What multiplied rows of tiles of 128 and more are a multiple of: 16, or 32 where asked. With 32 the compiler
+    takes about half the time, and a tile multiplies up to 31 rows that are not there.
     """
 
 
