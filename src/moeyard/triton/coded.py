@@ -18,6 +18,7 @@ from moeyard.triton.steps import (
     dense_rows,
     layout_steps,
     power,
+    prepared,
     programmatic_on,
     weigh_step,
 )
@@ -75,8 +76,8 @@ def fused_coded_experts_launch(
         hidden.stride(0), w13.stride()[:2], w2.stride()[:2], 0 if b13 is None else b13.stride(0),
         0 if b2 is None else b2.stride(0), (tuple(first_scales.shape[1:]), tuple(second_scales.shape[1:])),
     )  # fmt: skip
-    plan = _plan(
-        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
+    plan: _Plan = prepared(
+        _plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
         call.weight_on_input, scheme, scales.block_start, strides,
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
@@ -118,7 +119,7 @@ def _given(scales: Tensor | None) -> Tensor | None:
 
 def _multiplies_e4m3(device: torch.device) -> bool:
     """Whether matrix instructions take e4m3; Triton's interpreter does not."""
-    return device.type == "cuda" and card(device).capability >= (8, 9)
+    return device.type in ("cuda", "meta") and card(device).capability >= (8, 9)
 
 
 def _room(out: Tensor, scheme: QuantScheme, rows: int, groups: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ def _plan(
         second_tile, most_tiles, hidden, size, (size, *strides.w2, strides.b2, *strides.scales[1]), 1,
         (0, lead), second_groups, gather=False, **kind,
     )  # fmt: skip
-    combine = combine_step(tokens, hidden, top_k, here, programmatic=programmatic)
+    combine = combine_step(tokens, hidden, top_k, programmatic=programmatic)
     return _Plan(
         native,
         layout,

@@ -20,6 +20,7 @@ from moeyard.triton.steps import (
     dense_rows,
     layout_steps,
     power,
+    prepared,
     programmatic_on,
     weigh_step,
 )
@@ -54,7 +55,8 @@ def grouped_gemm_launch(
         raise ValueError(f"rows: expected at most {INT32_MAX} rows of the result, got {out.shape[0]}")
     rows, weight, bias = dense_rows(rows), dense_rows(weight), None if bias is None else dense_rows(bias)
     factors = None if topk_weights is None else topk_weights.contiguous()
-    cut, product, most_tiles = _gemm_plan(
+    cut, product, most_tiles = prepared(
+        _gemm_plan,
         out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), weight.stride()[:2],
         0 if bias is None else bias.stride(0), segments.divisor,
     )  # fmt: skip
@@ -81,9 +83,9 @@ def fused_experts_launch(
     w13, w2 = dense_rows(weights.w13), dense_rows(weights.w2)
     b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
-    plan = _experts_plan(
-        out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
-        call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
+    plan = prepared(
+        _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
+        weights.gated, call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
@@ -140,7 +142,7 @@ def _experts_plan(
         programmatic=programmatic,
         gather=False,
     )
-    combine = combine_step(tokens, hidden, top_k, here, programmatic=programmatic)
+    combine = combine_step(tokens, hidden, top_k, programmatic=programmatic)
     return _ExpertsPlan(layout, weigh, gate_up, down, combine)
 
 
@@ -153,7 +155,7 @@ def _gemm_plan(
     tile = product_tile(expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
     programmatic, most_tiles = programmatic_on(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
-        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles), EXPERTS=power(experts, 32), ROWS=tile.rows,
+        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles, tile.rows), EXPERTS=power(experts, 32),
         PDL=programmatic,
     )  # fmt: skip
     product = _product(

@@ -8,9 +8,8 @@ from torch import Tensor
 from moeyard.dispatch.sizes import round_up
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.launch import Step, card
-from moeyard.triton.plan import Card
 
-MOST_PLANS = 4096
+MOST_PLANS = 512
 """Plans that are kept."""
 _MOST_ALONE = 4096  # routes that one launch lays out: each is compared with all
 _CHUNK = 512
@@ -46,21 +45,19 @@ def layout_steps(
 ) -> LayoutSteps:
     """Steps for `n` routes, `local` of `num_experts` experts and tiles of `rows` rows."""
     chunks, experts, alone = -(-n // _CHUNK), power(local, 32), n <= _MOST_ALONE
-    sizes, blocks = (n, num_experts, local), power(min(n, 256), 16)
+    sizes = (n, num_experts, local)
     common: dict[str, Any] = {"EXPERTS": experts, "PDL": programmatic}
-    cut: dict[str, Any] = {"EXPERTS": experts, "ROWS": rows, "PDL": programmatic}
     ints = [round_up(n, 4), round_up(n, 4), round_up(3 * most_tiles, 4)]
     if alone:
-        align = Step(
-            align_kernels.align_kernel, (-(-n // 32) + 1, 1), (*sizes, most_tiles), MINE=32, OTHERS=blocks, **cut
-        )
+        grid = (-(-n // 32) + 1, 1)
+        align = Step(align_kernels.align_kernel, grid, (*sizes, most_tiles, rows), MINE=32, OTHERS=256, **common)
         return LayoutSteps([*ints, 0, 0], align, None, None, None, None)
     count = Step(align_kernels.count_kernel, (chunks, 1), sizes, CHUNK=_CHUNK, **common)
     scan = Step(
         align_kernels.scan_kernel, (-(-experts // 32), 1), (chunks,), EXPERTS=experts, BLOCK=32, CHUNKS=64,
         PDL=programmatic,
     )  # fmt: skip
-    first = Step(align_kernels.first_kernel, (1, 1), (most_tiles,), **cut)
+    first = Step(align_kernels.first_kernel, (1, 1), (most_tiles, rows), **common)
     place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common)
     return LayoutSteps([*ints, chunks * experts, experts], None, count, scan, first, place)
 
@@ -72,9 +69,9 @@ def weigh_step(n: int, hidden: int, row_stride: int, top_k: int, *, programmatic
     return Step(kernels.weigh_kernel, grid, (hidden, row_stride, top_k), COLUMNS=wide, PDL=programmatic)
 
 
-def combine_step(tokens: int, hidden: int, top_k: int, here: Card, *, programmatic: bool) -> Step:
+def combine_step(tokens: int, hidden: int, top_k: int, *, programmatic: bool) -> Step:
     """Each token's rows, summed in k order."""
-    wide = power(min(hidden, 1024 if tokens > 2 * here.multiprocessors else 256), 16)
+    wide = power(min(hidden, 1024), 16)
     return Step(
         kernels.combine_kernel, (tokens, -(-hidden // wide)), (hidden,), TOP_K=top_k, COLUMNS=wide, PDL=programmatic
     )
@@ -92,4 +89,9 @@ def power(value: int, least: int) -> int:
 
 def programmatic_on(device: torch.device) -> bool:
     """Whether a kernel may be placed while the one before drains: it waits for that one's writes itself."""
-    return device.type == "cuda" and card(device).capability >= (9, 0)
+    return device.type in ("cuda", "meta") and card(device).capability >= (9, 0)
+
+
+def prepared(prepare: Any, device: torch.device, *sizes: Any) -> Any:
+    """What `prepare` has kept for these sizes; for meta tensors, whose card is in no key, made anew."""
+    return (prepare.__wrapped__ if device.type == "meta" else prepare)(device, *sizes)
