@@ -12,6 +12,7 @@ import pytest
 
 from assay.__main__ import main
 from assay.contract.frozen import FILE, Frozen
+from assay.contract.outcome import REQUIREMENTS
 from assay.contract.plan import VERSION as SCHEMA
 from assay.contract.rows import VERSION as RAW_SCHEMA
 from assay.contract.workload import Plan, Workload
@@ -78,18 +79,20 @@ def about(centre: float, spread: float) -> list[float]:
 
 
 FASTER, SLOWER, EQUIVALENT = about(0.1, 0.01), about(-0.1, 0.01), about(0.0, 0.01)
+WITHIN = about(0.01, 0.005)
 BOUNDED, UNBOUNDED = about(0.012, 0.05), about(0.0, 0.2)
 """Both undecided: the first is shown to be no worse than 2 %, the second is not."""
 OUTCOMES = {
-    "faster": (FASTER, {"faster": 0, "not_slower": 0, "any": 0}),
-    "slower": (SLOWER, {"faster": 1, "not_slower": 1, "any": 0}),
-    "equivalent": (EQUIVALENT, {"faster": 1, "not_slower": 0, "any": 0}),
-    "undecided, bounded": (BOUNDED, {"faster": 5, "not_slower": 0, "any": 0}),
-    "undecided, unbounded": (UNBOUNDED, {"faster": 5, "not_slower": 5, "any": 0}),
+    "faster": (FASTER, {"faster": 0, "material": 0, "not_slower": 0, "any": 0}),
+    "faster, within the margin": (WITHIN, {"faster": 0, "material": 1, "not_slower": 0, "any": 0}),
+    "slower": (SLOWER, {"faster": 1, "material": 1, "not_slower": 1, "any": 0}),
+    "equivalent": (EQUIVALENT, {"faster": 1, "material": 1, "not_slower": 0, "any": 0}),
+    "undecided, bounded": (BOUNDED, {"faster": 5, "material": 5, "not_slower": 0, "any": 0}),
+    "undecided, unbounded": (UNBOUNDED, {"faster": 5, "material": 5, "not_slower": 5, "any": 0}),
 }
 
 
-@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+@pytest.mark.parametrize("require", REQUIREMENTS)
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_what_a_task_may_require(name: str, require: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ratios, statuses = OUTCOMES[name]
@@ -99,7 +102,7 @@ def test_what_a_task_may_require(name: str, require: str, tmp_path: Path, capsys
     assert shown.startswith(f"{name.partition(',')[0]}: ") and f"require {require}: {words}; sandboxed" in shown
 
 
-@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+@pytest.mark.parametrize("require", REQUIREMENTS)
 def test_what_meets_no_requirement(require: str, tmp_path: Path) -> None:
     def status(folder: str, **more: Any) -> tuple[str, int]:
         found = decide(raw(tmp_path / folder, {"w": FASTER}, require=require, **more))
@@ -176,6 +179,7 @@ def test_a_gate_that_was_asked_for_and_not_run(tmp_path: Path) -> None:
             (SLOWER, "faster", "slower"),
             (SLOWER, "any", "not_evaluated"),
             (UNBOUNDED, "faster", "not_evaluated"),
+            (WITHIN, "material", "not_evaluated"),
             (EQUIVALENT, "not_slower", "not_evaluated"),
         ):
             place = tmp_path / f"{i}{require}{outcome}"

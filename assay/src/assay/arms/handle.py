@@ -16,6 +16,7 @@ from assay.arms.inside.wire import HEAD, frame
 from assay.arms.process import PYTHON, Running, Wrap
 from assay.arms.sandbox import INSIDE
 from assay.arms.trees import Trees
+from assay.contract import traces
 from assay.contract.box import Limits
 from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
@@ -23,8 +24,13 @@ from assay.contract.workload import Workload
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031
 _OPTIONS = ("kind", "target", "chain", "links", "clock", "graph", "case", "paths")
-MOST_BYTES, _MOST_WORDS = 1 << 32, 1 << 20
+MOST_BYTES, _MOST_WORDS, _WORDS = 1 << 32, 1 << 20, 2000
 """Of a reply: a worker shall not make the judge run out of memory."""
+
+
+def _last(printed: bytes) -> str:
+    """The end of what a worker said, a line per traceback."""
+    return traces.brief(printed.decode(errors="replace")).strip()[-_WORDS:]
 
 
 def _mark() -> bytes:
@@ -146,7 +152,7 @@ class Worker:
             raise self._last_words() from None
         seconds = time.perf_counter() - start
         if kind != b"r":
-            raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
+            raise ArmError(self.arm, _last(bytes(reply)))
         return Reply(seconds, inner, reply)
 
     def _read(self, size: int, stop: float) -> bytearray:
@@ -175,7 +181,7 @@ class Worker:
         except ArmError as seen:
             problem = seen
         self.log.seek(0)
-        words = f"{problem.words}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        words = f"{problem.words}: {_last(self.log.read())}"
         return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
 
     def end(self) -> None:

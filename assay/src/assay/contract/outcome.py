@@ -28,6 +28,6 @@ REJECTED = (
 """What counts against a candidate, beside what gates find."""
 MEASURED = (*DECIDED, Outcome.INCORRECT, Outcome.TAMPERED, Outcome.VOID)
 """What a workload's blocks can come to."""
-REQUIREMENTS = ("faster", "not_slower", "any")
+REQUIREMENTS = ("faster", "material", "not_slower", "any")
 INFRA = "infra."
 """How the name of every outcome begins that counts against nobody."""

@@ -13,6 +13,8 @@ _PER_ARM = {"required": ["base", "candidate", "control"], "propertyNames": Arm}
 Paths = Annotated[dict[str, str], _PER_ARM]
 NotNegative = Annotated[float, {"minimum": 0}]
 Numbers = Annotated[dict[str, NotNegative], _PER_ARM]
+BESIDE = ("import", "first", "memory", "processors", "cpu")
+"""Figures that are told beside the one that is judged, if they got worse; cpu: processor seconds of a block."""
 Interval = Annotated[list[float | None], {"minItems": 2, "maxItems": 2}]
 
 
@@ -31,6 +33,17 @@ class Header:
     calls: Annotated[Count, {"description": "timed calls of an arm in a block; 0 for commands"}]
     machine: Annotated[dict[str, Any], {"required": ["system", "processor", "processors", "python", "gpus"]}]
     started: Annotated[str, {"description": "UTC"}]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A timed call whose output is not base's, in words that may be anybody's."""
+
+    call: Annotated[Count, {"description": "index among the block's calls, those that are not timed included"}]
+    input: str
+    base: Annotated[str, {"description": "what base returned"}]
+    candidate: Annotated[str, {"description": "what the candidate returned"}]
+    where: Annotated[str, {"description": "where they differ"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +82,7 @@ class Block:
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]
+    mismatch: Annotated[Mismatch | None, {"description": "the first of them"}, ADDED] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,6 +43,7 @@ class Blocks:
         self.grown = not (block["differing"] or block["reasons"])
         if block["differing"]:
             self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
+            self.incorrect += _told(block.get("mismatch"))
         elif block["reasons"]:
             self.contaminated += 1
             for arm, words in block.get("escapes", {}).items():
@@ -84,6 +85,14 @@ class Blocks:
         """The candidate's figures as if it had spared all that is in the hands of its own process."""
         columns = (self.seconds["candidate"], self.transport, self.spared)
         return [sum(figures) for figures in zip(*columns, strict=True)]
+
+
+def _told(mismatch: dict[str, Any] | None) -> str:
+    """A call whose output differs, in words; "" where RAW has none."""
+    if mismatch is None:
+        return ""
+    given = f"; call {mismatch['call']} was given {mismatch['input']}"
+    return f"{given}; base returned {mismatch['base']}, the candidate {mismatch['candidate']}; {mismatch['where']}"
 
 
 def _without_times(verdict: str, reason: str, blocks: int) -> Judgement:

@@ -90,7 +90,7 @@ def _opened(
         with contextlib.ExitStack() as stack:
             handed: freeze.Handed | OSError
             try:
-                handed = freeze.handed_in(read, source, stack.enter_context(ledger.temporary()))
+                handed = freeze.handed_in(read, source, stack.enter_context(ledger.temporary()), store.resolve())
             except OSError as problem:
                 if isinstance(problem, PATHS):
                     raise

@@ -26,6 +26,7 @@ from assay.experiment.raw import whole_rows
 from assay.experiment.series import measured
 from assay.gates import notes, table
 from assay.gates.gate import Given, Where
+from assay.report.verdict import PATCH
 
 Told = Callable[[dict[str, Any]], None]
 
@@ -56,6 +57,8 @@ def measure(
     raw.mkdir(parents=True, exist_ok=True)
     written(copy, json.dumps(frozen.content, indent=1))
     written(raw / notes.FILE, (frozen.folder / notes.FILE).read_text())
+    if (patch := frozen.folder / PATCH).is_file():
+        shutil.copyfile(patch, raw / PATCH)
     if stopped:
         return True
     for name, plan in frozen.plans().items():

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from assay.contract import foreign
+from assay.experiment import beside
+from assay.report import wording
 from assay.statistics.looks import LOOKS, Judgement
 
 _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
@@ -105,19 +107,15 @@ def document(content: Any) -> None:
     _written(json.dumps(content, indent=1), sys.stdout)
 
 
-def percent(log_ratio: float) -> str:
-    """A log-ratio as a change in per cent, with its sign."""
-    return f"{math.expm1(log_ratio):+.2%}"
-
-
-def outcome(seen: Judgement) -> list[str]:
-    """The verdict and what it rests on, a line each."""
-    lines = [f"{seen.verdict}: {seen.reason}{', beyond the margin' if seen.material else ''}"]
+def outcome(seen: Judgement, delta: float) -> list[str]:
+    """The verdict and what it rests on, a line each; `delta` is the margin, as a fraction."""
+    margin = wording.beside_margin(seen.verdict, seen.material, seen.interval.low, seen.interval.high, delta)
+    lines = [f"{seen.verdict}: {seen.reason}{margin}"]
     if math.isfinite(seen.estimate):
-        ends = f"{percent(seen.interval.low)} to {percent(seen.interval.high)}"
-        seen_at = f"{seen.blocks} blocks; an effect of {math.expm1(seen.detectable):.2%} would have been seen"
-        estimate = f"A / B: {math.exp(seen.estimate):.4f}, that is {percent(seen.estimate)}"
-        lines.append(f"{estimate}; {1 - seen.alpha:.1%} interval {ends}; {seen_at}")
+        change, low, high = wording.changes(seen.estimate, (seen.interval.low, seen.interval.high))
+        seen_at = f"{seen.blocks} blocks; an effect of {wording.change(seen.detectable)} would have been seen"
+        estimate = f"A / B: {math.exp(seen.estimate):.4g}, that is {change}"
+        lines.append(f"{estimate}; {wording.level(seen.alpha)} interval {low} to {high}; {seen_at}")
     return lines
 
 
@@ -130,21 +128,17 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'median of clean blocks':<24}{'A':>12}{'B':>12}{chr(39).join(('A', '')):>12}{'A / B':>9}"]
     for name in clean[0]["figures"]["base"]:
         values = {arm: statistics.median(row["figures"][arm][name] for row in clean) for arm in _NAMES}
-        shown = [quantity(name, values[arm]) for arm in _NAMES]
+        shown = [wording.quantity(name, values[arm]) for arm in _NAMES]
         ratio = f"{values['base'] / values['candidate']:.3f}" if values["candidate"] > 0 else "-"
         label = f"{name}, gets the verdict" if name == primary else name
         lines.append(f"{label:<24}" + "".join(f"{one:>12}" for one in shown) + f"{ratio:>9}")
     return lines
 
 
-def quantity(name: str, value: float) -> str:
-    """A figure with its unit."""
-    if name == "memory":
-        return f"{value / 1024:.1f} MiB"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.4g} {unit}"
-    return f"{value * 1e9:.4g} ns"
+def got_worse(rows: list[dict[str, Any]]) -> list[str]:
+    """What got worse beside the primary figure, on a line; none if nothing did."""
+    found = beside.worse(rows, rows[0]["plan"]["primary"], math.log1p(rows[0]["plan"]["delta"]))
+    return [wording.worse(found)] if found else []
 
 
 def conditions(rows: list[dict[str, Any]]) -> list[str]:
@@ -159,8 +153,9 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
         lines.append("clock: cooperative (CUDA events inside the arm); trust: benign, no tamper resistance is claimed")
     sending = [row["transport_s"] for row in blocks if row.get("transport_s")]
     if sending:
+        seconds = wording.quantity("transport", statistics.median(sending))
         lines.append(
-            f"sending: {quantity('transport', statistics.median(sending))}, as base's worker echoes it, is taken out "
+            f"sending: {seconds}, as base's worker echoes it, is taken out "
             f"of all arms' times; what a patched worker could explain is not called faster"
         )
     elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
