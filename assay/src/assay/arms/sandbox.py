@@ -84,6 +84,7 @@ def environment(box: Box, more: Mapping[str, str] | None = None) -> dict[str, st
         "LANG": "C.UTF-8",
         "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
         "PWD": str(PLACE),
+        "PYTEST_ADDOPTS": "-p no:assay",  # assay's own plugin may be installed from a folder that is not shown
     }
     return own | dict(box.environment) | caches(CACHE) | dict(more or {})
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from assay.contract.errors import NotInstalledError
+from assay.contract.workload import fraction
 from assay.report.terminal import Progress
 
 STORE = Path(".assay")
@@ -15,6 +16,14 @@ EPILOG = (
     "Exit status: 0 what the task requires was shown; 1 rejected, slower or refuted; 2 wrong usage; 3 infrastructure "
     "or void; 4 the task makes no sense; 5 undecided or not evaluated."
 )
+
+
+def margin(text: str) -> float:
+    """A margin as it is typed, as a fraction; one that is asked about ends the command."""
+    try:
+        return fraction(text, "margin")
+    except ValueError as problem:
+        raise argparse.ArgumentTypeError(str(problem).partition(": ")[2]) from None
 
 
 @dataclass(frozen=True)

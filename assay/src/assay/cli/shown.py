@@ -3,9 +3,10 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from assay.cli.command import STORE, Command
-from assay.contract import admission, cells, mined, plan, rows, verdict
+from assay.contract import admission, cells, mined, plan, rows, timeline, verdict
 from assay.contract.errors import Status, UsageError
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
@@ -46,9 +47,11 @@ def _replay(given: argparse.Namespace, _: Progress) -> int:
     return judged(seen, [json.loads(line) for line in lines])
 
 
-def judged(seen: Judgement, found: list[dict[str, object]], *more: str) -> int:
+def judged(seen: Judgement, found: list[dict[str, Any]], *more: str) -> int:
     """Prints a judgement and how it was measured; its status."""
-    terminal.lines([*terminal.outcome(seen), *terminal.figures(found), *terminal.conditions(found), *more])
+    delta = found[0]["plan"]["delta"]
+    shown = [*terminal.outcome(seen, delta), *terminal.got_worse(found), *terminal.figures(found)]
+    terminal.lines([*shown, *terminal.conditions(found), *more])
     return STATUS[seen.verdict]
 
 
@@ -99,6 +102,7 @@ _SCHEMAS = {
     "agent-run": _run_schema,
     "campaign": _campaign_schema,
     "cell": cells.schema,
+    "history": timeline.schema,
 }
 
 

@@ -9,9 +9,25 @@ from typing import Annotated, Any, Literal
 from assay.contract.schema import ADDED
 from assay.statistics.looks import LOOKS
 
-Kind = Literal["command", "call", "asv", "pyperf"]
+Kind = Literal["command", "call", "asv", "pyperf", "pytest"]
 FIGURES = {"command": ("wall", "memory"), "worker": ("steady", "first", "import", "memory")}
 """What is measured of a process, and which of it may be declared primary."""
+
+
+def fraction(text: str, name: str) -> float:
+    """A margin as it is typed, 0.02 or 2%, as a fraction. ValueError for none.
+
+    A bare number of 1 or more is asked about, since 5 may be meant as 5 %.
+    """
+    number, sign, _ = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if sign else 1)
+    except ValueError:
+        raise ValueError(f"{name}: expected a fraction or per cent, as 0.02 or 2%, got {text!r}") from None
+    if 1 <= value < math.inf and not sign:
+        words = f"is {100 * value:g} % meant? {text}% is {value / 100:g}; write {100 * value:g}% if so"
+        raise ValueError(f"{name}: {words}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -23,8 +39,13 @@ class Workload:
 
     kind: Kind
     command: tuple[str, ...] = ()
+    prepare: Annotated[tuple[str, ...], ADDED] = ()
+    """A command that is run before each timed run of `command`, in the same place, and is in no figure."""
     target: str = ""
-    """`module:function` or `file.py:function`; asv: `file.py:Class.time_method`; pyperf: `script.py:benchmark name`."""
+    """`module:function` or `file.py:function`; asv: `file.py:Class.time_method`; pyperf: `script.py:benchmark name`.
+
+    pytest: `file.py::test`, a test that calls pytest-benchmark's fixture.
+    """
     inputs: str = ""
     """`module:function`, called with a seed: a tuple is taken as arguments, a dict as keywords, else one argument."""
     constant: bool = False
@@ -68,6 +89,8 @@ class Workload:
             if not self.command:
                 raise ValueError("COMMAND: expected a command after --, got none")
             return self
+        if self.prepare:
+            raise ValueError("--prepare: expected a command with it; callables have a setup of their own")
         if ":" not in self.target:
             raise ValueError(f"--{self.kind}: expected NAME:CALLABLE, got {self.target!r}")
         for name in ("inputs", "chain"):

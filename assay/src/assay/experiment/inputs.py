@@ -18,7 +18,7 @@ class Inputs:
     def __init__(self, plan: Plan, trees: Trees) -> None:
         """Starts the worker if the workload has inputs at all."""
         self.worker: Worker | None = None
-        self.benchmark = plan.workload.kind in ("asv", "pyperf")
+        self.benchmark = plan.workload.kind in ("asv", "pyperf", "pytest")
         if plan.workload.inputs:
             file = Path(plan.workload.inputs.partition(":")[0])
             trees = trees.reading("base", file) if file.is_absolute() else trees
@@ -29,7 +29,7 @@ class Inputs:
         """Inputs of which no two are alike; seeds are drawn until there are enough of them.
 
         Raises InputsAlikeError if too many seeds give what another one gave: a worker would be asked again what it has
-        answered before. Benchmarks of asv and pyperf have no inputs, and say so by their kind.
+        answered before. Benchmarks of asv, pyperf and pytest have no inputs, and say so by their kind.
         """
         if self.benchmark:
             return self.make([next(seeds)]) * wanted

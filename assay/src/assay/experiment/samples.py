@@ -14,6 +14,7 @@ from assay.arms.handle import Reply, Worker, started
 from assay.arms.inside.wire import encode
 from assay.arms.process import MOST_FROZEN_S, Running
 from assay.arms.trees import Trees
+from assay.contract import traces
 from assay.contract.errors import ArmError
 from assay.contract.workload import Plan, Workload
 from assay.experiment.exchange import After, Exchange, asked
@@ -21,6 +22,7 @@ from assay.experiment.outputs import digest, same
 from assay.machine import gpu
 from assay.machine.objects import held
 
+_MOST_BODIES, _MOST_WORDS = 32 << 20, 1 << 16
 _LATE_S = 0.1
 """How long what a command has left behind is looked at: whether it works."""
 _STARVED_S = 5.0
@@ -47,6 +49,12 @@ class Sample:
     spared: list[float] = field(default_factory=list)
     """Seconds of a request but for its calls and what is sent, once per round."""
     outputs: list[bytes] = field(default_factory=list)
+    bodies: dict[int, bytes] = field(default_factory=dict)
+    """By call, the output as it was sent, as far as there is room: what people are shown of one that differs."""
+    room: int = _MOST_BODIES
+    """Bytes of outputs that may still be kept so."""
+    awake_s: float = 0.0
+    """Seconds in which the arm's processes were not frozen."""
     after: dict[int, After] = field(default_factory=dict)
     """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
     gpus: list[gpu.State] = field(default_factory=list)
@@ -55,11 +63,17 @@ class Sample:
 
 def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample:
     """One run of the command, a process of its own. Raises ArmError if it fails or is too late."""
+    if plan.workload.prepare:
+        _run(arm, plan, plan.workload.prepare, trees, hash_seed, "--prepare ")
+    return _run(arm, plan, plan.workload.command, trees, hash_seed)
+
+
+def _run(arm: str, plan: Plan, command: Sequence[str], trees: Trees, hash_seed: int, what: str = "") -> Sample:
     place, environment = trees.place(arm), trees.environment(arm, hash_seed)
     with tempfile.TemporaryFile() as log:
         running = Running(
             arm,
-            plan.workload.command,
+            command,
             trees.trees[arm],
             place,
             environment,
@@ -80,9 +94,9 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
             running.end()
         if ended.status:
             log.seek(0)
-            words = log.read()[-2000:].decode(errors="replace").strip()
-            raise ArmError(arm, f"ended with status {ended.status}: {words}")
-    figures = {"wall": seconds, "memory": float(peak_kib)}
+            words = traces.brief(log.read()[-_MOST_WORDS:].decode(errors="replace")).strip()[-2000:]
+            raise ArmError(arm, f"{what}ended with status {ended.status}: {words}")
+    figures = {"wall": seconds, "memory": float(peak_kib), "processors": ended.cpu_s / seconds}
     return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
 
 
@@ -120,8 +134,10 @@ def worker_samples(
             with ExitStack() as stack:
                 exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
                 stack.callback(exchange.worker.end)
+                begun = time.perf_counter()
                 _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
                 _echo(exchange, workload, inputs[-1], samples[arm])
+                samples[arm].awake_s += time.perf_counter() - begun
                 _close(exchange.worker, samples[arm])
     else:
         with ExitStack() as stack:
@@ -191,10 +207,12 @@ def _take_turns(
         for arm in arms:
             exchange, sample = exchanges[arm], samples[arm]
             sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+            begun = time.perf_counter()
             exchange.worker.ask(b"p")  # it is awake again
             _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
             _echo(exchange, workload, inputs[first], sample)
             used[arm] = exchange.worker.running.freeze()
+            sample.awake_s += time.perf_counter() - begun
             if exchange.worker.running.sandboxed:
                 sample.escapes += [words for words in held(exchange.worker.running.members()) if not sample.escapes]
     for arm, exchange in exchanges.items():
@@ -228,7 +246,7 @@ def _started(
     expected: int | None,
 ) -> Exchange:
     """A worker that has answered its first calls, which are kept apart."""
-    workload, sample = plan.workload, Sample({}, 0.0)
+    workload, sample, begun = plan.workload, Sample({}, 0.0), time.perf_counter()
     weighs, expected = plan.primary == "memory", expected if arm == "candidate" else None
     exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
     try:
@@ -240,6 +258,7 @@ def _started(
         exchange.worker.end()
         raise
     sample.calls.clear()
+    sample.awake_s = time.perf_counter() - begun
     samples[arm] = sample
     return exchange
 
@@ -265,6 +284,9 @@ def _calls(
         reply = called(exchange, workload, given)
         sample.calls.append(reply.seconds)
         sample.outputs.append(_kept(reply, workload))
+        if workload.compares and len(reply.body) <= sample.room:
+            sample.bodies[len(sample.outputs) - 1] = bytes(reply.body)
+            sample.room -= len(reply.body)
         if question:
             after = exchange.after()
             sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
@@ -296,6 +318,7 @@ def _close(worker: Worker, sample: Sample) -> None:
         sample.escapes.append("a frozen process woke itself")
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
+    sample.figures["processors"] = sample.cpu_s / sample.awake_s
     sample.gpus = gpu.states()
 
 

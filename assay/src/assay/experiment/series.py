@@ -8,11 +8,10 @@ import hashlib
 import json
 import math
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,8 +22,10 @@ from assay.contract.box import Box
 from assay.contract.errors import NotRepeatableError
 from assay.contract.rows import Block, Header, Resumed
 from assay.contract.workload import Plan
+from assay.experiment import mismatch
 from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.calibration import calibrate
+from assay.experiment.copies import copied
 from assay.experiment.inputs import Inputs
 from assay.experiment.raw import verdict_row
 from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
@@ -45,28 +46,33 @@ def run(
     *,
     control: Path | None = None,
     boxes: Mapping[str, Box] | None = None,
+    setup: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
+    seconds: float = math.inf,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> Judgement:
+) -> Judgement | None:
     """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
 
-    Without `control`, A' is a copy of base made for the occasion. With `boxes`, one for each of ARMS, whose trees then
-    are the ones that count, every arm runs in its sandbox. Raises ArmError if a run fails, ValueError for what
-    is no directory, makes no sense, is too short, or is not even repeatable in base.
+    All three arms are copies made for the occasion; without `control`, A' is a second one of base. `setup` is run once
+    in each. `names` are what RAW calls the trees. `earlier` and `seconds` are as in `measured`.
+
+    With `boxes`, one for each of ARMS, whose trees then are the ones that count, every arm runs in its sandbox. Raises
+    ArmError if a run fails, ValueError for what is no directory, makes no sense, is too short, or is not even
+    repeatable in base.
     """
     plan = plan.checked()
     for name, tree in (("A", base), ("B", candidate), ("--prime", control)):
         if tree is not None and not tree.is_dir():
             raise ValueError(f"{name}: expected a directory, got {tree}")
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
-        if control is None:
-            control = Path(folder) / "control"
-            shutil.copytree(base, control, symlinks=True)
         if boxes is not None:
-            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+            seen = measured(plan, Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder)), out, told=told)
         else:
-            trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
-        seen = measured(plan, trees, out, told=told)
-        assert seen is not None
+            given = dict(zip(ARMS, (base, candidate, control or base), strict=True))
+            with copied(given, Path(folder), plan.isolation, setup, plan.timeout_s) as trees:
+                named = replace(trees, names={**trees.names, **(names or {})})
+                seen = measured(plan, named, out, earlier=earlier, seconds=seconds, told=told)
         return seen
 
 
@@ -175,6 +181,7 @@ class _Series:
             raise NotRepeatableError(
                 "outputs: expected two builds of base to agree; --rtol and --atol allow for less than equal bits"
             )
+        differ = differing(self.plan.workload, samples["base"], samples["candidate"])
         row = Block(
             number=self.number,
             order=list(samples),
@@ -193,7 +200,8 @@ class _Series:
             spared_s=self._spared(samples),
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             compared=compared(self.plan.workload, samples["base"]),
-            differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
+            differing=differ,
+            mismatch=mismatch.first(self.plan.workload, given, samples, differ),
         )
         self.number += 1
         return asdict(row)
@@ -258,7 +266,7 @@ def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
     header = Header(
         protocol=plan.digest(),
         plan=plan,
-        trees={arm: str(tree) for arm, tree in trees.trees.items()},
+        trees={arm: trees.names.get(arm, str(tree)) for arm, tree in trees.trees.items()},
         isolation=trees.isolation,
         clock="cooperative" if plan.workload.clock == "cuda" else "judge",
         calibrated={name: float(f"{value:.4g}") for name, value in series.calibrated.items()},

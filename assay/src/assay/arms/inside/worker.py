@@ -8,6 +8,7 @@ i  keep an input for later calls            e  echo: decode the input, answer wi
 c  call with the input in the frame         g  call with the kept input
 k  keep this output for echoes              p  nothing: to see it awake
 s  seconds of a request but for its calls and what is sent
+n  combinations of parameters that the benchmark has, as texts
 a  the last call's input as it is now; of a chain, the last link's
 o  an earlier call's output as it is now, by how many calls ago: 0 is the last
 z  overwrite the last call's input, then as `o` with 0
@@ -65,8 +66,8 @@ def _file(name: str, file: str) -> Any:
     return found
 
 
-def asv(name: str, case: int) -> Callable[[], Any]:
-    """An asv benchmark, set up for one case of its parameters."""
+def asv(name: str, case: int) -> tuple[Callable[[], Any], list[str]]:
+    """An asv benchmark, set up for one case of its parameters, and all cases as texts."""
     owner_name, _, method = name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
     owner = find(owner_name)
     host = owner() if method else owner
@@ -85,7 +86,10 @@ def asv(name: str, case: int) -> Callable[[], Any]:
     setup = getattr(host, "setup", None) or getattr(function, "setup", None)
     if setup is not None:
         setup(*chosen)
-    return lambda: function(*chosen)
+    names = list(getattr(function, "param_names", getattr(host, "param_names", [])) or [])
+    names += [f"param{i + 1}" for i in range(len(names), len(values))]
+    texts = [", ".join(f"{name}={value!r}" for name, value in zip(names, one, strict=False)) for one in cases]
+    return lambda: function(*chosen), texts
 
 
 def pyperf(name: str) -> Callable[[], Any]:
@@ -125,18 +129,52 @@ def pyperf(name: str) -> Callable[[], Any]:
     return found[wanted]
 
 
+def under_pytest(name: str, loaded: Callable[[Callable[[], Any]], None]) -> None:
+    """Runs one test with pytest-benchmark. What it hands to its fixture `benchmark` is given to `loaded`, not run.
+
+    `loaded` returns when nobody asks any more; until then the test stands, with all its fixtures.
+    """
+    import pytest
+    import pytest_benchmark.fixture as module
+
+    found: list[str] = []
+
+    def hand(function: Callable[[], Any]) -> Any:
+        if found:
+            raise LookupError(f"{name}: expected one call of benchmark, got another one")
+        found.append(name)
+        loaded(function)
+        raise SystemExit(0)  # the rest of the test may ask for results that nobody has
+
+    def called(_: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return hand(lambda: function(*args, **kwargs))
+
+    def pedantic(_: Any, target: Any, args: Any = (), kwargs: Any = None, setup: Any = None, **more: Any) -> Any:
+        if setup is not None:
+            raise NotImplementedError(f"{name}: expected benchmark.pedantic without setup, which would be timed")
+        return hand(lambda: target(*args, **(kwargs or {})))
+
+    module.BenchmarkFixture.__call__ = called
+    module.BenchmarkFixture.pedantic = pedantic
+    status = pytest.main(["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:assay", "-q", name])
+    if not found:
+        raise LookupError(f"{name}: expected a test that calls benchmark, pytest ended with status {int(status)}")
+
+
 class Workload:
     """The loaded callable, and what is kept between requests."""
 
-    def __init__(self, wire: Any, options: dict[str, Any]) -> None:
+    def __init__(self, wire: Any, options: dict[str, Any], function: Callable[..., Any] | None = None) -> None:
         import json  # noqa: F401 - for values; the first call is not to be charged with it
 
-        sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
         self.wire, self.options = wire, options
         kind, target = options["kind"], options["target"]
         self.function: Callable[..., Any]
-        if kind == "asv":
-            self.function = asv(target, options["case"])
+        self.cases = [""]
+        if function is not None:
+            self.function = function
+        elif kind == "asv":
+            self.function, self.cases = asv(target, options["case"])
         elif kind == "pyperf":
             self.function = pyperf(target)
         else:
@@ -174,6 +212,8 @@ class Workload:
         if letter == b"e":
             self.wire.decode(body, tensors=True)
             return 0.0, self.output
+        if letter == b"n":
+            return 0.0, self.cases
         if letter == b"k":
             self.output = self.wire.decode(body, tensors=True)
         return self.spared() if letter == b"s" else 0.0, None
@@ -280,33 +320,65 @@ def copier(value: Any) -> Callable[[], Any]:
 def serve(folder: str) -> None:
     """Answers until the judge closes the pipe."""
     wire = _load_wire(folder)
-    workload: Workload | None = None
     with open(3, "rb", buffering=1 << 20) as requests, open(4, "wb", buffering=0) as replies:
-        while head := requests.read(wire.HEAD.size):
-            size, letter, number, mark = wire.HEAD.unpack(head)
-            body = bytearray(size)
-            view, got = memoryview(body), 0
-            while got < size:
-                got += requests.readinto(view[got:])  # type: ignore[attr-defined]
-            try:
-                if letter == b"l":
-                    start = time.perf_counter()
-                    workload = Workload(wire, marshal.loads(body))
-                    reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
-                else:
-                    assert workload is not None
-                    seconds, value = workload.answer(letter, number, body)
-                    reply = wire.frame(b"r", seconds, mark, wire.encode(value))
-            except Exception:
-                import traceback
+        answers(wire, requests, replies, None)
 
-                words = traceback.format_exc().encode(errors="replace")
-                reply = wire.frame(b"x", 0.0, mark, [words])
-            data = b"".join(reply) if len(reply) < 4 else None
-            for part in reply if data is None else [data]:
-                rest = memoryview(part).cast("B")
-                while rest:
-                    rest = rest[os.write(replies.fileno(), rest) :]
+
+def answers(wire: Any, requests: Any, replies: Any, workload: Workload | None) -> None:
+    """Answers one request after another, with the workload once it is loaded."""
+    while head := requests.read(wire.HEAD.size):
+        size, letter, number, mark = wire.HEAD.unpack(head)
+        body = bytearray(size)
+        view, got = memoryview(body), 0
+        while got < size:
+            got += requests.readinto(view[got:])
+        try:
+            if letter == b"l":
+                start = time.perf_counter()
+                options = marshal.loads(body)
+                sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
+                if options["kind"] == "pytest":
+                    if standing(wire, requests, replies, options, mark):
+                        return
+                    raise LookupError(f"{options['target']}: the test ended before it called benchmark")
+                workload = Workload(wire, options)
+                reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
+            else:
+                assert workload is not None
+                seconds, value = workload.answer(letter, number, body)
+                reply = wire.frame(b"r", seconds, mark, wire.encode(value))
+        except Exception:
+            import traceback
+
+            words = traceback.format_exc().encode(errors="replace")
+            reply = wire.frame(b"x", 0.0, mark, [words])
+        send(replies, reply)
+
+
+def standing(wire: Any, requests: Any, replies: Any, options: dict[str, Any], mark: bytes) -> bool:
+    """Loads a benchmark of pytest and answers inside its test; whether it came so far."""
+    start, done = time.perf_counter(), []
+
+    def loaded(function: Callable[[], Any]) -> None:
+        send(replies, wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None)))
+        done.append(True)
+        answers(wire, requests, replies, Workload(wire, options, function))
+
+    try:
+        under_pytest(options["target"], loaded)
+    except Exception:
+        if not done:
+            raise
+    return bool(done)
+
+
+def send(replies: Any, reply: list[Any]) -> None:
+    """A frame, whole."""
+    data = b"".join(reply) if len(reply) < 4 else None
+    for part in reply if data is None else [data]:
+        rest = memoryview(part).cast("B")
+        while rest:
+            rest = rest[os.write(replies.fileno(), rest) :]
 
 
 if __name__ == "__main__":
