@@ -26,7 +26,8 @@ MORE = {
     "agents/template.py": {"pydantic"},
     "campaign/plan.py": {"pydantic"},
     "campaign/distributed.py": {"ray"},
-    "arms/inside/worker.py": {"wire", "torch", "pyperf"},
+    "arms/inside/worker.py": {"wire", "torch", "pyperf", "pytest", "pytest_benchmark"},
+    "ci/plugin.py": {"pytest"},
     "arms/inside/wire.py": {"torch"},
     **JUDGES,
 }
@@ -48,10 +49,12 @@ ARROWS = {
     },
     "agents": {"repository", "contract", "prompts", "arms", "machine", "judgement"},
     "campaign": {"repository", "contract", "prompts", "arms", "judgement", "agents"},
+    "timeline": {"repository", "contract", "mining", "experiment"},
+    "ci": {"repository", "contract", "experiment", "report", "judgement"},
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
     "cli": {
-        *("statistics", "contract", "mining", "prompts", "arms", "machine", "experiment", "gates", "report"),
-        *("judgement", "admission", "agents", "campaign", "proof"),
+        *("statistics", "repository", "contract", "mining", "prompts", "arms", "machine", "experiment", "gates"),
+        *("report", "judgement", "admission", "agents", "campaign", "timeline", "proof"),
     },
 }
 """Folder -> the folders that it imports. The module `assay` itself holds the public names and the version."""
