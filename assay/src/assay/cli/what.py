@@ -50,6 +50,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--trusted", action="store_true", help="B does not patch its worker: its chain and copies bound nothing"
     )
+    calls.add_argument(
+        "--canonical", default="", metavar="F:F", help="output -> what of it is compared, as where an order is free"
+    )
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
     calls.add_argument("--case", type=_case, default=ALL, help="asv: number of a combination of parameters (all)")
@@ -100,6 +103,7 @@ def given(arguments: argparse.Namespace) -> Workload:
         target=_here(target),
         inputs=_here(arguments.inputs),
         chain=_here(arguments.chain),
+        canonical=_here(arguments.canonical),
         constant=arguments.constant or not arguments.inputs,
         links=arguments.links,
         clock=arguments.clock,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from assay.arms.inside import wire
 from assay.contract.rows import Mismatch
 from assay.contract.workload import Workload
+from assay.experiment.canonical import canonical
 from assay.experiment.outputs import UNREADABLE, brief_arguments, described, difference
 from assay.experiment.samples import Sample
 
@@ -49,6 +50,7 @@ def _where(workload: Workload, bodies: Sequence[bytes | None], samples: Mapping[
     if base is None or candidate is None:
         return "digests of the outputs differ"
     if base != candidate:
+        base, candidate = (canonical(workload.canonical, body) for body in (base, candidate))
         try:
             dtypes = [wire.dtypes(one) for one in (base, candidate)]
             words = difference(wire.decode(base), wire.decode(candidate), workload.rtol, workload.atol)
