@@ -26,7 +26,8 @@ MORE = {
     "agents/template.py": {"pydantic"},
     "campaign/plan.py": {"pydantic"},
     "campaign/distributed.py": {"ray"},
-    "arms/inside/worker.py": {"wire", "torch", "pyperf", "pytest", "pytest_benchmark"},
+    "arms/inside/worker.py": {"torch"},
+    "arms/inside/benchmarks.py": {"pyperf", "pytest", "pytest_benchmark"},
     "ci/plugin.py": {"pytest"},
     "arms/inside/wire.py": {"torch"},
     **JUDGES,
@@ -137,6 +138,6 @@ def test_measuring_and_deciding_load_nothing_that_has_to_be_installed() -> None:
 
 
 def test_what_starts_by_path_needs_no_package() -> None:
-    """In a sandbox three files lie alone in one folder, and nothing of assay can be imported."""
+    """In a sandbox a few files lie alone in one folder, and nothing of assay can be imported."""
     for path in (SOURCE / "arms/inside").glob("*.py"):
         assert not [name for name in imports(path) if name.startswith("assay")], path

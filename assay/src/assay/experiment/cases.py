@@ -17,6 +17,6 @@ def cases(workload: Workload, tree: Path, isolation: str, timeout_s: float) -> l
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
         worker = started("base", workload, Trees.at({"base": tree}, Path(folder), isolation), 0, timeout_s)
         try:
-            return [str(text) for text in wire.decode(worker.ask(b"n").body)]
+            return [str(text) for text in wire.decode(worker.ask(b"t").body)]
         finally:
             worker.end()

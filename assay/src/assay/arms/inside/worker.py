@@ -8,7 +8,7 @@ i  keep an input for later calls            e  echo: decode the input, answer wi
 c  call with the input in the frame         g  call with the kept input
 k  keep this output for echoes              p  nothing: to see it awake
 s  seconds of a request but for its calls and what is sent
-n  combinations of parameters that the benchmark has, as texts
+t  combinations of parameters that the benchmark has, as texts
 a  the last call's input as it is now; of a chain, the last link's
 o  an earlier call's output as it is now, by how many calls ago: 0 is the last
 z  overwrite the last call's input, then as `o` with 0
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def _load_wire(folder: str) -> Any:
-    """The module wire.py beside this file; the folder does not stay on the path, where its names could hide others."""
+def _load(name: str, folder: str) -> Any:
+    """A module beside this file; the folder does not stay on the path, where its names could hide others."""
     sys.path.insert(0, folder)
-    import wire  # type: ignore[import-not-found]
-
-    del sys.path[0], sys.modules["wire"]
-    return wire
+    found = __import__(name)
+    del sys.path[0], sys.modules[name]
+    return found
 
 
 def find(name: str) -> Any:
@@ -66,105 +65,12 @@ def _file(name: str, file: str) -> Any:
     return found
 
 
-def asv(name: str, case: int) -> tuple[Callable[[], Any], list[str]]:
-    """An asv benchmark, set up for one case of its parameters, and all cases as texts."""
-    owner_name, _, method = name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
-    owner = find(owner_name)
-    host = owner() if method else owner
-    function = getattr(host, method) if method else owner
-    from itertools import product
-
-    values = list(getattr(function, "params", getattr(host, "params", [])) or [])
-    if values and not isinstance(values[0], (list, tuple)):
-        values = [values]
-    cases = list(product(*values))
-    if case >= len(cases):
-        raise IndexError(f"case: expected below {len(cases)}, the number of parameter combinations, got {case}")
-    chosen = cases[case]
-    if hasattr(host, "setup_cache"):
-        chosen = (host.setup_cache(), *chosen)
-    setup = getattr(host, "setup", None) or getattr(function, "setup", None)
-    if setup is not None:
-        setup(*chosen)
-    names = list(getattr(function, "param_names", getattr(host, "param_names", [])) or [])
-    names += [f"param{i + 1}" for i in range(len(names), len(values))]
-    texts = [", ".join(f"{name}={value!r}" for name, value in zip(names, one, strict=False)) for one in cases]
-    return lambda: function(*chosen), texts
-
-
-def pyperf(name: str) -> Callable[[], Any]:
-    """A benchmark that a pyperf script registers under a name. The script's other benchmarks are not run."""
-    from runpy import run_path
-
-    import pyperf as module
-
-    script, _, wanted = name.partition(":")
-    found: dict[str, Callable[[], Any]] = {}
-
-    def bench_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
-        found[name] = lambda: function(*args)
-
-    def bench_time_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
-        found[name] = lambda: function(1, *args)
-
-    def bench_async_func(_: Any, name: str, function: Any, *args: Any, **more: Any) -> None:
-        import asyncio
-
-        found[name] = lambda: asyncio.run(function(*args))
-
-    def timeit(_: Any, name: str, stmt: Any = None, setup: Any = "pass", globals: Any = None, **more: Any) -> None:
-        scope: dict[str, Any] = dict(globals or {})
-        join = "\n".join
-        exec(setup if isinstance(setup, str) else join(setup), scope)
-        code = compile((stmt or name) if isinstance(stmt or name, str) else join(stmt), name, "exec")
-        found[name] = lambda: exec(code, scope)
-
-    for patch in (bench_func, bench_time_func, bench_async_func, timeit):
-        setattr(module.Runner, patch.__name__, patch)
-    module.Runner.bench_command = lambda *_, **__: None
-    sys.argv = [script]
-    run_path(script, run_name="__main__")
-    if wanted not in found:
-        raise LookupError(f"{name}: expected one of the script's benchmarks, {sorted(found)}, got {wanted!r}")
-    return found[wanted]
-
-
-def under_pytest(name: str, loaded: Callable[[Callable[[], Any]], None]) -> None:
-    """Runs one test with pytest-benchmark. What it hands to its fixture `benchmark` is given to `loaded`, not run.
-
-    `loaded` returns when nobody asks any more; until then the test stands, with all its fixtures.
-    """
-    import pytest
-    import pytest_benchmark.fixture as module
-
-    found: list[str] = []
-
-    def hand(function: Callable[[], Any]) -> Any:
-        if found:
-            raise LookupError(f"{name}: expected one call of benchmark, got another one")
-        found.append(name)
-        loaded(function)
-        raise SystemExit(0)  # the rest of the test may ask for results that nobody has
-
-    def called(_: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return hand(lambda: function(*args, **kwargs))
-
-    def pedantic(_: Any, target: Any, args: Any = (), kwargs: Any = None, setup: Any = None, **more: Any) -> Any:
-        if setup is not None:
-            raise NotImplementedError(f"{name}: expected benchmark.pedantic without setup, which would be timed")
-        return hand(lambda: target(*args, **(kwargs or {})))
-
-    module.BenchmarkFixture.__call__ = called
-    module.BenchmarkFixture.pedantic = pedantic
-    status = pytest.main(["-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:assay", "-q", name])
-    if not found:
-        raise LookupError(f"{name}: expected a test that calls benchmark, pytest ended with status {int(status)}")
-
-
 class Workload:
     """The loaded callable, and what is kept between requests."""
 
-    def __init__(self, wire: Any, options: dict[str, Any], function: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self, wire: Any, folder: str, options: dict[str, Any], function: Callable[..., Any] | None = None
+    ) -> None:
         import json  # noqa: F401 - for values; the first call is not to be charged with it
 
         self.wire, self.options = wire, options
@@ -174,9 +80,9 @@ class Workload:
         if function is not None:
             self.function = function
         elif kind == "asv":
-            self.function, self.cases = asv(target, options["case"])
+            self.function, self.cases = _load("benchmarks", folder).asv(find, target, options["case"])
         elif kind == "pyperf":
-            self.function = pyperf(target)
+            self.function = _load("benchmarks", folder).pyperf(target)
         else:
             self.function = find(target)
         self.inputs = find(options["inputs"]) if options["inputs"] else None
@@ -212,7 +118,7 @@ class Workload:
         if letter == b"e":
             self.wire.decode(body, tensors=True)
             return 0.0, self.output
-        if letter == b"n":
+        if letter == b"t":
             return 0.0, self.cases
         if letter == b"k":
             self.output = self.wire.decode(body, tensors=True)
@@ -319,12 +225,12 @@ def copier(value: Any) -> Callable[[], Any]:
 
 def serve(folder: str) -> None:
     """Answers until the judge closes the pipe."""
-    wire = _load_wire(folder)
+    wire = _load("wire", folder)
     with open(3, "rb", buffering=1 << 20) as requests, open(4, "wb", buffering=0) as replies:
-        answers(wire, requests, replies, None)
+        answers(wire, folder, requests, replies, None)
 
 
-def answers(wire: Any, requests: Any, replies: Any, workload: Workload | None) -> None:
+def answers(wire: Any, folder: str, requests: Any, replies: Any, workload: Workload | None) -> None:
     """Answers one request after another, with the workload once it is loaded."""
     while head := requests.read(wire.HEAD.size):
         size, letter, number, mark = wire.HEAD.unpack(head)
@@ -338,10 +244,9 @@ def answers(wire: Any, requests: Any, replies: Any, workload: Workload | None) -
                 options = marshal.loads(body)
                 sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
                 if options["kind"] == "pytest":
-                    if standing(wire, requests, replies, options, mark):
-                        return
-                    raise LookupError(f"{options['target']}: the test ended before it called benchmark")
-                workload = Workload(wire, options)
+                    standing(wire, folder, requests, replies, options, mark)
+                    return
+                workload = Workload(wire, folder, options)
                 reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
             else:
                 assert workload is not None
@@ -355,21 +260,20 @@ def answers(wire: Any, requests: Any, replies: Any, workload: Workload | None) -
         send(replies, reply)
 
 
-def standing(wire: Any, requests: Any, replies: Any, options: dict[str, Any], mark: bytes) -> bool:
-    """Loads a benchmark of pytest and answers inside its test; whether it came so far."""
+def standing(wire: Any, folder: str, requests: Any, replies: Any, options: dict[str, Any], mark: bytes) -> None:
+    """Loads a benchmark of pytest and answers inside its test until nobody asks any more."""
     start, done = time.perf_counter(), []
 
     def loaded(function: Callable[[], Any]) -> None:
         send(replies, wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None)))
         done.append(True)
-        answers(wire, requests, replies, Workload(wire, options, function))
+        answers(wire, folder, requests, replies, Workload(wire, folder, options, function))
 
     try:
-        under_pytest(options["target"], loaded)
+        _load("benchmarks", folder).under_pytest(options["target"], loaded)
     except Exception:
         if not done:
             raise
-    return bool(done)
 
 
 def send(replies: Any, reply: list[Any]) -> None:
