@@ -7,7 +7,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from assay.cli.command import Command
+from assay.arms.counters import COUNTERS
+from assay.cli.command import Command, beside, beside_arguments
 from assay.cli.shown import judged
 from assay.contract import seeds
 from assay.contract.errors import ArmError, UsageError
@@ -41,6 +42,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--links", type=int, default=1, help="calls a request: with --chain, or --clock cuda (%(default)s)"
     )
+    calls.add_argument("--loops", type=int, default=0, help="calls a request without --chain (as many as it takes)")
     calls.add_argument(
         "--clock", choices=("judge", "cuda"), default="judge", help="cuda: events in the arm, cooperative"
     )
@@ -66,6 +68,15 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--most-foreign", type=float, default=0.1, help=_FOREIGN)
     parser.add_argument("--isolation", choices=("auto", "namespaces", "links"), default="auto", help=_ISOLATION)
+    parser.add_argument(
+        "--instructions",
+        nargs="?",
+        const="best",
+        default="",
+        choices=("best", *COUNTERS),
+        help="count each arm's, too, by the best means there is; they decide nothing",
+    )
+    beside_arguments(parser)
     parser.add_argument("--out", type=Path, help="RAW file; a temporary one unless given")
     parser.add_argument("--html", type=Path, help="write a report, too")
 
@@ -91,6 +102,7 @@ def _workload(arguments: argparse.Namespace, command: list[str]) -> Workload:
         chain=_here(arguments.chain),
         constant=arguments.constant or not arguments.inputs,
         links=arguments.links,
+        loops=arguments.loops,
         clock=arguments.clock,
         graph=arguments.graph,
         compare=not arguments.no_compare and kind == "call",
@@ -128,13 +140,14 @@ def _ab(given: argparse.Namespace, progress: Progress) -> int:
         given.primary,
         given.isolation,
         trusted=given.trusted,
+        instructions=given.instructions,
     ).checked()
     if raw.exists():
         raise UsageError(f"--out: expected a file that is not there yet, got {raw}")
     progress.begin()
     try:
         with raw.open("x") as out:
-            seen = run(given.a, given.b, plan, out, control=given.prime, told=progress.told)
+            seen = run(given.a, given.b, plan, out, control=given.prime, conditions=beside(given), told=progress.told)
     except ArmError as problem:
         raise ArmError("a run failed", str(problem)) from None
     finally:

@@ -37,6 +37,7 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
         found.append(f"  and {len(verdict['words']) - 10} more")
     for one in verdict["workloads"]:
         found.append(f"{one['name']}: {one['verdict']}{effect(one)}")
+        found += [f"  {words}" for words in _beside(one)]
         if one["reference"]:
             found.append(f"  the reference: {_change(one['reference'])}")
     if verdict["joint"]:
@@ -54,6 +55,12 @@ def _facts(verdict: Mapping[str, Any]) -> list[str]:
         f"{patch['bytes']} bytes), protocol {verdict['protocol']}",
         f"attempt {attempt['number']} of this task, patch, environment and protocol; {of}",
     ]
+
+
+def _beside(one: Mapping[str, Any]) -> list[str]:
+    """What stands beside a workload's verdict: counts of instructions, and advice."""
+    counts = one.get("instructions")
+    return [*([counts["words"]] if counts else []), *(f"advice: {words}" for words in one.get("advice", []))]
 
 
 def effect(one: Mapping[str, Any]) -> str:
@@ -114,6 +121,7 @@ def markdown(verdict: Mapping[str, Any]) -> str:
             f"| {one['name']} | {one['verdict']} | {_escaped(effect(one).lstrip(',: '))} |"
             for one in verdict["workloads"]
         ]
+    found += ["", *(f"- {_escaped(words)}" for one in verdict["workloads"] for words in _beside(one))]
     if verdict["joint"]:
         found += ["", f"Geometric mean: {_change(verdict['joint'])}"]
     if verdict["gates"]:
