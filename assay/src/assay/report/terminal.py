@@ -186,6 +186,11 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
         )
     elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
         lines.append("sending: in the times of all arms")
+    if header.get("loops", 1) > 1:
+        lines.append(f"calls in loops of {header['loops']}, whose times are those of one call")
+    if processors := header.get("processors"):
+        many = len(processors)
+        lines.append(f"on processor {processors[0]} alone" if many == 1 else f"on {many} processors")
     compared = sum(row["compared"] for row in blocks)
     if compared:
         lines.append(f"outputs: {compared} compared with base's, {sum(len(row['differing']) for row in blocks)} differ")

@@ -17,7 +17,18 @@ from assay.report import page, terminal
 from assay.report.page import text
 
 _MET = {0: "met", 1: "not met", 3: "not judged", 4: "not judged", 5: "not shown"}
-_COLUMNS = ("workload", "verdict", "percent", "low_percent", "high_percent", "level", "blocks", "material", "reason")
+_COLUMNS = (
+    "workload",
+    "verdict",
+    "percent",
+    "low_percent",
+    "high_percent",
+    "level",
+    "blocks",
+    "material",
+    "reason",
+    "beside",
+)
 
 
 def write(folder: Path, verdict: Mapping[str, Any]) -> None:
@@ -144,6 +155,7 @@ def junit(verdict: Mapping[str, Any]) -> str:
     cases += [("workload", one["name"], one["verdict"], effect(one).lstrip(",: ")) for one in verdict["workloads"]]
     cases.append(("verdict", verdict["require"], verdict["outcome"], "; ".join(verdict["words"])))
     suite = ElementTree.Element("testsuite", name=f"assay {verdict['task']['name']}", tests=str(len(cases)))
+    beside = {one["name"]: _beside(one) for one in verdict["workloads"]}
     counts = {"failure": 0, "error": 0, "skipped": 0}
     for kind, name, outcome, words in cases:
         case = ElementTree.SubElement(suite, "testcase", classname=kind, name=name)
@@ -151,6 +163,8 @@ def junit(verdict: Mapping[str, Any]) -> str:
         if tag:
             counts[tag] += 1
             ElementTree.SubElement(case, tag, message=foreign.shown(f"{outcome}: {words}"))
+        if said := beside.get(name, []) if kind == "workload" else []:
+            ElementTree.SubElement(case, "system-out").text = foreign.shown("\n".join(said))
     for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(name, str(counts[tag]))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -178,10 +192,11 @@ def table(verdict: Mapping[str, Any]) -> str:
         level = f"{1 - one['alpha']:.6g}"
         lines_.writerow(
             (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], _cell(one["reason"]))
+            + (_cell("; ".join(_beside(one))),)
         )
     joint = verdict["joint"] or {"estimate": None, "interval": (None, None)}
     figures = [_percent(value) for value in (joint["estimate"], *joint["interval"])]
-    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"]))))
+    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"])), ""))
     return out.getvalue()
 
 
