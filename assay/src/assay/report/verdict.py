@@ -190,10 +190,8 @@ def table(verdict: Mapping[str, Any]) -> str:
     for one in verdict["workloads"]:
         figures = [_percent(value) for value in (one["estimate"], *one["interval"])]
         level = f"{1 - one['alpha']:.6g}"
-        lines_.writerow(
-            (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], _cell(one["reason"]))
-            + (_cell("; ".join(_beside(one))),)
-        )
+        counts = (level, one["blocks"], one["material"], _cell(one["reason"]), _cell("; ".join(_beside(one))))
+        lines_.writerow((*start, one["name"], one["verdict"], *figures, *counts))
     joint = verdict["joint"] or {"estimate": None, "interval": (None, None)}
     figures = [_percent(value) for value in (joint["estimate"], *joint["interval"])]
     lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"])), ""))
