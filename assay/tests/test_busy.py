@@ -129,13 +129,14 @@ def test_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(series.load, "wait_for_calm", wait)
     tree = work(tmp_path / "tree")
     given = ["ab", str(tree), str(tree), "--call", "work:work", "--rounds", "1", "--calls", "3"]
-    for name, options in (("usual", []), ("patient", ["--patient"]), ("more", ["--patient", "9"])):
+    for name, options in (("usual", []), ("patient", ["--patient"]), ("more", ["--patient", "9", "--pin"])):
         waited.clear()
         main([*given, *options, "--most-foreign", "1e9", "--out", str(tmp_path / name)])
         rows = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         blocks = sum(row["kind"] == "block" for row in rows)
         expected = {"usual": (5.0, 0), "patient": (600.0, blocks), "more": (9.0, blocks)}[name]
         assert (rows[0]["patience_s"], len(waited)) == expected and set(waited) <= {expected[0]}
+        assert len(rows[0]["processors"]) == (1 if "--pin" in options else len(ALLOWED))
     waited.clear()
     assert main([*given, "--most-foreign", "1e-9", "--out", str(tmp_path / "never")]) in (0, 1, 3, 5)
     rows = [json.loads(line) for line in (tmp_path / "never").read_text().splitlines()]

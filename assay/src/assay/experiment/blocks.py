@@ -75,12 +75,11 @@ class Blocks:
 
     def _by_round(self, block: dict[str, Any], arm: str) -> list[float]:
         """Log of base over an arm in each round; of the whole block where its figure is not made of rounds."""
-        pair = [block.get("calls", {}).get(one, []) for one in ("base", arm)]
-        primary = [[block["primary"][one]] for one in ("base", arm)]
-        own = block.get("figures", {}).get(arm, {}).get("steady") == block["primary"][arm]
-        times = pair if own and self.rounds > 1 and len(pair[0]) == len(pair[1]) >= self.rounds else primary
-        rounds = self.rounds if times is pair else 1
-        base, other = (np.median(np.log(np.reshape(one, (rounds, -1))), axis=1) for one in times)
+        calls = [block.get("calls", {}).get(one, []) for one in ("base", arm)]
+        steady = block.get("figures", {}).get(arm, {}).get("steady", math.nan)
+        if not calls[0] or not math.isclose(steady, block["primary"][arm], rel_tol=1e-4):  # one of them is rounded
+            return [math.log(block["primary"]["base"] / block["primary"][arm])]
+        base, other = (np.median(np.log(np.reshape(one, (self.rounds, -1))), axis=1) for one in calls)
         return list(base - other)
 
     def decision(self, delta: float) -> Judgement | None:
