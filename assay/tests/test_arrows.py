@@ -40,7 +40,7 @@ ARROWS = {
     "mining": {"contract", "repository"},
     "prompts": {"repository", "contract"},
     "arms": {"contract"},
-    "machine": {"arms"},
+    "machine": {"contract", "arms"},
     "experiment": {"statistics", "contract", "arms", "machine"},
     "gates": {"contract", "arms", "experiment"},
     "report": {"statistics", "contract", "experiment", "gates"},
@@ -50,7 +50,7 @@ ARROWS = {
     },
     "agents": {"repository", "contract", "prompts", "arms", "machine", "judgement"},
     "campaign": {"repository", "contract", "prompts", "arms", "judgement", "agents"},
-    "timeline": {"repository", "contract", "mining", "experiment"},
+    "timeline": {"repository", "contract", "mining", "machine", "experiment"},
     "ci": {"repository", "contract", "experiment", "report", "judgement"},
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
     "cli": {

@@ -66,8 +66,12 @@ class Worker:
         limits: Limits | None = None,
         makes_inputs: bool = False,
         weighs: bool = False,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words."""
+        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words.
+
+        `prefix`: a program that starts it (counters.py), with its arguments.
+        """
         self.arm, self.timeout_s = arm, timeout_s
         self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         there, self._requests = os.pipe()
@@ -84,7 +88,7 @@ class Worker:
         try:
             self.running = Running(
                 arm,
-                [workload.python or PYTHON, str(worker)],
+                [*prefix, workload.python or PYTHON, str(worker)],
                 tree,
                 place,
                 environment,
@@ -184,11 +188,23 @@ class Worker:
         words = f"{problem.words}: {_last(self.log.read())}"
         return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
 
+    def finish(self, timeout_s: float) -> str:
+        """Lets it end by itself; all that it and its `prefix` have printed. ArmError if it does not end so in time."""
+        os.close(self._requests)
+        self._requests = -1
+        status = self.running.wait(timeout_s).status
+        self.log.seek(0)
+        printed = self.log.read().decode(errors="replace")
+        if status:
+            raise ArmError(self.arm, f"ended with status {status}: {printed[-2000:].strip()}")
+        return printed
+
     def end(self) -> None:
         """Kills it and whatever it started."""
         self.running.end()
         for fd in (self._requests, self._replies):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         self.log.close()
 
 
@@ -201,6 +217,7 @@ def started(
     *,
     makes_inputs: bool = False,
     weighs: bool = False,
+    prefix: Sequence[str] = (),
 ) -> Worker:
     """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
     return Worker(
@@ -215,4 +232,5 @@ def started(
         limits=trees.limits(arm),
         makes_inputs=makes_inputs,
         weighs=weighs,
+        prefix=prefix,
     )

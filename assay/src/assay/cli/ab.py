@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.cli import what
-from assay.cli.command import Command
+from assay.cli.command import Command, beside
 from assay.cli.shown import STATUS, judged
 from assay.contract.errors import ArmError, Status, UsageError
 from assay.contract.workload import Plan, Workload
@@ -139,7 +139,8 @@ def _compared(
     progress.begin()
     try:
         with raw.open("x") as out:
-            more: dict[str, Any] = {"setup": what.shell(given.setup), "names": names, "told": progress.told}
+            more: dict[str, Any] = {"setup": what.shell(given.setup), "names": names, "conditions": beside(given)}
+            more["told"] = progress.told
             seen = run(base, one.tree, plan, out, control=control, **more)
             assert seen is not None
     except ArmError as problem:

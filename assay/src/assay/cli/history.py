@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from assay.cli import what
-from assay.cli.command import Command
+from assay.cli.command import Command, beside
 from assay.contract.errors import Status, UsageError
 from assay.report import terminal, timeline
 from assay.report.terminal import Progress
@@ -47,7 +47,7 @@ def _history(given: argparse.Namespace, progress: Progress) -> int:
     most = bisection.bound(len(commits) - 1, min(given.points, len(commits) - 1), given.changes)
     plan = what.plan(given, workload, most)
     shown = " ".join(workload.command) if workload.kind == "command" else f"{workload.kind} {workload.target}"
-    options = Options(plan, shown, what.shell(given.setup), given.points, most)
+    options = Options(plan, shown, what.shell(given.setup), given.points, most, conditions=beside(given))
     progress.begin()
     try:
         found = Running(repository, commits, given.out, options, progress.told).run()

@@ -8,13 +8,15 @@ from typing import Any
 from assay.cli.command import STORE, Command
 from assay.contract import admission, cells, mined, plan, rows, timeline, verdict
 from assay.contract.errors import Status, UsageError
+from assay.contract.outcome import NOISE, Outcome
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
 from assay.gates.gate import NOT_ASKED, SKIPPED
 from assay.judgement.decision import replayed
 from assay.judgement.ledger import Ledger
-from assay.report import page, terminal
+from assay.report import instructions, page, terminal
 from assay.report import verdict as pages
+from assay.report.advice import advice
 from assay.report.terminal import Progress
 from assay.statistics.looks import Judgement
 
@@ -22,7 +24,7 @@ STATUS = {
     "faster": Status.SHOWN,
     **dict.fromkeys(("slower", "equivalent", "incorrect", "tampered"), Status.REFUTED),
     "undecided": Status.OPEN,
-    "void": Status.INFRASTRUCTURE,
+    **dict.fromkeys((Outcome.VOID, NOISE), Status.INFRASTRUCTURE),
 }
 """Of a judgement without a task, which requires nothing but `faster`."""
 
@@ -49,9 +51,16 @@ def _replay(given: argparse.Namespace, _: Progress) -> int:
 
 def judged(seen: Judgement, found: list[dict[str, Any]], *more: str) -> int:
     """Prints a judgement and how it was measured; its status."""
-    delta = found[0]["plan"]["delta"]
-    shown = [*terminal.outcome(seen, delta), *terminal.got_worse(found), *terminal.figures(found)]
-    terminal.lines([*shown, *terminal.conditions(found), *more])
+    hints = [f"advice: {words}" for words in advice(seen.verdict, found)]
+    lines = [
+        *terminal.outcome(seen, found[0]["plan"]["delta"]),
+        *terminal.got_worse(found),
+        *instructions.lines(found),
+        *hints,
+        *terminal.figures(found),
+        *terminal.conditions(found),
+    ]
+    terminal.lines([*lines, *more])
     return STATUS[seen.verdict]
 
 

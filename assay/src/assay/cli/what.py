@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from assay.cli.command import margin
+from assay.arms.counters import COUNTERS
+from assay.cli.command import beside_arguments, margin
 from assay.contract import seeds
 from assay.contract.workload import Kind, Plan, Workload
 
@@ -42,6 +43,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--links", type=int, default=1, help="calls a request: with --chain, or --clock cuda (%(default)s)"
     )
+    calls.add_argument("--loops", type=int, default=0, help="calls a request without --chain (as many as it takes)")
     calls.add_argument(
         "--clock", choices=("judge", "cuda"), default="judge", help="cuda: events in the arm, cooperative"
     )
@@ -73,6 +75,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--most-foreign", type=float, default=0.1, help=_FOREIGN)
     parser.add_argument("--isolation", choices=("auto", "namespaces", "links"), default="auto", help=_ISOLATION)
+    parser.add_argument(
+        "--instructions",
+        nargs="?",
+        const="best",
+        default="",
+        choices=("best", *COUNTERS),
+        help="count each arm's, too, by the best means there is; they decide nothing",
+    )
+    beside_arguments(parser)
 
 
 def _target(kind: Kind, text: str) -> tuple[Kind, str]:
@@ -106,6 +117,7 @@ def given(arguments: argparse.Namespace) -> Workload:
         canonical=_here(arguments.canonical),
         constant=arguments.constant or not arguments.inputs,
         links=arguments.links,
+        loops=arguments.loops,
         clock=arguments.clock,
         graph=arguments.graph,
         compare=not arguments.no_compare and kind == "call",
@@ -148,6 +160,7 @@ def plan(arguments: argparse.Namespace, workload: Workload, comparisons: int) ->
         arguments.isolation,
         comparisons,
         trusted=arguments.trusted,
+        instructions=arguments.instructions,
     ).checked()
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from assay.contract.outcome import MEASURED
-from assay.contract.schema import ADDED, Count, Digest, document
+from assay.contract.schema import ADDED, Count, Digest, Number, document
 from assay.contract.workload import Plan
 
 VERSION = 3
@@ -30,9 +30,12 @@ class Header:
     isolation: Literal["sandbox", "namespaces", "links"]
     clock: Literal["judge", "cooperative"]
     calibrated: Annotated[dict[str, float], {"description": "seconds; bytes of the longest reply"}]
-    calls: Annotated[Count, {"description": "timed calls of an arm in a block; 0 for commands"}]
+    calls: Annotated[Count, {"description": "timed requests of an arm in a block; 0 for commands"}]
+    loops: Annotated[Number, {"description": "calls a request; all seconds are those of one call"}, ADDED]
     machine: Annotated[dict[str, Any], {"required": ["system", "processor", "processors", "python", "gpus"]}]
     started: Annotated[str, {"description": "UTC"}]
+    processors: Annotated[list[Count], {"description": "numbers of those that judge and arms may use"}, ADDED]
+    patience_s: Annotated[NotNegative, {"description": "how long a block waits for others to rest"}, ADDED]
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class Block:
     reasons: Annotated[list[str], {"description": "why the block is left out; empty: it counts"}]
     elapsed_s: NotNegative
     foreign_cpu_s: Annotated[float | None, {"description": "processor seconds of others meanwhile"}]
+    others: Annotated[
+        dict[str, NotNegative], {"description": "processor seconds of those who used most of it, by name"}, ADDED
+    ]
     clock_mhz: float | None
     primary: Annotated[Numbers, {"description": "what is judged: seconds, or KiB for memory"}]
     figures: Annotated[dict[str, dict[str, float]], _PER_ARM]
@@ -83,6 +89,18 @@ class Block:
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]
     mismatch: Annotated[Mismatch | None, {"description": "the first of them"}, ADDED] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """How many instructions each arm executes; it decides nothing."""
+
+    kind: Literal["instructions"] = "instructions"
+    source: Annotated[str, {"enum": ["", "perf", "valgrind", "bytecode"]}]
+    what: Annotated[str, {"description": "what was counted, in words"}]
+    calls: Annotated[Count, {"description": "how many were counted in each arm; 1 is a whole command"}]
+    counts: Annotated[dict[str, NotNegative], {"description": "by arm, of one call; empty: none were counted"}]
+    words: Annotated[str, {"description": "why a better source, or any, was not to be had"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,5 +138,5 @@ class Judged:
 def schema() -> dict[str, Any]:
     """The JSON schema of a row."""
     words = "RAW is a text file of JSON lines: one header, then a block per line, then at most one verdict or failure."
-    models = (Header, Block, Resumed, Failed, Judged)
+    models = (Header, Block, Counted, Resumed, Failed, Judged)
     return document(f"assay-raw-{VERSION}", f"A line of RAW, version {VERSION}", words, models)

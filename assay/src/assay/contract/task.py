@@ -65,6 +65,8 @@ class Timed:
     Not compared are outputs of a command, of a benchmark, of a call with `compare = false`, and of a function that
     returns nothing.
     """
+    instructions: Literal["", "best", "perf", "valgrind", "bytecode"] = ""
+    """By what instructions are counted beside times: `best` that the machine allows, or one. They decide nothing."""
     worker: Literal["untrusted", "trusted"] = "untrusted"
     """Whether a patch may have its worker in its hands; only what that cannot explain is then called faster.
 
@@ -235,6 +237,7 @@ class Read:
             most_start_s=task.budget.most_start_s,
             unchecked=timed.outputs == "unchecked",
             trusted=timed.worker == "trusted",
+            instructions=timed.instructions,
         ).checked()
 
 

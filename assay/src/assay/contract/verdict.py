@@ -60,6 +60,16 @@ class Worse:
 
 
 @dataclass(frozen=True)
+class Instructions:
+    """Counts of instructions beside the times; they decide nothing. Log-ratios of base over an arm."""
+
+    source: str
+    candidate: float | None
+    control: float | None
+    words: str
+
+
+@dataclass(frozen=True)
 class WorkloadFound:
     """What one workload's blocks say."""
 
@@ -76,6 +86,10 @@ class WorkloadFound:
     holm: Annotated[bool, {"description": "called by Holm's procedure alone"}]
     reference: Change | None
     worse: Annotated[list[Worse], ADDED] = field(default_factory=list)
+    instructions: Annotated[Instructions | None, ADDED] = None
+    advice: Annotated[list[str], {"description": "what can be done where this shows nothing"}, ADDED] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

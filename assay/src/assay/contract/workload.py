@@ -55,6 +55,12 @@ class Workload:
     chain: str = ""
     """`module:function`: (input, output) -> the next input. With `links` calls in a request."""
     links: int = 1
+    loops: Annotated[int, ADDED] = 0
+    """Calls a request without `chain`: 0 makes them as many as a call of microseconds needs, 1 never more than one.
+
+    Each has an input of its own, which it cannot read before the output of the call before is known. Constant inputs
+    and benchmarks are called again and again.
+    """
     clock: Literal["judge", "cuda"] = "judge"
     """cuda: events inside the worker around `links` calls, which is cooperative: the worker could lie."""
     graph: bool = False
@@ -86,6 +92,16 @@ class Workload:
         return self.kind != "command"
 
     @property
+    def repeats(self) -> bool:
+        """Whether all calls have one input."""
+        return self.constant or self.kind != "call"
+
+    @property
+    def may_loop(self) -> bool:
+        """Whether a request may hold a loop of calls: outputs have to be the same bits, and the clock the judge's."""
+        return self.loops != 1 and self.links == 1 and self.clock == "judge" and not (self.rtol or self.atol)
+
+    @property
     def compares(self) -> bool:
         """Whether outputs are compared: those of a command or of a benchmark are nobody's to see."""
         return self.kind == "call" and self.compare
@@ -103,13 +119,15 @@ class Workload:
         for name in NAMED[1:]:
             if getattr(self, name) and ":" not in getattr(self, name):
                 raise ValueError(f"--{name}: expected NAME:FUNCTION, got {getattr(self, name)!r}")
-        for name, least in (("rounds", 1), ("links", 1), ("calls", 0), ("warmups", 1), ("case", 0)):
+        for name, least in (("rounds", 1), ("links", 1), ("loops", 0), ("calls", 0), ("warmups", 1), ("case", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
         if self.canonical and not self.canonical.partition(":")[0].endswith(".py"):
             raise ValueError(f"--canonical: expected FILE.py:FUNCTION, got {self.canonical!r}")
         if self.links > 1 and not self.chain and self.clock == "judge":
             raise ValueError("--links: expected --chain with it, so that no call can be left out")
+        if self.loops > 1 and not self.may_loop:
+            raise ValueError("--loops: expected no --links, --rtol, --atol or --clock cuda with it")
         if self.clock == "cuda" and self.chain:
             raise ValueError("--chain: expected the judge's clock, got --clock cuda")
         if self.graph and self.clock != "cuda":
@@ -140,6 +158,8 @@ class Plan:
     """Whether the task says that outputs need not be compared."""
     trusted: Annotated[bool, ADDED] = False
     """Whether workers are trusted: what a patched one could spare beside sending is then no bound of `faster`."""
+    instructions: Annotated[Literal["", "best", "perf", "valgrind", "bytecode"], ADDED] = ""
+    """By what instructions are counted at the end: the best that the machine allows, or one; "": not at all."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
 
     def checked(self) -> "Plan":

@@ -32,8 +32,8 @@ def first(
 def _input(body: bytes) -> str:
     try:
         return brief_arguments(wire.decode(body))
-    except UNREADABLE as problem:
-        return f"no value: {type(problem).__name__}"
+    except UNREADABLE:
+        return "a loop of sealed inputs"
 
 
 def _shown(body: bytes | None) -> str:

@@ -7,6 +7,7 @@ block as they end, then the verdict. A block holds a run of A, of B and of A'; i
 import hashlib
 import json
 import math
+import os
 import secrets
 import tempfile
 import time
@@ -27,15 +28,14 @@ from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.calibration import calibrate
 from assay.experiment.copies import copied
 from assay.experiment.inputs import Inputs
+from assay.experiment.instructions import counted
 from assay.experiment.raw import verdict_row
 from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
 from assay.machine import gpu, load
+from assay.machine.conditions import PATIENCE_S, Conditions
 from assay.machine.identity import machine
 from assay.machine.objects import HELD
 from assay.statistics.looks import Judgement
-
-PATIENCE_S = 5.0
-"""How long a block waits for others to be gone, after one that was left out."""
 
 
 def run(
@@ -46,6 +46,7 @@ def run(
     *,
     control: Path | None = None,
     boxes: Mapping[str, Box] | None = None,
+    conditions: Conditions | None = None,
     setup: Sequence[str] = (),
     names: Mapping[str, str] | None = None,
     earlier: Sequence[dict[str, Any]] = (),
@@ -53,6 +54,8 @@ def run(
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement | None:
     """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
+
+    `conditions`: what is done against others on the machine; nothing but a little patience unless given.
 
     All three arms are copies made for the occasion; without `control`, A' is a second one of base. `setup` is run once
     in each. `names` are what RAW calls the trees. `earlier` and `seconds` are as in `measured`.
@@ -66,13 +69,17 @@ def run(
         if tree is not None and not tree.is_dir():
             raise ValueError(f"{name}: expected a directory, got {tree}")
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
+        conditions = conditions or Conditions()
         if boxes is not None:
-            seen = measured(plan, Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder)), out, told=told)
+            trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+            with conditions.kept():
+                seen = measured(plan, trees, out, patience_s=conditions.patience_s, told=told)
         else:
             given = dict(zip(ARMS, (base, candidate, control or base), strict=True))
-            with copied(given, Path(folder), plan.isolation, setup, plan.timeout_s) as trees:
+            with copied(given, Path(folder), plan.isolation, setup, plan.timeout_s) as trees, conditions.kept():
                 named = replace(trees, names={**trees.names, **(names or {})})
-                seen = measured(plan, named, out, earlier=earlier, seconds=seconds, told=told)
+                more: dict[str, Any] = {"earlier": earlier, "seconds": seconds, "patience_s": conditions.patience_s}
+                seen = measured(plan, named, out, told=told, **more)
         return seen
 
 
@@ -83,9 +90,13 @@ def measured(
     *,
     earlier: Sequence[dict[str, Any]] = (),
     seconds: float = math.inf,
+    patience_s: float = PATIENCE_S,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement | None:
     """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
+
+    After a block that was left out for load, the next one waits for calm, `patience_s` at most. With more than
+    PATIENCE_S every block does. `told` hears what is waited for in rows of the kind "load", which are not in RAW.
 
     It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut
     changes nothing but the time. Raises as `run` does, and ValueError if the earlier rows are of another machine.
@@ -99,8 +110,8 @@ def measured(
     start, longest = time.monotonic(), 0.0
     series = _Series(plan, trees, earlier)
     try:
-        tell(_resumed(earlier) if earlier else _header(plan, trees, series))
-        blocks, loaded = Blocks(plan.workloads), False
+        tell(_resumed(earlier) if earlier else _header(plan, trees, series, patience_s))
+        blocks, loaded = Blocks(plan.workloads, plan.workload.rounds), False
         for row in earlier:
             if row["kind"] == "block":
                 blocks.add(row)
@@ -109,14 +120,18 @@ def measured(
             begun = time.monotonic()
             if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
                 return None
-            if loaded:
-                load.wait_for_calm(PATIENCE_S)
+            if loaded or patience_s > PATIENCE_S:
+                load.wait_for_calm(
+                    min(patience_s, max(0.0, seconds - (begun - start))), told=lambda *seen: told(_waits(*seen))
+                )
             block = series.block()
             blocks.add(block)
             loaded = any(words.startswith(load.FOREIGN) for words in block["reasons"])
             tell(block)
             longest = max(longest, time.monotonic() - begun)
             seen = blocks.decision(plan.delta)
+        if plan.instructions and not any(row["kind"] == "instructions" for row in earlier):
+            tell(series.instructions())
         tell(verdict_row(seen))
         return seen
     finally:
@@ -133,14 +148,16 @@ class _Series:
         self.caches = Caches(folders, plan.digest())
         self.inputs: Inputs | None = None
         self.calibrated: dict[str, float] = {}
-        self.calls = 0
+        self.calls, self.loops = 0, 1
         if plan.workload.worker:
             self.inputs = Inputs(plan, trees)
             try:
                 if earlier:
                     self.calls, self.calibrated = earlier[0]["calls"], earlier[0]["calibrated"]
+                    self.loops = earlier[0].get("loops", 1)
                 else:
-                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                    found = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                    self.calls, self.loops, self.calibrated = found.calls, found.loops, found.seconds
                 self._workers(secrets.randbits(32))
             except BaseException:
                 self.end()
@@ -165,7 +182,7 @@ class _Series:
         else:
             given = self._given()
             before, start = load.Load.now(), time.perf_counter()
-            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected)
+            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected, self.loops)
         elapsed = time.perf_counter() - start
         evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
         reasons += more
@@ -188,6 +205,7 @@ class _Series:
             reasons=reasons,
             elapsed_s=round(elapsed, 6),
             foreign_cpu_s=evidence.foreign_cpu_s,
+            others=evidence.others,
             clock_mhz=evidence.clock_mhz,
             primary={arm: samples[arm].figures[self.plan.primary] for arm in samples},
             figures={arm: _rounded(samples[arm].figures) for arm in samples},
@@ -216,12 +234,19 @@ class _Series:
         sending = self._of_base("transport", samples, ("first",))  # it is taken out of no other figure
         return sending + self._of_base("spared", samples, ("steady", "first"))
 
+    def instructions(self) -> dict[str, Any]:
+        """How many each arm executes, as a row of RAW."""
+        call_s = self.calibrated.get("call_s", 0.0)
+        return counted(self.plan, self.trees, self.inputs, loops=self.loops, call_s=call_s)
+
     def _given(self, counts: bool = True) -> list[bytes]:
         """A block's inputs: the first ones are not timed."""
         assert self.inputs is not None
         workload = self.plan.workload
         wanted = self.calls + workload.warmups
         drawn = seeds.inputs(self.plan.seed, self.number if counts else "first")
+        if self.loops > 1 and not workload.repeats:
+            return self.inputs.sealed(drawn, self.loops, wanted)[0]
         return self.inputs.make([next(drawn)]) * wanted if workload.constant else self.inputs.fresh(drawn, wanted)
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
@@ -232,6 +257,7 @@ class _Series:
             self._given(counts=False),
             hash_seed,
             self.expected,
+            self.loops,
         )
 
     @property
@@ -262,7 +288,11 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
+def _waits(seen: load.Foreign, seconds: float) -> dict[str, Any]:
+    return {"kind": "load", "foreign_cpu_s": seen.seconds, "others": seen.by, "elapsed_s": seconds}
+
+
+def _header(plan: Plan, trees: Trees, series: _Series, patience_s: float) -> dict[str, Any]:
     header = Header(
         protocol=plan.digest(),
         plan=plan,
@@ -271,7 +301,10 @@ def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
         clock="cooperative" if plan.workload.clock == "cuda" else "judge",
         calibrated={name: float(f"{value:.4g}") for name, value in series.calibrated.items()},
         calls=series.calls,
+        loops=series.loops,
         machine=machine(),
         started=_now(),
+        processors=sorted(os.sched_getaffinity(0)),
+        patience_s=patience_s,
     )
     return asdict(header)

@@ -26,6 +26,8 @@ from assay.experiment.blocks import Blocks
 from assay.experiment.raw import verdict_row, whole_rows
 from assay.gates import notes, table
 from assay.gates.gate import NOT_ASKED, SKIPPED
+from assay.report import instructions
+from assay.report.advice import advice
 from assay.statistics.looks import LOOKS
 from assay.statistics.signed_rank import exact_interval, hodges_lehmann, holm, p_value, walsh_averages
 
@@ -118,7 +120,7 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
         failed = {"verdict": rows[-1]["outcome"], "reason": rows[-1]["words"], "interval": [None, None]}
         unmeasured = {"estimate": None, "blocks": 0, "alpha": 1.0, "material": False, "detectable": None}
         return {"name": name, **failed, **unmeasured, **nothing}
-    blocks = Blocks(plan.workloads)
+    blocks = Blocks(plan.workloads, plan.workload.rounds)
     p, seen = 1.0, None
     for row in rows:
         if row["kind"] == "block" and (seen is None or seen.verdict == "continue"):
@@ -128,6 +130,9 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     if seen is None or seen.verdict == "continue":
         raise ValueError(f"RAW: expected blocks of {name} up to a look that decides")
     row = {key: value for key, value in verdict_row(seen).items() if key != "kind"}
+    counts = instructions.found(rows)
+    row["instructions"] = None if counts is None else contract.Instructions(**counts)
+    row["advice"] = advice(seen.verdict, rows)
     outputs = "" if blocks.compared else "unchecked" if plan.unchecked else "not compared"
     ratios = _ratios(blocks, "candidate", seen.blocks) if math.isfinite(seen.estimate) else []
     more = {"p": p, "reference": _reference(blocks), "ratios": ratios, "outputs": outputs, "start": _start(plan, rows)}

@@ -24,7 +24,7 @@ from assay.arms.trees import Trees
 from assay.contract.workload import Plan, Workload
 from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.samples import Sample, worker_samples
-from assay.experiment.series import PATIENCE_S
+from assay.machine.conditions import PATIENCE_S
 from assay.machine.load import Load, wait_for_calm
 from assay.statistics.looks import LOOKS, MOST_CONTAMINATED, Judgement
 from assay.statistics.signed_rank import exact_interval

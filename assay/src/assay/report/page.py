@@ -11,7 +11,8 @@ import numpy as np
 
 from assay.contract import foreign
 from assay.experiment.blocks import Blocks
-from assay.report import terminal, wording
+from assay.report import instructions, terminal, wording
+from assay.report.advice import advice
 from assay.statistics.looks import Judgement
 from assay.statistics.signed_rank import exact_interval
 
@@ -64,8 +65,10 @@ def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
     verdict = seen.verdict if seen else "unfinished"
     lines = terminal.outcome(seen, header["plan"]["delta"]) if seen else [f"unfinished: {len(clean)} clean blocks"]
     parts = [
-        f'<p><span class="verdict {verdict}">{verdict}</span> {text(lines[0].partition(": ")[2])}</p>',
+        f'<p><span class="verdict {text(verdict)}">{text(verdict)}</span> {text(lines[0].partition(": ")[2])}</p>',
         *(f"<p>{text(line)}</p>" for line in lines[1:]),
+        *(f"<p>{text(words)}</p>" for words in instructions.lines(rows)),
+        *(f"<p>advice: {text(words)}</p>" for words in advice(verdict, rows)),
     ]
     parts += [f"<p>{text(line)}</p>" for line in terminal.got_worse([header, *blocks])]
     if clean:
@@ -88,7 +91,7 @@ def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgement | None:
-    found = Blocks(header["plan"]["workloads"])
+    found = Blocks(header["plan"]["workloads"], header["plan"]["workload"]["rounds"])
     for block in blocks:
         found.add(block)
         seen = found.decision(header["plan"]["delta"])

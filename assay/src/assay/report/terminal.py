@@ -14,6 +14,10 @@ from assay.experiment import beside
 from assay.report import wording
 from assay.statistics.looks import LOOKS, Judgement
 
+_SAID_S = 30.0
+"""How often it is said, without a terminal, what is waited for."""
+_SEEN = 0.02
+"""Of a processor: less is not shown."""
 _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
 
 
@@ -26,7 +30,8 @@ class Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.clean = self.left_out = 0
-        self.stage = ""
+        self.stage = self.others = ""
+        self.said = -math.inf
         self.start = time.monotonic()
         self.shows = self.begun = False
 
@@ -48,6 +53,11 @@ class Progress:
         """Takes a row."""
         if not self.begun:
             self.begin()
+        if row["kind"] in ("block", "load"):
+            self.others = others(row)
+        if row["kind"] == "load" and not self.shows and time.monotonic() - self.said > _SAID_S:
+            self.said = time.monotonic()
+            line(f"waiting until others rest: {self.others or 'nobody is seen'}", sys.stderr)
         if row["kind"] == "block":
             self.clean += not row["reasons"]
             self.left_out += bool(row["reasons"])
@@ -59,6 +69,8 @@ class Progress:
         if self.shows:
             look = next((look.blocks for look in LOOKS if look.blocks > self.clean), LOOKS[-1].blocks)
             words = f"block {self.clean}, next look at {look}" + f", {self.left_out} left out" * bool(self.left_out)
+            words = f"waiting until others rest; {words}" if row["kind"] == "load" else words
+            words += f"; {self.others}" * bool(self.others)
             if self.stage:
                 words = f"{self.stage}: {words}" if self.clean or self.left_out else self.stage
             if self.bar is None:
@@ -76,6 +88,15 @@ class Progress:
             self.bar.stop()
         elif self.shows:
             print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def others(row: dict[str, Any]) -> str:
+    """How much of a processor others used while a block, or a wait, lasted, and who; "" if it was next to nothing."""
+    foreign, seconds = row["foreign_cpu_s"], row["elapsed_s"]
+    if foreign is None or foreign < _SEEN * seconds:
+        return ""
+    who = ", ".join(f"{name} {used / seconds:.2f}" for name, used in row.get("others", {}).items())
+    return f"others use {foreign / seconds:.2f} of a processor{f' ({who})' * bool(who)}"
 
 
 def _unmarked(words: str) -> str:
@@ -160,6 +181,11 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
         )
     elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
         lines.append("sending: in the times of all arms")
+    if header.get("loops", 1) > 1:
+        lines.append(f"calls in loops of {header['loops']}, whose times are those of one call")
+    if processors := header.get("processors"):
+        many = len(processors)
+        lines.append(f"on processor {processors[0]} alone" if many == 1 else f"on {many} processors")
     compared = sum(row["compared"] for row in blocks)
     if compared:
         lines.append(f"outputs: {compared} compared with base's, {sum(len(row['differing']) for row in blocks)} differ")

@@ -19,7 +19,18 @@ from assay.report.page import text
 PATCH = "patch.diff"
 """The patch that was judged, in an attempt's folder and in RAW's."""
 _MET = {0: "met", 1: "not met", 3: "not judged", 4: "not judged", 5: "not shown"}
-_COLUMNS = ("workload", "verdict", "percent", "low_percent", "high_percent", "level", "blocks", "material", "reason")
+_COLUMNS = (
+    "workload",
+    "verdict",
+    "percent",
+    "low_percent",
+    "high_percent",
+    "level",
+    "blocks",
+    "material",
+    "reason",
+    "beside",
+)
 
 
 def write(folder: Path, verdict: Mapping[str, Any]) -> None:
@@ -39,7 +50,7 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
         found.append(f"  and {len(verdict['words']) - 10} more")
     for one in verdict["workloads"]:
         found.append(f"{one['name']}: {one['verdict']}{effect(one, verdict['task']['delta'], verdict['words'])}")
-        found += [f"  {worse}" for worse in _worse(one)]
+        found += [f"  {words}" for words in _beside(one)]
         if one["reference"]:
             found.append(f"  the reference: {_change(one['reference'])}")
     if verdict["joint"]:
@@ -48,11 +59,6 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
         told = gate["words"] in verdict["words"]
         found.append(f"{gate['name']}: {gate['outcome'] or 'passed'}" + ("" if told else f": {gate['words']}"))
     return [*found, *_facts(verdict)]
-
-
-def _worse(one: Mapping[str, Any]) -> list[str]:
-    words = wording.worse(one.get("worse", ()))
-    return [words] if words else []
 
 
 def _facts(verdict: Mapping[str, Any]) -> list[str]:
@@ -66,6 +72,13 @@ def _facts(verdict: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _beside(one: Mapping[str, Any]) -> list[str]:
+    """What stands beside a workload's verdict: what got worse, counts of instructions, and advice."""
+    worse, counts = wording.worse(one.get("worse", ())), one.get("instructions")
+    hints = [f"advice: {words}" for words in one.get("advice", [])]
+    return [*([worse] if worse else []), *([counts["words"]] if counts else []), *hints]
+
+
 def effect(one: Mapping[str, Any], delta: float, told: Sequence[str] = ()) -> str:
     """A workload's change with its interval, if it has one, else its reason unless that was `told` above."""
     if one["estimate"] is None:
@@ -76,8 +89,8 @@ def effect(one: Mapping[str, Any], delta: float, told: Sequence[str] = ()) -> st
 
 
 def _plain(one: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
-    """A workload's change, or why it has none, and what got worse: for a cell of a table."""
-    return "; ".join([effect(one, verdict["task"]["delta"]).lstrip(",: "), *_worse(one)])
+    """A workload's change, or why it has none, for a cell of a table."""
+    return effect(one, verdict["task"]["delta"]).lstrip(",: ")
 
 
 def _change(one: Mapping[str, Any]) -> str:
@@ -129,6 +142,7 @@ def markdown(verdict: Mapping[str, Any]) -> str:
         found += [
             f"| {one['name']} | {one['verdict']} | {_escaped(_plain(one, verdict))} |" for one in verdict["workloads"]
         ]
+    found += ["", *(f"- {_escaped(words)}" for one in verdict["workloads"] for words in _beside(one))]
     if verdict["joint"]:
         found += ["", f"Geometric mean: {_change(verdict['joint'])}"]
     if verdict["gates"]:
@@ -151,6 +165,7 @@ def junit(verdict: Mapping[str, Any]) -> str:
     cases += [("workload", one["name"], one["verdict"], _plain(one, verdict)) for one in verdict["workloads"]]
     cases.append(("verdict", verdict["require"], verdict["outcome"], "; ".join(verdict["words"])))
     suite = ElementTree.Element("testsuite", name=f"assay {verdict['task']['name']}", tests=str(len(cases)))
+    beside = {one["name"]: _beside(one) for one in verdict["workloads"]}
     counts = {"failure": 0, "error": 0, "skipped": 0}
     for kind, name, outcome, words in cases:
         case = ElementTree.SubElement(suite, "testcase", classname=kind, name=name)
@@ -158,6 +173,8 @@ def junit(verdict: Mapping[str, Any]) -> str:
         if tag:
             counts[tag] += 1
             ElementTree.SubElement(case, tag, message=foreign.shown(f"{outcome}: {words}"))
+        if said := beside.get(name, []) if kind == "workload" else []:
+            ElementTree.SubElement(case, "system-out").text = foreign.shown("\n".join(said))
     for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(name, str(counts[tag]))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -183,12 +200,11 @@ def table(verdict: Mapping[str, Any]) -> str:
     for one in verdict["workloads"]:
         figures = [_percent(value) for value in (one["estimate"], *one["interval"])]
         level = f"{1 - one['alpha']:.6g}"
-        lines_.writerow(
-            (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], _cell(one["reason"]))
-        )
+        counts = (level, one["blocks"], one["material"], _cell(one["reason"]), _cell("; ".join(_beside(one))))
+        lines_.writerow((*start, one["name"], one["verdict"], *figures, *counts))
     joint = verdict["joint"] or {"estimate": None, "interval": (None, None)}
     figures = [_percent(value) for value in (joint["estimate"], *joint["interval"])]
-    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"]))))
+    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"])), ""))
     return out.getvalue()
 
 

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from assay import __version__
 from assay.contract import seeds
 from assay.contract.errors import ArmError, Status, StoppedError
 from assay.contract.frozen import written
+from assay.contract.outcome import NOISE, Outcome
 from assay.contract.timeline import VERSION, Commit, History, Pair
 from assay.contract.workload import Plan
 from assay.experiment.raw import whole_rows
 from assay.experiment.series import run
+from assay.machine.conditions import Conditions
 from assay.mining import history
 from assay.repository import checkout, store
 from assay.timeline.bisection import BrokenError, Search
@@ -47,6 +49,8 @@ class Options:
     points: int = 1
     most: int = 1
     """Judgements that are allowed."""
+    conditions: Conditions = field(default_factory=Conditions)
+    """What is done against others on the machine."""
     voids: int = 2
     """How often a pair is measured that is void, in one run of the command."""
 
@@ -126,14 +130,14 @@ class Running:
                 rows = whole_rows(file)
             voids = list(file.parent.glob(f"{file.stem}.void-*.jsonl"))
             last = rows[-1]
-            if last["verdict"] != "void":
+            if last["verdict"] not in (Outcome.VOID, NOISE):
                 facts = {name: last[name] for name in ("verdict", "estimate", "interval", "alpha", "blocks")}
                 place = file.relative_to(self.folder).as_posix()
                 self.pairs.append(Pair(before, after, **facts, voids=len(voids), raw=place))
                 self._write("unfinished")
                 return self.pairs[-1]
             file.rename(file.with_name(f"{file.stem}.void-{len(voids) + 1}.jsonl"))
-        words = f"{names[0][:12]} to {names[1][:12]}: void: {last['reason']}; the same command goes on"
+        words = f"{names[0][:12]} to {names[1][:12]}: {last['verdict']}: {last['reason']}; the same command goes on"
         raise VoidError(words)
 
     def _measured(self, before: int, after: int, file: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -144,6 +148,7 @@ class Running:
         with tempfile.TemporaryDirectory(prefix="assay-") as place, file.open("a") as out:
             trees = [checkout.written(self.repository, name, Path(place)) for name in names]
             more: dict[str, Any] = {"setup": self.options.setup, "names": shown, "earlier": rows, "told": self.told}
+            more["conditions"] = self.options.conditions
             try:
                 run(*trees, plan, out, **more)
             except ArmError as problem:

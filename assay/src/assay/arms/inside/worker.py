@@ -5,11 +5,14 @@ arm nor the clock. Requests come on descriptor 3, replies go to 4, as frames (wi
 
 l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
-c  call with the input in the frame         g  call with the kept input
+c  call with the input in the frame         g  call with the kept input, so often as the frame's number says
 k  keep this output for echoes              p  nothing: to see it awake
+n  count the interpreter's instructions of a call with the input in the frame (counting.py)
 s  seconds of a request but for its calls and what is sent
 t  combinations of parameters that the benchmark has, as texts
 a  the last call's input as it is now; of a chain, the last link's
+w  walk: a loop of calls whose inputs are sealed (sealed.py)
+b  base alone: seal inputs, made from the seeds in the frame, so many per request
 o  an earlier call's output as it is now, by how many calls ago: 0 is the last
 z  overwrite the last call's input, then as `o` with 0
 """
@@ -74,6 +77,8 @@ class Workload:
         import json  # noqa: F401 - for values; the first call is not to be charged with it
 
         self.wire, self.options = wire, options
+        self.folder = folder
+        self.module: Any = None
         kind, target = options["kind"], options["target"]
         self.function: Callable[..., Any]
         self.cases = [""]
@@ -93,14 +98,21 @@ class Workload:
         self.output: Any = None
         self.kept: list[Any] = []
         self.chained: list[float] = []
+        self.walked: list[Any] = []
+        self.loops = 1
 
     def answer(self, letter: bytes, number: float, body: bytearray) -> tuple[float, Any]:
         """A number and the value to send back."""
         if letter in b"ci":
             self.input = self.last = self.wire.decode(body, tensors=True)
-        if letter in b"cg":
-            start = time.perf_counter()
-            inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
+        if letter in b"cgw":
+            start, inner = time.perf_counter(), 0.0
+            if letter == b"w":
+                output = self.walk(body)
+            elif self.options["clock"] == "cuda":
+                inner, output = self.on_device()
+            else:
+                output = self.repeated(int(number)) if letter == b"g" and number > 1 else self.call()
             seconds = inner or time.perf_counter() - start
             if self.sends:
                 self.kept = [output, *self.kept[:1]]
@@ -115,8 +127,19 @@ class Workload:
             if self.inputs is None:
                 return 0.0, ()
             return 0.0, self.inputs(int(number))
+        if letter == b"n":
+            given = self.wire.decode(body, tensors=True)
+            return float(_load("counting", self.folder).counted(lambda: self.once(given))), None
+        if letter == b"b":
+            assert self.inputs is not None
+            return 0.0, self.sealed().requests(self.inputs, self.function, *marshal.loads(body))
         if letter == b"e":
+            if self.walked:
+                self.sealed().again(self.walked, body)
+                return 0.0, self.output
             self.wire.decode(body, tensors=True)
+            if self.loops > 1 and self.sends:
+                self.alike(marshal.dumps(self.output, 2), lambda: self.output)
             return 0.0, self.output
         if letter == b"t":
             return 0.0, self.cases
@@ -141,13 +164,40 @@ class Workload:
             self.last = given
         return output
 
+    def sealed(self) -> Any:
+        """The module sealed.py; few workloads need it."""
+        self.module = self.module or _load("sealed", self.folder)
+        return self.module
+
+    def walk(self, body: bytearray) -> Any:
+        """Calls in a loop whose inputs are sealed: how many, since a wrong output ends it, and the last output."""
+        self.walked, self.last = self.sealed().walk(self.function, body)
+        self.input = self.last
+        return len(self.walked), self.walked[-1]
+
+    def repeated(self, loops: int) -> Any:
+        """So many calls with the kept input. ValueError if their outputs differ, where they are compared."""
+        self.loops, output = loops, self.once(self.input)
+        if self.sends:
+            self.alike(marshal.dumps(output, 2), lambda: self.once(self.input))
+        else:
+            for _ in range(loops - 1):
+                self.once(self.input)
+        return output
+
+    def alike(self, first: bytes, call: Callable[[], Any]) -> None:
+        """The calls of a loop over one input but for its first; ValueError unless all give the output of that one."""
+        for _ in range(self.loops - 1):
+            if marshal.dumps(call(), 2) != first:
+                raise ValueError("outputs: expected a loop over one input to give one output, got two that differ")
+
     def spared(self) -> float:
         """Seconds of the last request but for its calls and what was sent: its chain, and a copy per call.
 
         A call that may not overwrite its arguments, and whose outputs last, can copy the former and has to make the
         latter. What that takes is what one spares that does not keep to it.
         """
-        links, chained = self.options["links"], sorted(self.chained)
+        links, chained = max(self.options["links"], self.loops, len(self.walked)), sorted(self.chained)
         given, output = copier(self.last), copier(self.output)
         start = time.perf_counter()
         for _ in range(links):
