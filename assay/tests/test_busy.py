@@ -235,7 +235,7 @@ def test_the_refusal_is_an_outcome_with_words(tmp_path: Path, capsys: pytest.Cap
     assert "infra.noise" in verdict.junit(found) and "assay doctor" in verdict.markdown(found)
     seen, _ = replay([json.dumps(row) for row in rows[:-1]])
     assert (seen.verdict, seen.blocks) == ("infra.noise", 3)
-    assert main(["replay", str(folder / "w.jsonl")]) == 3
+    assert main(["replay", str(folder)]) == 3
     shown = capsys.readouterr().out
     assert "infra.noise: " in shown and "advice: " in shown
 
