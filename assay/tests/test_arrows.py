@@ -43,7 +43,7 @@ ARROWS = {
     "machine": {"contract", "arms"},
     "experiment": {"statistics", "contract", "arms", "machine"},
     "gates": {"contract", "arms", "experiment"},
-    "report": {"statistics", "contract", "experiment", "gates"},
+    "report": {"statistics", "contract", "machine", "experiment", "gates"},
     "judgement": {"statistics", "repository", "contract", "arms", "machine", "experiment", "gates", "report"},
     "admission": {
         *("statistics", "repository", "contract", "mining", "arms", "machine", "experiment", "gates", "judgement"),

@@ -96,12 +96,19 @@ def test_a_row_says_how_much_it_was_and_who() -> None:
 def test_load_is_shown_while_it_is_waited_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = {"kind": "load", "foreign_cpu_s": 0.25, "others": {"py\x1b[2Jthon": 0.2}, "elapsed_s": 0.5}
+    waits = {
+        "kind": "load",
+        "foreign_cpu_s": 0.25,
+        "others": {"py\x1b[2Jthon": 0.2},
+        "elapsed_s": 0.5,
+        "patience_s": 5.0,
+    }
     progress = Progress()
     for _ in range(3):
         progress.told(waits)
     said = capsys.readouterr().err
-    assert said == "waiting until others rest: others use 0.50 of a processor (py\\x1b[2Jthon 0.40)\n"
+    words = "waiting until others rest, 5 s at most, which --patient extends: others use 0.50 of a processor"
+    assert said == f"{words} (py\\x1b[2Jthon 0.40)\n"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     progress = Progress()
@@ -235,7 +242,7 @@ def test_the_refusal_is_an_outcome_with_words(tmp_path: Path, capsys: pytest.Cap
     assert "infra.noise" in verdict.junit(found) and "assay doctor" in verdict.markdown(found)
     seen, _ = replay([json.dumps(row) for row in rows[:-1]])
     assert (seen.verdict, seen.blocks) == ("infra.noise", 3)
-    assert main(["replay", str(folder / "w.jsonl")]) == 3
+    assert main(["replay", str(folder)]) == 3
     shown = capsys.readouterr().out
     assert "infra.noise: " in shown and "advice: " in shown
 

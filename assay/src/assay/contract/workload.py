@@ -96,6 +96,10 @@ class Workload:
         """Whether all calls have one input."""
         return self.constant or self.kind != "call"
 
+    def keeps(self, loops: int) -> bool:
+        """Whether a worker is sent the one input of all calls before they are timed."""
+        return self.constant or (self.repeats and loops > 1)
+
     @property
     def may_loop(self) -> bool:
         """Whether a request may hold a loop of calls: outputs have to be the same bits, and the clock the judge's."""

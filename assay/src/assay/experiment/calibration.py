@@ -81,7 +81,7 @@ def calibrate(plan: Plan, trees: Trees, inputs: Inputs, hash_seed: int) -> Calib
             raise TooShortError(f"{words}; no loop can be made of it: {why}; {_ADVICE}") from None
         if seen.too_short(_TOO_SHORT_IN_A_LOOP):
             share = f"in a loop {_micro(seen.call_s)} a call, of which {_micro(seen.transport_s)} hide its input"
-            raise TooShortError(f"{words}; {share}, more than half; {_ADVICE}")
+            raise TooShortError(f"{words}; {share}, more than two thirds; {_ADVICE}")
     elif short:
         words = f"a call takes {_micro(seen.call_s)} and sending input and output {_micro(seen.transport_s)}"
         raise TooShortError(f"too_short: {words}, more than a tenth of it; {_ADVICE}")
@@ -133,7 +133,7 @@ def _tried(plan: Plan, trees: Trees, inputs: Inputs, hash_seed: int, loops: int)
                 raise ArmError("base", "two processes gave different outputs for one input")
             if workload.clock == "judge":
                 worker.ask(b"k", 0.0, [replies[-1].body])
-                sent = NOTHING if workload.repeats and (workload.constant or loops > 1) else one
+                sent = NOTHING if workload.keeps(loops) else one
                 echoes += [worker.ask(b"e", 0.0, [sent]).seconds / loops for _ in range(_CALLS)]
     finally:
         worker.end()

@@ -27,9 +27,7 @@ _SLOWER, _SPAN_S = 50.0, 5.0
 _END_S = 60.0
 
 
-def counted(
-    plan: Plan, trees: Trees, inputs: Inputs | None, *, loops: int, call_s: float, wanted: str = ""
-) -> dict[str, Any]:
+def counted(plan: Plan, trees: Trees, inputs: Inputs | None, *, loops: int, call_s: float) -> dict[str, Any]:
     """A row of RAW: instructions of each arm, or in words why there are none.
 
     Args:
@@ -38,9 +36,8 @@ def counted(
         inputs: of callables.
         loops: calls a request, as calibrated.
         call_s: what a call takes, about.
-        wanted: instead of the plan's.
     """
-    counter, refused = best(wanted or plan.instructions, worker=plan.workload.worker)
+    counter, refused = best(plan.instructions, worker=plan.workload.worker)
     if counter is None:
         return asdict(Counted(source="", what="", calls=0, counts={}, words="; ".join(refused)))
     row = Counted(source=counter.name, what=counter.words, calls=1, counts={}, words="; ".join(refused))
@@ -97,11 +94,10 @@ def _whole(
     worker = started(arm, plan.workload, trees, hash_seed, plan.timeout_s, prefix=counter.prefix)
     try:
         exchange = Exchange(worker)
-        kept = plan.workload.constant or (plan.workload.repeats and loops > 1)
-        if kept:
+        if plan.workload.keeps(loops):
             exchange.keep(given[0])
         for one in given:
-            exchange.call(None if kept else one, loops)
+            exchange.call(None if plan.workload.keeps(loops) else one, loops)
         return worker.finish(_END_S)
     finally:
         worker.end()

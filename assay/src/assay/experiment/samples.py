@@ -270,7 +270,7 @@ def _started(
     weighs, expected = plan.primary == "memory", expected if arm == "candidate" else None
     exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
     try:
-        if workload.constant or (workload.repeats and loops > 1):
+        if workload.keeps(loops):
             exchange.keep(inputs[0])
         _calls(exchange, workload, inputs[: workload.warmups], questions, sample, loops)
         sample.figures = {"import": exchange.worker.import_s, "first": sample.calls[0]}
@@ -285,8 +285,7 @@ def _started(
 
 def called(exchange: Exchange, workload: Workload, given: bytes, loops: int = 1) -> Reply:
     """One request and its reply; its seconds are those of one call, on the declared clock."""
-    kept = workload.constant or (workload.repeats and loops > 1)
-    reply = exchange.call(None if kept else given, loops)
+    reply = exchange.call(None if workload.keeps(loops) else given, loops)
     if loops > 1:
         return replace(reply, seconds=reply.seconds / loops)
     return reply if workload.clock == "judge" else replace(reply, seconds=_told(exchange.worker, reply.inner))

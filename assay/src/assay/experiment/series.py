@@ -121,9 +121,8 @@ def measured(
             if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
                 return None
             if loaded or patience_s > PATIENCE_S:
-                load.wait_for_calm(
-                    min(patience_s, max(0.0, seconds - (begun - start))), told=lambda *seen: told(_waits(*seen))
-                )
+                most_s = min(patience_s, max(0.0, seconds - (begun - start)))
+                load.wait_for_calm(most_s, told=lambda *seen: told(_waits(most_s, *seen)))
             block = series.block()
             blocks.add(block)
             loaded = any(words.startswith(load.FOREIGN) for words in block["reasons"])
@@ -288,8 +287,9 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _waits(seen: load.Foreign, seconds: float) -> dict[str, Any]:
-    return {"kind": "load", "foreign_cpu_s": seen.seconds, "others": seen.by, "elapsed_s": seconds}
+def _waits(most_s: float, seen: load.Foreign, seconds: float) -> dict[str, Any]:
+    row = {"kind": "load", "foreign_cpu_s": seen.seconds, "others": seen.by, "elapsed_s": seconds}
+    return {**row, "patience_s": most_s}
 
 
 def _header(plan: Plan, trees: Trees, series: _Series, patience_s: float) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 from assay.contract import foreign
 from assay.experiment import beside
+from assay.machine.conditions import PATIENCE_S
 from assay.report import wording
 from assay.statistics.looks import LOOKS, Judgement
 
@@ -57,7 +58,9 @@ class Progress:
             self.others = others(row)
         if row["kind"] == "load" and not self.shows and time.monotonic() - self.said > _SAID_S:
             self.said = time.monotonic()
-            line(f"waiting until others rest: {self.others or 'nobody is seen'}", sys.stderr)
+            most = "" if row["patience_s"] > PATIENCE_S else ", which --patient extends"
+            who = self.others or "nobody is seen"
+            line(f"waiting until others rest, {row['patience_s']:.0f} s at most{most}: {who}", sys.stderr)
         if row["kind"] == "block":
             self.clean += not row["reasons"]
             self.left_out += bool(row["reasons"])
