@@ -199,6 +199,18 @@ def test_a_gate_that_was_left_out_on_request(tmp_path: Path) -> None:
     assert gates == [("build", ""), ("tests", "skipped"), ("equivalence", "skipped"), ("provenance", "")]
 
 
+def test_what_got_worse_stands_beside_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes nothing of the outcome."""
+    figures = {arm: {"wall": 1.0, "memory": 1024.0 * (1 + (arm == "candidate"))} for arm in ("base", "candidate")}
+    place = raw(tmp_path, {"w": FASTER}, figures=figures, cpu_s={"base": 1.0, "candidate": 1.0})
+    found = decide(place)
+    (worse,) = found["workloads"][0]["worse"]
+    assert (worse["name"], worse["base"], worse["candidate"]) == ("memory", 1024.0, 2048.0)
+    assert found["outcome"] == "faster" and worse["interval"][0] == pytest.approx(math.log(2))
+    assert main(["replay", str(place)]) == 0
+    assert "  worse: memory 1.0 MiB to 2.0 MiB" in capsys.readouterr().out.splitlines()
+
+
 def test_gates_of_another_plan(tmp_path: Path) -> None:
     place = raw(tmp_path, {"w": FASTER}, asked=ASKED, found=PASSED)
     content = json.loads((place / notes.FILE).read_text())

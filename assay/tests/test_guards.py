@@ -11,7 +11,7 @@ import pytest
 from assay.contract.task import Scope
 from assay.judgement.guards import Judged, Source, judged
 from assay.repository.store import GitError, Store, resolved
-from small_project import FASTER, files, git, project
+from small_project import BASE, FASTER, assay, files, git, project
 
 SCOPE = Scope(files=("pkg/**",))
 
@@ -226,6 +226,16 @@ def test_a_working_tree_with_a_store_and_what_base_ignores(case: Case) -> None:
     assert set(found.left) == {".venv/", "build/"}
     elsewhere = judged(case.store, case.tree, case.base, SCOPE, source, case.repository)
     assert elsewhere.words == ("mine/attempts/y: outside the task's scope",)  # a store that is not ours is no store
+
+
+def test_judge_inside_the_repository(tmp_path: Path) -> None:
+    """The store lies in the tree that is judged, from the first command on."""
+    project(tmp_path)
+    files(tmp_path / "repo", {"pkg/__init__.py": BASE.replace(", base=2", "")})
+    for number in (1, 2):
+        done = assay("judge", "../task.toml", "--tree", ".", "--no-sandbox", cwd=tmp_path / "repo")
+        assert done.stdout.startswith("api_break: pkg.work: Parameter was removed"), done.stdout + done.stderr
+        assert len(list((tmp_path / "repo/.assay/attempts").iterdir())) == number
 
 
 def test_an_ignored_folder_that_is_left_is_not_judged(case: Case) -> None:
