@@ -125,7 +125,8 @@ def test_a_pull_request_is_judged_and_commented(tmp_path: Path, host: Host) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     verdict = json.loads((tmp_path / "out/verdict.json").read_text())
     assert verdict["task"]["delta"] == 0.02  # not the pull request's own
-    assert verdict["patch"]["changed"] == ["pkg/__init__.py"], verdict["words"]
+    assert verdict["words"] == ["perf/task.toml: outside the task's scope"]
+    assert "pkg/other.py" not in verdict["patch"]["changed"]  # by which base went on
     assert (tmp_path / "output").read_text() == f"status={verdict['status']}\noutcome={verdict['outcome']}\n"
     body = (tmp_path / "out/comment.md").read_text()
     assert body.startswith("<!-- assay: perf/task.toml -->\n## sums: ") and body == (tmp_path / "summary").read_text()
