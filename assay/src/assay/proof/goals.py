@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.contract.errors import MeasurementError
+from assay.contract.outcome import NOTHING
 from assay.contract.workload import Plan, Workload
 from assay.experiment.raw import replay
 from assay.experiment.series import run
@@ -106,7 +107,7 @@ def _ran(condition: str, number: int, texts: Sequence[str], told: Told) -> dict[
             tree.mkdir()
             (tree / "work.py").write_text(text)
         try:
-            run(*trees, plan, out, conditions=Conditions(pinned=True), told=follow)
+            run(trees[0], trees[1], plan, out, conditions=Conditions(pinned=True), told=follow)
         except MeasurementError as seen:
             problem = str(seen)
     seconds = round(time.monotonic() - began, 1)
@@ -155,7 +156,7 @@ def short_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many were called, and how many may be: those of the proof's null."""
     counts = _verdicts(rows)
     called = sum(counts["verdicts"].get(word, 0) for word in ("faster", "slower"))
-    judged = len(rows) - sum(counts["verdicts"].get(word, 0) for word in ("void", "infra.noise", "failed"))
+    judged = len(rows) - sum(counts["verdicts"].get(word, 0) for word in (*NOTHING, "failed"))
     may = allowed(judged, sum(look.alpha for look in LOOKS), 0.004) if judged else 0
     loops = sorted({row["raw"][0]["loops"] for row in rows if row["raw"]})
     return {**counts, "null_called": called, "null_allowed": may, "judged": judged, "loops": loops}
