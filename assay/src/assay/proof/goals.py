@@ -50,6 +50,8 @@ def make(seed): return (seed,)
 """
 _SHORT = 30
 """Rounds of `_MIX`: about 2 µs."""
+_REQUESTS = 8
+"""Of an arm in a block, one per round: 40 blocks then take some 15 s."""
 
 
 @contextmanager
@@ -69,12 +71,12 @@ def beside_load(number: int, told: Told) -> dict[str, Any]:
     count = _count()
     texts = [_SUM.format(count=count), _SUM.format(count=round(count / EFFECT))]
     with load():
-        return _ran("busy", number, texts, told)
+        return _ran("busy", number, texts, 0, told)
 
 
 def short(number: int, told: Told) -> dict[str, Any]:
     """One experiment: two equal trees, and a call of 2 µs in automatic loops."""
-    return _ran("short", number, [_MIX.format(count=_SHORT)] * 2, told)
+    return _ran("short", number, [_MIX.format(count=_SHORT)] * 2, _REQUESTS, told)
 
 
 def _count() -> int:
@@ -89,9 +91,9 @@ def _count() -> int:
     return round(10_000 * CALL_S / min(taken))
 
 
-def _ran(condition: str, number: int, texts: Sequence[str], told: Told) -> dict[str, Any]:
-    """The two trees measured as `assay ab --pin` does, with all of RAW."""
-    plan = Plan(Workload("call", target="work:work", inputs="work:make"), seed=number)
+def _ran(condition: str, number: int, texts: Sequence[str], calls: int, told: Told) -> dict[str, Any]:
+    """The two trees measured as `assay ab --pin` does, with all of RAW. `calls`: as in Workload."""
+    plan = Plan(Workload("call", target="work:work", inputs="work:make", calls=calls), seed=number)
     clean = 0
 
     def follow(row: Mapping[str, Any]) -> None:
