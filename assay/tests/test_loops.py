@@ -160,7 +160,7 @@ def test_where_no_loop_can_be_made(options: dict[str, Any], parts: dict[str, Any
 def test_usage() -> None:
     with pytest.raises(ValueError, match="--loops: expected at least 0"):
         Workload("call", target="a:b", loops=-1).checked()
-    with pytest.raises(ValueError, match="--loops: expected no --links, --rtol, --atol or --clock cuda"):
+    with pytest.raises(ValueError, match="--loops: expected no --links, --rtol, --atol, --canonical or --clock cuda"):
         Workload("call", target="a:b", loops=2, atol=1.0).checked()
 
 

@@ -85,7 +85,7 @@ def best(wanted: str, *, worker: bool, refused: Callable[[str], str] = refusal) 
     None if there is none. Bytecode can be counted in a worker only.
     """
     names = list(COUNTERS) if wanted == "best" else [wanted]
-    why = []
+    why: list[str] = []
     for name in names:
         words = "bytecode: it is counted in workers, not in commands" if not worker and name == "bytecode" else ""
         if not (words := words or refused(name)):

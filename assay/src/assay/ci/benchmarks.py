@@ -9,7 +9,7 @@ from pathlib import Path
 
 from assay.contract import foreign, seeds
 from assay.contract.errors import ArmError, MeasurementError
-from assay.contract.outcome import NOISE, Outcome
+from assay.contract.outcome import NOTHING
 from assay.contract.workload import Plan, Workload, fraction
 from assay.experiment.series import run
 from assay.report import page, terminal
@@ -97,7 +97,7 @@ class Benchmarks:
         rows = [json.loads(line) for line in raw.read_text().splitlines()]
         raw.with_suffix(".html").write_text(page.page(rows))
         lines = [foreign.told(line) for line in (*terminal.outcome(seen, self.delta), *terminal.got_worse(rows))]
-        return Seen(lines, seen.verdict in ("slower", "incorrect", "tampered"), seen.verdict in (Outcome.VOID, NOISE))
+        return Seen(lines, seen.verdict in ("slower", "incorrect", "tampered"), seen.verdict in NOTHING)
 
     def _free(self, name: str) -> Path:
         """A file of RAW that is not there yet."""

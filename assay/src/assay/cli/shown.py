@@ -8,7 +8,7 @@ from typing import Any
 from assay.cli.command import STORE, Command
 from assay.contract import admission, cells, mined, plan, rows, timeline, verdict
 from assay.contract.errors import Status, UsageError
-from assay.contract.outcome import NOISE, Outcome
+from assay.contract.outcome import NOTHING
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
 from assay.gates.gate import NOT_ASKED, SKIPPED
@@ -24,7 +24,7 @@ STATUS = {
     "faster": Status.SHOWN,
     **dict.fromkeys(("slower", "equivalent", "incorrect", "tampered"), Status.REFUTED),
     "undecided": Status.OPEN,
-    **dict.fromkeys((Outcome.VOID, NOISE), Status.INFRASTRUCTURE),
+    **dict.fromkeys(NOTHING, Status.INFRASTRUCTURE),
 }
 """Of a judgement without a task, which requires nothing but `faster`."""
 

@@ -30,6 +30,8 @@ INFRA = "infra."
 """How the name of every outcome begins that counts against nobody."""
 NOISE = f"{INFRA}noise"
 """The machine scatters so much that the blocks which are allowed could not show the margin."""
-MEASURED = (*DECIDED, Outcome.INCORRECT, Outcome.TAMPERED, Outcome.VOID, NOISE)
+NOTHING = (Outcome.VOID, NOISE)
+"""What says nothing of a candidate, since this machine could not show it."""
+MEASURED = (*DECIDED, Outcome.INCORRECT, Outcome.TAMPERED, *NOTHING)
 """What a workload's blocks can come to."""
 REQUIREMENTS = ("faster", "material", "not_slower", "any")

@@ -103,7 +103,8 @@ class Workload:
     @property
     def may_loop(self) -> bool:
         """Whether a request may hold a loop of calls: outputs have to be the same bits, and the clock the judge's."""
-        return self.loops != 1 and self.links == 1 and self.clock == "judge" and not (self.rtol or self.atol)
+        exact = not (self.rtol or self.atol or self.canonical)
+        return self.loops != 1 and self.links == 1 and self.clock == "judge" and exact
 
     @property
     def compares(self) -> bool:
@@ -131,7 +132,7 @@ class Workload:
         if self.links > 1 and not self.chain and self.clock == "judge":
             raise ValueError("--links: expected --chain with it, so that no call can be left out")
         if self.loops > 1 and not self.may_loop:
-            raise ValueError("--loops: expected no --links, --rtol, --atol or --clock cuda with it")
+            raise ValueError("--loops: expected no --links, --rtol, --atol, --canonical or --clock cuda with it")
         if self.clock == "cuda" and self.chain:
             raise ValueError("--chain: expected the judge's clock, got --clock cuda")
         if self.graph and self.clock != "cuda":

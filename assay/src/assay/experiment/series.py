@@ -122,7 +122,7 @@ def measured(
                 return None
             if loaded or patience_s > PATIENCE_S:
                 most_s = min(patience_s, max(0.0, seconds - (begun - start)))
-                load.wait_for_calm(most_s, told=lambda *seen: told(_waits(most_s, *seen)))
+                load.wait_for_calm(most_s, told=lambda *seen, most_s=most_s: told(_waits(most_s, *seen)))
             block = series.block()
             blocks.add(block)
             loaded = any(words.startswith(load.FOREIGN) for words in block["reasons"])

@@ -136,8 +136,8 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     outputs = "" if blocks.compared else "unchecked" if plan.unchecked else "not compared"
     ratios = _ratios(blocks, "candidate", seen.blocks) if math.isfinite(seen.estimate) else []
     more = {"p": p, "reference": _reference(blocks), "ratios": ratios, "outputs": outputs, "start": _start(plan, rows)}
-    more["worse"] = beside.worse(rows, plan.primary, math.log1p(plan.delta))
-    return {"name": name, **row, **nothing, **more}
+    worse = beside.worse(rows, plan.primary, math.log1p(plan.delta))
+    return {"name": name, **row, **nothing, **more, "worse": worse}
 
 
 def _start(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.contract.errors import MeasurementError
+from assay.contract.outcome import NOTHING
 from assay.contract.workload import Plan, Workload
 from assay.experiment.raw import replay
 from assay.experiment.series import run
@@ -49,6 +50,8 @@ def make(seed): return (seed,)
 """
 _SHORT = 30
 """Rounds of `_MIX`: about 2 µs."""
+_REQUESTS = 8
+"""Of an arm in a block, one per round: 40 blocks then take some 15 s."""
 
 
 @contextmanager
@@ -68,12 +71,12 @@ def beside_load(number: int, told: Told) -> dict[str, Any]:
     count = _count()
     texts = [_SUM.format(count=count), _SUM.format(count=round(count / EFFECT))]
     with load():
-        return _ran("busy", number, texts, told)
+        return _ran("busy", number, texts, 0, told)
 
 
 def short(number: int, told: Told) -> dict[str, Any]:
     """One experiment: two equal trees, and a call of 2 µs in automatic loops."""
-    return _ran("short", number, [_MIX.format(count=_SHORT)] * 2, told)
+    return _ran("short", number, [_MIX.format(count=_SHORT)] * 2, _REQUESTS, told)
 
 
 def _count() -> int:
@@ -88,9 +91,9 @@ def _count() -> int:
     return round(10_000 * CALL_S / min(taken))
 
 
-def _ran(condition: str, number: int, texts: Sequence[str], told: Told) -> dict[str, Any]:
-    """The two trees measured as `assay ab --pin` does, with all of RAW."""
-    plan = Plan(Workload("call", target="work:work", inputs="work:make"), seed=number)
+def _ran(condition: str, number: int, texts: Sequence[str], calls: int, told: Told) -> dict[str, Any]:
+    """The two trees measured as `assay ab --pin` does, with all of RAW. `calls`: as in Workload."""
+    plan = Plan(Workload("call", target="work:work", inputs="work:make", calls=calls), seed=number)
     clean = 0
 
     def follow(row: Mapping[str, Any]) -> None:
@@ -106,7 +109,7 @@ def _ran(condition: str, number: int, texts: Sequence[str], told: Told) -> dict[
             tree.mkdir()
             (tree / "work.py").write_text(text)
         try:
-            run(*trees, plan, out, conditions=Conditions(pinned=True), told=follow)
+            run(trees[0], trees[1], plan, out, conditions=Conditions(pinned=True), told=follow)
         except MeasurementError as seen:
             problem = str(seen)
     seconds = round(time.monotonic() - began, 1)
@@ -155,7 +158,7 @@ def short_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many were called, and how many may be: those of the proof's null."""
     counts = _verdicts(rows)
     called = sum(counts["verdicts"].get(word, 0) for word in ("faster", "slower"))
-    judged = len(rows) - sum(counts["verdicts"].get(word, 0) for word in ("void", "infra.noise", "failed"))
+    judged = len(rows) - sum(counts["verdicts"].get(word, 0) for word in (*NOTHING, "failed"))
     may = allowed(judged, sum(look.alpha for look in LOOKS), 0.004) if judged else 0
     loops = sorted({row["raw"][0]["loops"] for row in rows if row["raw"]})
     return {**counts, "null_called": called, "null_allowed": may, "judged": judged, "loops": loops}

@@ -160,7 +160,9 @@ def tried(canary: Canary, most_foreign: float = 0.5) -> str:
             (tree / "work.py").write_text(text + _INPUTS)
         workload = Workload("call", target="work:work", inputs="work:make")
         try:
-            return run(trees[0], trees[1], Plan(workload, timeout_s=20, most_foreign=most_foreign), StringIO()).verdict
+            plan = Plan(workload, timeout_s=20, most_foreign=most_foreign)
+            seen = run(trees[0], trees[1], plan, StringIO())
+            return seen.verdict if seen else "unfinished"
         except TooShortError:
             return "too_short"
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from assay.contract.outcome import NOISE, Outcome
+from assay.contract.outcome import NOTHING
 from assay.machine import load
 from assay.machine.conditions import VERY_PATIENT_S
 
@@ -18,7 +18,7 @@ def advice(verdict: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
     `rows`: of RAW, the header first. Fields that earlier RAW does not have count as unknown.
     """
-    if verdict not in (Outcome.VOID, NOISE) or not rows:
+    if verdict not in NOTHING or not rows:
         return []
     header, blocks = rows[0], [row for row in rows if row["kind"] == "block"]
     reasons = [words for row in blocks for words in row["reasons"]]

@@ -17,7 +17,7 @@ from assay import __version__
 from assay.contract import seeds
 from assay.contract.errors import ArmError, Status, StoppedError
 from assay.contract.frozen import written
-from assay.contract.outcome import NOISE, Outcome
+from assay.contract.outcome import NOTHING
 from assay.contract.timeline import VERSION, Commit, History, Pair
 from assay.contract.workload import Plan
 from assay.experiment.raw import whole_rows
@@ -130,7 +130,7 @@ class Running:
                 rows = whole_rows(file)
             voids = list(file.parent.glob(f"{file.stem}.void-*.jsonl"))
             last = rows[-1]
-            if last["verdict"] not in (Outcome.VOID, NOISE):
+            if last["verdict"] not in NOTHING:
                 facts = {name: last[name] for name in ("verdict", "estimate", "interval", "alpha", "blocks")}
                 place = file.relative_to(self.folder).as_posix()
                 self.pairs.append(Pair(before, after, **facts, voids=len(voids), raw=place))
@@ -150,7 +150,7 @@ class Running:
             more: dict[str, Any] = {"setup": self.options.setup, "names": shown, "earlier": rows, "told": self.told}
             more["conditions"] = self.options.conditions
             try:
-                run(*trees, plan, out, **more)
+                run(trees[0], trees[1], plan, out, **more)
             except ArmError as problem:
                 if problem.infra:
                     raise
