@@ -77,7 +77,7 @@ class Block:
     gpus: Annotated[dict[str, list[dict[str, Any]]], _PER_ARM, {"description": "states at the end of the arm"}]
     transport_s: Annotated[
         NotNegative,
-        {"description": "what sending takes in base's worker: taken out of the primary figures of all arms"},
+        {"description": "what sending takes in base's worker: taken out of all arms' primary figures; 0 in loops"},
         ADDED,
     ]
     spared_s: Annotated[

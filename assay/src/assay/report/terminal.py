@@ -182,10 +182,16 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
             f"sending: {seconds}, as base's worker echoes it, is taken out "
             f"of all arms' times; what a patched worker could explain is not called faster"
         )
-    elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
+    elif (
+        header.get("loops", 1) == 1 and header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge"
+    ):
         lines.append("sending: in the times of all arms")
-    if header.get("loops", 1) > 1:
-        lines.append(f"calls in loops of {header['loops']}, whose times are those of one call")
+    if (loops := header.get("loops", 1)) > 1 and blocks:
+        sealing = statistics.median(row["figures"]["base"]["transport"] for row in blocks)
+        seconds = wording.quantity("transport", sealing)
+        lines.append(
+            f"calls in loops of {loops}: times are those of one call, without the {seconds} that hide its input"
+        )
     if processors := header.get("processors"):
         many = len(processors)
         lines.append(f"on processor {processors[0]} alone" if many == 1 else f"on {many} processors")
