@@ -57,7 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
-    calls.add_argument("--case", type=_case, default=ALL, help="asv: number of a combination of parameters (all)")
+    calls.add_argument(
+        "--case", type=_case, default=ALL, help="asv: number of a combination of parameters (ab: all, else 0)"
+    )
     calls.add_argument("--python", default="", help="the workers' interpreter (this one)")
     calls.add_argument("--path", action="append", help="folder of the tree put on sys.path; repeatable (. and src)")
     calls.add_argument("--rounds", type=int, default=8, help="turns that a block's workers take (%(default)s)")
