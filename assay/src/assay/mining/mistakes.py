@@ -162,8 +162,9 @@ def _programs(read: Read, tree: _Tree, python: str) -> Iterator[tuple[Place, str
     given += [(("commands", "build", i), one, True) for i, one in enumerate(task.commands.build)]
     given += [(("tests", "command"), task.tests.command, tree.builds)] if task.tests.command else []
     for i, timed in enumerate(task.workload):
-        command = timed.run.command if timed.run.kind == "command" else [timed.run.python] if timed.run.python else ()
-        given += [(("workload", i, "run"), command, tree.builds)] if command else []
+        python_ = (timed.run.python,) if timed.run.python else ()
+        started = timed.run.command if timed.run.kind == "command" else python_
+        given += [(("workload", i, "run"), started, tree.builds)] if started else []
     for place, command, built in given:
         if words := _unknown(read, tree, command, python, built):
             yield place, words

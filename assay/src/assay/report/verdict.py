@@ -84,7 +84,8 @@ def effect(one: Mapping[str, Any], delta: float, told: Sequence[str] = ()) -> st
     if one["estimate"] is None:
         return "" if one["reason"] in told else f": {one['reason']}"
     by = ", by Holm's procedure" if one["holm"] else ""
-    margin = wording.beside_margin(one["verdict"], one["material"], *one["interval"], delta)
+    low, high = one["interval"]
+    margin = wording.beside_margin(one["verdict"], one["material"], low, high, delta)
     return f", {_change(one)}, {one['blocks']} blocks{by}{margin}"
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
+from typing import Literal, Protocol
 
 from assay.contract.timeline import Step
 
@@ -144,7 +144,7 @@ class Search:
     def _note(self, low: int, high: int, found: Found, *, shown: bool, why: str = "") -> None:
         estimate = _estimate(found)
         words = "" if shown else why or "it was not shown alone, and follows from its neighbours"
-        kind = "slower" if estimate < 0 else "faster"
+        kind: Literal["slower", "faster"] = "slower" if estimate < 0 else "faster"
         self.steps.append(Step(low + 1, high, kind, estimate, found.interval, shown, words))
 
     def _why(self, problem: Exception) -> str:
