@@ -207,7 +207,7 @@ def test_points_of_the_page() -> None:
         {"before": 2, "after": 3, "estimate": -0.3, "interval": [-0.4, -0.2]},
     ]
     found = {index: values for index, *values in timeline.points(pairs)}
-    assert found[4] == [0.4, 0.3, 0.5] and found[3][0] == pytest.approx(0.4) and math.isnan(found[2][1])
+    assert found[4] == [0.4, 0.3, 0.5] and found[3][0] == pytest.approx(0.4) and found[2] == [0.1, -math.inf, 0.2]
 
 
 @pytest.mark.full

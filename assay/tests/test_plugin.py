@@ -1,5 +1,6 @@
 """pytest --assay-base REV: benchmarks of pytest-benchmark are judged against a commit; other tests run as always."""
 
+import json
 import os
 import subprocess
 import sys
@@ -42,7 +43,7 @@ CONFTEST = "import pytest\n\n\n@pytest.fixture\ndef name():\n    return 'x'\n"
 
 def project(folder: Path, before: dict[str, float], after: dict[str, float]) -> Path:
     """Base has no benchmarks yet; the working tree has, beside what git ignores and what is not committed."""
-    files(folder, {"src/work.py": WORK.format(**before), ".gitignore": "*.log\n"})
+    files(folder, {"src/work.py": WORK.format(**before), ".gitignore": "*.log\n__pycache__/\n"})
     files(
         folder, {"pyproject.toml": "[tool.pytest.ini_options]\naddopts = '--benchmark-disable'\npythonpath = ['src']\n"}
     )
@@ -62,14 +63,23 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *given], cwd=folder, env=named, capture_output=True, text=True, check=False)
 
 
+def told(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines of the plugin's own section."""
+    return [line for line in done.stdout.split("assay: against main")[1].splitlines()[1:] if line]
+
+
 def test_one_benchmark_and_another_test(tmp_path: Path) -> None:
-    folder = project(tmp_path / "p", {"one": 0.004, "two": 0.001}, {"one": 0.001, "two": 0.001})
+    """Base runs, the working tree's function does not: the benchmark fails in words, the other test passes."""
+    folder = project(tmp_path / "p", {"one": 0, "two": 0}, {"one": 0, "two": 0})
+    files(folder, {"src/work.py": "def one():\n    return None\n\n\ndef two():\n    return 1 / 0\n"})
     out = tmp_path / "out"
-    done = run(folder, "bench/test_it.py::test_one", "bench/test_it.py::test_other", "--assay-out", str(out))
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
-    lines = done.stdout.split("assay: against main")[1].splitlines()
-    assert lines[1].startswith("bench/test_it.py::test_one: faster: the interval lies above 0, beyond the margin")
-    assert sorted(path.suffix for path in out.iterdir()) == [".html", ".jsonl"]
+    done = run(folder, "bench/test_it.py::test_two", "bench/test_it.py::test_other", "--assay-out", str(out))
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    first, last = told(done)[:2]
+    assert first.startswith("bench/test_it.py::test_two[1]: failed: candidate: ZeroDivisionError: division by zero (")
+    assert (
+        first.endswith("src/work.py:6, in two)") and last == f"RAW and pages: {out}" and "Traceback" not in done.stdout
+    )
     assert not list(folder.glob("**/.assay")) and git(folder, "status", "--porcelain").split() == [
         *("M", "src/work.py", "??", "bench/"),
     ]
@@ -79,11 +89,15 @@ def test_one_benchmark_and_another_test(tmp_path: Path) -> None:
 def test_a_suite_of_two_functions(tmp_path: Path) -> None:
     """One became slower, the other quicker: the first fails, in words, at levels divided by two."""
     folder = project(tmp_path / "p", {"one": 0.001, "two": 0.004}, {"one": 0.004, "two": 0.001})
-    done = run(folder, f"--junitxml={tmp_path}/report.xml")
+    done = run(folder, f"--junitxml={tmp_path}/report.xml", "--assay-out", str(tmp_path / "out"))
     assert done.returncode == 1 and "1 failed, 2 passed" in done.stdout, done.stdout + done.stderr
-    assert "test_one: slower: the interval lies below 0" in done.stdout
-    assert "test_two[1]: faster: the interval lies above 0" in done.stdout and "99.95 % interval" in done.stdout
+    lines = told(done)
+    assert lines[0].startswith("bench/test_it.py::test_one: slower: the interval lies below 0, beyond the margin")
+    assert any(line.startswith("bench/test_it.py::test_two[1]: faster: the interval lies above 0") for line in lines)
     assert (tmp_path / "report.xml").read_text().count("<testcase") == 3
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".html", ".html", ".jsonl", ".jsonl"]
+    headers = [json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "out").glob("*.jsonl")]
+    assert [header["plan"]["workloads"] for header in headers] == [2, 2]
 
 
 def test_usage(tmp_path: Path) -> None:

@@ -134,9 +134,9 @@ def _compared(
     base, control = bases
     raw, html = places.of(one)
     names = {"base": given.a, "candidate": one.candidate, "control": given.prime or given.a}
+    progress.begin()
     if places.many:
         progress.told({"kind": "workload", "name": one.name})
-    progress.begin()
     try:
         with raw.open("x") as out:
             more: dict[str, Any] = {"setup": what.shell(given.setup), "names": names, "conditions": beside(given)}

@@ -67,8 +67,10 @@ def points(pairs: Sequence[Mapping[str, Any]]) -> list[Point]:
         for pair in pairs:
             for start, end, sign in ((pair["before"], pair["after"], -1), (pair["after"], pair["before"], 1)):
                 if start == here[0] and end not in known and pair["estimate"] is not None:
-                    ends = [math.nan if value is None else sign * value for value in pair["interval"]]
-                    known[end] = (end, here[1] + sign * pair["estimate"], here[2] + min(ends), here[3] + max(ends))
+                    least, most = pair["interval"]
+                    open_ = (-math.inf if least is None else least, math.inf if most is None else most)
+                    low, high = sorted(sign * value for value in open_)
+                    known[end] = (end, here[1] + sign * pair["estimate"], here[2] + low, here[3] + high)
                     waiting.append(end)
     return sorted(known.values())
 

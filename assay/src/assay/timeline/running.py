@@ -114,7 +114,6 @@ class Running:
                 open=self.search.open,
             )
         )
-        found["schema"] = VERSION
         written(self.folder / FILE, json.dumps(found, indent=1) + "\n")
         return found
 
