@@ -21,8 +21,8 @@ from assay.experiment.exchange import Exchange
 from assay.experiment.inputs import Inputs
 from assay.experiment.samples import command_sample
 
-_CALLS, _LEAST_CALLS = 32, 2
-_SLOWER, _SPAN_S = 50.0, 5.0
+_CALLS, _LEAST_CALLS = 8, 2
+_SLOWER, _SPAN_S = 50.0, 2.0
 """How much slower a call is under a counter, at most about, and how long all counted calls of a worker may take."""
 _END_S = 60.0
 
