@@ -225,7 +225,8 @@ def test_a_planted_regression_in_32_commits(
         git(repo, "commit", "-m", f"number {number}")
     monkeypatch.chdir(repo)
     given = ["history", "HEAD~32..HEAD", "--out", str(tmp_path / "out"), "--changes", "1", "--delta", "10%"]
-    assert main([*given, "--most-foreign", "1e9", "--call", "work:work"]) == 1
+    given += ["--most-foreign", "1e9", "--rounds", "1", "--calls", "5", "--call", "work:work"]
+    assert main(given) == 1
     found = json.loads((tmp_path / "out/history.json").read_text())
     (step,) = found["steps"]
     assert (step["first"], step["last"], step["shown"]) == (23, 23, True) and len(found["pairs"]) <= 7
