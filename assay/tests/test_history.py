@@ -214,21 +214,24 @@ def test_points_of_the_page() -> None:
 def test_a_planted_regression_in_32_commits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The same for real, with 20 units of work that become 30 in the 23rd commit."""
+    """The same for real, with 20 units of work that become 40 in the 23rd commit. A void pair is measured again."""
     repo = tmp_path / "repo"
     repo.mkdir()
     git(repo, "init", "--quiet")
     for number in range(33):
-        units = 20 if number < 23 else 30
+        units = 20 if number < 23 else 40
         files(repo, {"work.py": f"def work():  # {number}\n    return sum(i * i for i in range({units} * 1000))\n"})
         git(repo, "add", "--all")
         git(repo, "commit", "-m", f"number {number}")
     monkeypatch.chdir(repo)
-    given = ["history", "HEAD~32..HEAD", "--out", str(tmp_path / "out"), "--changes", "1", "--delta", "10%"]
+    given = ["history", "HEAD~32..HEAD", "--out", str(tmp_path / "out"), "--changes", "1", "--delta", "30%"]
     given += ["--most-foreign", "1e9", "--rounds", "1", "--calls", "5", "--call", "work:work"]
-    assert main(given) == 1
+    tries = 1
+    while (status := main(given)) == 3 and tries < 4:  # as it says: the same command goes on
+        tries += 1
+    assert status == 1
     found = json.loads((tmp_path / "out/history.json").read_text())
     (step,) = found["steps"]
     assert (step["first"], step["last"], step["shown"]) == (23, 23, True) and len(found["pairs"]) <= 7
-    assert step["interval"][0] < math.log(20 / 30) < step["interval"][1]
+    assert step["interval"][0] < math.log(20 / 40) < step["interval"][1]
     print(capsys.readouterr().out)
