@@ -27,7 +27,7 @@ from assay.proof import campaign, goals, proofs, selftest
 from assay.report import verdict
 from assay.report.advice import advice
 from assay.report.terminal import Progress, others
-from test_decide import raw
+from made_up import raw
 
 ALLOWED = os.sched_getaffinity(0)
 

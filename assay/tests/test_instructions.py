@@ -25,7 +25,7 @@ from assay.judgement.decision import decide
 from assay.proof import goals
 from assay.report import instructions as shown
 from assay.report import verdict
-from test_decide import FASTER, raw
+from made_up import FASTER, raw
 
 SUM = "def work(n):\n    total = n\n    for i in range({units} * 1000): total += i * i\n    return total\n"
 MAKE = "def make(seed): return (seed % 1000,)\n"
