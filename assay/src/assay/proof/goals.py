@@ -122,7 +122,9 @@ def _brief(row: dict[str, Any]) -> dict[str, Any]:
     """A row of RAW without what no verdict follows from."""
     if row["kind"] != "block":
         return row
-    return {name: value for name, value in row.items() if name not in ("gpus", "left", "escapes", "order")}
+    figures = {arm: {name: one[name] for name in ("steady", "transport")} for arm, one in row["figures"].items()}
+    left = ("gpus", "left", "escapes", "order", "cpu_s")
+    return {**{name: value for name, value in row.items() if name not in left}, "figures": figures}
 
 
 def verdict(row: Mapping[str, Any]) -> str:
