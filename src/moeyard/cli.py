@@ -17,6 +17,7 @@ from moeyard.bench.operators import Case, Provider, operators
 from moeyard.bench.tables import EXPLAINED, tables
 from moeyard.checkpoints import describe
 from moeyard.dispatch.table import TABLE, explain
+from moeyard.integrations.vllm import plugin
 
 app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
 bench_app = typer.Typer(invoke_without_command=True)
@@ -203,6 +204,11 @@ def doctor() -> None:
     for package, how, use in _OPTIONAL:
         state = "installed" if peers.installed(package) else f"missing ({how})"
         _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
+    try:
+        for line in plugin.describe():
+            _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
     for place in ["cpu", *(["cuda"] if cuda else [])]:
         table = Table(title=f"{place} tensors", title_justify="left")
         for column in ("op", "auto takes", "the others"):
