@@ -284,6 +284,9 @@ def test_routers_differ_from_vllm_as_listed() -> None:
     logits = torch.tensor([[inf, 1.0, 2.0, 0.0], [nan] * 4])
     weights, ids, _ = vllm.fused_topk(logits, logits, 2, True, scoring_func="sigmoid")
     assert ids[0].tolist() == [0, 2] and weights[0, 0] > weights[0, 1]  # +inf is the best expert, its score 1
+    zeros = torch.zeros(4)
+    weights, ids = vllm.fused_grouped_topk(logits, logits, 2, True, zeros, 1, 1, "sigmoid")
+    assert ids.tolist() == [[0, 2], [0, 1]] and weights[0, 0] > weights[0, 1] and not weights[1].any()
     weights, ids, _ = vllm.fused_topk(logits, logits, 2, True)
     assert ids[1].tolist() == [0, 1] and weights[1].tolist() == [0.0, 0.0]
     narrow = torch.randn(30, 8).bfloat16()

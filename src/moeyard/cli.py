@@ -156,7 +156,10 @@ def _providers(names: list[str], cases: list[Case], place: torch.device) -> tupl
     unknown = [name for name, giving in found.items() if giving is None]
     if unknown:
         labels = ", ".join(sorted({p.label for p in everyone}))
-        raise _fail(f"--provider: expected some of {labels}, or module:function; got {', '.join(unknown)}")
+        words = f"--provider: expected some of {labels}, or module:function; got {', '.join(unknown)}"
+        if len(unknown) == len(names):
+            raise _fail(words)
+        _errors.print(f"left out: {words}", highlight=False, markup=False)  # a peer that is not installed here
     theirs = [giving for giving in found.values() if giving is not None]
     if theirs and not any(giving(case, place) for giving in theirs for case in cases):
         raise _fail(f"--provider: expected a function that takes one of these cases, got {', '.join(found)}")
