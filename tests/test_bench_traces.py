@@ -59,7 +59,7 @@ def test_what_is_recorded_is_read(tmp_path: Path) -> None:
     assert unit == "call" and counts.tolist() == [[1, 0, 0, 1, 0, 1]] * 2
     again = tmp_path / "again.trace"
     traces.write(again, trace)
-    assert again.read_bytes()[10:] == path.read_bytes()[10:] or traces.read(again).layers == trace.layers
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_a_block_that_raises_keeps_its_calls(tmp_path: Path) -> None:

@@ -67,8 +67,9 @@ def grouped_topk(hidden_states, gating_output, topk, renormalize, num_expert_gro
 """
 EXPERTS = """
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
-def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, activation="silu", apply_router_weight_on_input=False,
-                  global_num_experts=-1, expert_map=None, quant_config=None): return "vLLM's"
+def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, activation="theirs",
+                  apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None, of_a_later_release=None):
+    return f"vLLM's {activation} {of_a_later_release}"
 """
 TRITON = """
 import torch
@@ -146,7 +147,9 @@ equal(grouped_topk_router.grouped_topk(hidden, logits, 2, True, 4, 2, "sigmoid",
 
 equal((fused_moe.fused_experts(*call),), (ours.fused_experts(*call),))
 kept = SimpleNamespace(w1_zp=torch.zeros(4))
-assert fused_moe.fused_experts(*call, quant_config=kept) == "vLLM's" == fused_moe.fused_experts(*call, "swiglustep")
+assert fused_moe.fused_experts(*call, quant_config=kept) == "vLLM's theirs None"
+assert fused_moe.fused_experts(*call, "swiglustep") == "vLLM's swiglustep None"
+assert fused_moe.fused_experts(*call, of_a_later_release=1) == "vLLM's theirs 1"
 
 moe_config = SimpleNamespace(moe_parallel_config=SimpleNamespace(use_all2all_kernels=False))
 def applied(experts, *given):
@@ -218,8 +221,8 @@ OFF = "from vllm.model_executor.layers.fused_moe import layer, fused_experts\npr
 
 
 def test_parts_and_the_opt_in(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run(stand_in, HEAD + entry_point() + PARTIAL, "align, sum", monkeypatch)[0] == "vLLM's\n"
-    assert run(stand_in, entry_point() + OFF, None, monkeypatch)[0] == "vLLM's\n"
+    assert run(stand_in, HEAD + entry_point() + PARTIAL, "align, sum", monkeypatch)[0] == "vLLM's theirs None\n"
+    assert run(stand_in, entry_point() + OFF, None, monkeypatch)[0] == "vLLM's theirs None\n"
     for asked, parts in (
         ("", ()),
         ("0", ()),

@@ -146,10 +146,13 @@ def write(path: Path, trace: Trace) -> None:
     calls = [[call.op, call.layer, call.num_experts, *call.ids.shape] for call in trace.calls]
     head = {"trace": TRACE, "calls": calls, "layers": trace.layers, "machine": trace.machine}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(path, "wb", mtime=0) as file:
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
         file.write(json.dumps(head).encode() + b"\n")
         for call in trace.calls:
-            file.write(bytes(call.ids.contiguous().view(torch.uint8).untyped_storage()))
+            body = bytearray(2 * call.ids.numel())
+            if body:
+                torch.frombuffer(body, dtype=torch.int16).copy_(call.ids.reshape(-1))
+            file.write(body)
 
 
 def read(path: str | Path) -> Trace:

@@ -13,6 +13,7 @@ through `logging`. Replaced routers are the operators below them, so that vLLM's
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import sys
@@ -56,31 +57,25 @@ def _put(function: Any) -> Callable[[Any], Any]:
 
 
 def _fused_experts(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """vLLM's `fused_experts`, which keeps the calls that ours refuses."""
+    """vLLM's `fused_experts`, which keeps the calls that ours refuses, as they were made."""
+    signature = inspect.signature(ours.fused_experts)
 
     @functools.wraps(theirs)
-    def fused_experts(
-        hidden_states: torch.Tensor,
-        w1: torch.Tensor,
-        w2: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        activation: object = "silu",
-        apply_router_weight_on_input: bool = False,
-        global_num_experts: int = -1,
-        expert_map: torch.Tensor | None = None,
-        quant_config: object = None,
-    ) -> torch.Tensor:
-        call = (
-            hidden_states, w1, w2, topk_weights, topk_ids, activation, apply_router_weight_on_input,
-            global_num_experts, expert_map, quant_config,
-        )  # fmt: skip
-        refusal = _refusal_of(w1, w2, quant_config, hidden_states, lambda: activation_of(activation, quant_config))
+    def fused_experts(*given: Any, **named: Any) -> Any:
+        try:
+            bound = signature.bind(*given, **named)
+        except TypeError as problem:
+            refusal: str | None = str(problem)
+        else:
+            bound.apply_defaults()
+            call = bound.arguments
+            act, config = call["activation"], call["quant_config"]
+            rows = call["hidden_states"]
+            refusal = _refusal_of(call["w1"], call["w2"], config, rows, lambda: activation_of(act, config))
         if refusal is not None:
             _say(f"fused_experts: {refusal}")
-            kept: torch.Tensor = theirs(*call)
-            return kept
-        return ours.fused_experts(*call)
+            return theirs(*given, **named)
+        return ours.fused_experts(*bound.args, **bound.kwargs)
 
     return fused_experts
 
