@@ -49,7 +49,9 @@ LEFT_OUT = {
     "nvfp4_clamp": "about vLLM's classes",
 }
 """Parts of names of tests that ask vLLM's classes and no operator."""
-_FACTORIES = ("randn", "rand", "randint", "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange")
+_FACTORIES = (
+    "randn", "rand", "randint", "randperm", "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange",
+)  # fmt: skip
 _E4M3 = torch.float8_e4m3fn
 _MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -347,7 +349,7 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def made(*arguments: Any, **given: Any) -> Any:
         if str(given.get("device", "")).startswith("cuda"):
             given["device"] = "cpu"
-        return function(*arguments, **given)
+        return function(*("cpu" if isinstance(one, str) and one == "cuda" else one for one in arguments), **given)
 
     return made
 

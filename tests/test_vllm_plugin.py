@@ -68,7 +68,8 @@ def grouped_topk(hidden_states, gating_output, topk, renormalize, num_expert_gro
 EXPERTS = """
 from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 def fused_experts(hidden_states, w1, w2, topk_weights, topk_ids, activation="theirs",
-                  apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None, of_a_later_release=None):
+                  apply_router_weight_on_input=False, global_num_experts=-1, expert_map=None, quant_config=None,
+                  of_a_later_release=None):
     return f"vLLM's {activation} {of_a_later_release}"
 """
 TRITON = """
