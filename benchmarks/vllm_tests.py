@@ -377,6 +377,7 @@ def main(argv: list[str]) -> int:
         for name in _FACTORIES:
             setattr(torch, name, on_cpu(getattr(torch, name)))
         torch.Tensor.to = on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
         torch.set_default_device = lambda _: None
     plugin = Plugin(on_gpu, asked.largest or (1e15 if on_gpu else 2e8))
     options = ["--noconftest", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(asked.checkout)]
