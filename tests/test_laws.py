@@ -314,7 +314,7 @@ def test_sizes_that_stay_readable() -> None:
 
 
 def test_nothing_inherits_beyond_what_is_allowed() -> None:
-    allowed = {"NamedTuple", "Enum", "Protocol", "Module", "ModuleType"}
+    allowed = {"NamedTuple", "Enum", "Protocol", "Module", "ModuleType", "TorchDispatchMode", "ValueError"}
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):

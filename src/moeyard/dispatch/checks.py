@@ -12,7 +12,7 @@ from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, La
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of rows that are computed with."""
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 LAYOUT_DTYPES = (torch.int32, torch.int32, torch.int32, torch.int64, torch.int32, torch.int32)
 """Of a layout's tensors, in the order of its fields."""
 _ID_SET = frozenset(ID_DTYPES)

@@ -144,7 +144,7 @@ def draw_route(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
     given = {"router_logits": (torch.randn(sizes.tokens, sizes.experts) * rng.choice([1, 4, 30])).to(sizes.dtype)}
     options: dict[str, Any] = {
         "top_k": sizes.top_k,
-        "scoring": rng.choice(["softmax", "sigmoid"]),
+        "scoring": rng.choice(["softmax", "sigmoid", "sqrtsoftplus"]),
         "renormalize": rng.random() < 0.5,
         "routed_scaling_factor": rng.choice([1.0, 2.5]),
     }

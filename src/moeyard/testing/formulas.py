@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeyard.testing.callers import Question
 from moeyard.testing.draws import Tensors
+from moeyard.testing.oracles import wide_scores
 
 
 def _permute(given: Tensors, question: Question, _answer: list[Tensor]) -> Tensor:
@@ -44,7 +45,7 @@ def _moe_sum(given: Tensors, _question: Question, _answer: list[Tensor]) -> Tens
 def _route(given: Tensors, question: Question, answer: list[Tensor]) -> Tensor:
     """The weights of the experts that were chosen."""
     logits, ids = given["router_logits"], answer[1].long()
-    scores = torch.softmax(logits, 1) if question.options["scoring"] == "softmax" else torch.sigmoid(logits)
+    scores = wide_scores(logits, question.options["scoring"])
     chosen = torch.where(ids >= 0, scores.gather(1, ids.clamp(min=0)), 0)
     if question.options["renormalize"]:
         kept = answer[0].sum(1, keepdim=True) > 0  # where float32 holds a score
