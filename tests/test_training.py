@@ -82,7 +82,8 @@ def experts_and_honest(dtype: torch.dtype, **options: Any) -> tuple[list[float],
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_are_as_good_as_honest_ones(dtype: torch.dtype, impl: str, save: str) -> None:
     ours, honest = experts_and_honest(dtype, impl=impl, save=save)
-    assert all(a <= 1.1 * b for a, b in zip(ours, honest, strict=True)), (ours, honest)
+    times = 1.1 if dtype.itemsize == 2 else 2  # float32 sums err by their order alone
+    assert all(a <= times * b for a, b in zip(ours, honest, strict=True)), (ours, honest)
 
 
 def test_gradients_of_a_route_counted_twice_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +127,7 @@ def kept_bytes(save: str, *given: torch.Tensor, routing: Routing) -> int:
 
 @pytest.mark.parametrize("save", ["product", "inputs"])
 def test_what_is_kept_has_the_bytes_counted_by_hand(save: str) -> None:
-    tokens, top_k, experts, hidden, inside, two = 512, 4, 8, 256, 96, 2
+    tokens, top_k, experts, hidden, inside, two = 512, 4, 8, 512, 96, 2
     weights = draw_weights(experts, hidden, inside, torch.bfloat16, bias=True)
     routing = Routing(torch.rand(tokens, top_k, requires_grad=True), draw_routing(tokens, experts, top_k).topk_ids)
     rows = torch.randn(tokens, hidden).bfloat16().requires_grad_()

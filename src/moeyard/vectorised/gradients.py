@@ -62,7 +62,8 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
         if out.is_cpu:
             starts = ends - row_counts
             for one, start, end in zip(out, starts, ends, strict=True):
-                one.copy_(left[start:end].to(wide).t() @ right[start:end].to(wide))
+                mine, theirs = left[start:end].to(wide), right[start:end].to(wide)
+                one.copy_(mine.t() @ theirs if theirs.shape[1] > 1 else (mine * theirs).sum(0).unsqueeze(1))
         elif _has_grouped_product(left, right):
             held = held.unsqueeze(1)
             left, right = left.masked_fill(~held, 0), right.masked_fill(~held, 0)
