@@ -38,16 +38,8 @@ def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
     return Call(rows.device, rows.dtype, facts, rest[-1])
 
 
-def _launch(
-    launch: Any,
-    out: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    segments: Segments,
-    _num_results: int,
-) -> None:
+def _launch(launch: Any, out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
+    topk_weights, segments, _ = rest
     launch(rows, weight.to(rows.dtype), _like(bias, rows), topk_weights, segments, out=out)
 
 
@@ -85,8 +77,8 @@ def product_gradients(
     Gradients of weights and biases have the dtype of these, also of float32 masters beside rows of 16 bits. Every sum
     goes over rows in the order of their slots. All steps are operators, so that gradients have gradients.
     """
-    (rows, weight, bias, topk_weights), found, num_results = operands, [None] * 4, grad.shape[0]
-    impl, wide = for_gradients(impl), torch.promote_types(grad.dtype, torch.float32)
+    (rows, weight, bias, topk_weights), num_results, impl = operands, grad.shape[0], for_gradients(impl)
+    found: list[Tensor | None] = [None] * 4
     weighted = grad if topk_weights is None else (grad * topk_weights.reshape(-1, 1)).to(grad.dtype)
     one_to_one, held = segments._replace(divisor=1), held_results(segments, num_results)
     if needs[0]:
@@ -103,6 +95,7 @@ def product_gradients(
     if needs[3]:
         assert rows is not None and weight is not None and topk_weights is not None
         plain = GROUPED_GEMM((rows, weight, bias, None, segments, num_results), impl)
+        wide = torch.promote_types(grad.dtype, torch.float32)
         dots = torch.where(held, (grad.to(wide) * plain).sum(1), 0)
         found[3] = dots.to(topk_weights.dtype).view_as(topk_weights)
     return tuple(found)
@@ -181,7 +174,8 @@ def _outer_setup(ctx: Any, inputs: Any, output: Any) -> None:
 def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Products of one operand are the gradient of the other."""
     grads, rows, slots, first_rows, row_counts = ctx.saved_tensors
-    segments, weight, found = Segments(first_rows, row_counts, slots), grad.to(grads.dtype), [None, None]
+    segments, weight = Segments(first_rows, row_counts, slots), grad.to(grads.dtype)
+    found: list[Tensor | None] = [None, None]
     sides = (
         (rows, ctx.row_divisor, weight, ctx.divisor),
         (grads, ctx.divisor, weight.transpose(1, 2), ctx.row_divisor),

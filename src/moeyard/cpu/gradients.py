@@ -1,5 +1,7 @@
 """Sums of outer products: the gradients of expert weights. Every thread has its columns of all experts."""
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -77,7 +79,7 @@ def _outer_kernel(
 
 @kernel
 def _pack(
-    kind: int, target: np.ndarray, line: np.ndarray, source: int, stride: int, slots: int, first: int, count: int,
+    kind: int, target: Any, line: Any, source: int, stride: int, slots: int, first: int, count: int,
     divisor: int, columns: int,
 ) -> None:  # fmt: skip
     """target[j, k] = column j of the row that entry first + k reads, as float32."""
