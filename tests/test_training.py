@@ -86,7 +86,7 @@ def test_gradients_are_as_good_as_honest_ones(dtype: torch.dtype, impl: str, sav
     assert all(a <= times * b for a, b in zip(ours, honest, strict=True)), (ours, honest)
 
 
-def test_gradients_of_a_route_counted_twice_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gradient_off_by_a_hundredth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = moeyard.training.outer_sums
     monkeypatch.setattr(moeyard.training, "outer_sums", lambda *given: right(*given) * 1.01)
     ours, honest = experts_and_honest(torch.bfloat16)
