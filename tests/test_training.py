@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 import moeyard
@@ -186,7 +188,7 @@ def test_the_backward_is_in_the_graph(save: str) -> None:
 
     def backend(graph: Any, _inputs: Any) -> Any:
         graphs.append({str(node.target).split(".")[1] for node in graph.graph.nodes if "moeyard" in str(node.target)})
-        return graph.forward
+        return make_boxed_func(graph.forward)
 
     weights, router = leaves(draw_weights(4, 32, 24, torch.float32, bias=True)), torch.randn(4, 32, requires_grad=True)
     given = (torch.randn(12, 32, requires_grad=True), router, *weights)
@@ -194,8 +196,6 @@ def test_the_backward_is_in_the_graph(save: str) -> None:
     def loss(rows: torch.Tensor, router: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         layer = moeyard.moe_layer(rows, router, ExpertWeights(*weights), top_k=2, save=save)
         return layer.square().sum()
-
-    from torch._dynamo.backends.common import aot_autograd
 
     plain = torch.autograd.grad(loss(*given), given)
     compiled = torch.compile(loss, backend=aot_autograd(fw_compiler=backend), fullgraph=True)

@@ -80,17 +80,16 @@ _SCHEME = 17
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    tensors, ctx.rest = inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors)
+    ctx.rest, ctx.impl = inputs[8:-1], inputs[-1]
+    ctx.save_for_backward(*inputs[:8])
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    *flat, impl = (*ctx.saved_tensors, *ctx.rest)
-    hidden_states, routing, call = _gather(*flat)
-    first, second, _, _, third, *others = ctx.needs_input_grad[:8]
-    needs = Needs(first, second, third, *others)
+    hidden_states, routing, call = _gather(*ctx.saved_tensors, *ctx.rest)
+    wanted = ctx.needs_input_grad
+    needs = Needs(wanted[0], wanted[1], *wanted[4:8])
     factors, ids = routing.topk_weights, routing.topk_ids
-    hidden, of_factors, *of_weights = experts_gradients(grad, hidden_states, factors, ids, call, needs, impl)
+    hidden, of_factors, *of_weights = experts_gradients(grad, hidden_states, factors, ids, call, needs, ctx.impl)
     return hidden, of_factors, None, None, *of_weights, *(None,) * 18
 
 

@@ -45,7 +45,7 @@ def _outer_kernel(
     width, out_width = 4 if kind == FLOAT32 else 2, 4 if out_kind == FLOAT32 else 2
     firsts, counts = int64_at(first_rows, num_experts), int32_at(row_counts, num_experts)
     low, high = start * UNIT, min(stop * UNIT, columns)
-    most = np.int64(0)
+    most: Any = 0
     for expert in range(num_experts):
         most = max(most, min(np.int64(counts[expert]), _LONGEST))
     left, right = np.empty(ROWS * most + 1, np.float32), np.empty(COLUMNS * most + 1, np.float32)
