@@ -1,4 +1,4 @@
-"""Every operator asked in every way; each function here is a caller, and raises for a wrong answer (`soundness` draws)."""
+"""Every operator asked in every way: each function here is a caller, and raises for a wrong answer."""
 
 import signal
 import sys
