@@ -291,13 +291,16 @@ def test_the_bias_of_idle_experts_rises() -> None:
 
 WORK = """
 import os, sys
+from datetime import timedelta
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import torch, moeyard
 import torch.distributed as dist
 from torch import nn
 
 rank, kind, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
+limit = timedelta(seconds=60)
+dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2, timeout=limit)
 torch.manual_seed(0)
 
 class Layer(nn.Module):
