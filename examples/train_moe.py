@@ -117,7 +117,7 @@ class Run(NamedTuple):
     """In the end."""
 
 
-def train(steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0) -> Run:
+def train(steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0, batch: int = BATCH) -> Run:
     """One run on the CPU. `nudge` is how far, relative to each, the first weights are moved."""
     torch.manual_seed(seed)
     model, text = Model(eager), torch.tensor(list("\n".join(topics.values()).encode()))
@@ -127,7 +127,7 @@ def train(steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator, losses, shares = torch.Generator().manual_seed(seed), [], []
     for _ in range(steps):
-        starts = torch.randint(0, len(text) - LENGTH - 1, (BATCH, 1), generator=generator)
+        starts = torch.randint(0, len(text) - LENGTH - 1, (batch, 1), generator=generator)
         taken = text[starts + torch.arange(LENGTH + 1)]
         logits = model(taken[:, :-1])
         loss = functional.cross_entropy(logits.reshape(-1, 256), taken[:, 1:].reshape(-1))

@@ -358,23 +358,23 @@ def apart(a: Any, b: Any) -> float:
     return sum(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)) / len(a.losses)
 
 
-def trained(example: Any, steps: int, last_loss: float) -> None:
-    mine, again, eager = example.train(steps), example.train(steps), example.train(steps, eager=True)
+def trained(example: Any, steps: int, batch: int, last_loss: float) -> None:
+    mine, again, eager = (example.train(steps, batch=batch, eager=eager) for eager in (False, False, True))
     assert mine.losses == again.losses
     assert all(same_bits(a, b) for a, b in zip(mine.weights, again.weights, strict=True))
-    noise = apart(eager, example.train(steps, eager=True, nudge=1e-6))
+    noise = apart(eager, example.train(steps, eager=True, nudge=1e-6, batch=batch))
     assert apart(mine, eager) <= 3 * noise + 1e-4, (apart(mine, eager), noise)
     assert mine.losses[-1] < last_loss < mine.losses[0]
     assert apart(mine, mine._replace(losses=[loss * 1.01 for loss in mine.losses])) > 3 * noise + 1e-4, "all is noise"
 
 
 def test_a_model_trains_as_eager_does(example: Any) -> None:
-    trained(example, 20, 4.5)
+    trained(example, 20, 2, 4.8)
 
 
 @pytest.mark.full
 def test_a_model_trains_as_eager_does_for_300_steps(example: Any, tmp_path: Path) -> None:
-    trained(example, 300, 3.0)
+    trained(example, 300, 8, 3.0)
     if table.installed("matplotlib"):
         run = example.train(5)
         example.plot(run, run, tmp_path / "run.svg")
