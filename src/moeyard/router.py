@@ -48,7 +48,7 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]
         total = torch.where(kept, chosen.sum(1, keepdim=True), 1)
         centred = grad - (grad * chosen / total).sum(1, keepdim=True)
         grad = torch.where(taken & kept, centred / total, 0)
-    grad_scores = torch.zeros_like(scores).scatter_add(1, where, grad)
+    grad_scores = torch.zeros_like(scores).scatter(1, where, grad)  # a token's ids differ, or all are padding's: zeros
     if router.scoring == "softmax":
         grad_logits = scores * (grad_scores - (grad_scores * scores).sum(1, keepdim=True))
     elif router.scoring == "sigmoid":

@@ -223,6 +223,7 @@ def draw_experts(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
         given["expert_map"] = _map(sizes.experts, rng)
     return given, {
         "activation": _activation(rng), "gated": gated, "apply_router_weight_on_input": rng.random() < 0.3,
+        "save": rng.choice(["product", "inputs"]),
     }  # fmt: skip
 
 
