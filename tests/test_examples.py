@@ -1,9 +1,11 @@
 """The examples run, and show what they say."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from moeyard.dispatch import table
 from moeyard.testing import python
@@ -37,3 +39,26 @@ def test_examples_say_how_they_are_used() -> None:
         pytest.skip("transformers is not installed")
     done = python(str(EXAMPLES / "qwen3_moe.py"), "--help")
     assert done.returncode == 0 and "--tokens" in done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not table.installed("transformers"), reason="transformers is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_transformers_generate_times_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("transformers_generate", EXAMPLES / "transformers_generate.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    given = ["--device", "cpu", "--small", "--rounds", "2", "--steps", "2", "--tokens", "24", "--layers", "1"]
+    content = example.main([*given, "--out", str(tmp_path)])
+    rows = content["rows"]
+    assert {row["implementation"] for row in rows} == {"eager", "batched_mm", "grouped_mm", "moeyard"}
+    assert len(rows) == 8 and all(len(row["tokens_per_s"]) == 2 and row["error"] < 1e-5 for row in rows)
+    assert json.loads((tmp_path / "transformers_generate.json").read_text()) == content
+    assert (tmp_path / "transformers_generate.png").stat().st_size > 10_000
+
+    def wrong(self: torch.nn.Module, hidden_states: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return hidden_states
+
+    monkeypatch.setitem(example.integration.ALL_EXPERTS_FUNCTIONS._global_mapping, "batched_mm", wrong)
+    rows = example.main(given)["rows"]
+    assert [row["implementation"] for row in rows if row["problem"].startswith("wrong: ")] == ["batched_mm"] * 2
