@@ -10,9 +10,16 @@ from assay.arms import sandbox
 REQUIRED = "MOEYARD_REQUIRE_BWRAP"
 """Set to 1 where a missing sandbox is a failure: where everything has to be tested."""
 
+SLOW = ("test_experiment", "test_judge", "test_callers", "test_campaign", "test_kill", "test_imported", "test_apart")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sandbox: needs bubblewrap")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files that take minutes first, so that no worker is left alone with one of them in the end."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -111,7 +111,13 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected I/N with I below N, got 3/2" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("canary", selftest.CANARIES, ids=lambda canary: canary.name)
+@pytest.mark.parametrize(
+    "canary",
+    [
+        pytest.param(canary, id=canary.name, marks=[pytest.mark.full] if canary.name.startswith("hog") else [])
+        for canary in selftest.CANARIES
+    ],
+)
 def test_canaries(canary: selftest.Canary) -> None:
     """With other tests beside it, whose load must not make all blocks void, luck may decide once, a fault always."""
     found = [selftest.tried(canary, most_foreign=1e9)]

@@ -62,7 +62,7 @@ def _environment() -> dict[str, str]:
     return dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
 
 
-@pytest.mark.parametrize("isolation", ["auto", "links"])
+@pytest.mark.parametrize("isolation", ["auto", pytest.param("links", marks=pytest.mark.full)])
 def test_planted_effects_both_ways_and_replay(
     isolation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: jsonschema.Draft202012Validator
 ) -> None:
@@ -96,6 +96,7 @@ def test_the_schema_rejects_what_is_no_raw(schema: jsonschema.Draft202012Validat
         assert not schema.is_valid(bad)
 
 
+@pytest.mark.full
 def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:
     same = tree(tmp_path / "same", 10)
     ab(same, same, tmp_path / "raw", *ANY_LOAD)
@@ -335,8 +336,8 @@ runner.timeit("text", stmt="sum(numbers)", setup="numbers = range(200000 * {unit
     ("options", "text"),
     [
         (["--asv", "work.py:TimeSums.time_sum", "--case", "3"], ASV),
-        (["--asv", "work.py:time_alone"], ASV),
-        (["--pyperf", "work.py:sum"], PYPERF),
+        pytest.param(["--asv", "work.py:time_alone"], ASV, marks=pytest.mark.full),
+        pytest.param(["--pyperf", "work.py:sum"], PYPERF, marks=pytest.mark.full),
         (["--pyperf", "work.py:text"], PYPERF),
     ],
 )

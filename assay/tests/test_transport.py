@@ -87,7 +87,8 @@ def test_a_call_alone_is_what_the_interval_is_of(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("runs", [1, pytest.param(40, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("runs", [40])
 def test_a_no_op_that_speeds_up_sending_is_never_faster(runs: int, tmp_path: Path) -> None:
     text = SENDS.format(passes=320)
     words = [run(tmp_path, text, text + QUICK, f"raw{i}")["verdict"]["verdict"] for i in range(runs)]
@@ -95,6 +96,7 @@ def test_a_no_op_that_speeds_up_sending_is_never_faster(runs: int, tmp_path: Pat
     assert "faster" not in words and "incorrect" not in words
 
 
+@pytest.mark.full
 def test_without_the_bound_it_would_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
     text = SENDS.format(passes=320)

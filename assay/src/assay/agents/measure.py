@@ -96,6 +96,7 @@ def _options(read: "Read", timed: "Timed", folder: Path) -> tuple[Sequence[str],
     found += ["--rtol", str(run.rtol), "--atol", str(run.atol)]
     found += ["--inputs", place(run.inputs)] if run.inputs else []
     found += ["--chain", place(run.chain)] if run.chain else []
+    found += ["--canonical", place(run.canonical)] if run.canonical else []
     found += ["--constant"] if run.constant else []
     found += [] if run.compare else ["--no-compare"]
     for path in run.paths:

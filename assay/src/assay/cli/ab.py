@@ -49,6 +49,9 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument(
         "--trusted", action="store_true", help="B does not patch its worker: its chain and copies bound nothing"
     )
+    calls.add_argument(
+        "--canonical", default="", metavar="F:F", help="output -> what of it is compared, as where an order is free"
+    )
     calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
     calls.add_argument("--atol", type=float, default=0.0)
     calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
@@ -89,6 +92,7 @@ def _workload(arguments: argparse.Namespace, command: list[str]) -> Workload:
         target=_here(target),
         inputs=_here(arguments.inputs),
         chain=_here(arguments.chain),
+        canonical=_here(arguments.canonical),
         constant=arguments.constant or not arguments.inputs,
         links=arguments.links,
         clock=arguments.clock,

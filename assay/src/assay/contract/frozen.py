@@ -13,7 +13,7 @@ from typing import Any
 
 from assay.contract.box import Box
 from assay.contract.plan import VERSION
-from assay.contract.workload import Plan
+from assay.contract.workload import NAMED, Plan
 
 FILE = "plan.json"
 OWN = ("drivers", "private")
@@ -64,7 +64,7 @@ class Frozen:
 
     def _placed(self, plan: dict[str, Any]) -> dict[str, Any]:
         run = dict(plan["workload"])
-        for field in ("target", "inputs", "chain"):
+        for field in NAMED:
             if run[field].startswith(tuple(f"{name}/" for name in OWN)):
                 run[field] = str(self.folder / run[field])
         return {**plan, "workload": run}

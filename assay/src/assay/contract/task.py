@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from assay.contract import patterns
 from assay.contract.errors import TaskError
 from assay.contract.positions import line_of
-from assay.contract.workload import Plan, Workload
+from assay.contract.workload import NAMED, Plan, Workload
 from assay.repository import store
 
 SCHEMA = 1
@@ -334,9 +334,9 @@ _IN_ARMS = ("target", "chain", "wide")
 def functions_of(task: Task) -> Iterator[tuple[tuple[str | int, ...], str, bool]]:
     """Every `file.py:function` of a task: where it stands, itself, and whether it must be the task's own."""
     for i, timed in enumerate(task.workload):
-        for field in ("target", "inputs", "chain"):
+        for field in NAMED:
             if getattr(timed.run, field):
-                yield ("workload", i, "run", field), getattr(timed.run, field), False
+                yield ("workload", i, "run", field), getattr(timed.run, field), field == "canonical"
     for i, one in enumerate(task.property):
         for field in ("target", "strategy", "wide"):
             if getattr(one, field):

@@ -12,6 +12,8 @@ from assay.statistics.looks import LOOKS
 Kind = Literal["command", "call", "asv", "pyperf"]
 FIGURES = {"command": ("wall", "memory"), "worker": ("steady", "first", "import", "memory")}
 """What is measured of a process, and which of it may be declared primary."""
+NAMED = ("target", "inputs", "chain", "canonical")
+"""Fields of a workload that name a function."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,11 @@ class Workload:
     """Whether those calls are captured into a CUDA graph first."""
     compare: bool = True
     """Whether outputs of a call are sent back and compared between the arms of a block."""
+    canonical: Annotated[str, ADDED] = ""
+    """`file.py:function`: output -> what of it is compared, as where an order is free. It runs in the judge's process.
+
+    It gets decoded values, with NumPy arrays for tensors. An output of the candidate that it cannot take is wrong.
+    """
     rtol: float = 0.0
     atol: float = 0.0
     case: int = 0
@@ -70,12 +77,14 @@ class Workload:
             return self
         if ":" not in self.target:
             raise ValueError(f"--{self.kind}: expected NAME:CALLABLE, got {self.target!r}")
-        for name in ("inputs", "chain"):
+        for name in NAMED[1:]:
             if getattr(self, name) and ":" not in getattr(self, name):
                 raise ValueError(f"--{name}: expected NAME:FUNCTION, got {getattr(self, name)!r}")
         for name, least in (("rounds", 1), ("links", 1), ("calls", 0), ("warmups", 1), ("case", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
+        if self.canonical and not self.canonical.partition(":")[0].endswith(".py"):
+            raise ValueError(f"--canonical: expected FILE.py:FUNCTION, got {self.canonical!r}")
         if self.links > 1 and not self.chain and self.clock == "judge":
             raise ValueError("--links: expected --chain with it, so that no call can be left out")
         if self.clock == "cuda" and self.chain:

@@ -14,8 +14,9 @@ from assay.arms.handle import Reply, Worker, started
 from assay.arms.inside.wire import encode
 from assay.arms.process import MOST_FROZEN_S, Running
 from assay.arms.trees import Trees
-from assay.contract.errors import ArmError
+from assay.contract.errors import ArmError, NotRepeatableError
 from assay.contract.workload import Plan, Workload
+from assay.experiment.canonical import UNREADABLE, canonical
 from assay.experiment.exchange import After, Exchange, asked
 from assay.experiment.outputs import digest, same
 from assay.machine import gpu
@@ -276,7 +277,8 @@ def _kept(reply: Reply, workload: Workload) -> bytes:
     """All of an output if tolerances have to look at it, else its digest."""
     if not workload.compares:
         return b""
-    return _kept_bytes(bytes(reply.body), workload)
+    said = canonical(workload.canonical, bytes(reply.body))
+    return said if said == UNREADABLE else _kept_bytes(said, workload)
 
 
 def _kept_bytes(body: bytes, workload: Workload) -> bytes:
@@ -285,6 +287,10 @@ def _kept_bytes(body: bytes, workload: Workload) -> bytes:
 
 def compared(workload: Workload, base: Sample) -> int:
     """How many calls of base gave something that can be compared: None, and arguments that stay, are no output."""
+    if UNREADABLE in base.outputs:
+        raise NotRepeatableError(
+            f"canonical: expected a function of base's outputs, got an error of {workload.canonical}"
+        )
     nothing = _kept_bytes(b"".join(bytes(part) for part in encode(None)), workload)
     return sum(one != nothing for one in base.outputs) if workload.compares else 0
 

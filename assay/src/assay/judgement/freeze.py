@@ -17,7 +17,7 @@ from assay.contract.errors import TaskError
 from assay.contract.frozen import FILE, OWN, Frozen, of_folder, written
 from assay.contract.positions import line_of
 from assay.contract.task import Read, Timed, functions_of
-from assay.contract.workload import Plan
+from assay.contract.workload import NAMED, Plan
 from assay.gates import table
 from assay.judgement.guards import CACHES, Judged, Source, judged
 from assay.judgement.ledger import Attempt, Key
@@ -173,14 +173,14 @@ def write_trees(store: Store, trees: dict[str, str], folder: Path) -> None:
 def _frozen(read: Read, timed: Timed, folder: Path) -> Plan:
     """A workload's plan, with a fresh seed; the task's own files are copied beside the plan.
 
-    What makes inputs goes to `private`, which is shown to no arm but base's maker of inputs.
+    What makes inputs, or says what of outputs counts, goes to `private`. No arm sees it but the maker of inputs.
     """
     run = timed.run
-    for field in ("target", "inputs", "chain"):
+    for field in NAMED:
         name = getattr(run, field)
         own = read.own(name)
         if own is not None:
-            kind = "private" if field == "inputs" else "drivers"
+            kind = "private" if field in ("inputs", "canonical") else "drivers"
             place = folder / kind / hashlib.sha256(str(own.parent).encode()).hexdigest()[:8]
             place.mkdir(exist_ok=True)
             shutil.copyfile(own, place / own.name)

@@ -1,0 +1,1 @@
+"""What stands for the rest of vLLM: the modules that the CUTLASS experts import."""

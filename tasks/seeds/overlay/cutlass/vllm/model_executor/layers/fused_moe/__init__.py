@@ -1,0 +1,1 @@
+"""Holds modules of the layer."""
