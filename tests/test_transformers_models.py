@@ -103,7 +103,7 @@ def test_the_config_and_from_pretrained_take_the_name(tmp_path: Path) -> None:
     assert torch.equal(answer(again, torch.arange(3, 9).view(1, 6), "moeyard"), wanted)
 
 
-@pytest.mark.parametrize("architecture", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("cache", "backend"),
     [

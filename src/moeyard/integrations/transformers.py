@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moeyard import ExpertWeights, Routing, combine, fused_experts, grouped_gemm, moe_align_block_size, permute
+import moeyard
 from moeyard.dispatch.checks import FLOATS
 from moeyard.integrations.transformers_gate import PRODUCTS, Gate, facts_of, gate_of
+from moeyard.values import ExpertWeights, Routing
 
 NAME = "moeyard"
 """What transformers calls this implementation."""
@@ -79,23 +80,23 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     rows = hidden_states.to(weights.w13.dtype)
     if fused:
         routing = Routing(top_k_weights.float(), top_k_index)
-        return fused_experts(rows, routing, weights, activation=gate.activation).to(hidden_states.dtype)
+        return moeyard.fused_experts(rows, routing, weights, activation=gate.activation).to(hidden_states.dtype)
     return _composed(self, rows, top_k_index, top_k_weights, weights).to(hidden_states.dtype)
 
 
 def _composed(self: Any, rows: Tensor, ids: Tensor, factors: Tensor, weights: ExpertWeights) -> Tensor:
     """Two products around the module's own gate, and its norm behind them."""
-    layout = moe_align_block_size(ids, num_experts=weights.num_local_experts, block_size=1)
-    moved, offsets = permute(rows, layout).rows, layout.expert_offsets
-    first = grouped_gemm(moved, weights.w13, bias=weights.w13_bias, expert_offsets=offsets)
+    layout = moeyard.moe_align_block_size(ids, num_experts=weights.num_local_experts, block_size=1)
+    moved, offsets = moeyard.permute(rows, layout).rows, layout.expert_offsets
+    first = moeyard.grouped_gemm(moved, weights.w13, bias=weights.w13_bias, expert_offsets=offsets)
     middle = (self._apply_gate(first) if self.has_gate else self.act_fn(first)).to(rows.dtype)
-    second = grouped_gemm(middle, weights.w2, bias=weights.w2_bias, expert_offsets=offsets)
+    second = moeyard.grouped_gemm(middle, weights.w2, bias=weights.w2_bias, expert_offsets=offsets)
     if _has_norm(self):
         second = self.post_expert_norm(second).to(rows.dtype)
     if not _keeps_float64(second, factors):
-        return combine(second, layout, factors.float())
+        return moeyard.combine(second, layout, factors.float())
     routes = layout.sorted_token_ids.clamp(max=max(layout.num_routes - 1, 0)).long()
-    return combine(second * factors.reshape(-1, 1)[routes], layout)
+    return moeyard.combine(second * factors.reshape(-1, 1)[routes], layout)
 
 
 def _keeps_float64(rows: Tensor, factors: Tensor) -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from moeyard import Activation, activate
+import moeyard
+from moeyard.values import Activation
 
 PRODUCTS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 """The parameters of an experts module that its two products read."""
@@ -105,7 +106,7 @@ def _find(pairs: Tensor, got: Tensor, gated: bool, numbers: tuple[tuple[str, flo
 
 
 def _agrees(pairs: Tensor, got: Tensor, activation: Activation, gated: bool) -> bool:
-    wanted = activate(pairs, activation, gated=gated, impl="reference").reshape(-1)
+    wanted = moeyard.activate(pairs, activation, gated=gated, impl="reference").reshape(-1)
     size = (1 + pairs.abs()).prod(1)
     return bool(((got - wanted).abs() <= 1e-5 * wanted.abs() + 2e-6 * size).all())
 
