@@ -14,7 +14,7 @@ RUN = timeout --kill-after=15
 LOWEST := .venv-lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo agents test test-lowest test-full lint docs bench-cpu gpu clean
+.PHONY: help demo agents test test-lowest test-full lint docs bench-cpu wheel gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,13 @@ gpu: ## GPU tests and benchmarks, unattended; results in OUT
 	PYTHONPATH=src $(RUN) 300 $(PYTHON) -m pytest tests/gpu -p no:cacheprovider -p no:benchmark --junitxml='$(OUT)/tests.xml'; echo $$? > '$(OUT)/tests.status'
 	PYTHONPATH=src $(RUN) 480 $(PYTHON) -m moeyard.bench.suite cuda --out '$(OUT)' --tests '$(OUT)/tests.xml'; echo $$? > '$(OUT)/bench.status'
 	@grep -L '^0$$' '$(OUT)'/*.status | sed 's/^/failed: /'; ! grep -qv '^0$$' '$(OUT)'/*.status
+
+# With ARCHS, such as "90a 80", the wheel has the cubins of the models of bench/workloads: they need no NVRTC.
+CUBINS := src/moeyard/cuda/cubins
+wheel: .venv/ready ## build a wheel in dist; ARCHS="90a" adds cubins of named models
+	rm -rf $(CUBINS)
+	$(if $(ARCHS),$(BIN)/python -m moeyard.bench.cubins $(CUBINS) $(ARCHS))
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ; status=$$?; rm -rf $(CUBINS); exit $$status
 
 clean: ## remove virtual environments and build products
 	rm -rf .venv $(LOWEST) build dist

@@ -52,6 +52,9 @@ _WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "128, copied": {"copied": True, "rows": 128},
         "192, gathered": {"rows": 192},
         "192, copied": {"copied": True, "rows": 192},
+        "192, copied, fine 32": {"copied": True, "rows": 192, "fine": 32},
+        "192, gathered, fine 32": {"rows": 192, "fine": 32},
+        "128, gathered, fine 32": {"rows": 128, "fine": 32},
     },
     "batches": {str(rows): {"rows": rows} for rows in (8, 16, 32, 64, 128)},
 }

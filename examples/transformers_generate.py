@@ -12,6 +12,7 @@ each round every implementation runs once, in a new order. A table is printed; `
 import argparse
 import contextlib
 import copy
+import importlib
 import json
 import random
 import statistics
@@ -24,8 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.deepgemm import is_deepgemm_loadable
-from transformers.integrations.sonicmoe import is_sonicmoe_loadable
 
 import moeyard.bench
 from moeyard.bench import peers, results
@@ -70,16 +69,14 @@ def implementations(device: torch.device, dtype: torch.dtype, compiled: bool) ->
     """Those of transformers that load here, and moeyard's."""
     found = ["eager", "batched_mm", "grouped_mm", *([COMPILED] if compiled else []), integration.NAME]
     if device.type == "cuda" and dtype == torch.bfloat16:
-        found += [name for name, there in _OTHERS.items() if _loads(there)]
+        found += [name for name in ("deepgemm", "sonicmoe") if _loads(name)]
     return found
 
 
-_OTHERS: dict[str, Callable[[], bool]] = {"deepgemm": is_deepgemm_loadable, "sonicmoe": is_sonicmoe_loadable}
-
-
-def _loads(there: Callable[[], bool]) -> bool:
-    with contextlib.suppress(ImportError):
-        return bool(there())
+def _loads(name: str) -> bool:
+    """Whether transformers finds what one of its implementations needs."""
+    with contextlib.suppress(ImportError, AttributeError):
+        return bool(getattr(importlib.import_module(f"transformers.integrations.{name}"), f"is_{name}_loadable")())
     return False
 
 

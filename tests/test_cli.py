@@ -86,6 +86,9 @@ def test_bench_lists_workloads() -> None:
         (["plot", "absent.json"], "result file: expected JSON"),
         (["plot", "absent.json", "--out", "picture.gif"], "--out: expected a .png or .svg file, got picture.gif"),
         (["warmup", "--device", "tpu"], "--device: expected cpu or cuda"),
+        (["warmup", "--model", "rows"], "model: expected one of deepseek-v3, gpt-oss-120b,"),
+        (["warmup", "--model", "mixtral-8x7b", "--device", "cpu"], "--device: expected --arch beside --model"),
+        (["warmup", "--model", "mixtral-8x7b", "--arch", "sm_42"], "arch: expected one of ['sm_100',"),
     ],
 )
 def test_mistakes_are_errors_in_words(arguments: list[str], message: str) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 
-from moeyard.cuda.runtime import barriers, cards
+from moeyard.cuda.align import launchers as align
+from moeyard.cuda.runtime import barriers, cards, launch
 from moeyard.cuda.runtime import compile as building
+from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES, headers_of
 from moeyard.testing import python
@@ -309,3 +312,16 @@ def test_importing_cards_initialises_nothing() -> None:
     )
     done = python("-c", code)
     assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_launches_are_kept_by_kernel_and_not_by_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of batch sizes leave plain integers behind: what Python's collector walks does not grow with them."""
+    made: list[Recipe] = []
+    monkeypatch.setattr(launch, "_launch_of", lambda recipe, device: made.append(recipe) or recipe)
+    monkeypatch.setattr(align, "card_of", lambda device: cards.Card(132, 232448, True))
+    for routes in range(33, 4000):
+        kept, shape, _ = align.prepare_align(
+            routes, 64, 64, routes, 1, torch.int32, True, True, False, 0, None, False
+        )  # fmt: skip
+        assert shape.sizes[0] == routes and isinstance(kept, Recipe)
+    assert len(made) > 3900 and len({*made}) <= 4

@@ -121,6 +121,7 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "gather": False, "activation": None,
         "ready": True, "columns": 144, "weighted": True, "dtype": torch.float16,
     },
+    "coarse steps": {"tiles": 128, "counts": [130, 1, 33, 0, 97], "size": 144, "columns": 144, "plan": {"fine": 32}},
     "in batches": {
         "tiles": 32, "counts": [40, 0, 9], "size": 144, "gated": False, "gather": False, "activation": None,
         "columns": 144,

@@ -34,13 +34,19 @@ CASES: dict[str, dict[str, Any]] = {
         "bias": True, "plan": {"warps": 2, "trigger": 3}, "cut": {"up_stages": 2, "down_stages": 5},
     },
     "many units a warp": {"sizes": (1, 2, 64, 168), "experts": 3, "plan": {"warps": 1}, "blocks": 3},
+    "fewer than at most": {
+        "sizes": (2, 5, 88, 40), "most": 3, "experts": 5, "dtype": torch.float16, "wide": True, "bias": True,
+        "plan": {"warps": 3}, "cut": {"up_segment": 16, "up_stages": 3, "down_stages": 3, "down_rows": 4},
+    },
+    "one of at most four": {"sizes": (1, 3, 72, 56), "most": 4, "experts": 6, "plan": {"warps": 2}, "mapped": True},
+    "as many as at most": {"sizes": (4, 3, 72, 56), "most": 4, "experts": 6, "plan": {"warps": 2}},
     "a lane a token": {"sizes": (32, 1, 32, 8), "experts": 9, "plan": {"warps": 2}, "blocks": 5},
 }  # fmt: skip
 
 
 def prepared(name: str) -> tuple[dict[str, Any], ExpertSizes, Any, tuple[tuple[str, str], ...]]:
     case = {"activation": Activation(), "dtype": torch.bfloat16, "gated": True, "blocks": 4} | CASES[name]
-    sizes = ExpertSizes(*case["sizes"], case["gated"])
+    sizes = ExpertSizes(case.get("most", case["sizes"][0]), *case["sizes"][1:], case["gated"])
     plan = few_tokens_plan(sizes, CARD, **case.get("plan", {}))
     assert plan is not None
     plan = replace(plan, **case.get("cut", {}))
@@ -48,7 +54,7 @@ def prepared(name: str) -> tuple[dict[str, Any], ExpertSizes, Any, tuple[tuple[s
     biased = (case.get("bias", False),) * 2
     defines = few_tokens_defines(
         sizes, plan, CARD, case["dtype"], "i64" if case.get("wide") else "int", case.get("mapped", False), biased,
-        case["activation"], case.get("on_input", False),
+        case["activation"], case.get("on_input", False), tokens_given="most" in case,
     )  # fmt: skip
     return case, sizes, plan, defines
 
@@ -67,13 +73,14 @@ def computed(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     ids[0, 0] = 0  # somebody is held
     act, out = poisoned((tokens * top_k, size), dtype), poisoned((tokens, hidden), dtype)
     a, wide_rows = case["activation"], 2 * weights.w13[0].numel()
+    given = [tokens] if "most" in case else []
     constants = [float_bits(value) for value in (a.alpha, a.beta, a.limit or 0.0)]
     failure = launch(
         library, False, case["blocks"], at_once, [ids, mapping, factors, rows, weights.w13, weights.w13_bias, act],
-        num_experts, experts, 2 * hidden, wide_rows, *constants,
+        num_experts, experts, 2 * hidden, wide_rows, *constants, *given,
     ) or launch(
         library, True, case["blocks"], at_once, [ids, mapping, factors, act, weights.w2, weights.w2_bias, out],
-        num_experts, experts, 2 * hidden * size,
+        num_experts, experts, 2 * hidden * size, *given,
     )  # fmt: skip
     if failure is None and (guard_broken(act) or guard_broken(out)):
         failure = "something was written behind an output"

@@ -19,13 +19,14 @@ SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "experts")
 ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
 """What an operator's room may import, besides rooms that it is built on."""
-IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.sizes"}
+IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.processes", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
     "quant": set(),
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
     "dispatch.sizes": {"values"},
+    "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
     "dispatch.checks": {"values", "quant"},
     "dispatch.call": {"values", "quant"},
@@ -40,7 +41,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "experts": ROOM | {"quant", "router", "activation", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
-    "warmup": {"values", "dispatch.table", *OPS},
+    "warmup": {"values", "dispatch.call", "dispatch.checks", "dispatch.table", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},

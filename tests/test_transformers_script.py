@@ -49,7 +49,7 @@ def checkout_of(folder: Path, common: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("baseline", [False, True])
+@pytest.mark.parametrize("baseline", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_moeyard_is_one_of_the_implementations(tmp_path: Path, baseline: bool) -> None:
     checkout = checkout_of(tmp_path, COMMON)
     done = python(str(SCRIPT), str(checkout), *(["--baseline"] if baseline else []), "--", "-s")

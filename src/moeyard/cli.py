@@ -1,6 +1,7 @@
 """The command line: moeyard bench | doctor | inspect | warmup | plot. It needs typer and rich, the extra `cli`."""
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 import moeyard
-from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, timing, workloads
+from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, served, timing, workloads
 from moeyard.bench.operators import Case, Provider, operators
 from moeyard.bench.tables import EXPLAINED, tables
 from moeyard.checkpoints import describe
@@ -227,12 +228,36 @@ _OPTIONAL = (
 
 @app.command()
 def warmup(
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; all there are unless given.")] = None,
+    device: Annotated[str | None, typer.Option(help="Without a model: cpu or cuda; both unless given.")] = None,
+    model: Annotated[
+        str, typer.Option(help="A model by name or config.json: all kernels of its layer; --model list lists names.")
+    ] = "",
+    arch: Annotated[str, typer.Option(help="What a model's kernels are compiled for, without a GPU.")] = "sm_90a",
+    impl: Annotated[str, typer.Option(help="Of a model's experts: auto, cuda or triton.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of a call.")] = 16384,
+    jobs: Annotated[int, typer.Option(min=0, help="Processes; 0: as many as cores.")] = 0,
 ) -> None:
     """Compile and cache kernels now, so that first calls need not."""
-    place = None if device is None else _device(device)
-    with _errors.status("compiling kernels"):
-        seconds = moeyard.warmup(place)
+    if model == "list":
+        _console.print("\n".join(served.models()))
+        return
+    if model and device is not None:
+        raise _fail("--device: expected --arch beside --model, got --device")
+    try:
+        if model:
+            layer = served.served(model)
+            with _progress() as progress:
+                seconds = moeyard.warmup(
+                    layer.weights, max_tokens=max_tokens, arch=arch, impl=impl, jobs=jobs or None,
+                    progress=lambda what, steps: _stepper(progress, what, steps), **served.options_of(layer),
+                )  # fmt: skip
+        else:
+            with _errors.status("compiling kernels"):
+                seconds = moeyard.warmup(None if device is None else _device(device))
+    except (ValueError, RuntimeError) as problem:
+        raise _fail(str(problem)) from None
+    except KeyboardInterrupt:
+        raise _fail("interrupted; what was compiled is kept") from None
     for name, spent in seconds.items():
         _console.print(f"{spent * 1e3:8.1f} ms  {name}", highlight=False)
 
@@ -274,6 +299,11 @@ def _device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise _fail(f"--device: expected a device of this machine, got {name!r} and torch sees no GPU")
     return torch.device(name)
+
+
+def _stepper(progress: Progress, what: str, steps: int) -> Callable[[], None]:
+    task = progress.add_task(what, total=steps)
+    return lambda: progress.advance(task)
 
 
 def _progress() -> Progress:

@@ -1,29 +1,240 @@
 """Compiles or loads ahead of time what first calls would otherwise wait for."""
 
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from typing import Unpack
 
 import torch
 
 from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
+from moeyard.dispatch.call import LayerFacts
+from moeyard.dispatch.checks import check_int
 from moeyard.dispatch.table import companion, explain
 from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.permute import permute, shuffle_rows
-from moeyard.router import route
-from moeyard.values import ExpertWeights, Routing
+from moeyard.router import route, route_and_align
+from moeyard.values import Activation, ExpertWeights, Router, RouterOptions, Routing
+
+Progress = Callable[[str, int], Callable[[], object]]
+"""(what begins, how many steps it has) -> what is called after each step."""
 
 
-def warmup(device: str | torch.device | None = None) -> dict[str, float]:
-    """Makes one small call of every operator, so that its kernels are compiled, cached and loaded.
+def warmup(
+    weights: ExpertWeights | str | torch.device | None = None,
+    *,
+    device: str | torch.device | None = None,
+    max_tokens: int = 16384,
+    activation: Activation | None = None,
+    num_experts: int | None = None,
+    mapped: bool = False,
+    shared: ExpertWeights | None = None,
+    block_sizes: tuple[int, ...] = (1, 16),
+    arch: str | None = None,
+    jobs: int | None = None,
+    impl: str = "auto",
+    progress: Progress | None = None,
+    top_k: int | None = None,
+    scoring: str = "softmax",
+    renormalize: bool = False,
+    selection_bias: torch.Tensor | None = None,
+    num_groups: int = 1,
+    top_k_groups: int = 1,
+    routed_scaling_factor: float = 1.0,
+) -> dict[str, float]:
+    """Makes kernels ahead of time, so that calls need not wait for a compiler.
+
+    With weights: those of a layer. All numbers of tokens are walked, what the cache lacks is compiled in processes of
+    its own, and where the weights are on a GPU everything is loaded there and called once. Calls that are meant have
+    int32 ids, and tensors that are dense and begin at multiples of 16 bytes. Without: one small call of every operator.
 
     Args:
-        device: the device to warm up; the CPU, and CUDA where there is one, unless given.
+        weights: [num_local_experts, ...] as in `fused_experts`, unquantised and of 16 bits. Only their sizes count, and
+            meta tensors will do. Instead of weights a device may be given.
+        device: without weights the device to warm up; the CPU, and CUDA where there is one, unless given.
+        max_tokens: the most tokens of a call.
+        activation, num_experts, shared: as in `fused_experts` and `moe_layer`.
+        mapped: whether calls have an expert map.
+        block_sizes: of alignments.
+        arch: what weights that are not on a GPU are compiled for, such as "sm_90a". It needs no GPU.
+        jobs: processes that compile; as many as this process has cores unless given.
+        impl: that of the experts: "auto", "cuda" or "triton".
+        progress: is told what begins, and called after each step of it.
+        top_k, scoring, renormalize, selection_bias, num_groups, top_k_groups, routed_scaling_factor: as in `route`;
+            with weights `top_k` must be given.
 
-    Returns the seconds that each "<op> <impl> <device>" took.
+    Returns the seconds that each part took: with weights "cuda: N kernels compiled" and the like, else
+    "<op> <impl> <device>". An interrupt ends all processes and keeps what was compiled. Raises TypeError or ValueError
+    naming the argument, and RuntimeError with the compiler's words.
     """
+    if not isinstance(weights, ExpertWeights):
+        return _small_calls(weights if device is None else device)
+    if top_k is None:
+        raise TypeError("top_k: expected the number of experts of a token, got none")
+    if weights.scheme is not None:
+        raise ValueError(f"weights: expected unquantised ones, got {weights.scheme}: their first calls compile")
+    if weights.w13.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"weights: expected bfloat16 or float16, got {weights.w13.dtype}")
+    if impl not in ("auto", "cuda", "triton"):
+        raise ValueError(f"impl: expected 'auto', 'cuda' or 'triton', got {impl!r}")
+    for name, value in (("max_tokens", max_tokens), ("jobs", jobs)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    place = weights.w13.device
+    capability = torch.cuda.get_device_capability(place) if place.type == "cuda" else _capability(arch, place)
+    router: RouterOptions = {
+        "top_k": top_k, "scoring": scoring, "renormalize": renormalize, "selection_bias": selection_bias,
+        "num_groups": num_groups, "top_k_groups": top_k_groups, "routed_scaling_factor": routed_scaling_factor,
+    }  # fmt: skip
+    check_int("top_k", top_k, low=1, high=num_experts or weights.num_local_experts)
+    facts = facts_of(
+        weights, activation=activation, num_experts=num_experts, mapped=mapped, shared=shared, block_sizes=block_sizes,
+        **router,
+    )  # fmt: skip
+    return _of_layer(facts, weights, shared, router, place, capability, max_tokens, jobs or cores(), impl, progress)
+
+
+def facts_of(
+    weights: ExpertWeights,
+    *,
+    activation: Activation | None = None,
+    num_experts: int | None = None,
+    mapped: bool = False,
+    shared: ExpertWeights | None = None,
+    block_sizes: tuple[int, ...] = (1, 16),
+    **router: Unpack[RouterOptions],
+) -> LayerFacts:
+    """What kernels depend on of a layer that is called as the arguments of `warmup` say."""
+    return LayerFacts(
+        _on_meta(weights),
+        Router(**{key: value for key, value in router.items() if key in Router._fields}),  # type: ignore[arg-type]
+        num_experts or weights.num_local_experts,
+        activation or Activation(),
+        weights.w13.dtype,
+        router.get("selection_bias") is not None,
+        mapped,
+        None if shared is None else _on_meta(shared),
+        block_sizes,
+    )
+
+
+def _of_layer(
+    facts: LayerFacts,
+    weights: ExpertWeights,
+    shared: ExpertWeights | None,
+    router: RouterOptions,
+    place: torch.device,
+    capability: tuple[int, int],
+    max_tokens: int,
+    jobs: int,
+    impl: str,
+    progress: Progress | None,
+) -> dict[str, float]:
+    from moeyard.cuda import ahead
+
+    report = progress or (lambda _what, _steps: lambda: None)
+    seconds: dict[str, float] = {}
+    there = place.type == "cuda"
+    index = place.index if there else None
+    by_triton = impl == "triton" or (impl == "auto" and capability != (9, 0))
+    start = time.perf_counter()
+    made = ahead.compile_layer(
+        facts, capability, max_tokens, jobs, lambda n: report("cuda kernels", n),
+        experts=not by_triton, device=index,
+    )  # fmt: skip
+    seconds[f"cuda: {made} kernels compiled"] = time.perf_counter() - start
+    if by_triton:
+        from moeyard.triton.ahead import compile_layer
+        from moeyard.triton.launch import card
+
+        start = time.perf_counter()
+        made = compile_layer(
+            facts, capability, max_tokens, jobs, lambda n: report("triton kernels", n), card(place) if there else None
+        )
+        seconds[f"triton: {made} kernels compiled"] = time.perf_counter() - start
+    if there:
+        start = time.perf_counter()
+        counts = ahead.load_layer(facts, place.index, max_tokens, experts=not by_triton)
+        if by_triton:
+            counts = sorted({*counts, *_few_of(max_tokens)})
+        seconds[f"{place}: kernels loaded"] = time.perf_counter() - start
+        start, step = time.perf_counter(), report("calls", len(counts))
+        for count in counts:
+            _call_layer(facts, weights, shared, router, place, count, impl)
+            step()
+        torch.cuda.synchronize(place)
+        seconds[f"{place}: {len(counts)} sizes called"] = time.perf_counter() - start
+    return seconds
+
+
+def _call_layer(
+    facts: LayerFacts,
+    weights: ExpertWeights,
+    shared: ExpertWeights | None,
+    router: RouterOptions,
+    place: torch.device,
+    tokens: int,
+    impl: str,
+) -> None:
+    """Every operator of a layer once, on random tokens."""
+    hidden = torch.randn(tokens, weights.hidden_size, device=place).to(facts.dtype)
+    logits = torch.randn(tokens, facts.num_experts, device=place).to(facts.dtype)
+    mapping = None
+    if facts.mapped:
+        mapping = torch.arange(facts.num_experts, dtype=torch.int32, device=place)
+        mapping[mapping >= weights.num_local_experts] = -1
+    routing = route(logits, **router)
+    local = {"expert_map": mapping, "num_local_experts": weights.num_local_experts}
+    for block_size in facts.block_sizes:
+        route_and_align(logits, block_size=block_size, **local, **router)  # type: ignore[arg-type]
+        moe_align_block_size(routing.topk_ids, num_experts=facts.num_experts, block_size=block_size, **local)  # type: ignore[arg-type]
+    layout = moe_align_block_size(routing.topk_ids, num_experts=facts.num_experts, block_size=1, **local)  # type: ignore[arg-type]
+    rows = permute(hidden, layout).rows
+    combine(rows, layout, routing.topk_weights)
+    moe_sum(rows.new_empty(tokens, router["top_k"], weights.hidden_size))
+    fused_experts(
+        hidden, routing, weights, activation=facts.activation, num_experts=facts.num_experts, expert_map=mapping,
+        impl=impl,
+    )  # fmt: skip
+    if shared is not None:
+        everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=place)
+        alike = Routing(torch.ones(tokens, 1, device=place), everyone)
+        fused_experts(hidden, alike, shared, activation=facts.activation, impl=impl)
+
+
+def _few_of(most: int) -> Iterator[int]:
+    """Powers of two and their neighbours, up to the most: Triton's plans change near them."""
+    for count in (2**i + off for i in range(most.bit_length()) for off in (0, 1)):
+        if count <= most:
+            yield count
+    yield most
+
+
+def _on_meta(weights: ExpertWeights) -> ExpertWeights:
+    b13, b2 = (None if bias is None else bias.to("meta") for bias in (weights.w13_bias, weights.w2_bias))
+    return ExpertWeights(weights.w13.to("meta"), weights.w2.to("meta"), b13, b2, weights.gated)
+
+
+def _capability(arch: str | None, place: torch.device) -> tuple[int, int]:
+    """The compute capability that an architecture's name stands for."""
+    found = re.fullmatch(r"sm_(\d+)(\d)a?", arch or "")
+    if found is None:
+        wanted = "an architecture such as 'sm_90a'"
+        raise ValueError(f"arch: expected {wanted} for weights on {place.type}, got {arch!r}")
+    return int(found[1]), int(found[2])
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _small_calls(device: str | torch.device | None) -> dict[str, float]:
+    """Makes one small call of every operator; the seconds that each "<op> <impl> <device>" took."""
     devices = [torch.device(device)] if device is not None else [torch.device("cpu")]
     if device is None and torch.cuda.is_available():
         devices.append(torch.device("cuda"))

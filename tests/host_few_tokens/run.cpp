@@ -114,24 +114,31 @@ void run_block() {
 }
 
 void* pointers[9];
-i64 sizes[7];
+i64 sizes[8];
 #if QUANTISED_WEIGHTS
 #define GIVEN pointers[7], static_cast<float*>(pointers[8]),
 #else
 #define GIVEN
+#endif
+#if TOKENS_GIVEN
+#define UP_TOKENS , sizes[7]
+#define DOWN_TOKENS_GIVEN , sizes[3]
+#else
+#define UP_TOKENS
+#define DOWN_TOKENS_GIVEN
 #endif
 
 void run_up() {
   few_tokens_up_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
                        static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
                        GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                       sizes[5], sizes[6]);
+                       sizes[5], sizes[6] UP_TOKENS);
 }
 
 void run_down() {
   few_tokens_down_kernel(pointers[0], static_cast<int*>(pointers[1]), static_cast<float*>(pointers[2]),
                          static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
-                         GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2]);
+                         GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2] DOWN_TOKENS_GIVEN);
 }
 
 }  // namespace
@@ -180,7 +187,7 @@ void await_bytes(u32 address, u32 parity) {
 // Null, or what went wrong.
 extern "C" const char* run(int second, u32 blocks, int at_once_, u32 seed, void** pointers_, i64* sizes_) {
   std::copy(pointers_, pointers_ + 9, pointers);
-  std::copy(sizes_, sizes_ + 7, sizes);
+  std::copy(sizes_, sizes_ + 8, sizes);
   body = second ? run_down : run_up;
   threads = THREADS;
   at_once = at_once_;

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moeyard.quant import QuantScheme
-from moeyard.values import ExpertWeights
+from moeyard.values import Activation, ExpertWeights, Router
 
 
 class WeightFacts(NamedTuple):
@@ -41,6 +41,25 @@ class Call(NamedTuple):
     num_experts: int = 0
     """Global number of experts, of an alignment the local one; 0 where it is unknown."""
     weight_on_input: bool = False
+
+
+class LayerFacts(NamedTuple):
+    """What the kernels of a layer depend on besides the number of tokens. Of tensors only dtypes and sizes count."""
+
+    weights: ExpertWeights
+    router: Router
+    num_experts: int
+    """Global number of experts."""
+    activation: Activation = Activation()
+    dtype: torch.dtype = torch.bfloat16
+    """Of hidden states; and of logits."""
+    selection_bias: bool = False
+    mapped: bool = False
+    """Whether calls have an expert map."""
+    shared: ExpertWeights | None = None
+    """One expert that every token goes through."""
+    block_sizes: tuple[int, ...] = (1, 16)
+    """Of alignments."""
 
 
 def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
@@ -62,3 +63,24 @@ def batched_layout_lengths(num_experts: int, max_num_tokens: int, block_size: in
     """The lengths of the layout of `num_experts` batches of at most `max_num_tokens` rows, each padded by itself."""
     capacity = num_experts * round_up(max_num_tokens, block_size)
     return layout_lengths(num_experts * max_num_tokens, num_experts, block_size, capacity=capacity)
+
+
+def changes(asked: Callable[[int], object], most_tokens: int) -> list[int]:
+    """Numbers of tokens, one at least of each run of neighbours for which `asked` gives the same, up to the most."""
+    counts = list(range(1, min(most_tokens, _SINGLY) + 1))
+    while counts[-1] < most_tokens:
+        counts.append(min(most_tokens, counts[-1] + counts[-1] // 64))
+    found = {count: asked(count) for count in counts}
+    waiting = list(pairwise(counts))
+    while waiting:
+        low, high = waiting.pop()
+        if found[low] != found[high] and high - low > 1:
+            between = (low + high) // 2
+            found[between] = asked(between)
+            waiting += [(low, between), (between, high)]
+    counts = sorted(found)
+    return [1, *(high for low, high in pairwise(counts) if found[low] != found[high])]
+
+
+_SINGLY = 128
+"""Up to so many tokens every number is tried; beyond, steps of a 64th, and all changes between two that differ."""

@@ -56,7 +56,7 @@ def launch(
     """One launch; what went wrong, or None. `tensors` are the kernel's, and after them those of scales."""
     given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     pointers = (ctypes.c_void_p * 9)(*given, *(0,) * (9 - len(given)))
-    numbers = (ctypes.c_int64 * 7)(*sizes, *(0,) * (7 - len(sizes)))
+    numbers = (ctypes.c_int64 * 8)(*sizes, *(0,) * (8 - len(sizes)))
     failure = library.run(int(second), blocks, int(at_once), torch.initial_seed() % 2**31, pointers, numbers)
     return None if failure is None else failure.decode()
 

@@ -39,8 +39,9 @@ WAYS = {
 
 
 def poison_workspace(routes: int, hidden: int, size: int) -> None:
-    """The next allocations of these sizes are full of NaN."""
-    held = [torch.empty(2 * routes * width, dtype=torch.uint8, device=CUDA).fill_(255) for width in (size, hidden)]
+    """The next allocations of these sizes are full of NaN: of the rows of either product, and of both with a table."""
+    sizes = [2 * routes * size, 2 * routes * hidden, 2 * routes * (size + hidden) + 8 * routes + 8192]
+    held = [torch.empty(count, dtype=torch.uint8, device=CUDA).fill_(255) for count in sizes]
     del held
 
 

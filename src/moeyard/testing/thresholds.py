@@ -165,6 +165,7 @@ _PRODUCTS = (
     "quantised experts",
     "moe_layer",
 )
+_EXPERTS = ("fused_experts", "quantised experts")
 _GEMM = ("grouped_gemm by offsets", "fused_experts", "quantised experts")
 _LAYOUTS = ("align", "lora")
 _ROUTERS = ("route", "route_and_align")
@@ -191,9 +192,12 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "vectorised.experts:_CHUNK_BYTES": (("grouped_gemm by offsets",), _weights_copied_at_once),
     "vectorised.experts:_COLUMNS": (_PRODUCTS, _sides),
     "vectorised.experts:_MOST_IN_A_BLOCK": (("quantised experts",), _rows_of_an_expert),
-    "triton.experts:_MOST_ALONE": (("fused_experts",), _routes),
-    "triton.experts:_CHUNK": (("fused_experts",), _routes),
+    "triton.steps:_MOST_ALONE": (_EXPERTS, _routes),
+    "triton.steps:_CHUNK": (_EXPERTS, _routes),
     "triton.experts:_SIDE_BY_SIDE": (("fused_experts",), _tokens),
+    "triton.coded:GROUP": (("quantised experts",), _sides),
+    "triton.coded:_SIDE_BY_SIDE": (("quantised experts",), _tokens),
+    "triton.coded:_quantize:2048": (("quantised experts",), _hidden),
     "triton.plan:product_tile:64": (_GEMM, _rows_of_an_expert),
     "triton.plan:product_tile:128": (_GEMM, _rows_of_an_expert),
     "triton.plan:product_tile:1024": (_GEMM, _hidden),
@@ -208,7 +212,10 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_candidates:2048": (_LAYOUTS, _routes),
     "cuda.align.plan:_candidates:131072": (("align",), _routes),
     "cuda.align.plan:_candidates:16384": (("align",), _routes),
-    "cuda.align.plan:sized:256": (_LAYOUTS, _experts),
+    "cuda.align.plan:_in_few:4096": (_LAYOUTS, _routes),
+    "cuda.align.plan:_in_few:16384": (("align",), _routes),
+    "cuda.align.plan:_in_few:131072": (("align",), _routes),
+    "cuda.align.plan:_MOST_IN_FEW": (("align",), _routes),
     "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
     "cuda.experts.plan:WARPGROUP": (_GEMM, _columns),
@@ -233,7 +240,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.route.plan:route_align_plan:8": (_ROUTERS, _tokens),
     "cuda.rows.launchers:_WIDEST": (_MOVERS, _row_bytes),
     "cuda.rows.launchers:_MOST_STATIC": (("combine", "moe_sum"), _top_k),
-    "cuda.rows.launchers:permute_launch:4": (("permute",), _top_k),
+    "cuda.rows.launchers:permute_ready:4": (("permute",), _top_k),
     "cuda.rows.plan:_ENOUGH_WORDS": (_SUMS, lambda value, off, s: _output_bytes(16 * value, off, s)),
     "cuda.rows.plan:row_plan:8": (("combine", "moe_sum"), _top_k),
     "cuda.rows.plan:whole_row_plan:512": (("permute_to_fp8",), lambda value, off, s: _hidden(4 * value, off, s)),
@@ -259,7 +266,8 @@ EXEMPT = {
     "vectorised.quant:code_values:4": "a code of e2m1",
     "vectorised.quant:code_values:7": "a code of e2m1",
     "vectorised.router:_LEAST": "a key below all others",
-    "triton.experts:_MOST_PLANS": "the length of a cache",
+    "triton.steps:MOST_PLANS": "the length of a cache",
+    "triton.launch:_kind:2147483648": "the width of an integer",
     "triton.plan:product_tile:9": "a compute capability",
     "cuda.align.plan:_REGISTERS": "what a card has",
     "cuda.align.plan:_REGISTERS_A_THREAD": "what a card has",
@@ -268,6 +276,9 @@ EXEMPT = {
     "cuda.experts.plan:_TABLE_BITS": "the width of an entry",
     "cuda.experts.plan:_ENTRY_BYTES": "the width of an entry",
     "cuda.experts.plan:_MOST_STAGES": "stages of shared memory, which sizes of tiles decide",
+    "cuda.experts.layer:_LINE": "where parts of a layer's memory begin",
+    "cuda.experts.product:TURNS": "where products keep their turns",
+    "cuda.experts.plan:_ENTRIES_OF_FEW": "the length of a table, which shared memory has room for",
     "cuda.experts.few_tokens_plan:_ROUTES_BYTES": "bytes of a block's shared memory",
     "cuda.experts.few_tokens_plan:_BARRIER_BYTES": "bytes of a block's shared memory",
     "cuda.experts.few_tokens_plan:_RING_BYTES": "bytes of a block's shared memory",
@@ -281,6 +292,7 @@ EXEMPT = {
     "cuda.experts.plan:_MOST_ROWS_IN_BLOCKS": "tiles of codes; quantised layers have tests of their own",
     "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
     "dispatch.schemes:_coded:128": "the block of a scheme",
+    "dispatch.sizes:_SINGLY": "which numbers of tokens are tried ahead of time",
     "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
 }
 """A name that ends in "." stands for a folder; `REACHES` comes first."""

@@ -49,35 +49,33 @@ def routes_before(
 
 
 @triton.jit
-def write_tiles(tiles_ptr, first, count, most_tiles, EXPERTS: tl.constexpr, ROWS: tl.constexpr):
-    """int32 [3, most_tiles] of (expert, first slot, slots): every expert's slots in tiles of ROWS, then -1."""
+def write_tiles(tiles_ptr, first, count, most_tiles, rows, EXPERTS: tl.constexpr):
+    """int32 [3, most_tiles] of (expert, first slot, slots): every expert's slots in tiles of `rows`, then -1."""
     expert = tl.arange(0, EXPERTS)
-    number = (count + ROWS - 1) // ROWS
+    number = (count + rows - 1) // rows
     where = tl.cumsum(number, 0) - number
     for i in range(0, tl.max(number, 0)):
         at = where + i
         inside = (i < number) & (at < most_tiles)
         tl.store(tiles_ptr + at, expert, mask=inside)
-        tl.store(tiles_ptr + most_tiles + at, first + i * ROWS, mask=inside)
-        tl.store(tiles_ptr + 2 * most_tiles + at, tl.minimum(count - i * ROWS, ROWS), mask=inside)
+        tl.store(tiles_ptr + most_tiles + at, first + i * rows, mask=inside)
+        tl.store(tiles_ptr + 2 * most_tiles + at, tl.minimum(count - i * rows, rows), mask=inside)
     for begin in range(tl.sum(number, 0), most_tiles, 256):
         at = begin + tl.arange(0, 256)
         tl.store(tiles_ptr + at, tl.full((256,), -1, tl.int32), mask=at < most_tiles)
 
 
-@triton.jit
-def tiles_kernel(
-    first_ptr, counts_ptr, tiles_ptr, experts, most_tiles, EXPERTS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
-):
+@triton.jit(do_not_specialize=["most_tiles", "rows"])
+def tiles_kernel(first_ptr, counts_ptr, tiles_ptr, experts, most_tiles, rows, EXPERTS: tl.constexpr, PDL: tl.constexpr):
     """Row tiles of experts whose first slots (int64) and numbers of slots (int32) are known; one program."""
     start(PDL)
     expert = tl.arange(0, EXPERTS)
     first = tl.load(first_ptr + expert, mask=expert < experts, other=0).to(tl.int32)
     count = tl.load(counts_ptr + expert, mask=expert < experts, other=0)
-    write_tiles(tiles_ptr, first, count, most_tiles, EXPERTS, ROWS)
+    write_tiles(tiles_ptr, first, count, most_tiles, rows, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_experts", "local", "most_tiles", "rows"])
 def align_kernel(
     ids_ptr,
     map_ptr,  # int32 [num_experts] or None
@@ -88,10 +86,10 @@ def align_kernel(
     num_experts,
     local,
     most_tiles,
+    rows,
     MINE: tl.constexpr,
     OTHERS: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """The whole layout in one launch: every program compares its routes with all; the last one counts and cuts."""
@@ -112,10 +110,10 @@ def align_kernel(
             routes = at + tl.arange(0, 1024)
             experts = expert_of(ids_ptr, map_ptr, routes, num_routes, num_experts, local, EXPERTS)
             count += tl.histogram(experts, EXPERTS, mask=experts < EXPERTS)
-        write_tiles(tiles_ptr, tl.cumsum(count, 0) - count, count, most_tiles, EXPERTS, ROWS)
+        write_tiles(tiles_ptr, tl.cumsum(count, 0) - count, count, most_tiles, rows, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_experts", "local"])
 def count_kernel(
     ids_ptr,
     map_ptr,
@@ -136,7 +134,7 @@ def count_kernel(
     tl.store(counts_ptr + chunk.to(tl.int64) * EXPERTS + tl.arange(0, EXPERTS), count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def scan_kernel(
     counts_ptr,  # becomes the number of routes of the expert in earlier chunks
     totals_ptr,  # int32 [EXPERTS]
@@ -160,13 +158,13 @@ def scan_kernel(
     tl.store(totals_ptr + expert, total, mask=expert < EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tiles", "rows"])
 def first_kernel(
     totals_ptr,  # becomes the first slot of the expert
     tiles_ptr,
     most_tiles,
+    rows,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """First slots and row tiles of all experts; one program."""
@@ -175,10 +173,10 @@ def first_kernel(
     count = tl.load(totals_ptr + expert)
     first = tl.cumsum(count, 0) - count
     tl.store(totals_ptr + expert, first)
-    write_tiles(tiles_ptr, first, count, most_tiles, EXPERTS, ROWS)
+    write_tiles(tiles_ptr, first, count, most_tiles, rows, EXPERTS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_routes", "num_experts", "local"])
 def place_kernel(
     ids_ptr,
     map_ptr,

@@ -45,7 +45,7 @@ def multiplied(weight, rows, total, SWAPPED: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["most_tiles", "divisor"])
 def product_kernel(
     rows_ptr,
     weight_ptr,
@@ -145,7 +145,7 @@ def product_kernel(
         tl.store(out_at, gate.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def activate_kernel(
     rows_ptr,
     out_ptr,

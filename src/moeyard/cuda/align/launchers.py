@@ -9,9 +9,9 @@ from torch import Tensor
 from moeyard.cuda.align.plan import AlignPlan, align_plan, batched_align_plan
 from moeyard.cuda.runtime.barriers import barrier_for
 from moeyard.cuda.runtime.cards import card_of
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.launch import SETTINGS, Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import division, id_type
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.dispatch.call import Call
 from moeyard.values import Layout
@@ -76,7 +76,7 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
         return None
     programmatic = SETTINGS["programmatic"]
     sizes = (topk_ids.numel(), out.num_experts, experts, capacity, out.block_size, topk_ids.dtype)
-    launch, words = _ready((*sizes, True, True, False, device, None, programmatic))
+    launch, shape, words = _ready((*sizes, True, True, False, device, None, programmatic))
     if words:
         return None
 
@@ -90,7 +90,7 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
             or SETTINGS["programmatic"] is not programmatic
         ):
             return False
-        launch(current_stream(device), address, 0, *pointers, 0, 0)
+        launch(shape, address, 0, *pointers, 0, 0)
         return True
 
     return again
@@ -165,30 +165,31 @@ def _align(
         chosen,
         SETTINGS["programmatic"] if programmatic is None else programmatic,
     )
-    launch, words = _READY.get(key) or _ready(key)
-    stream = current_stream(device)
+    launch, shape, words = _READY.get(key) or _ready(key)
     exchange = barrier = offsets = counts = routes = 0
     if words:
         buffer = topk_ids.new_empty(words, dtype=torch.int32)
-        exchange, barrier = buffer.data_ptr(), barrier_for(device, stream)
+        exchange, barrier = buffer.data_ptr(), barrier_for(device)
     if whole is not None:
         offsets, counts = whole.expert_offsets.data_ptr(), whole.expert_counts.data_ptr()
         routes = whole.route_rows.data_ptr()
     mapping = 0 if expert_map is None else expert_map.data_ptr()
     blocks, used = expert_ids.data_ptr(), total.data_ptr()
-    launch(stream, ids, mapping, slots.data_ptr(), blocks, used, offsets, counts, routes, exchange, barrier)
+    launch(shape, ids, mapping, slots.data_ptr(), blocks, used, offsets, counts, routes, exchange, barrier)
 
 
 _READY = Ready()
-"""A launch and the words of its exchange by all that they depend on: plain values, which are hashed on every call."""
+"""A launch, its shape and the words of its exchange by all that they depend on: plain values, which are hashed on every
+call.
+"""
 
 
-def _ready(key: tuple[Any, ...]) -> tuple[Launch, int]:
-    found: tuple[Launch, int] = _READY.get(key) or _READY.add(key, _make_ready(*key))
+def _ready(key: tuple[Any, ...]) -> tuple[Launch | Noted, Shape, int]:
+    found: tuple[Launch | Noted, Shape, int] = _READY.get(key) or _READY.add(key, prepare_align(*key))
     return found
 
 
-def _make_ready(
+def prepare_align(
     num_routes: int,
     num_experts: int,
     experts: int,
@@ -201,27 +202,19 @@ def _make_ready(
     device: int,
     chosen: AlignPlan | None,
     programmatic: bool,
-) -> tuple[Launch, int]:
-    """The launch and the words of its exchange."""
+) -> tuple[Launch | Noted, Shape, int]:
+    """The launch, its shape and the words of its exchange."""
     if chosen is None:
         chosen = align_plan(num_routes, experts, capacity, card_of(device))
     defines = align_defines(chosen, experts, id_type(dtype), unmapped, aligned, not triple)
-    launch = Launch(
-        "align.cu",
-        "align_kernel",
-        defines,
-        device,
-        pointers=10,
-        sizes=(num_routes, num_experts, experts, block_size, capacity, *division(block_size), chosen.tiles),
-        grid=chosen.grid,
-        threads=chosen.threads,
-        shared_bytes=chosen.shared_bytes(experts),
-        cluster=chosen.cluster,
-        cooperative=chosen.cooperative,
+    sizes = (num_routes, num_experts, experts, block_size, capacity, *division(block_size), chosen.tiles)
+    recipe = Recipe(
+        "align.cu", "align_kernel", defines, chosen.threads, 10 + len(sizes), chosen.cluster, chosen.cooperative,
         programmatic=programmatic,
-    )
+    )  # fmt: skip
+    shape = Shape(chosen.grid, chosen.shared_bytes(experts), sizes)
     words = chosen.grid // chosen.cluster * experts if chosen.cooperative else 0
-    return launch, words
+    return launch_of(recipe, device), shape, words
 
 
 def align_defines(
@@ -234,7 +227,7 @@ def align_defines(
         ("BLOCKS_A_CLUSTER", str(plan.cluster)),
         ("PLACING_WARPS", str(plan.warps)),
         ("ROUTES_A_LANE", str(plan.rounds)),
-        ("EXPERTS_A_THREAD", str(-(-experts // plan.threads))),
+        ("EXPERTS_A_THREAD", str(1 if plan.exchange == "TINY" else -(-experts // plan.threads))),
         ("ID", of_ids),
         ("MAP", "false" if unmapped else "true"),
         ("ALIGN", "true" if aligned else "false"),
@@ -247,24 +240,21 @@ def batched_align_launch(expert_num_tokens: Tensor, max_num_tokens: int, out: La
     device = expert_num_tokens.get_device()
     expert_num_tokens = expert_num_tokens.contiguous()
     key = (expert_num_tokens.numel(), max_num_tokens, out.block_size, device, SETTINGS["programmatic"])
-    launch = _BATCHED.get(key) or _BATCHED.add(key, _make_batched_ready(*key[:-1]))
+    launch, shape = _BATCHED.get(key) or _BATCHED.add(key, _make_batched_ready(*key))
     outputs = (tensor.data_ptr() for tensor in out.tensors)
-    launch(current_stream(device), expert_num_tokens.data_ptr(), *outputs)
+    launch(shape, expert_num_tokens.data_ptr(), *outputs)
 
 
 _BATCHED = Ready()
 
 
-def _make_batched_ready(experts: int, rows: int, block_size: int, device: int) -> Launch:
+def _make_batched_ready(
+    experts: int, rows: int, block_size: int, device: int, programmatic: bool
+) -> tuple[Launch | Noted, Shape]:
     chosen = batched_align_plan(experts, rows, block_size, card_of(device))
-    return Launch(
-        "batched.cu",
-        "batched_align_kernel",
-        (("BLOCK", str(chosen.threads)), ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads)))),
-        device,
-        pointers=7,
-        sizes=(experts, rows, block_size, chosen.capacity, *division(block_size), chosen.pieces),
-        grid=chosen.grid,
-        threads=chosen.threads,
-        shared_bytes=chosen.shared_bytes,
+    defines = (("BLOCK", str(chosen.threads)), ("EXPERTS_A_THREAD", str(-(-experts // chosen.threads))))
+    sizes = (experts, rows, block_size, chosen.capacity, *division(block_size), chosen.pieces)
+    recipe = Recipe(
+        "batched.cu", "batched_align_kernel", defines, chosen.threads, 7 + len(sizes), programmatic=programmatic
     )
+    return launch_of(recipe, device), Shape(chosen.grid, chosen.shared_bytes, sizes)

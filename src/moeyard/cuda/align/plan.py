@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moeyard.cuda.runtime.cards import RESERVED, WARP, Card
+from moeyard.cuda.runtime.few import FEW_KERNELS
 
 MAX_THREADS = 1024
 MAX_ROUNDS = 8
@@ -13,6 +14,8 @@ _REGISTERS, _REGISTERS_A_THREAD = 65536, 64
 """Of a multiprocessor, and what __launch_bounds__ allows cooperative kernels."""
 _PARTITIONS = 12
 """Clusters do not span the partitions (GPCs) of a card, of which no card has more: each may leave places empty."""
+_MOST_IN_FEW = 262144
+"""Routes that 128 blocks place at once."""
 CLUSTER = 8
 """Blocks of a cluster: the most that every card with clusters can launch."""
 
@@ -92,6 +95,8 @@ def _candidates(num_routes: int, experts: int, capacity: int, card: Card) -> Ite
     if num_routes <= WARP:
         pieces = -(-experts // WARP) + -(-capacity // WARP) + 1
         yield AlignPlan("TINY", min(-(-pieces // 4), 64), 1, 128, 1, 1)
+    elif FEW_KERNELS and num_routes <= _MOST_IN_FEW:
+        yield _in_few(num_routes, experts, card.clusters)
     elif num_routes <= 4096:
         grid, threads = (32, 256) if num_routes <= 2048 else (64, 512)
         yield sized("ALONE", num_routes, grid, 1, threads, experts)
@@ -112,19 +117,25 @@ def _candidates(num_routes: int, experts: int, capacity: int, card: Card) -> Ite
             yield AlignPlan("LONG", grid, 1, _threads_for(experts, threads), warps, MAX_ROUNDS, tiles)
 
 
+def _in_few(num_routes: int, experts: int, clusters: bool) -> AlignPlan:
+    """One of three plans for all routes beyond a warp's that need no barrier of the grid."""
+    threads = _threads_for(experts, 512)
+    if num_routes <= 4096 or not clusters:
+        return AlignPlan("ALONE", 64, 1, threads, 2, 1)
+    grid = 64 if num_routes <= 131072 else 128
+    return AlignPlan("CLUSTER", grid, CLUSTER, threads, 8, 1 if num_routes <= 16384 else MAX_ROUNDS)
+
+
 def sized(
     exchange: str, num_routes: int, grid: int, cluster: int, threads: int, experts: int, most_warps: int = 8
 ) -> AlignPlan:
-    """As few rounds as that many warps allow, then as few warps.
-
-    Warps are a power of two, so that few kernels are compiled, unless tables are long and each warp's takes time.
-    """
+    """As few rounds as that many warps allow, then as few warps: powers of two, so that few kernels are compiled."""
     batches = -(-num_routes // (grid * WARP))
     rounds = warps = 1
     while rounds < MAX_ROUNDS and batches > rounds * most_warps:
         rounds *= 2
     while warps < most_warps and batches > rounds * warps:
-        warps = 2 * warps if experts <= 256 else warps + 1
+        warps *= 2
     return AlignPlan(exchange, grid, cluster, _threads_for(experts, threads), warps, rounds)
 
 

@@ -18,7 +18,10 @@ constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpg
 constexpr int ITEM = VALUE_BYTES;       // bytes of a value in shared memory: of 16-bit floats, or of codes of 8 bits
 constexpr int BM = 64 * TALL * CONSUMERS, BK = 128 / ITEM, THREADS = 128 * (1 + CONSUMERS);
 constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
-constexpr int FINE = BN <= 16 ? BN : 16;                  // and what multiplied rows are a multiple of
+#ifndef FINE_FROM_128
+#define FINE_FROM_128 16
+#endif
+constexpr int FINE = BN <= 16 ? BN : BN < 128 ? 16 : FINE_FROM_128;  // and what multiplied rows are a multiple of
 constexpr int GROUP = BN > 128 ? 8 : 16;
 constexpr int WEIGHT_BYTES = BM * BK * ITEM, ROW_BYTES = BN * BK * ITEM, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
 constexpr bool ROW_SCALES = SCALED == BY_ROWS, BLOCK_SCALES = SCALED == BY_BLOCKS, CHANNELS = CHANNEL_SCALES;

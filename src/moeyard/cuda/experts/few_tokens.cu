@@ -55,7 +55,7 @@ static_assert(!IN_PARTS || UP_PIECES == 1 || UP_SEGMENT % 4 == 0, "segments begi
 extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
     const void* ids, const int* expert_map, const float* topk_weights, const u8* hidden_states, const u8* w13,
     const u16* bias, SCALE_PARAMETERS u16* act, i64 num_experts, i64 num_local, i64 token_stride, i64 expert_stride,
-    i64 alpha, i64 beta, i64 limit) {
+    i64 alpha, i64 beta, i64 limit TOKEN_PARAMETER) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   u8* vectors = shared + UP_RING;
@@ -69,19 +69,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_up_kernel(
   await_previous_launch();
   if (warp == 0) {
     if constexpr (!QUANTISED) {
-      if (lane == 0) expect_bytes(shared_address(vectors_here), UP_VECTORS);
+      if (lane == 0) expect_bytes(shared_address(vectors_here), TOKENS_HERE * HIDDEN * 2);
       __syncwarp();
       see_earlier_writes();
-      if (lane < TOKENS) {
+      if (lane < TOKENS_HERE) {
         copy_in(shared_address(vectors + lane * HIDDEN * 2), hidden_states + lane * token_stride, HIDDEN * 2,
                 shared_address(vectors_here));
       }
     }
-    find_routes(routes, ids, expert_map, topk_weights, num_experts, num_local);
+    find_routes(routes, ids, expert_map, topk_weights, num_experts, num_local, TOKENS_HERE);
   }
   __syncthreads();
 
-  const u32 total = routes.starts[TOKENS] * SIZE, last = first_unit(total, blockIdx.x + 1);
+  const u32 total = routes.starts[TOKENS_HERE] * SIZE, last = first_unit(total, blockIdx.x + 1);
   const u32 first = first_unit(total, blockIdx.x), begin = first + warp;
   const u32 first_place = first / SIZE, held = first < last ? (last - 1) / SIZE + 1 - first_place : 0;
   if (QUANTISED && warp == 0 && held) {
@@ -255,7 +255,7 @@ struct Walk {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
     const void* ids, const int* expert_map, const float* topk_weights, const u8* act, const u8* w2, const u16* bias,
-    SCALE_PARAMETERS u16* out, i64 num_experts, i64 num_local, i64 expert_stride) {
+    SCALE_PARAMETERS u16* out, i64 num_experts, i64 num_local, i64 expert_stride TOKEN_PARAMETER) {
   extern __shared__ __align__(128) u8 shared[];
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   u8* vectors = shared + DOWN_RING;  // [DOWN_HELD, SIZE], those that have an expert first
@@ -267,11 +267,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) few_tokens_down_kernel(
 
   if (warp == 0) {
     open_barriers(vectors_here, ROUTES + WARPS * DOWN_STAGES);
-    find_routes(routes, ids, expert_map, topk_weights, num_experts, num_local);
+    find_routes(routes, ids, expert_map, topk_weights, num_experts, num_local, TOKENS_HERE);
   }
   __syncthreads();
 
-  constexpr u32 total = TOKENS * UNITS_A_TOKEN;
+  const u32 total = TOKENS_HERE * UNITS_A_TOKEN;
   const u32 first = first_unit(total, blockIdx.x), last = first_unit(total, blockIdx.x + 1);
   Walk ahead = {first + warp, 0, 0, 0};
   ahead.enter(routes, last);

@@ -6,7 +6,8 @@
 #include "bulk.cuh"
 #include "codes.cuh"
 
-// One batch size, one model, one plan a compilation: all that is known before comes as macros.
+// One model, one plan and one batch size a compilation, or (TOKENS_GIVEN) one for all up to NUM_TOKENS: all that is known
+// before comes as macros.
 typedef ID Id;                                            // int or i64
 constexpr bool MAPPED = MAP;                              // whether there is an expert_map
 constexpr int KIND_OF_ROWS = ROW_KIND;                    // BFLOAT16 or FLOAT16
@@ -20,6 +21,13 @@ constexpr bool UP_BIASED = W13_BIAS, DOWN_BIASED = W2_BIAS, CLAMPED = HAS_LIMIT;
 constexpr int WHICH = ACTIVATION;  // of the curves of activation.cuh
 constexpr u32 WARPS = WARPS_A_BLOCK, THREADS = 32 * WARPS;
 constexpr u32 WORD_BYTES = QUANTISED ? 8 : 16;  // of weights
+#if TOKENS_GIVEN
+#define TOKEN_PARAMETER , i64 num_tokens
+#define TOKENS_HERE static_cast<u32>(num_tokens)
+#else
+#define TOKEN_PARAMETER
+#define TOKENS_HERE TOKENS
+#endif
 static_assert(0 < ROUTES && ROUTES <= 32, "a lane a route");
 static_assert(HIDDEN * WORD_BYTES % 128 == 0 && SIZE * WORD_BYTES % 128 == 0, "rows are whole 16 bytes");
 static_assert(QUANTISED == (WEIGHTS != NO_CODE) && (X_CODE == NO_CODE || X_CODE == WEIGHTS), "both have one code");
@@ -38,17 +46,17 @@ struct Routes {
   u32 expert[32];
   u32 route[32];
   float factor[32];
-  u32 starts[34];  // of each token; starts[TOKENS] counts all
+  u32 starts[34];  // of each token; behind the last one that of all
 };
 
-// A lane a route, by one warp. Loads go to the L2 cache: a kernel that has not waited yet may ask for what only the
+// A lane a route of so many tokens, by one warp. Loads go to the L2 cache: a kernel that has not waited yet may ask for what only the
 // launch before the one before it wrote.
 __device__ __forceinline__ void find_routes(Routes& found, const void* ids, const int* expert_map,
-                                            const float* topk_weights, i64 num_experts, i64 num_local) {
+                                            const float* topk_weights, i64 num_experts, i64 num_local, u32 tokens) {
   const u32 lane = threadIdx.x & 31;
   u32 expert = ALL;
   float factor = 0.0f;
-  if (lane < ROUTES) {
+  if (lane < tokens * TOP_K) {
     const i64 id = __ldcg(static_cast<const Id*>(ids) + lane);
     factor = __ldcg(topk_weights + lane);
     if (0 <= id && id < num_experts) expert = MAPPED ? __ldcg(expert_map + id) : static_cast<int>(id);
@@ -60,8 +68,8 @@ __device__ __forceinline__ void find_routes(Routes& found, const void* ids, cons
     found.route[place] = lane;
     found.factor[place] = factor;
   }
-  if (lane < TOKENS) found.starts[lane] = __popc(mask & ((1u << lane * TOP_K) - 1));
-  if (lane == 0) found.starts[TOKENS] = __popc(mask);
+  if (lane < tokens) found.starts[lane] = __popc(mask & ((1u << lane * TOP_K) - 1));
+  if (lane == 0) found.starts[tokens] = __popc(mask);
 }
 
 // The first of `total` units that belong to block `block`: every block has as many, or one more.

@@ -1,7 +1,7 @@
 """The experts of a few tokens in two launches of few_tokens.cu, which read every weight of every route once."""
 
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +13,13 @@ from moeyard.cuda.experts.few_tokens_plan import (
     down_room,
     few_tokens_are_quicker,
     few_tokens_plan,
+    most_tokens,
 )
 from moeyard.cuda.runtime.cards import WARP, Card, card_of
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.few import FEW_KERNELS
+from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.dispatch.call import Call
 from moeyard.quant import ExpertScales, QuantScheme
@@ -94,23 +96,25 @@ def fused_experts_launch(
         more_down = (scales.w2.data_ptr(), 0 if scales.w2_input is None else scales.w2_input.data_ptr())
     key = (
         *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
-        bool(mapping), bool(b13), bool(b2), weight_on_input, activation, num_experts, w13.shape[0],
+        expert_map is not None, w13_bias is not None, w2_bias is not None, weight_on_input, activation, num_experts,
+        w13.shape[0],
         2 * hidden_states.stride(0), itemsize * w13.stride(0), itemsize * w2.stride(0), weights.scheme,
         0 if scales is None else scales.block_start, None if scales is None else scales.w13.dtype,
-        device, chosen, SETTINGS["programmatic"],
+        device, chosen,
     )  # fmt: skip
     launches = _READY.get(key)
     if launches is None:
-        launches = _READY.add(key, _prepare(*key[:-1]))
+        launches = _READY.add(key, _prepare(*key))
     act = out.new_empty(topk_ids.numel(), w2.shape[2])
-    stream, ids, factors = current_stream(device), topk_ids.data_ptr(), topk_weights.data_ptr()
+    (up, up_shape), (down, down_shape) = launches
+    ids, factors = topk_ids.data_ptr(), topk_weights.data_ptr()
     rows, result = hidden_states.data_ptr(), out.data_ptr()
-    launches[0](stream, ids, mapping, factors, rows, w13.data_ptr(), b13, *more_up, act.data_ptr())
-    launches[1](stream, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, *more_down, result)
+    up(up_shape, ids, mapping, factors, rows, w13.data_ptr(), b13, *more_up, act.data_ptr())
+    down(down_shape, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, *more_down, result)
 
 
 _READY = Ready()
-"""Both launches by all that they depend on."""
+"""Both launches and their shapes by all that they depend on."""
 
 
 def _dense(hidden_states: Tensor) -> Tensor:
@@ -151,10 +155,15 @@ def _prepare(
     scale_dtype: torch.dtype | None,
     device: int,
     chosen: FewTokensPlan | None,
-) -> tuple[Launch, Launch]:
+) -> tuple[tuple[Launch | Noted, Shape], ...]:
     sizes = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated, scheme, block_start)
-    card = card_of(device)
-    plan = chosen or few_tokens_plan(sizes, card, min(1.0, num_local / num_experts))
+    card, share = card_of(device), min(1.0, num_local / num_experts)
+    given: tuple[int, ...] = ()
+    if FEW_KERNELS and chosen is None:
+        most = most_tokens(sizes, num_experts, card, share)
+        if most >= num_tokens:
+            sizes, given = replace(sizes, num_tokens=most), (num_tokens,)
+    plan = chosen or few_tokens_plan(sizes, card, share)
     if plan is None:
         raise ValueError(
             "hidden_states, topk_ids: expected at most 32 routes, rows of whole 16 bytes, and compute capability 9.0 "
@@ -162,20 +171,19 @@ def _prepare(
         )
     defines = few_tokens_defines(
         sizes, plan, card, dtype, id_type(id_dtype), mapped, (up_biased, down_biased),
-        activation, weight_on_input, scale_dtype,
+        activation, weight_on_input, scale_dtype, bool(given),
     )  # fmt: skip
     constants = (activation.alpha, activation.beta, activation.limit or 0.0)
-    both: Any = {"grid": card.processors, "threads": WARP * plan.warps, "overlapping": True}
-    both["pointers"] = 7 if scheme is None else 9
-    up = Launch(
-        "few_tokens.cu", "few_tokens_up_kernel", defines, device, shared_bytes=plan.up_bytes(sizes, card),
-        sizes=(num_experts, num_local, token_stride, up_stride, *map(float_bits, constants)), **both,
-    )  # fmt: skip
-    down = Launch(
-        "few_tokens.cu", "few_tokens_down_kernel", defines, device, shared_bytes=down_room(plan, sizes, card),
-        sizes=(num_experts, num_local, down_stride), **both,
-    )  # fmt: skip
-    return up, down
+    up_sizes = (num_experts, num_local, token_stride, up_stride, *map(float_bits, constants), *given)
+    up = Shape(card.processors, plan.up_bytes(sizes, card), up_sizes)
+    down = Shape(card.processors, down_room(plan, sizes, card), (num_experts, num_local, down_stride, *given))
+
+    def launch(name: str, shape: Shape) -> tuple[Launch | Noted, Shape]:
+        words = (7 if scheme is None else 9) + len(shape.sizes)
+        recipe = Recipe("few_tokens.cu", name, defines, WARP * plan.warps, words, overlapping=True)
+        return launch_of(recipe, device), shape
+
+    return launch("few_tokens_up_kernel", up), launch("few_tokens_down_kernel", down)
 
 
 def few_tokens_defines(
@@ -189,8 +197,11 @@ def few_tokens_defines(
     activation: Activation,
     weight_on_input: bool,
     scale_dtype: torch.dtype | None = None,
+    tokens_given: bool = False,
 ) -> tuple[tuple[str, str], ...]:
-    """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2."""
+    """What few_tokens.cu is compiled for; `of_ids` is the C++ type of ids, `biased` of w13 and of w2. With
+    `tokens_given` launches say how many tokens there are, those of `sizes` at most.
+    """
     scheme = sizes.scheme
     flags = {
         "MAP": mapped,
@@ -230,6 +241,8 @@ def few_tokens_defines(
         "BLOCKS": card.processors,
     }
     named = [(name, "true" if flag else "false") for name, flag in flags.items()]
+    if tokens_given:
+        named.append(("TOKENS_GIVEN", "1"))
     return (*named, *((name, str(value)) for name, value in numbers.items()))
 
 

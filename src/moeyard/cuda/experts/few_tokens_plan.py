@@ -1,6 +1,6 @@
 """How the experts of a few tokens are launched: pure functions of sizes and of the card."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from moeyard.cuda.runtime.cards import RESERVED, WARP, Card
@@ -266,6 +266,15 @@ def few_tokens_are_quicker(sizes: ExpertSizes, num_experts: int, card: Card, sha
     missed = (1 - sizes.top_k / num_experts) ** sizes.num_tokens
     repeated = sizes.num_routes - num_experts * (1 - missed)
     return share * repeated * sizes.expert_bytes <= _MOST_REPEATED_BYTES * card.processors
+
+
+@lru_cache(maxsize=1024)
+def most_tokens(sizes: ExpertSizes, num_experts: int, card: Card, share: float) -> int:
+    """The most tokens of such sizes for which these launches are the quicker way."""
+    counts = range(1, WARP // sizes.top_k + 1)
+    return max(
+        (n for n in counts if few_tokens_are_quicker(replace(sizes, num_tokens=n), num_experts, card, share)), default=0
+    )
 
 
 _MOST_REPEATED_BYTES = 90_000

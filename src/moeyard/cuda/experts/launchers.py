@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from moeyard.cuda.align.launchers import align_launch
 from moeyard.cuda.experts.coded import fused_coded_experts_launch, unfit_scheme
+from moeyard.cuda.experts.layer import LayerSizes, blocks_of, layer_launches, table_bytes
 from moeyard.cuda.experts.plan import Way, way_of
-from moeyard.cuda.experts.product import apart, compact_layout, lies_well, product, turns_of
-from moeyard.cuda.rows.launchers import combine_launch, permute_launch, shuffle_rows_launch
+from moeyard.cuda.experts.product import TURNS, apart, lies_well, product, turns_of
+from moeyard.cuda.rows.launchers import shuffle_rows_launch
+from moeyard.cuda.runtime.barriers import barrier_for
+from moeyard.cuda.runtime.tensor_map import row_map, weight_map
 from moeyard.dispatch.call import Call
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import ExpertCall, Segments
@@ -100,38 +102,53 @@ def fused_experts_launch(
     if call.weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out, way=way)
         return
-    num_routes, top_k = topk_ids.numel(), topk_ids.shape[1]
+    num_tokens, top_k = topk_ids.shape
+    num_routes = num_tokens * top_k
     if not num_routes:
         return
-    device = hidden_states.get_device()
     weights, activation, num_experts, expert_map, _ = call
-    expected = expected_routes(num_routes, weights.num_local_experts, num_experts)
-    way = way or way_of(expected, weights.num_local_experts, weights.w13.shape[1])
-    hidden_states, weighs = _in_place(hidden_states), hidden_states.dtype == torch.float16
-    middle = hidden_states.new_empty((num_routes, weights.intermediate_size))
-    rows = hidden_states.new_empty((num_routes, weights.hidden_size))
-    inputs = (hidden_states, topk_weights, topk_ids, expert_map)
-    layout = compact_layout(
-        topk_ids, num_experts, weights.num_local_experts, middle, None if weighs else middle if way.copied else rows,
-        out if lies_well(out) and apart(out, *inputs) else None,
+    device, dtype, weighs = hidden_states.get_device(), hidden_states.dtype, hidden_states.dtype == torch.float16
+    w13, w2, b13, b2 = weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
+    experts, columns, hidden_size = w13.shape
+    size = w2.shape[2]
+    way = way or way_of(expected_routes(num_routes, experts, num_experts), experts, columns)
+    hidden_states, topk_ids, topk_weights = _in_place(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
+    b13, b2, expert_map = (None if given is None else given.contiguous() for given in (b13, b2, expert_map))
+    ids, result = topk_ids.data_ptr(), out.data_ptr()
+    lent = lies_well(out) and apart(out, hidden_states, topk_weights, topk_ids, expert_map)
+    layer = layer_launches(LayerSizes(
+        num_tokens, top_k, experts, columns, hidden_size, size, dtype, topk_ids.dtype, activation, weights.gated,
+        (b13 is not None, b2 is not None), num_experts, expert_map is not None, ids % 16 == 0, result % 16, lent, way,
+        device,
+    ))  # fmt: skip
+    memory = hidden_states.new_empty(layer.num_bytes, dtype=torch.uint8)
+    middle = memory.data_ptr()
+    rows, slots, route_rows = middle + layer.rows, middle + layer.slots, middle + layer.route_rows
+    offsets = result if layer.table is None else middle + layer.table
+    at_counts, at_total, _ = table_bytes(experts)
+    counts, barrier = offsets + at_counts, barrier_for(device)
+    turns, factors, source = barrier + TURNS, topk_weights.data_ptr(), hidden_states.data_ptr()
+
+    align, shape = layer.align
+    align(
+        shape, ids, 0 if expert_map is None else expert_map.data_ptr(), slots, middle + blocks_of(num_routes),
+        offsets + at_total, offsets, counts, route_rows, middle + layer.exchange, barrier,
     )  # fmt: skip
-    align_launch(topk_ids, expert_map, layout, programmatic=True)
-    offsets, counts = layout.expert_offsets, layout.expert_counts
-    turns = turns_of(device)
-    if way.copied:
-        permute_launch(
-            hidden_states, None, sorted_token_ids=layout.sorted_token_ids, route_rows=layout.route_rows, top_k=top_k,
-            rows=rows, row_scales=None, programmatic=True,
-        )  # fmt: skip
-    product(
-        rows if way.copied else hidden_states, weights.w13, weights.w13_bias, offsets, counts, middle,
-        slots=None if way.copied else layout.sorted_token_ids, divisor=1 if way.copied else top_k,
-        gather=not way.copied, activation=activation, gated=weights.gated, ready=way.copied, way=way,
-        expected=expected, turns=turns,
+    if layer.permute is not None:
+        permute, shape = layer.permute
+        permute(shape, source, route_rows, rows, 0, 0)
+    first, shape, plan = layer.first
+    up = weight_map(w13.data_ptr(), *w13.shape, dtype, plan.weight_rows, plan.turn, not plan.streams)
+    boxes = row_map(rows, num_routes, hidden_size, dtype, plan.box) if way.copied else up
+    first.with_maps(
+        shape, (up, boxes), rows if way.copied else source, 0 if b13 is None else b13.data_ptr(), 0,
+        0 if way.copied else slots, offsets, counts, middle, turns,
     )  # fmt: skip
-    product(
-        middle, weights.w2, weights.w2_bias, offsets, counts, rows, slots=layout.sorted_token_ids if weighs else None,
-        factors=topk_weights if weighs else None, ready=True, way=way, expected=expected, turns=turns,
+    second, shape, plan = layer.second
+    down = weight_map(w2.data_ptr(), *w2.shape, dtype, plan.weight_rows, plan.turn, not plan.streams)
+    second.with_maps(
+        shape, (down, row_map(middle, num_routes, size, dtype, plan.box)), middle, 0 if b2 is None else b2.data_ptr(),
+        factors if weighs else 0, slots if weighs else 0, offsets, counts, rows, turns,
     )  # fmt: skip
-    factors = None if weighs else topk_weights
-    combine_launch(rows, factors, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
+    total, shape = layer.sum
+    total(shape, rows, route_rows, 0 if weighs else factors, 0, result)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from moeyard.cuda.runtime.cards import RESERVED, Card
+from moeyard.cuda.runtime.few import FEW_KERNELS
 from moeyard.cuda.runtime.tensor_map import STEP_BYTES
 
 WARPGROUP = 128
@@ -20,6 +21,8 @@ _TABLE_BITS = 32
 _ENTRY_BYTES = 4
 """Bytes of an expert in the table of tiles."""
 _MOST_STAGES = 12
+_ENTRIES_OF_FEW = 512
+"""With few kernels tables have room for so many experts, so that stages do not depend on how many there are."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Way:
     every tile."""
     rows: int = 0
     """Of a tile at most; 0: as many as most experts have."""
+    fine: int = 0
+    """What multiplied rows of tiles of 128 and more are a multiple of: 16, or 32 where asked. With 32 the compiler
+    takes about half the time, and a tile multiplies up to 31 rows that are not there.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class ProductPlan:
     shared_bytes: int
     turn: str
     """How weight rows lie in a stage (`weight_boxes` in tensor_map.py)."""
+    fine: int = 0
+    """As `Way` says."""
 
     @property
     def threads(self) -> int:
@@ -109,9 +118,11 @@ def product_plan(
     mean = likely / max(1.0, _touched(likely, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
-    heights = tuple(size for size in _ROWS if size <= _MOST_ROWS_IN_BLOCKS) if scaled == "BY_BLOCKS" else _ROWS
+    heights = (16, 64, 192) if FEW_KERNELS else _ROWS
+    if scaled == "BY_BLOCKS":
+        heights = tuple(min(size, _MOST_ROWS_IN_BLOCKS) for size in heights)
     rows = way.rows or next((size for size in heights if wanted <= size), heights[-1])
-    entries = min(experts, num_rows) + 1
+    entries = (max(experts, _ENTRIES_OF_FEW) if FEW_KERNELS else min(experts, num_rows)) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
@@ -125,7 +136,9 @@ def product_plan(
                 if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
                     raise ValueError(f"rows: expected fewer, or fewer experts, got {num_rows} for {experts} experts")
                 grid = max(1, min(card.processors * blocks, row_tiles * -(-columns // columns_a_tile)))
-                return ProductPlan(rows, groups, tall, stages, blocks, grid, used, "halves" if gated else "pairs")
+                return ProductPlan(
+                    rows, groups, tall, stages, blocks, grid, used, "halves" if gated else "pairs", way.fine
+                )
         if rows == _ROWS[0]:
             raise ValueError(f"experts: expected so few that their table fits {card.shared_limit} bytes, got {experts}")
         rows = max(size for size in _ROWS if size < rows)

@@ -6,15 +6,17 @@ from torch import Tensor
 from moeyard.cuda.experts.plan import ProductPlan, Way, product_plan
 from moeyard.cuda.runtime.barriers import barrier_for
 from moeyard.cuda.runtime.cards import card_of
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import Launch
+from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.cuda.runtime.tensor_map import row_map, weight_map
 from moeyard.values import Activation, Layout
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3", torch.int8: "s8"}
 _CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+TURNS = 64
+"""Bytes from a barrier to where products keep their turns, behind what alignment uses."""
 _ALIGNMENT = 16
 """Of addresses, in bytes."""
 
@@ -26,7 +28,7 @@ def lies_well(tensor: Tensor) -> bool:
 
 def turns_of(device: int) -> int:
     """Where products of the current stream keep their turns (experts_tiles.cuh): behind what alignment uses."""
-    return barrier_for(device, current_stream(device)) + 64
+    return barrier_for(device) + TURNS
 
 
 def apart(out: Tensor, *others: Tensor | None) -> bool:
@@ -100,11 +102,12 @@ def product(
     if factors is not None:
         factors = factors.contiguous()
     key = (
-        out.shape, experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route, activation, gated,
+        (out.shape[0], out.shape[1]), experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route,
+        activation, gated,
         bias is None, ready, way, expected, device, weight.dtype,
         scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None,
     )  # fmt: skip
-    launch, plan = _READY.get(key) or _READY.add(key, _prepare(*key))
+    launch, shape, plan = _READY.get(key) or _READY.add(key, prepare_product(*key))
     weights = weight_map(
         weight.data_ptr(), experts, weight_rows, size, weight.dtype, plan.weight_rows, plan.turn, not plan.streams
     )
@@ -117,7 +120,7 @@ def product(
             weight_scales.data_ptr(), row_scales.data_ptr(), 0 if result_scales is None else result_scales.data_ptr()
         )  # fmt: skip
     launch.with_maps(
-        current_stream(device),
+        shape,
         (weights, boxes),
         rows.data_ptr(),
         0 if bias is None else bias.data_ptr(),
@@ -141,11 +144,11 @@ def scaling_of(weight_scales: Tensor | None, row_scales: Tensor | None, halves: 
 
 
 _READY = Ready()
-"""Launches and their plans by all that they depend on besides addresses."""
+"""Launches, their shapes and plans by all that they depend on besides addresses."""
 
 
-def _prepare(
-    shape: torch.Size,
+def prepare_product(
+    shape: tuple[int, int],
     experts: int,
     size: int,
     dtype: torch.dtype,
@@ -163,7 +166,8 @@ def _prepare(
     element: torch.dtype,
     scaling: tuple[str, bool],
     as_codes: bool,
-) -> tuple[Launch, ProductPlan]:
+) -> tuple[Launch | Noted, Shape, ProductPlan]:
+    """The launch of such a product, its shape and its plan; nothing is kept but the launch."""
     routed = by_route or not unweighted
     plan = product_plan(shape[0], experts, shape[1], gated, routed, card_of(device), way, expected, scaling[0])
     clamped = activation is not None and activation.limit is not None
@@ -173,21 +177,10 @@ def _prepare(
         scaling=scaling, as_codes=as_codes,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
-    launch = Launch(
-        "experts.cu",
-        "experts_kernel",
-        defines,
-        device,
-        maps=2,
-        pointers=8 if scaling[0] == "UNSCALED" else 11,
-        sizes=(experts, shape[1], size, size * element.itemsize, divisor, *map(float_bits, curve)),
-        grid=plan.grid,
-        threads=plan.threads,
-        shared_bytes=plan.shared_bytes,
-        overlapping=True,
-        suffix="a",
-    )
-    return launch, plan
+    sizes = (experts, shape[1], size, size * element.itemsize, divisor, *map(float_bits, curve))
+    words = (8 if scaling[0] == "UNSCALED" else 11) + len(sizes)
+    recipe = Recipe("experts.cu", "experts_kernel", defines, plan.threads, words, maps=2, overlapping=True, suffix="a")
+    return launch_of(recipe, device), Shape(plan.grid, plan.shared_bytes, sizes), plan
 
 
 def product_defines(
@@ -225,4 +218,5 @@ def product_defines(
         ("SCALED", scaling[0]),
         ("ACTIVATION", curve),
         *((name, "true" if flag else "false") for name, flag in flags.items()),
+        *((("FINE_FROM_128", str(plan.fine)),) if plan.fine and plan.rows >= 128 else ()),
     )

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from moeyard.cuda.route.plan import RouterPlan, router_plan
 from moeyard.cuda.runtime.cards import WARP, card_of
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.launch import SETTINGS, Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.values import Router, Routing
 
@@ -42,9 +42,9 @@ def route_launch(
         num_tokens, num_experts, router, router_logits.dtype, stride, (logits | stride) & 15,
         None if selection_bias is None else bias & 15, device, SETTINGS["programmatic"],
     )  # fmt: skip
-    launch = _READY.get(key) or _READY.add(key, _prepare(*key[:-1]))
+    launch, shape = _READY.get(key) or _READY.add(key, _prepare(*key))
     weights, ids = out.topk_weights.data_ptr(), out.topk_ids.data_ptr()
-    launch(current_stream(device), logits, bias, padding, weights, ids)
+    launch(shape, logits, bias, padding, weights, ids)
 
 
 _READY = Ready()
@@ -59,23 +59,22 @@ def _prepare(
     misaligned: int,
     bias: int | None,
     device: int,
-) -> Launch:
+    programmatic: bool,
+) -> tuple[Launch | Noted, Shape]:
     num_groups = router.num_groups
     plan = router_plan(num_experts, num_groups)
     sizes = (num_tokens, *router_sizes(router), stride)
     defines = router_defines(num_experts, num_groups, dtype, router.scoring, bias, misaligned, plan)
     if plan is None:
         shared = 8 * 8 + 4 * 8 + 4 * num_experts + 4 * num_groups
-        return Launch(
-            "route_block.cu", "route_block_kernel", defines, device, pointers=5, sizes=sizes, grid=num_tokens,
-            threads=BLOCK_THREADS, shared_bytes=shared,
-        )  # fmt: skip
+        recipe = Recipe(
+            "route_block.cu", "route_block_kernel", defines, BLOCK_THREADS, 5 + len(sizes), programmatic=programmatic
+        )
+        return launch_of(recipe, device), Shape(num_tokens, shared, sizes)
     processors = card_of(device).processors
     warps = 1 if num_tokens <= processors else 2 if num_tokens <= 2 * processors else 4
-    return Launch(
-        "route.cu", "route_kernel", defines, device, pointers=5, sizes=sizes, grid=-(-num_tokens // warps),
-        threads=warps * WARP,
-    )  # fmt: skip
+    recipe = Recipe("route.cu", "route_kernel", defines, warps * WARP, 5 + len(sizes), programmatic=programmatic)
+    return launch_of(recipe, device), Shape(-(-num_tokens // warps), 0, sizes)
 
 
 def router_sizes(router: Router) -> tuple[int, int, int, int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from moeyard.cuda.align.plan import CLUSTER, AlignPlan, align_plan, sized
 from moeyard.cuda.runtime.cards import WARP, Card
+from moeyard.cuda.runtime.few import FEW_KERNELS
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS
 
 
@@ -59,12 +60,14 @@ def route_align_plan(
         return None
     if num_routes <= WARP and num_tokens <= 2:
         return RouteAlignPlan(align_plan(num_routes, num_local_experts, capacity, card), 1)
-    peers, grid, threads = 1, 32, 256 if num_tokens <= 8 else 512
-    if num_tokens > 16:
+    peers, grid, threads, sized_for = 1, 32, 256 if num_tokens <= 8 else 512, num_routes
+    if num_tokens > 16 or (FEW_KERNELS and card.clusters):
         peers, grid = CLUSTER, CLUSTER
+    if FEW_KERNELS:
+        threads, sized_for = 512, MOST_FUSED_TOKENS * top_k
     if num_tokens > MOST_FUSED_TOKENS or (peers > 1 and not card.clusters):
         return None
-    aligning = sized("ALONE", num_routes, grid, 1, threads, num_local_experts)
+    aligning = sized("ALONE", sized_for, grid, 1, threads, num_local_experts)
     if (
         aligning.places < num_routes
         or aligning.shared_bytes(num_local_experts) + 4 * num_routes > card.shared_limit // 2

@@ -7,9 +7,9 @@ from moeyard.cuda.align.launchers import align_defines
 from moeyard.cuda.route.launchers import dense_rows, router_defines, router_sizes
 from moeyard.cuda.route.plan import RouteAlignPlan, route_align_plan, router_plan
 from moeyard.cuda.runtime.cards import card_of
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.launch import SETTINGS, Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import division
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.values import Layout, Router, Routing
 
@@ -48,19 +48,20 @@ def route_and_align_launch(
         None if selection_bias is None else bias & 15, expert_map is None, layout.num_local_experts,
         layout.block_size, layout.capacity, device, chosen, SETTINGS["programmatic"],
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
-        launch = _READY.add(key, _prepare(*key[:-1]))
-    if launch is False:
+    ready = _READY.get(key)
+    if ready is None:
+        ready = _READY.add(key, _prepare(*key))
+    if ready is False:
         return False
+    launch, shape = ready
     outputs = (tensor.data_ptr() for tensor in layout.tensors)
     weights, ids = routing.topk_weights.data_ptr(), routing.topk_ids.data_ptr()
-    launch(current_stream(device), logits, bias, padding, weights, ids, mapping, *outputs)
+    launch(shape, logits, bias, padding, weights, ids, mapping, *outputs)
     return True
 
 
 _READY = Ready()
-"""A launch, or False where two launches are to be made, by all that it depends on."""
+"""A launch and its shape, or False where two launches are to be made, by all that it depends on."""
 
 
 def _prepare(
@@ -77,7 +78,8 @@ def _prepare(
     capacity: int,
     device: int,
     chosen: RouteAlignPlan | None,
-) -> Launch | bool:
+    programmatic: bool,
+) -> tuple[Launch | Noted, Shape] | bool:
     routing = router_plan(num_experts, router.num_groups)
     plan = chosen or route_align_plan(num_tokens, router.top_k, num_local, capacity, card_of(device))
     if routing is None or plan is None:
@@ -94,7 +96,8 @@ def _prepare(
         num_tokens, *router_sizes(router), stride, num_routes, num_experts, num_local, block_size, capacity,
         *division(block_size), aligning_bytes,
     )  # fmt: skip
-    return Launch(
-        "route_align.cu", "route_align_kernel", defines, device, pointers=12, sizes=sizes, grid=plan.grid,
-        threads=aligning.threads, shared_bytes=aligning_bytes + 16 + 4 * num_routes, cluster=plan.peers,
+    recipe = Recipe(
+        "route_align.cu", "route_align_kernel", defines, aligning.threads, 12 + len(sizes), plan.peers,
+        programmatic=programmatic,
     )  # fmt: skip
+    return launch_of(recipe, device), Shape(plan.grid, aligning_bytes + 16 + 4 * num_routes, sizes)

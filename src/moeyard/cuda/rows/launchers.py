@@ -8,9 +8,9 @@ from torch import Tensor
 
 from moeyard.cuda.rows.plan import RowPlan, row_plan, whole_row_plan
 from moeyard.cuda.runtime.cards import WARP
-from moeyard.cuda.runtime.driver import current_stream
-from moeyard.cuda.runtime.launch import SETTINGS, Launch
+from moeyard.cuda.runtime.launch import SETTINGS, Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, division, id_type
+from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 
 _WIDEST = 16
@@ -32,7 +32,6 @@ def permute_launch(
     device, route_rows = hidden_states.get_device(), route_rows.contiguous()
     hidden_states, row_bytes, stride = _as_rows(hidden_states)
     source, target = hidden_states.data_ptr(), rows.data_ptr()
-    word = _word(source | target | row_bytes | stride)
     from_scales = to_scales = scale_bytes = scale_stride = scale_word = 0
     if scales is not None and row_scales is not None:
         scales, scale_bytes, scale_stride = _as_rows(scales)
@@ -41,17 +40,40 @@ def permute_launch(
     num_tokens = route_rows.shape[0] // top_k
     if not num_tokens or not (row_bytes or scale_bytes):
         return
+    launch, shape = permute_ready(
+        num_tokens, top_k, row_bytes, stride, source | target, device,
+        SETTINGS["programmatic"] if programmatic is None else programmatic, scale_bytes, scale_stride, scale_word,
+        chosen,
+    )  # fmt: skip
+    launch(shape, source, route_rows.data_ptr(), target, from_scales, to_scales)
+
+
+def permute_ready(
+    num_tokens: int,
+    top_k: int,
+    row_bytes: int,
+    stride: int,
+    address_bits: int,
+    device: int,
+    programmatic: bool,
+    scale_bytes: int = 0,
+    scale_stride: int = 0,
+    scale_word: int = 0,
+    chosen: RowPlan | None = None,
+) -> tuple[Launch | Noted, Shape]:
+    """The launch of a permutation of rows whose addresses, or-ed, are `address_bits`; and its shape."""
+    word = _word(address_bits | row_bytes | stride)
     key = (
         "permute", num_tokens, top_k, row_bytes, stride, word, scale_bytes, scale_stride, scale_word,
-        device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
+        device, chosen, programmatic,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    ready: tuple[Launch | Noted, Shape] | None = _READY.get(key)
+    if ready is None:
         plan = chosen or row_plan(num_tokens, row_bytes // word, 1 if top_k > 4 else 2)
         sizes = (top_k, row_bytes // word, stride, scale_bytes // (scale_word or 1), scale_stride)
-        launch = _prepare(key, "send.cu", device, plan, (("WORD", word), ("SCALE_WORD", scale_word)), 5, num_tokens,
+        ready = _prepare(key, "send.cu", device, plan, (("WORD", word), ("SCALE_WORD", scale_word)), 5, num_tokens,
                           row_bytes // word, sizes)  # fmt: skip
-    launch(current_stream(device), source, route_rows.data_ptr(), target, from_scales, to_scales)
+    return ready
 
 
 def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> None:
@@ -64,15 +86,16 @@ def shuffle_rows_launch(input: Tensor, dst2src_map: Tensor, *, out: Tensor) -> N
         return
     word, of_map = _word(source | target | row_bytes | stride), dst2src_map.dtype
     key = ("shuffle", num_results, num_rows, row_bytes, stride, word, of_map, device, SETTINGS["programmatic"])
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         defines = (("WORD", word), ("SCALE_WORD", 0), ("MAP_TYPE", id_type(of_map)))
         plan = row_plan(num_results, words, 1)
-        launch = _prepare(
+        ready = _prepare(
             key, "send.cu", device, plan, defines, 3, num_results, words, (num_rows, words, stride)
         )  # fmt: skip
-    launch(current_stream(device), source, dst2src_map.data_ptr(), target)
+    launch, shape = ready
+    launch(shape, source, dst2src_map.data_ptr(), target)
 
 
 def combine_launch(
@@ -87,7 +110,7 @@ def combine_launch(
 ) -> None:
     """Sums rows in k order in float32, products and sums each rounded."""
     rows, _, stride = _as_rows(rows)
-    route_rows, weights = route_rows.contiguous(), 0
+    route_rows, weights = route_rows.contiguous(), None
     if topk_weights is not None:
         topk_weights = topk_weights.contiguous()
         weights = topk_weights.data_ptr()
@@ -108,7 +131,7 @@ def moe_sum_launch(
     size, top_k = rows.element_size(), rows.shape[1]
     strides = (rows.stride(0) * size, rows.stride(1) * size)
     if topk_ids is None:
-        _sum(rows, 0, "ALL_ROUTES", "int", 0, 0, 0, top_k, strides, out, chosen)
+        _sum(rows, 0, "ALL_ROUTES", "int", None, 0, 0, top_k, strides, out, chosen)
         return
     topk_ids = topk_ids.contiguous()
     how, kind = "BY_ID", id_type(topk_ids.dtype)
@@ -116,7 +139,7 @@ def moe_sum_launch(
     if expert_map is not None:
         expert_map = expert_map.contiguous()
         how, mapping, num_experts = "BY_MAP", expert_map.data_ptr(), expert_map.shape[0]
-    _sum(rows, topk_ids.data_ptr(), how, kind, 0, mapping, num_experts, top_k, strides, out, chosen)
+    _sum(rows, topk_ids.data_ptr(), how, kind, None, mapping, num_experts, top_k, strides, out, chosen)
 
 
 def _sum(
@@ -124,7 +147,7 @@ def _sum(
     routes: int,
     how: str,
     of_routes: str,
-    weights: int,
+    weights: int | None,
     mapping: int,
     num_experts: int,
     top_k: int,
@@ -138,26 +161,49 @@ def _sum(
     if not num_tokens or not row_bytes:
         return
     device, source, target = rows.get_device(), rows.data_ptr(), out.data_ptr()
-    word = _word(source | target | row_bytes | strides[0] | strides[1])
-    key = (
-        "sum", how, of_routes, weights == 0, num_experts, top_k, strides, num_tokens, row_bytes, word, out.dtype,
-        device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
+    launch, shape = sum_ready(
+        how, of_routes, weights is None, num_experts, top_k, strides, num_tokens, row_bytes, source | target, out.dtype,
+        device, SETTINGS["programmatic"] if programmatic is None else programmatic, chosen,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    launch(shape, source, routes, weights or 0, mapping, target)
+
+
+def sum_ready(
+    how: str,
+    of_routes: str,
+    unweighted: bool,
+    num_experts: int,
+    top_k: int,
+    strides: tuple[int, int],
+    num_tokens: int,
+    row_bytes: int,
+    address_bits: int,
+    dtype: torch.dtype,
+    device: int,
+    programmatic: bool,
+    chosen: RowPlan | None = None,
+) -> tuple[Launch | Noted, Shape]:
+    """The launch of a sum over rows whose addresses, or-ed, are `address_bits`; and its shape."""
+    word = _word(address_bits | row_bytes | strides[0] | strides[1])
+    key = (
+        "sum", how, of_routes, unweighted, num_experts, top_k, strides, num_tokens, row_bytes, word, dtype, device,
+        chosen, programmatic,
+    )  # fmt: skip
+    ready: tuple[Launch | Noted, Shape] | None = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         defines = (
-            ("ROW_KIND", KINDS[out.dtype]),
+            ("ROW_KIND", KINDS[dtype]),
             ("WORD", word),
             ("STATIC_TOP_K", top_k if top_k <= _MOST_STATIC else 0),
-            ("WEIGHTS", "true" if weights else "false"),
+            ("WEIGHTS", "false" if unweighted else "true"),
             ("ROUTES", how),
             ("ID", of_routes),
         )
         plan = chosen or row_plan(num_tokens, words, min(top_k, 8))
         sizes = (top_k, words, *strides, num_experts)
-        launch = _prepare(key, "sum.cu", device, plan, defines, 5, num_tokens, words, sizes)
-    launch(current_stream(device), source, routes, weights, mapping, target)
+        ready = _prepare(key, "sum.cu", device, plan, defines, 5, num_tokens, words, sizes)
+    return ready
 
 
 def permute_to_fp8_launch(
@@ -217,8 +263,8 @@ def quantize_launch(
         "quantize", num_rows, top_k, row_bytes, stride, word, size, source.dtype, rows.dtype, grouped, places is None,
         count is None, device, chosen, SETTINGS["programmatic"] if programmatic is None else programmatic,
     )  # fmt: skip
-    launch = _READY.get(key)
-    if launch is None:
+    ready = _READY.get(key)
+    if ready is None:
         words = row_bytes // word
         plan = chosen or (row_plan(num_rows, words, 2) if grouped else whole_row_plan(num_rows, words))
         defines = (
@@ -233,8 +279,9 @@ def quantize_launch(
         )
         blocks = None if grouped else -(-num_rows // (plan.threads // plan.team))
         sizes = (top_k, words, stride)
-        launch = _prepare(key, "quantize.cu", device, plan, defines, 4, num_rows, words, sizes, blocks)
-    launch(current_stream(device), address, 0 if where is None else where.data_ptr(), target, row_scales.data_ptr())
+        ready = _prepare(key, "quantize.cu", device, plan, defines, 4, num_rows, words, sizes, blocks)
+    launch, shape = ready
+    launch(shape, address, 0 if where is None else where.data_ptr(), target, row_scales.data_ptr())
 
 
 _READY = Ready()
@@ -254,23 +301,16 @@ def _prepare(
     words: int,
     sizes: tuple[int, ...],
     blocks: int | None = None,
-) -> Launch:
+) -> tuple[Launch | Noted, Shape]:
     """A launch over `rows` rows of `words` words, one warp per piece; or of so many `blocks`."""
     pieces = max(1, -(-words // (WARP * plan.loads)))
     given = {"BLOCK": plan.threads, "LOADS": plan.loads, "STORE": plan.store, "MAP_TYPE": "int"} | dict(defines)
-    launch = Launch(
-        source,
-        _NAMES[key[0]],
-        tuple((name, str(value)) for name, value in given.items()),
-        device,
-        pointers=pointers,
-        sizes=(rows, pieces, *division(pieces), *sizes),
-        grid=blocks or -(-rows * pieces // (plan.threads // WARP)),
-        threads=plan.threads,
-        shared_bytes=4 * WARP if source == "quantize.cu" else 0,
-        programmatic=key[-1],
-    )
-    kept: Launch = _READY.add(key, launch)
+    defined = tuple((name, str(value)) for name, value in given.items())
+    sizes = (rows, pieces, *division(pieces), *sizes)
+    recipe = Recipe(source, _NAMES[key[0]], defined, plan.threads, pointers + len(sizes), programmatic=key[-1])
+    grid = blocks or -(-rows * pieces // (plan.threads // WARP))
+    shape = Shape(grid, 4 * WARP if source == "quantize.cu" else 0, sizes)
+    kept: tuple[Launch | Noted, Shape] = _READY.add(key, (launch_of(recipe, device), shape))
     return kept
 
 

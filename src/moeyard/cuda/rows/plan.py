@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moeyard.cuda.runtime.cards import WARP
+from moeyard.cuda.runtime.few import FEW_KERNELS
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class RowPlan:
 def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
     """One warp per piece. Pieces are as long as leaves enough warps; each lane has `rows_at_once` words in flight."""
     loads = 8
+    if FEW_KERNELS:
+        while loads > 1 and (loads > (4 if rows_at_once <= 2 else 1) or loads * WARP >= 2 * words):
+            loads //= 2
+        return RowPlan(loads, 256)
     while loads > 1 and (loads * rows_at_once > 8 or loads * WARP >= 2 * words or rows * words < loads * _ENOUGH_WORDS):
         loads //= 2
     if loads == 8:

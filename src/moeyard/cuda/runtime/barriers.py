@@ -8,20 +8,23 @@ from typing import Any
 
 import torch
 
-from moeyard.cuda.runtime.driver import at_work_on, check, current_device
+from moeyard.cuda.runtime.driver import at_work_on, check, current_device, current_stream
 
 
-def barrier_for(device: int, stream: int) -> int:
-    """The address of 256 zeroed bytes that no other launch uses at the same time; every launch leaves them ready
-    for the next.
+def barrier_for(device: int) -> int:
+    """The address of 256 zeroed bytes that no other launch uses at the same time as those of the current stream; every
+    launch leaves them ready for the next.
 
     A stream is known by its handle: one that is made while launches of a destroyed stream of the same handle still run
     would share theirs. Launches on one stream follow each other and share theirs. A captured launch gets its own, since
     its graph may be replayed on any stream. They come back when neither the graph nor what was made of it is left.
     """
+    if device < 0:  # nothing is launched (planning.py)
+        return 0
     if current_device() != device:
         with torch.cuda.device(device):
-            return barrier_for(device, stream)
+            return barrier_for(device)
+    stream = current_stream(device)
     if torch.cuda.is_current_stream_capturing():
         return _captured(device, stream)
     key = (device, stream)

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from moeyard.cuda.runtime.compile import compile_source, compiler_capabilities, compiler_version
+from moeyard.cuda.runtime.compile import compile_source, compiler_capabilities, compiler_version, packaged_archs
 from moeyard.cuda.runtime.driver import at_work_on, check, core
+from moeyard.cuda.runtime.planning import planned
 
 WARP = 32
 RESERVED = 1024
@@ -27,9 +28,13 @@ class Card:
     """Whether thread-block clusters can be launched (compute capability 9.0 and later)."""
 
 
+def card_of(device: int | None) -> Card:
+    """What plans need to know of a device; of none, of the card that is planned for."""
+    return planned().card if device is None or device < 0 else _card_of(device)
+
+
 @cache
-def card_of(device: int) -> Card:
-    """What plans need to know of a device."""
+def _card_of(device: int) -> Card:
     facts: Any = torch.cuda.get_device_properties(device)
     return Card(facts.multi_processor_count, facts.shared_memory_per_block_optin, facts.major >= 9)
 
@@ -45,17 +50,29 @@ def arch_of(device: int, suffix: str = "") -> str:
     Code of the same major number and of no higher minor number runs on a card; code of an architecture with a suffix
     runs on no other. RuntimeError where there is none.
     """
-    arch = _arch_for(capability_of(device), suffix)
+    arch = arch_for(capability_of(device), suffix)
     if arch is None:
         raise RuntimeError(_unknown(capability_of(device)))
     return arch
 
 
-def _arch_for(capability: tuple[int, int], suffix: str = "") -> str | None:
+def arch_for(capability: tuple[int, int], suffix: str = "") -> str | None:
+    """The architecture that code for a compute capability is made for; None where there is none.
+
+    Without NVRTC those count that the package has cubins for.
+    """
     major, minor = capability
     lowest = minor if suffix else 0
-    known = [least for of, least in compiler_capabilities() if of == major and lowest <= least <= minor]
+    try:
+        capabilities = compiler_capabilities()
+    except (ImportError, OSError, RuntimeError):
+        capabilities = _packaged_capabilities()
+    known = [least for of, least in capabilities if of == major and lowest <= least <= minor]
     return f"sm_{major}{max(known)}{suffix}" if known else None
+
+
+def _packaged_capabilities() -> tuple[tuple[int, int], ...]:
+    return tuple(divmod(int(arch[len("sm_") :].rstrip("a")), 10) for arch in packaged_archs())
 
 
 def _unknown(capability: tuple[int, int]) -> str:
@@ -73,11 +90,13 @@ def refusal(device: int) -> str | None:
     try:
         version = compiler_version()
     except (ImportError, OSError, RuntimeError) as problem:
+        if arch_for(capability_of(device)) is not None:  # the package has cubins
+            return None
         return f"NVRTC cannot be loaded (pip install 'moeyard[gpu]'): {_first_line(problem)}"
     capability = capability_of(device)
     if capability < _LEAST_CAPABILITY:
         return f"needs compute capability {_dotted(_LEAST_CAPABILITY)}, got {_dotted(capability)}"
-    arch = _arch_for(capability)
+    arch = arch_for(capability)
     if arch is None:
         return _unknown(capability)
     if version > driver_version():

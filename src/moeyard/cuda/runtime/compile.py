@@ -1,4 +1,4 @@
-"""CUDA C++ compiled at first use with NVRTC and kept on disk as cubin."""
+"""CUDA C++ compiled at first use with NVRTC and kept on disk as cubin; a wheel may bring cubins along."""
 
 import hashlib
 import os
@@ -47,26 +47,75 @@ def compiler_capabilities() -> tuple[tuple[int, int], ...]:
     return tuple(divmod(number, 10) for number in nvrtc.nvrtcGetSupportedArchs()[1])
 
 
+PACKAGED = Path(__file__).parents[1] / "cubins"
+"""Cubins that came with the package (`make wheel`). The folder is absent where none did."""
+
+
 def cubin(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:
-    """The machine code of a source of this package for `arch` ("sm_90"), from the cache if it is there.
+    """The machine code of a source of this package for `arch` ("sm_90"): what came with the package, or the cache has.
+
+    What came with it has a key of its own, without the compiler's version: it is used whatever NVRTC is installed, and
+    where none is. Sources that were edited since have other keys and never meet it.
 
     The key is the source, the headers that it includes, the definitions, the architecture, the language standard and
     the compiler's version. Files are replaced whole, so processes may compile the same source at once. A file whose
     digest is wrong, or that cannot be read, is compiled again. A folder that cannot be written costs the compilation in
     every process, and a RuntimeWarning says so once.
     """
-    text = SOURCES[source]
-    known = (text, headers_of(text), defines, arch, _STANDARD, compiler_version())
-    key = hashlib.sha256(repr(known).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    path = folder / f"{Path(source).stem}-{arch}-{key}.cubin" if folder else None
+    code = _read(packaged_path(source, defines, arch))
+    if code is not None:
+        return code
+    try:
+        path = _cached_path(source, defines, arch)
+    except (ImportError, OSError, RuntimeError) as problem:
+        raise RuntimeError(
+            f"{source} for {arch}: the cubins of this package lack it, and NVRTC cannot be loaded "
+            f"(pip install 'moeyard[gpu]'): {problem}"
+        ) from problem
     code = _read(path) if path else None
     if code is None:
-        code = compile_source(text, defines, arch)
+        code = compile_source(SOURCES[source], defines, arch)
         reason = _write(path, code) if path else "the user has no home folder"
         if reason is not None:
             _warn_once(reason)
     return code
+
+
+def is_kept(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> bool:
+    """Whether nothing has to be compiled: the package or the cache has this machine code, whole."""
+    if _read(packaged_path(source, defines, arch)) is not None:
+        return True
+    path = _cached_path(source, defines, arch)
+    return path is not None and _read(path) is not None
+
+
+def packaged_path(source: str, defines: tuple[tuple[str, str], ...], arch: str, *, folder: Path | None = None) -> Path:
+    """Where the package has a cubin, if it has it; `folder` is `PACKAGED` unless given."""
+    return (folder or PACKAGED) / _name(source, defines, arch)
+
+
+@cache
+def packaged_archs() -> tuple[str, ...]:
+    """The architectures that the package has cubins for."""
+    return tuple(sorted({path.name.split("-")[1] for path in PACKAGED.glob("*.cubin")}))
+
+
+def _cached_path(source: str, defines: tuple[tuple[str, str], ...], arch: str) -> Path | None:
+    folder = cache_folder()
+    return folder / _name(source, defines, arch, compiler_version()) if folder else None
+
+
+def _name(source: str, defines: tuple[tuple[str, str], ...], arch: str, *compiler: tuple[int, int]) -> str:
+    text = SOURCES[source]
+    known = (text, headers_of(text), defines, arch, _STANDARD, *compiler)
+    return f"{Path(source).stem}-{arch}-{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.cubin"
+
+
+def write_cubin(path: Path, code: bytes) -> None:
+    """Writes machine code as the cache has it. Raises OSError where that fails."""
+    reason = _write(path, code)
+    if reason is not None:
+        raise OSError(reason)
 
 
 def compile_source(text: str, defines: tuple[tuple[str, str], ...], arch: str) -> bytes:

@@ -5,14 +5,15 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 
 from moeyard.cuda.runtime.cards import capability_of
-from moeyard.cuda.runtime.driver import current_device, give_context
+from moeyard.cuda.runtime.driver import current_device, current_stream, give_context
 from moeyard.cuda.runtime.kernels import Defines, kernel, prefer_shared_memory
-from moeyard.cuda.runtime.ready import Ready
+from moeyard.cuda.runtime.planning import Noted
 
 SETTINGS = {"programmatic": os.environ.get("MOEYARD_PDL", "") == "1"}
 
@@ -34,116 +35,129 @@ MAP_BYTES = 128
 _MOST_STREAMS = 256
 
 
+class Recipe(NamedTuple):
+    """A kernel, and what no call of it changes. Few recipes serve all batch sizes, which are no part of them."""
+
+    source: str
+    name: str
+    defines: Defines
+    threads: int
+    words: int
+    """Parameters of 64 bits: pointers first, then sizes."""
+    cluster: int = 1
+    cooperative: bool = False
+    maps: int = 0
+    """Tensor maps, which come before the words."""
+    programmatic: bool = False
+    """Whether it may start before the launch ahead has ended, where the device can (`programmatic_launch`)."""
+    overlapping: bool = False
+    """Whether it always may, and shares multiprocessors with blocks of another kernel: both must have the same division
+    of shared memory and L1 cache, since that only changes on an empty one. They get all shared memory that there is."""
+    suffix: str = ""
+    """Of the architecture."""
+
+    @property
+    def compiled(self) -> tuple[str, Defines, str]:
+        """What machine code depends on: source, definitions, suffix of the architecture."""
+        return self.source, self.defines, self.suffix
+
+
+class Shape(NamedTuple):
+    """What a call adds to a recipe besides pointers: plain integers."""
+
+    grid: int
+    """Blocks."""
+    shared_bytes: int
+    sizes: tuple[int, ...]
+
+
 class Launch:
-    """A kernel and its launch configuration; a call costs the packing of its arguments and one call of the driver.
+    """A kernel on a device; a call costs the packing of its arguments and one call of the driver.
 
     A call may come from any thread, whatever device is current there: the launch sees to both, so launchers need not.
     """
 
-    def __init__(
-        self,
-        source: str,
-        name: str,
-        defines: Defines,
-        device: int,
-        *,
-        pointers: int,
-        sizes: tuple[int, ...],
-        grid: int,
-        threads: int,
-        shared_bytes: int = 0,
-        cluster: int = 1,
-        cooperative: bool = False,
-        maps: int = 0,
-        programmatic: bool | None = None,
-        overlapping: bool = False,
-        suffix: str = "",
-    ) -> None:
-        """The kernel's parameters are 64 bits wide: so many `pointers`, then `sizes`. `grid` counts blocks.
-
-        Before them come so many tensor `maps`. `programmatic` is the answer of `programmatic_launch` unless given;
-        `suffix` that of the architecture.
-
-        An `overlapping` kernel is always placed as `programmatic_launch` says, where the device can, and shares
-        multiprocessors with blocks of another: both must have the same division of shared memory and L1 cache, since
-        it only changes on an empty one. They get all shared memory that there is.
-        """
+    def __init__(self, recipe: Recipe, device: int) -> None:
+        """Compiles and loads the kernel."""
         from cuda.bindings import driver
 
-        self._device = device
-        self._kernel = kernel(source, name, defines, device, suffix)  # keeps the module loaded
+        self._device, self._recipe = device, recipe
+        self._kernel = kernel(recipe.source, recipe.name, recipe.defines, device, recipe.suffix)  # keeps it loaded
         self._function = driver.CUfunction(int(self._kernel.handle))
         self._start: Callable[..., Any] = driver.cuLaunchKernelEx
         self._success = driver.CUresult.CUDA_SUCCESS
         self._no_context = driver.CUresult.CUDA_ERROR_INVALID_CONTEXT
-        self._pack = struct.Struct(f"{pointers}Q").pack_into
-        self._pointers, self._sizes, self._maps = pointers, sizes, maps
+        self._pack = struct.Struct(f"{recipe.words}Q").pack_into
         self._local = threading.local()  # one thread's arguments: the driver reads them while others run
-        self._name = name
-        self._shape = (grid, threads, shared_bytes)
-        self._cluster, self._cooperative = cluster, cooperative
-        wanted = overlapping or (programmatic_launch() if programmatic is None else programmatic)
-        self._programmatic = wanted and capability_of(device) >= (9, 0)
-        if overlapping:
+        self._programmatic = (recipe.overlapping or recipe.programmatic) and capability_of(device) >= (9, 0)
+        if recipe.overlapping:
             prefer_shared_memory(self._kernel, device)
-        self._configs = Ready(_MOST_STREAMS)
 
-    def __call__(self, stream: int, *pointers: int) -> None:
-        """Starts the kernel on a raw stream of its device. Raises RuntimeError if the driver refuses."""
-        if current_device() != self._device:
-            with torch.cuda.device(self._device):
-                self(stream, *pointers)
+    def __call__(self, shape: Shape, *pointers: int) -> None:
+        """Starts the kernel on the current stream of its device. Raises RuntimeError if the driver refuses."""
+        device = self._device
+        if current_device() != device:
+            with torch.cuda.device(device):
+                self(shape, *pointers)
             return
-        config = self._configs.get(stream)
-        if config is None:
-            config = self._configs.add(stream, self._configure(stream))
         mine = self._local.__dict__
         if not mine:
             self._make_arguments(mine)
-        self._pack(mine["words"], 0, *pointers)
+        stream = current_stream(device)
+        config = mine["configs"].get(stream) or self._add_config(mine["configs"], stream)
+        grid, shared_bytes, sizes = shape
+        config.gridDimX, config.sharedMemBytes = grid, shared_bytes
+        self._pack(mine["words"], 0, *pointers, *sizes)
         status = self._start(config, self._function, mine["address"], 0)[0]
         if status is self._success:
             return
         if status == self._no_context:  # the thread's first work on a GPU
-            give_context(self._device)
+            give_context(device)
             status = self._start(config, self._function, mine["address"], 0)[0]
         if status != self._success:
-            raise RuntimeError(f"launch of {self._name}: {status.name}, with {self._shape} (grid, threads, bytes)")
+            tried = (grid, self._recipe.threads, shared_bytes)
+            raise RuntimeError(f"launch of {self._recipe.name}: {status.name}, with {tried} (grid, threads, bytes)")
 
-    def with_maps(self, stream: int, maps: tuple[bytes, ...], *pointers: int) -> None:
+    def with_maps(self, shape: Shape, maps: tuple[bytes, ...], *pointers: int) -> None:
         """Starts a kernel that takes tensor maps (tensor_map.py)."""
         mine = self._local.__dict__
         if not mine:
             self._make_arguments(mine)
         for i, tensor_map in enumerate(maps):
             ctypes.memmove(mine["first_map"] + MAP_BYTES * i, tensor_map, MAP_BYTES)
-        self(stream, *pointers)
+        self(shape, *pointers)
 
     def _make_arguments(self, mine: dict[str, Any]) -> None:
         """Room for the arguments and pointers to them, the form in which the driver takes them."""
-        count = self._pointers + len(self._sizes)
-        words = (ctypes.c_uint64 * count)(*(0,) * self._pointers, *self._sizes)
-        maps = (ctypes.c_uint8 * (MAP_BYTES * self._maps))()
+        count, maps_count = self._recipe.words, self._recipe.maps
+        words, maps = (ctypes.c_uint64 * count)(), (ctypes.c_uint8 * (MAP_BYTES * maps_count))()
         first, size, first_map = ctypes.addressof(words), ctypes.sizeof(ctypes.c_uint64), ctypes.addressof(maps)
-        addresses = [first_map + MAP_BYTES * i for i in range(self._maps)] + [first + size * i for i in range(count)]
+        addresses = [first_map + MAP_BYTES * i for i in range(maps_count)] + [first + size * i for i in range(count)]
         pointers = (ctypes.c_void_p * len(addresses))(*addresses)
-        mine.update(words=words, maps=maps, first_map=first_map)
+        mine.update(words=words, maps=maps, first_map=first_map, configs={})
         mine.update(pointers=pointers, address=ctypes.addressof(pointers))
+
+    def _add_config(self, configs: dict[int, Any], stream: int) -> Any:
+        """A configuration of this thread's; those of the oldest streams are forgotten."""
+        while len(configs) >= _MOST_STREAMS:
+            del configs[next(iter(configs))]
+        configs[stream] = self._configure(stream)
+        return configs[stream]
 
     def _configure(self, stream: int) -> Any:
         from cuda.bindings import driver
 
         names = driver.CUlaunchAttributeID
         config = driver.CUlaunchConfig()
-        config.gridDimX, config.blockDimX, config.sharedMemBytes = self._shape
+        config.blockDimX = self._recipe.threads
         config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
         config.hStream = stream
         attributes = []
-        if self._cluster > 1:
+        if self._recipe.cluster > 1:
             attributes.append(_attribute(names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION))
             size = attributes[-1].value.clusterDim
-            size.x, size.y, size.z = self._cluster, 1, 1
-        if self._cooperative:
+            size.x, size.y, size.z = self._recipe.cluster, 1, 1
+        if self._recipe.cooperative:
             attributes.append(_attribute(names.CU_LAUNCH_ATTRIBUTE_COOPERATIVE))
             attributes[-1].value.cooperative = 1
         if self._programmatic:
@@ -159,3 +173,11 @@ def _attribute(which: Any) -> Any:
     attribute = driver.CUlaunchAttribute()
     attribute.id = which
     return attribute
+
+
+def launch_of(recipe: Recipe, device: int) -> Launch | Noted:
+    """The launch of a recipe on a device, made once; under `planning` what notes that it is wanted."""
+    return _launch_of(recipe, device) if device >= 0 else Noted(recipe)
+
+
+_launch_of = cache(Launch)

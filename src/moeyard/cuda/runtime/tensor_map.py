@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moeyard.cuda.runtime.launch import MAP_BYTES
+from moeyard.cuda.runtime.planning import current_plan
 
 STEP_BYTES = 128
 """Of a row that a box has: what the swizzle spans."""
@@ -59,8 +60,10 @@ def _encode(
     """A map whose boxes land in the 128-byte swizzle, zeros where they reach out of the tensor.
 
     The driver is called without its binding, whose maps lie at addresses that are no multiples of 64 as the driver
-    wants them.
+    wants them. A plan, whose tensors have no address, has no use for one.
     """
+    if current_plan() is not None:
+        return bytes(MAP_BYTES)
     from cuda.bindings import driver
 
     kinds: Any = driver.CUtensorMapDataType
