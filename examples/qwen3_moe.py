@@ -12,17 +12,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import moeyard
-
-
-def moeyard_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """An experts implementation as transformers calls it: `self` holds the weights."""
-    weights = moeyard.ExpertWeights(self.gate_up_proj, self.down_proj)
-    return moeyard.fused_experts(hidden_states, moeyard.Routing(top_k_weights.float(), top_k_index), weights)
+import moeyard.integrations.transformers  # noqa: F401 - registers "moeyard"
 
 
 def make_model(layers: int) -> Qwen3MoeForCausalLM:
@@ -47,7 +40,6 @@ def logits_of(model: Qwen3MoeForCausalLM, tokens: Tensor, experts: str) -> tuple
 
 def compare(num_tokens: int, layers: int) -> list[tuple[str, str, float, float, float]]:
     """(dtype, experts, largest and root-mean-square error of the logits against float64, seconds) of both."""
-    ALL_EXPERTS_FUNCTIONS.register("moeyard", moeyard_experts)
     text = (Path(__file__).parents[1] / "README.md").read_bytes()[:num_tokens]
     tokens = torch.tensor(list(text)).unsqueeze(0)
     model, rows = make_model(layers), []

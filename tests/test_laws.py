@@ -145,6 +145,7 @@ OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "
 OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
 MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
+MAY_IMPORT |= {"integrations": {"transformers"}}
 
 
 def test_extras_are_imported_where_they_belong() -> None:
