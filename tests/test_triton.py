@@ -86,7 +86,7 @@ def test_row_tiles_are_enough_and_not_more() -> None:
 
 
 def step_source(step: launch.Step, dtypes: tuple[torch.dtype | None, ...]) -> ASTSource:
-    """A step's kernel as the launcher has it compiled: aligned pointers, sizes by divisibility unless that is left out."""
+    """A step's kernel as the launcher has it compiled: aligned pointers, sizes by divisibility where that counts."""
     names = step.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     values: list[Any] = [*dtypes, *step.sizes, *step.constants.values()]
