@@ -8,7 +8,7 @@ import torch
 import moeyard
 from moeyard import reference
 from moeyard.testing import CPU, guard_broken, poisoned, same_bits
-from moeyard.triton import experts
+from moeyard.triton import experts, steps
 from moeyard.values import Activation
 
 
@@ -17,7 +17,7 @@ def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tens
         CPU, torch.bfloat16, ids.dtype, *ids.shape, (local, 16, 16), num_experts, Activation(), True, False,
         16, (512, 16), (256, 16), 0, 0,
     )  # fmt: skip
-    return experts._lay_out(plan, ids, mapping), plan.gate_up.constants["ROWS"]
+    return plan.layout(ids, mapping), plan.gate_up.constants["ROWS"]
 
 
 def layout_error(
@@ -58,8 +58,8 @@ CASES = [  # tokens, top_k, experts, local, mapped
 @pytest.fixture(params=[4096, 64])
 def most_alone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """The most routes that one launch lays out; there are chunks of 128 beyond."""
-    monkeypatch.setattr(experts, "_MOST_ALONE", request.param)
-    monkeypatch.setattr(experts, "_CHUNK", 128)
+    monkeypatch.setattr(steps, "_MOST_ALONE", request.param)
+    monkeypatch.setattr(steps, "_CHUNK", 128)
     return request.param  # type: ignore[no-any-return]
 
 

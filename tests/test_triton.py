@@ -16,12 +16,10 @@ from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights
 
 pytest.importorskip("triton")
 
-import triton
-from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import driver
 
+from moeyard.testing.compiled_triton import built
 from moeyard.triton import experts, launch
 from moeyard.triton.plan import Card, Tile, most_row_tiles, product_tile
 from moeyard.values import ExpertCall
@@ -36,13 +34,6 @@ MODELS = {  # hidden, size, experts, top_k
     "Gemma4": (2816, 704, 128, 8),
     "shard": (2048, 96, 512, 10),
     "uneven": (1072, 1040, 8, 4),  # multiples of 16, of no step along the sum
-}
-KINDS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
 }
 
 
@@ -85,58 +76,13 @@ def test_row_tiles_are_enough_and_not_more() -> None:
         assert sum(-(-c // rows) for c in worst) == most
 
 
-def step_source(step: launch.Step, dtypes: tuple[torch.dtype | None, ...]) -> ASTSource:
-    """A step's kernel as the launcher has it compiled: aligned pointers, sizes by divisibility where that counts."""
-    names = step.kernel.arg_names
-    signature, constants, attributes = {}, {}, {}
-    values: list[Any] = [*dtypes, *step.sizes, *step.constants.values()]
-    assert names[len(dtypes) + len(step.sizes) :] == list(step.constants)
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
-        special = not step.kernel.params[i].do_not_specialize
-        if isinstance(value, torch.dtype):
-            signature[name] = KINDS[value]
-        elif i < len(dtypes) + len(step.sizes) and value is not None and (value != 1 or not special):
-            signature[name] = "i32" if value < 2**31 else "i64"
-        else:
-            signature[name], constants[(i,)] = "constexpr", value
-        if isinstance(value, torch.dtype) or (special and signature[name] != "constexpr" and value % 16 == 0):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(step.kernel, signature, constants, attributes)
-
-
-def built(step: launch.Step, dtypes: tuple[torch.dtype | None, ...], card: Card, path: Path) -> dict[str, Any]:
-    """What the compiler and ptxas say of a step on a card."""
-    arch = card.capability[0] * 10 + card.capability[1]
-    kernel = triton.compile(step_source(step, dtypes), target=GPUTarget("cuda", arch, 32), options=step.options)
-    source = path / "kernel.ptx"
-    source.write_text(kernel.asm["ptx"])
-    command = [
-        knobs.nvidia.ptxas.path,
-        "-v",
-        f"--gpu-name=sm_{arch}{'a' * (arch == 90)}",
-        str(source),
-        "-o",
-        os.devnull,
-    ]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert spills is not None
-    return {
-        "spilled": int(spills[1]) + int(spills[2]),
-        "shared": kernel.metadata.shared,
-        "wgmma": kernel.asm["ptx"].count("wgmma.mma_async"),
-        "mma": kernel.asm["ptx"].count("mma.sync"),
-        "ptx": kernel.asm["ptx"],
-    }
-
-
 def plan_of(
     monkeypatch: pytest.MonkeyPatch, card: Card, tokens: int, model: str, dtype: torch.dtype = torch.bfloat16,
     activation: Activation | None = None,
 ) -> Any:  # fmt: skip
     hidden, size, count, top_k = MODELS[model]
     monkeypatch.setattr(experts, "card", lambda _: card)
-    monkeypatch.setattr(experts, "_programmatic", lambda _: card.capability >= (9, 0))
+    monkeypatch.setattr(experts, "programmatic_on", lambda _: card.capability >= (9, 0))
     return experts._experts_plan.__wrapped__(
         torch.device("cpu"), dtype, torch.int32, tokens, top_k, (count, hidden, size), count,
         activation or Activation(), True, True,
@@ -151,7 +97,7 @@ def test_products_under_expert_parallelism_take_the_tiles_of_their_share(
 ) -> None:
     """Of 8 ranks; programs are for all routes, since all may come."""
     monkeypatch.setattr(experts, "card", lambda _: card)
-    monkeypatch.setattr(experts, "_programmatic", lambda _: False)
+    monkeypatch.setattr(experts, "programmatic_on", lambda _: False)
     hidden, size, count, top_k = MODELS["DeepSeek-V3"]
     routes, local = tokens * top_k, count // 8
 
@@ -214,17 +160,17 @@ def test_the_rest_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card
         plan = plan_of(monkeypatch, card, tokens, "Qwen3-Next")
         for ids in (torch.int32, torch.int64):
             for mapped in (None, integer):
-                steps = [(plan.align, (ids, mapped, integer, integer, integer))]
-                if plan.align is None:
+                steps = [(plan.layout.align, (ids, mapped, integer, integer, integer))]
+                if plan.layout.align is None:
                     steps = [
-                        (plan.count, (ids, mapped, integer)),
-                        (plan.place, (ids, mapped, integer, integer, integer, integer)),
+                        (plan.layout.count, (ids, mapped, integer)),
+                        (plan.layout.place, (ids, mapped, integer, integer, integer, integer)),
                     ]
                 for step, dtypes in steps:
                     assert built(step, dtypes, card, tmp_path)["spilled"] == 0
         others = [(plan.weigh, (kind, torch.float32, kind)), (plan.combine, (kind, torch.float32, integer, kind))]
-        if plan.align is None:
-            others += [(plan.scan, (integer, integer)), (plan.first, (integer, integer))]
+        if plan.layout.align is None:
+            others += [(plan.layout.scan, (integer, integer)), (plan.layout.first, (integer, integer))]
         for step, dtypes in others:
             assert built(step, dtypes, card, tmp_path)["spilled"] == 0
     cut, product, _ = experts._gemm_plan.__wrapped__(
@@ -250,21 +196,21 @@ class _Driver:
         return 7
 
 
-def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A whole call, up to the compiled launchers: addresses, sizes and constants in their order, for their dtypes."""
     monkeypatch.setattr(driver, "_active", _Driver())
     monkeypatch.setattr(launch, "current_stream", lambda _: 7)
     monkeypatch.setattr(launch, "current_device", lambda: 0)
     monkeypatch.setattr(launch, "relaxed_capture", contextlib.nullcontext)
-    monkeypatch.setattr(experts, "_programmatic", lambda _: True)
+    monkeypatch.setattr(experts, "programmatic_on", lambda _: True)
     started: list[tuple[str, dict[str, Any]]] = []
     compile_step = launch.Step.compile
 
     def compiled(step: launch.Step, *dtypes: torch.dtype | None) -> Any:
         kernel = compile_step(step, *dtypes)
         assert kernel.metadata.launch_pdl and kernel.metadata.num_warps == step.options["num_warps"]
-        other = triton.compile(step_source(step, dtypes), target=GPUTarget("cuda", 90, 32), options=step.options)
-        assert kernel.asm["ptx"] == other.asm["ptx"], "the tests of compiled kernels compile what is launched"
+        other = built(step, dtypes, H200, tmp_path)
+        assert kernel.asm["ptx"] == other["ptx"], "the tests of compiled kernels compile what is launched"
 
         def run(x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *rest: Any) -> None:
             assert (x, y, z) == step.grid and stream == 7 and rest[:3] == (None, None, None)

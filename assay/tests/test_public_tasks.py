@@ -6,9 +6,13 @@ import tomllib
 from pathlib import Path
 from types import ModuleType
 
+import jsonschema
 import pytest
 
+from assay.admission import admit, record
+from assay.cli.shown import schema
 from assay.contract import task
+from assay.contract.admission import Reason
 from assay.contract.frozen import FILE
 from assay.judgement.decision import replayed
 
@@ -23,6 +27,11 @@ def run() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def outcome(file: Path) -> str:
+    """A verdict's outcome; empty if there is none."""
+    return str(json.loads(file.read_text())["outcome"]) if file.exists() else ""
 
 
 @pytest.mark.parametrize("file", TASKS, ids=lambda file: file.stem)
@@ -53,9 +62,25 @@ def test_a_verdict_is_decided_again(file: Path) -> None:
     variant = file.parts[-2]
     assert variant != "wrong" or found["outcome"] == "incorrect"
     assert variant != "comment" or found["outcome"] in ("equivalent", "undecided", "void")
-    assert variant != "reverse" or found["outcome"] != "faster"
     texts = "".join(path.read_text() for path in file.parent.iterdir()).replace('"/tmp/hypothesis"', "")
     assert '"/' not in texts  # no place of the machine that judged
+
+
+@pytest.mark.parametrize("folder", sorted({file.parents[1] for file in KEPT}), ids=lambda folder: folder.name)
+def test_there_and_back_is_no_gain_twice(folder: Path) -> None:
+    """The way back from a commit that is `faster` is not, nor from one that is `slower`."""
+    there, back = (outcome(folder / variant / "verdict.json") for variant in ("reference", "reverse"))
+    assert there != back or there not in ("faster", "slower")
+
+
+@pytest.mark.parametrize("file", sorted(PUBLIC.glob("results/*/admission.json")), ids=lambda file: file.parent.name)
+def test_an_admission_follows_from_its_reasons(file: Path) -> None:
+    found = record.read(file)
+    jsonschema.Draft202012Validator(schema("admission")).validate(found)
+    assert admit.decided([Reason(**one) for one in found["reasons"]]) == found["outcome"]
+    named = tomllib.loads((PUBLIC / f"{file.parent.name}.toml").read_text())
+    assert (found["task"]["name"], found["reference"]) == (named["name"], named["repository"]["reference"])
+    assert '"/' not in file.read_text()
 
 
 def test_the_table_is_that_of_the_verdicts() -> None:

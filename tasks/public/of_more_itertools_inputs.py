@@ -6,7 +6,7 @@ import random
 
 def extremes(seed):
     drawn = random.Random(seed)
-    return [drawn.randint(-(10**6), 10**6) for _ in range(500)], 20
+    return [drawn.randint(-(10**6), 10**6) for _ in range(500)], 80
 
 
 def permutations(seed):

@@ -5,4 +5,4 @@ import random
 
 def paths(seed):
     drawn = random.Random(seed)
-    return 8, 8, [drawn.randrange(1000) for _ in range(3)]
+    return 8, 8, [drawn.randrange(1000) for _ in range(3)], 4

@@ -22,7 +22,7 @@ def names(seed):
 
 def versions(seed):
     drawn = random.Random(seed)
-    return [_version(drawn) + drawn.choice(["", "", "", "rc1"]) for _ in range(40)], 20
+    return [_version(drawn) + drawn.choice(["", "", "", "rc1"]) for _ in range(40)], 60
 
 
 def _name(drawn):

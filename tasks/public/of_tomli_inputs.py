@@ -7,13 +7,13 @@ _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 def documents(seed):
     drawn = random.Random(seed)
-    return ("\n".join(_table(drawn, i) for i in range(12)),)
+    return "\n".join(_table(drawn, i) for i in range(12)), 6
 
 
 def strings(seed):
     drawn = random.Random(seed)
     lines = [f'{_word(drawn)}{i} = "{" ".join(_word(drawn) for _ in range(20))}"' for i in range(30)]
-    return ("\n".join([*lines, 'long = """', *(_word(drawn) * 5 for _ in range(20)), '"""']),)
+    return "\n".join([*lines, 'long = """', *(_word(drawn) * 5 for _ in range(20)), '"""']), 6
 
 
 def comments(seed):
@@ -22,7 +22,7 @@ def comments(seed):
         f"# {' '.join(_word(drawn) for _ in range(12))}\n{_word(drawn)}{i} = {i}  # {_word(drawn) * 4}"
         for i in range(60)
     ]
-    return ("\n".join(lines),)
+    return "\n".join(lines), 6
 
 
 def _table(drawn, i):

@@ -33,7 +33,7 @@ def _documents(draw):
             "comment": ["# a comment with \u20ac"],
             "empty": ["", "  "],
         }[kind]
-    return ("\n".join(lines),)
+    return "\n".join(lines), 1
 
 
 def documents():

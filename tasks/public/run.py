@@ -140,14 +140,16 @@ def cell(verdict: dict) -> str:
 
 
 def rows() -> list[str]:
-    """The table, from verdicts alone."""
-    found = ["| task | claim | reference | reverse | wrong | comment |", "|---|---|---|---|---|---|"]
+    """The table, from verdicts and admissions alone."""
+    found = ["| task | claim | reference | reverse | wrong | comment | admission |", "|---|---|---|---|---|---|---|"]
     for name, file in tasks().items():
         verdicts = {one: RESULTS / name / one / "verdict.json" for one in VARIANTS}
         if not any(path.exists() for path in verdicts.values()):
             continue
         claim = re.search(r"claims (.+?)\.?$", file.read_text().split("\n")[0])
         cells = [cell(json.loads(path.read_text())) if path.exists() else "" for path in verdicts.values()]
+        admission = RESULTS / name / "admission.json"
+        cells.append(json.loads(admission.read_text())["outcome"] if admission.exists() else "")
         found.append(f"| {name} | {claim[1] if claim else ''} | {' | '.join(cells)} |")
     return found
 

@@ -1,7 +1,5 @@
 """Products of 8-bit codes on Hopper: whole layers against float64 by the rule, in every height of tiles, repeatable."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -13,7 +11,7 @@ from moeyard.dispatch import table
 from moeyard.quant import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR, INT8_CHANNEL, QuantScheme
 from moeyard.testing import guard_broken, poisoned, same_bits
 from moeyard.testing.budgets import judged_experts
-from moeyard.testing.quantised import draw_quantised
+from moeyard.testing.quantised import draw_quantised, moved_to
 from moeyard.values import ExpertCall
 
 REFUSAL = table.explain("grouped_gemm", "cuda").reasons["cuda"]
@@ -28,18 +26,6 @@ SIZES = {  # tokens, experts, top_k, hidden size, intermediate size
     "many tiles": (700, 24, 4, 384, 528),
     "tall tiles": (900, 4, 2, 1040, 912),
 }
-
-
-def on_gpu(weights: ExpertWeights) -> ExpertWeights:
-    scales = weights.scales
-    assert scales is not None
-    biases = (None if bias is None else bias.to(CUDA) for bias in (weights.w13_bias, weights.w2_bias))
-    moved = scales.moved(lambda tensor: tensor.to(CUDA))
-    return replace(
-        ExpertWeights(weights.w13.to(CUDA), weights.w2.to(CUDA), *biases, weights.gated),
-        scheme=weights.scheme,
-        scales=moved,
-    )
 
 
 def draw(tokens: int, experts: int, top_k: int, hidden: int, dtype: torch.dtype) -> tuple[torch.Tensor, Routing]:
@@ -67,7 +53,7 @@ def test_layers(size: str, scheme: QuantScheme) -> None:
     torch.manual_seed(0)
     tokens, experts, top_k, hidden, middle = SIZES[size]
     host = draw_quantised(experts, hidden, middle, scheme, bias=size == "odd sizes")
-    weights = on_gpu(host)
+    weights = moved_to(host, CUDA)
     rows, routing = draw(tokens, experts, top_k, hidden, torch.bfloat16)
     there = Routing(routing.topk_weights.to(CUDA), routing.topk_ids.to(CUDA))
     judged = judged_experts(rows, routing, host, unit=TENSOR_CORE_UNIT)
@@ -97,7 +83,7 @@ def test_every_kind_of_call(kind: str, scheme: QuantScheme) -> None:
     expert_map = torch.tensor([3, -1, 0, 5, 1, -1, 2, 4], dtype=torch.int32) if kind == "mapped" else None
     rows, routing = draw(200, 6 if expert_map is None else 8, 3, 272, dtype)
     got = moeyard.fused_experts(
-        rows.to(CUDA), Routing(routing.topk_weights.to(CUDA), routing.topk_ids.to(CUDA)), on_gpu(host),
+        rows.to(CUDA), Routing(routing.topk_weights.to(CUDA), routing.topk_ids.to(CUDA)), moved_to(host, CUDA),
         activation=activation, expert_map=None if expert_map is None else expert_map.to(CUDA), impl="cuda",
     )  # fmt: skip
     judged = judged_experts(rows, routing, host, activation=activation, expert_map=expert_map, unit=TENSOR_CORE_UNIT)
@@ -108,7 +94,7 @@ def test_every_kind_of_call(kind: str, scheme: QuantScheme) -> None:
 def test_many_experts_at_once_agree_with_torch(scheme: QuantScheme) -> None:
     """Blocks that take many tiles, while others still read the layout: what small layers do not show."""
     torch.manual_seed(0)
-    weights = on_gpu(draw_quantised(128, 512, 384, scheme))
+    weights = moved_to(draw_quantised(128, 512, 384, scheme), CUDA)
     rows, routing = draw(1024, 128, 8, 512, torch.bfloat16)
     rows, routing = rows.to(CUDA), Routing(routing.topk_weights.to(CUDA), routing.topk_ids.to(CUDA))
     wanted = moeyard.fused_experts(rows, routing, weights, impl="torch").double()

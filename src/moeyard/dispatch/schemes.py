@@ -34,6 +34,7 @@ TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cpu": _known,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
+    "triton": _eight_bits,
     "torch": _known,
     "reference": _every,
 }

@@ -1,5 +1,7 @@
 """Random layers of quantised experts, of any scheme."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -96,3 +98,13 @@ def _zero_points(scheme: QuantScheme, shape: tuple[int, int, int]) -> Tensor | N
 def _inputs(scheme: QuantScheme, experts: int) -> Tensor | None:
     """Scales under which rows near 1 do not saturate often."""
     return (torch.rand(experts) + 0.5) * 4 / (448 if scheme.activations == "e4m3" else 127) if scheme.static else None
+
+
+def moved_to(weights: ExpertWeights, device: torch.device) -> ExpertWeights:
+    """Quantised weights and their scales on another device."""
+    assert weights.scales is not None
+    first, second = (None if bias is None else bias.to(device) for bias in (weights.w13_bias, weights.w2_bias))
+    scales = weights.scales.moved(lambda tensor: tensor.to(device))
+    return replace(
+        weights, w13=weights.w13.to(device), w2=weights.w2.to(device), w13_bias=first, w2_bias=second, scales=scales
+    )

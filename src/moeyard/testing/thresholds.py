@@ -165,6 +165,7 @@ _PRODUCTS = (
     "quantised experts",
     "moe_layer",
 )
+_EXPERTS = ("fused_experts", "quantised experts")
 _GEMM = ("grouped_gemm by offsets", "fused_experts", "quantised experts")
 _LAYOUTS = ("align", "lora")
 _ROUTERS = ("route", "route_and_align")
@@ -191,9 +192,12 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "vectorised.experts:_CHUNK_BYTES": (("grouped_gemm by offsets",), _weights_copied_at_once),
     "vectorised.experts:_COLUMNS": (_PRODUCTS, _sides),
     "vectorised.experts:_MOST_IN_A_BLOCK": (("quantised experts",), _rows_of_an_expert),
-    "triton.experts:_MOST_ALONE": (("fused_experts",), _routes),
-    "triton.experts:_CHUNK": (("fused_experts",), _routes),
+    "triton.steps:_MOST_ALONE": (_EXPERTS, _routes),
+    "triton.steps:_CHUNK": (_EXPERTS, _routes),
     "triton.experts:_SIDE_BY_SIDE": (("fused_experts",), _tokens),
+    "triton.coded:GROUP": (("quantised experts",), _sides),
+    "triton.coded:_SIDE_BY_SIDE": (("quantised experts",), _tokens),
+    "triton.coded:_quantize:2048": (("quantised experts",), _hidden),
     "triton.plan:product_tile:64": (_GEMM, _rows_of_an_expert),
     "triton.plan:product_tile:128": (_GEMM, _rows_of_an_expert),
     "triton.plan:product_tile:1024": (_GEMM, _hidden),
@@ -262,7 +266,7 @@ EXEMPT = {
     "vectorised.quant:code_values:4": "a code of e2m1",
     "vectorised.quant:code_values:7": "a code of e2m1",
     "vectorised.router:_LEAST": "a key below all others",
-    "triton.experts:_MOST_PLANS": "the length of a cache",
+    "triton.steps:MOST_PLANS": "the length of a cache",
     "triton.launch:_kind:2147483648": "the width of an integer",
     "triton.plan:product_tile:9": "a compute capability",
     "cuda.align.plan:_REGISTERS": "what a card has",

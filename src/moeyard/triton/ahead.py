@@ -11,7 +11,7 @@ from triton.runtime import driver
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.processes import in_processes
 from moeyard.dispatch.sizes import changes
-from moeyard.triton import align_kernels, kernels
+from moeyard.triton import align_kernels, coded_kernels, kernels
 from moeyard.triton.experts import fused_experts_launch
 from moeyard.triton.launch import Asked, Step, planning
 from moeyard.triton.plan import Card
@@ -71,7 +71,7 @@ def compile_layer(
         (one.kernel, one.dtypes, sizes, one.constants, one.warps, one.stages, capability)
         for one, sizes in asked.items()
     ]
-    tasks.sort(key=lambda task: task[0] != "product_kernel")  # the longest first
+    tasks.sort(key=lambda task: "product" not in task[0])  # the longest first
     in_processes("moeyard.triton.ahead:compile_step", tasks, jobs, begun(len(tasks)))
     return len(tasks)
 
@@ -89,7 +89,7 @@ def compile_step(
     for its device from now on.
     """
     driver.set_active(_Target(GPUTarget("cuda", 10 * capability[0] + capability[1], 32)))
-    found = getattr(align_kernels, kernel, None) or getattr(kernels, kernel)
+    found = next(getattr(room, kernel) for room in (align_kernels, kernels, coded_kernels) if hasattr(room, kernel))
     step = Step(found, (1, 1), tuple(sizes), warps, stages, **dict(constants))
     step.compile(*(None if name is None else getattr(torch, name) for name in dtypes))
 

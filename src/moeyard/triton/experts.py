@@ -8,15 +8,24 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import expected_routes, round_up
+from moeyard.dispatch.sizes import expected_routes
 from moeyard.triton import align_kernels, kernels
+from moeyard.triton.coded import fused_coded_experts_launch
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
+from moeyard.triton.steps import (
+    MOST_PLANS,
+    LayoutSteps,
+    combine_step,
+    dense_rows,
+    layout_steps,
+    power,
+    prepared,
+    programmatic_on,
+    weigh_step,
+)
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
 
-_MOST_PLANS = 512
-_MOST_ALONE = 4096  # routes that one launch lays out: each is compared with all
-_CHUNK = 512
 _SIDE_BY_SIDE = 8  # row tiles that meet the same weights in L2
 
 
@@ -25,7 +34,7 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     """In float32, rounded once."""
     if not out.numel():
         return
-    rows = _dense_rows(rows)
+    rows = dense_rows(rows)
     _activate_step(*out.shape, rows.stride(0), gated, activation)(rows, out)
 
 
@@ -44,9 +53,9 @@ def grouped_gemm_launch(
         return
     if out.shape[0] > INT32_MAX:
         raise ValueError(f"rows: expected at most {INT32_MAX} rows of the result, got {out.shape[0]}")
-    rows, weight, bias = _dense_rows(rows), _dense_rows(weight), None if bias is None else _dense_rows(bias)
+    rows, weight, bias = dense_rows(rows), dense_rows(weight), None if bias is None else dense_rows(bias)
     factors = None if topk_weights is None else topk_weights.contiguous()
-    cut, product, most_tiles = _planned(
+    cut, product, most_tiles = prepared(
         _gemm_plan,
         out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), weight.stride()[:2],
         0 if bias is None else bias.stride(0), segments.divisor,
@@ -67,16 +76,19 @@ def fused_experts_launch(
     if not out.numel():
         return
     weights = call.weights
-    hidden = _dense_rows(hidden_states)
-    w13, w2 = _dense_rows(weights.w13), _dense_rows(weights.w2)
-    b13, b2 = (None if bias is None else _dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
+    if weights.scheme is not None:
+        fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
+        return
+    hidden = dense_rows(hidden_states)
+    w13, w2 = dense_rows(weights.w13), dense_rows(weights.w2)
+    b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
-    plan = _planned(
+    plan = prepared(
         _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
         weights.gated, call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
         0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
     )  # fmt: skip
-    routes, route_rows, tiles = _lay_out(plan, ids, call.expert_map)
+    routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:
         weighed = out.new_empty(ids.numel(), out.shape[1])
         plan.weigh(hidden, factors, weighed)
@@ -89,83 +101,33 @@ def fused_experts_launch(
     plan.combine(second, None if early or call.weight_on_input else factors, route_rows, out)
 
 
-def _lay_out(plan: "_ExpertsPlan", ids: Tensor, expert_map: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """int32: the route of each slot, the slot of each route (-1: dropped), and row tiles as `write_tiles` has them."""
-    routes, route_rows, tiles, counts, totals = torch.empty(
-        plan.total_ints, dtype=torch.int32, device=ids.device
-    ).split(plan.ints)
-    if plan.align is not None:
-        plan.align(ids, expert_map, routes, route_rows, tiles)
-    else:
-        plan.count(ids, expert_map, counts)
-        plan.scan(counts, totals)
-        plan.first(totals, tiles)
-        plan.place(ids, expert_map, counts, totals, routes, route_rows)
-    return routes, route_rows, tiles
-
-
 class _ExpertsPlan(NamedTuple):
-    """The steps of `fused_experts_launch` and the int32 elements of its routes, route_rows, tiles, counts, totals."""
+    """The steps of `fused_experts_launch`."""
 
-    ints: list[int]
-    total_ints: int
+    layout: LayoutSteps
     weigh: Any
-    align: Any
-    count: Any
-    scan: Any
-    first: Any
-    place: Any
     gate_up: Any
     down: Any
     combine: Any
 
 
-@lru_cache(_MOST_PLANS)
+@lru_cache(MOST_PLANS)
 def _experts_plan(
     device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
     row_stride: int, w13_strides: tuple[int, int], w2_strides: tuple[int, int], b13_stride: int, b2_stride: int,
 ) -> _ExpertsPlan:  # fmt: skip
     local, hidden, size = w2_shape
-    n, here, programmatic = tokens * top_k, card(device), _programmatic(device)
+    n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
     expected = expected_routes(n, local, num_experts)
-    itemsize, experts = dtype.itemsize, _power(local, 32)
+    itemsize = dtype.itemsize
     first_tile = product_tile(expected, local, size, hidden, gated=gated, itemsize=itemsize, card=here)
     second_tile = product_tile(expected, local, hidden, size, gated=False, itemsize=itemsize, card=here)
     rows = first_tile.rows
     assert second_tile.rows == rows  # one list of tiles serves both
-    most_tiles, chunks = most_row_tiles(n, local, rows), -(-n // _CHUNK)
-    alone = n <= _MOST_ALONE
-    sizes = (n, num_experts, local)
-    common: dict[str, Any] = {"EXPERTS": experts, "PDL": programmatic}
-    ints = [
-        round_up(n, 4),
-        round_up(n, 4),
-        round_up(3 * most_tiles, 4),
-        *((0, 0) if alone else (chunks * experts, experts)),
-    ]
-    weigh = align = count = scan = first = place = None
-    if weight_on_input:
-        wide = _power(min(hidden, 1024), 16)
-        grid = (n, -(-hidden // wide))
-        weigh = Step(kernels.weigh_kernel, grid, (hidden, row_stride, top_k), COLUMNS=wide, PDL=programmatic)
-    if alone:
-        align = Step(
-            align_kernels.align_kernel,
-            (-(-n // 32) + 1, 1),
-            (*sizes, most_tiles, rows),
-            MINE=32,
-            OTHERS=256,
-            **common,
-        )
-    else:
-        count = Step(align_kernels.count_kernel, (chunks, 1), sizes, CHUNK=_CHUNK, **common)
-        scan = Step(
-            align_kernels.scan_kernel, (-(-experts // 32), 1), (chunks,), EXPERTS=experts, BLOCK=32, CHUNKS=64,
-            PDL=programmatic,
-        )  # fmt: skip
-        first = Step(align_kernels.first_kernel, (1, 1), (most_tiles, rows), **common)
-        place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common)
+    most_tiles = most_row_tiles(n, local, rows)
+    layout = layout_steps(n, num_experts, local, rows, most_tiles, programmatic=programmatic)
+    weigh = weigh_step(n, hidden, row_stride, top_k, programmatic=programmatic) if weight_on_input else None
     source_stride, divisor = (hidden, 1) if weight_on_input else (row_stride, top_k)
     gate_up = _product(
         first_tile, most_tiles, size, hidden, (source_stride, *w13_strides, b13_stride, size, divisor),
@@ -180,23 +142,20 @@ def _experts_plan(
         programmatic=programmatic,
         gather=False,
     )
-    wide = _power(min(hidden, 1024), 16)
-    combine = Step(
-        kernels.combine_kernel, (tokens, -(-hidden // wide)), (hidden,), TOP_K=top_k, COLUMNS=wide, PDL=programmatic
-    )
-    return _ExpertsPlan(ints, sum(ints), weigh, align, count, scan, first, place, gate_up, down, combine)
+    combine = combine_step(tokens, hidden, top_k, programmatic=programmatic)
+    return _ExpertsPlan(layout, weigh, gate_up, down, combine)
 
 
-@lru_cache(_MOST_PLANS)
+@lru_cache(MOST_PLANS)
 def _gemm_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, experts: int, columns: int, size: int,
     row_stride: int, strides: tuple[int, int], bias_stride: int, divisor: int,
 ) -> tuple[Step, Step, int]:  # fmt: skip
     expected = expected_routes(num_rows, experts, num_experts)
     tile = product_tile(expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
-    programmatic, most_tiles = _programmatic(device), most_row_tiles(num_rows, experts, tile.rows)
+    programmatic, most_tiles = programmatic_on(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
-        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles, tile.rows), EXPERTS=_power(experts, 32),
+        align_kernels.tiles_kernel, (1, 1), (experts, most_tiles, tile.rows), EXPERTS=power(experts, 32),
         PDL=programmatic,
     )  # fmt: skip
     product = _product(
@@ -234,32 +193,12 @@ def _product(
     )
 
 
-@lru_cache(_MOST_PLANS)
+@lru_cache(MOST_PLANS)
 def _activate_step(num_rows: int, columns: int, row_stride: int, gated: bool, activation: Activation) -> Step:
-    wide = _power(min(columns, 512), 16)
+    wide = power(min(columns, 512), 16)
     tall = 2048 // wide
     return Step(
         kernels.activate_kernel, (-(-num_rows // tall), -(-columns // wide)), (num_rows, columns, row_stride),
         GATED=gated, NAME=activation.name, ALPHA=activation.alpha, BETA=activation.beta, LIMIT=activation.limit,
         ROWS=tall, COLUMNS=wide,
     )  # fmt: skip
-
-
-def _dense_rows(tensor: Tensor) -> Tensor:
-    """The tensor itself if its last axis is contiguous, otherwise a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
-
-
-def _power(value: int, least: int) -> int:
-    """The smallest power of two of at least `value` and `least`."""
-    return max(least, 1 << max(0, value - 1).bit_length())
-
-
-def _programmatic(device: torch.device) -> bool:
-    """Whether a kernel may be placed while the one before drains: it waits for that one's writes itself."""
-    return device.type in ("cuda", "meta") and card(device).capability >= (9, 0)
-
-
-def _planned(prepare: Any, device: torch.device, *sizes: Any) -> Any:
-    """What `prepare` has kept for these sizes; for meta tensors, whose card is in no key, made anew."""
-    return (prepare.__wrapped__ if device.type == "meta" else prepare)(device, *sizes)

@@ -73,6 +73,33 @@ def product_tile(
     return tile(width, 128 if size % 128 == 0 else 64, 4, hopper and width // halves == 64)
 
 
+@cache
+def coded_tile(
+    num_rows: int,
+    experts: int,
+    columns: int,
+    size: int,
+    *,
+    gated: bool,
+    stepwise: bool,
+    native: bool,
+    card: Card,
+) -> Tile:
+    """The tile of weights of 8-bit codes: as of 16-bit weights, but 128 codes a step, which is a block of scales.
+
+    Sums are at most 128 columns wide, gate and up together. Without wgmma operands and sums lie in registers. So tall
+    tiles are half as wide where scales count step by step, which needs a second sum beside the first, and where codes
+    are widened before they are multiplied (`native` is False), 64 at a time.
+    """
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=2, card=card)
+    full = like.rows >= 64 and card.capability[0] != 9 and (stepwise or not native)
+    width = min(like.columns * (2 if gated else 1), 64 if full else 128)
+    depth = 64 if full and not stepwise else 128
+    stages = _stages((like.rows + width) * depth, card.shared_bytes)
+    own = width // 2 if gated else width
+    return Tile(like.rows, own, depth, like.warps, stages, like.swapped and own >= 64)
+
+
 def _stages(step_bytes: int, shared_bytes: int) -> int:
     """Steps in shared memory: one in use, one just used, and 32 KB or two of those on their way, as far as they fit.
 

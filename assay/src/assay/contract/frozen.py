@@ -65,7 +65,7 @@ class Frozen:
     def _placed(self, plan: dict[str, Any]) -> dict[str, Any]:
         run = dict(plan["workload"])
         for field in NAMED:
-            if run[field].startswith(tuple(f"{name}/" for name in OWN)):
+            if run.get(field, "").startswith(tuple(f"{name}/" for name in OWN)):
                 run[field] = str(self.folder / run[field])
         return {**plan, "workload": run}
 
