@@ -70,8 +70,3 @@ def built(step: Step, dtypes: tuple[torch.dtype | None, ...], card: Card, path: 
         "mma": kernel.asm["ptx"].count("mma.sync"),
         "ptx": kernel.asm["ptx"],
     }
-
-
-def instructions(ptx: str) -> list[str]:
-    """PTX without what it says of the files that it was made from, which another checkout names otherwise."""
-    return [line for line in ptx.partition("\n\t.file\t")[0].splitlines() if not line.lstrip().startswith(".loc")]
