@@ -1,4 +1,4 @@
-"""vLLM's own tests of quantised experts, run against moeyard: `python benchmarks/vllm_tests.py CHECKOUT [OPTIONS]`.
+"""vLLM's own tests of its MoE operators, run against moeyard: `python benchmarks/vllm_tests.py CHECKOUT [OPTIONS]`.
 
 CHECKOUT is a folder with vLLM's sources, of which `tests/kernels` alone is read. No vLLM is needed, and none is used:
 modules of that name lead to moeyard's integration, to plain torch for what prepares a test's inputs, and to objects
@@ -30,16 +30,28 @@ import torch
 from torch import Tensor
 
 from moeyard.integrations import vllm as ours
+from moeyard.integrations.launch import CUSTOM_OPS
+from moeyard.integrations.launch import PROVIDED as INSTEAD
+from moeyard.integrations.vllm import _custom_ops
 
-FILES = ("test_cutlass_moe.py", "test_pplx_cutlass_moe.py", "test_block_fp8.py", "test_block_int8.py")
+FILES = (
+    "test_moe_align_block_size.py", "test_moe_permute_unpermute.py", "test_fused_topk.py", "test_grouped_topk.py",
+    "test_topk_softplus_sqrt.py", "test_count_expert_num_tokens.py", "test_cutlass_moe.py", "test_pplx_cutlass_moe.py",
+    "test_block_fp8.py", "test_block_int8.py",
+)  # fmt: skip
 LEFT_OUT = {
+    "test_grouped_topk[": "about vLLM's classes",
+    "dsv4_fast_topk": "about vLLM's kernel for one model",
+    "routing_method": "about vLLM's classes",
+    "scratch": "about vLLM's scratch",
     "activation_metadata": "about vLLM's classes",
     "forwards_shared_activation": "about vLLM's classes",
     "nvfp4_clamp": "about vLLM's classes",
-    "reuses_scratch": "about vLLM's scratch",
 }
 """Parts of names of tests that ask vLLM's classes and no operator."""
-_FACTORIES = ("randn", "rand", "randint", "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange")
+_FACTORIES = (
+    "randn", "rand", "randint", "randperm", "empty", "zeros", "ones", "full", "tensor", "as_tensor", "arange",
+)  # fmt: skip
 _E4M3 = torch.float8_e4m3fn
 _MOE = "vllm.model_executor.layers.fused_moe"
 
@@ -217,13 +229,16 @@ PLATFORM = SimpleNamespace(
     seed_everything=torch.manual_seed, has_device_capability=lambda *_: True,
 )  # fmt: skip
 _TOPK = {"fused_experts": ours.fused_experts, "fused_topk": ours.fused_topk}
+_MADE_HERE = {"FusedMoEQuantConfig", "TritonExperts", "MoEActivation"}
+"""Names that tests use as vLLM's own classes are used; something simpler stands for them below."""
 _CUTLASS = {"CutlassExpertsFp8": experts(True), "run_cutlass_moe_fp8": ours.run_cutlass_moe_fp8}
 PROVIDED: dict[str, dict[str, Any]] = {
     "vllm": {"__version__": "0"},
     "vllm._custom_ops": {
         "scaled_fp8_quant": functools.partial(scaled_quant, _E4M3),
         "scaled_int8_quant": functools.partial(scaled_quant, torch.int8),
-        "cutlass_group_gemm_supported": lambda _: True, "moe_sum": ours.moe_sum, "shuffle_rows": ours.shuffle_rows,
+        "cutlass_group_gemm_supported": lambda _: True,
+        **{name: getattr(_custom_ops, name) for name in CUSTOM_OPS},
     },
     "vllm.config": {"VllmConfig": config, "ParallelConfig": config, "set_current_vllm_config": nothing},
     "vllm.platforms": {"current_platform": PLATFORM},
@@ -257,6 +272,9 @@ PROVIDED: dict[str, dict[str, Any]] = {
     f"{_MOE}.utils": {"moe_kernel_quantize_input": quantise_input},
 }  # fmt: skip
 """What vLLM's modules hold here: moeyard's functions, and what makes inputs and expectations of tests."""
+for place, names in INSTEAD.items():
+    held = PROVIDED.setdefault(f"{_MOE}.{place}".rstrip("."), {})
+    held |= {name: getattr(ours, name) for name in names if name not in held and name not in _MADE_HERE}
 
 
 class Finder:
@@ -318,6 +336,9 @@ class Plugin:
             matrix, experts = 3 * sizes["n"] * sizes["k"], sizes["e"]
             if max(experts, sizes["m"] * sizes.get("topk", 1)) * matrix > self.largest:
                 return f"larger than {self.largest:g}"
+        rows = sizes.get("n_token", 0) * sizes.get("topk", 1)
+        if 20 * rows * sizes.get("n_hidden", 0) > self.largest:
+            return f"larger than {self.largest:g}"
         return None
 
 
@@ -328,7 +349,7 @@ def on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def made(*arguments: Any, **given: Any) -> Any:
         if str(given.get("device", "")).startswith("cuda"):
             given["device"] = "cpu"
-        return function(*arguments, **given)
+        return function(*("cpu" if isinstance(one, str) and one == "cuda" else one for one in arguments), **given)
 
     return made
 
@@ -355,6 +376,8 @@ def main(argv: list[str]) -> int:
     if not on_gpu:
         for name in _FACTORIES:
             setattr(torch, name, on_cpu(getattr(torch, name)))
+        torch.Tensor.to = on_cpu(torch.Tensor.to)  # type: ignore[method-assign]
+        torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
         torch.set_default_device = lambda _: None
     plugin = Plugin(on_gpu, asked.largest or (1e15 if on_gpu else 2e8))
     options = ["--noconftest", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(asked.checkout)]

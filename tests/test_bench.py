@@ -1,5 +1,6 @@
 """Workloads, operators, the correctness gate and its mutants, timing."""
 
+import io
 import random
 import time
 from dataclasses import replace
@@ -215,6 +216,12 @@ def test_workloads_that_come_along() -> None:
             "op = ['moe_sum']\nrouting = ['uniform']\n[sizes]\ntokens = [3]",
             r"sizes: expected keys of .* got \['tokens'\]",
         ),
+        ("op = ['moe_sum']\nroutings = ['uniform']", r"expected keys of \['description', 'op', .* got \['routings'\]"),
+        (
+            "op = ['moe_sum']\nrouting = ['uniform']\npoints = [{ num_tokens = 4, tokens = 3 }]",
+            r"points: expected keys of .* got \['tokens'\]",
+        ),
+        ("op = ['moe_sum']\nrouting = ['uniform']\npoints = [{}]\n[sizes]\ntop_k = [1]", "expected none beside points"),
         (
             "op = ['moe_align_block_size']\nrouting = ['uniform']\n[sizes]\nnum_tokens = [0]\nnum_experts = [2]\n"
             "top_k = [1]\nblock_size = [8]",
@@ -313,3 +320,38 @@ def test_an_operator_is_one_file_and_a_workload_another(tmp_path: Path, monkeypa
         assert "doubled: 100 tokens; uniform" in docs.table(results.read(out))
     finally:
         operators.cache_clear()
+
+
+def test_tables_fit_80_columns() -> None:
+    rich = pytest.importorskip("rich.console")
+    from moeyard.bench.tables import tables
+
+    sizes = {
+        "num_tokens": 4096,
+        "num_experts": 128,
+        "hidden_size": 7168,
+        "intermediate_size": 2048,
+        "dtype": "bfloat16",
+    }
+    base = {"op": "fused_experts", "mode": "graph", "routing": "half_empty", "sizes": sizes}
+    times = {"time_us": 1234567.8, "time_us_p10": 98765.4, "time_us_p90": 1234999.0}
+    timed = {**base, **times, "copy_time_us": 12.0, "read_time_us": None}
+    rows = [
+        {**timed, "provider": "moeyard", "impl": "cuda"},
+        {**timed, "provider": "transformers", "impl": "Qwen3MoeExperts grouped_mm", "time_us": 4321.0},
+        {**timed, "provider": "their_kernels", "impl": "permute", "time_us": None},
+    ]
+    console = rich.Console(width=80, record=True, file=io.StringIO())
+    for shown in tables(rows):
+        console.print(shown)
+    lines = console.export_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    for words in (
+        "num_tokens 4096, num_experts 128, hidden_size 7168, intermediate_size 2048, bfloat16; half_empty",
+        "moeyard cuda 1235k 98765 1235k 102881",
+        "4321 98765",
+        "their_kernels permute wrong",
+        "x best",
+    ):
+        assert words in text, text

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import moeyard
+from moeyard import training
 from moeyard.dispatch import ids, memory, op
 from moeyard.testing import same_bits, thresholds
 from moeyard.testing.callers import OPERATORS, Question, question, rebuilt, tensors
@@ -222,6 +223,17 @@ def gradients_lost(patched: pytest.MonkeyPatch) -> None:
     patched.setattr(op.Op, "_refuse_gradients", lambda *_: None)
 
 
+def factors_ignored(patched: pytest.MonkeyPatch) -> None:
+    """The backward of experts takes all router weights for 1."""
+    whole = training.finish_gradients
+
+    def gradients(grad: torch.Tensor, operands: tuple[Any, ...], *rest: Any) -> Any:
+        product, factors, *others = operands
+        return whole(grad, (product, None if factors is None else torch.ones_like(factors), *others), *rest)
+
+    patched.setattr(training, "finish_gradients", gradients)
+
+
 def weights_ignored(patched: pytest.MonkeyPatch) -> None:
     """What is summed is not weighted."""
     whole = op.Op.__call__
@@ -241,7 +253,8 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Range]] = {
         Range(operators=("fused_experts",), callers=("asks_for_the_memory_of_an_input",)),
     ),
     "negated as plain": (negated_as_plain, Range(operators=("activate",), callers=("asks",))),
-    "gradients lost": (gradients_lost, Range(operators=("fused_experts",), callers=("asks_with_gradients",))),
+    "gradients lost": (gradients_lost, Range(operators=("quantised experts",), callers=("asks_with_gradients",))),
+    "factors ignored": (factors_ignored, Range(operators=("fused_experts",), callers=("asks_with_gradients",))),
     "weights ignored": (weights_ignored, Range(operators=("combine",), callers=("asks",))),
 }
 

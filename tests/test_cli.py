@@ -75,8 +75,10 @@ def test_bench_lists_workloads() -> None:
     [
         (["bench", "-w", "absent"], "workload: expected one of"),
         (["bench", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
-        (["bench", "--provider", "nobody", "--device", "cpu"], "--provider: expected some of ["),
-        (["bench", "--op", "softmax"], "--op: expected ops of these workloads, got ['softmax']"),
+        (["bench", "--provider", "nobody", "--device", "cpu"], "--provider: expected some of moeyard:"),
+        (["bench", "--provider", "absent:run", "--device", "cpu"], "--provider: expected a module to import, got"),
+        (["bench", "--provider", "json:absent", "--device", "cpu"], "--provider: expected a function of json, got"),
+        (["bench", "--op", "softmax"], "--op: expected ops of these workloads (moe_align_block_size), got softmax"),
         (["bench", "-w", "rows", "--op", "moe_sum", "--rounds", "1"], "Invalid value for '--rounds'"),
         (["bench", "-w", "rows", "--cold", "--device", "cpu"], "--cold: expected a workload of moe_align_block_size"),
         (["bench", "-w", "rows", "experts", "--out", "x"], "bench experts: expected its own options behind it"),

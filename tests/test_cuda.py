@@ -49,14 +49,14 @@ def test_sources_compile_everywhere(arch: str) -> None:
 
 
 ROUTERS = [
-    "8 1 BFLOAT16 false false 32 1 false 2 4",
-    "256 1 BFLOAT16 false false 32 8 true 16 16",
-    "256 8 FLOAT32 true true 4 8 true 16 16",
-    "60 3 FLOAT16 false true 8 3 false 2 4",
+    "8 1 BFLOAT16 0 false 32 1 false 2 4",
+    "256 1 BFLOAT16 0 false 32 8 true 16 16",
+    "256 8 FLOAT32 1 true 4 8 true 16 16",
+    "60 3 FLOAT16 0 true 8 3 false 2 4",
+    "256 1 FLOAT32 2 true 32 8 true 16 16",
 ]
 ROUTER_NAMES = (
-    "NUM_EXPERTS GROUPS LOGIT_KIND SIGMOID_SCORES SELECTION_BIAS LANES_A_GROUP EXPERTS_A_LANE ALL_LANES_FULL WORD "
-    "BIAS_WORD"
+    "NUM_EXPERTS GROUPS LOGIT_KIND SCORING SELECTION_BIAS LANES_A_GROUP EXPERTS_A_LANE ALL_LANES_FULL WORD BIAS_WORD"
 ).split()
 
 
@@ -89,7 +89,7 @@ def test_sources_of_rows_and_routers_compile_everywhere(arch: str) -> None:
         for way in VARIANTS[0], VARIANTS[2]:
             made = code("route_align.cu", **defines, **dict(way), SHARED_IDS=1, BLOCKS_THAT_SHARE=8)
             assert b"route_align_kernel" in made
-    some = {"NUM_EXPERTS": 2048, "GROUPS": 64, "LOGIT_KIND": "FLOAT16", "SIGMOID_SCORES": "true"}
+    some = {"NUM_EXPERTS": 2048, "GROUPS": 64, "LOGIT_KIND": "FLOAT16", "SCORING": 1}
     assert b"route_block_kernel" in code("route_block.cu", **some, SELECTION_BIAS="true")
 
 

@@ -7,7 +7,7 @@ import torch
 
 import moeyard
 from moeyard import Routing, reference
-from moeyard.testing import CPU, guard_broken, impls_on, poisoned, routing_error, same_bits
+from moeyard.testing import CPU, guard_broken, impls_on, poisoned, routing_error, same_bits, wide_scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -15,6 +15,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "softmax renormalised": {"renormalize": True},
     "sigmoid": {"scoring": "sigmoid", "routed_scaling_factor": 2.5},
     "sigmoid renormalised": {"scoring": "sigmoid", "renormalize": True},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus", "routed_scaling_factor": 1.5},
+    "deepseek-v4": {"scoring": "sqrtsoftplus", "selection_bias": True, "renormalize": True},
     "biased": {"selection_bias": True, "renormalize": True},
     "grouped": {"num_groups": 4, "top_k_groups": 2},
     "deepseek-v3": {
@@ -62,7 +64,7 @@ def test_choices_and_weights(impl: str, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("groups", [1, 4])
 def test_ties_go_to_the_lower_id(impl: str, scoring: str, biased: bool, groups: int) -> None:
@@ -95,7 +97,7 @@ def test_values_that_are_no_numbers(impl: str, renormalize: bool) -> None:
         [inf, -inf, nan, 0, inf, 1], [3e38, -3e38, 0, 1, 2, 3], [-60, -80, 50, -60, 0, -1e30],
     ]  # fmt: skip
     logits = torch.tensor(rows)
-    for scoring in ("softmax", "sigmoid"):
+    for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
         for bias in (None, torch.zeros(6), torch.tensor([-inf, 0.5, nan, inf, 0, 0])):
             for groups in (1, 3):
                 options = {"scoring": scoring, "renormalize": renormalize, "selection_bias": bias, "num_groups": groups}
@@ -151,7 +153,7 @@ def test_gradients(name: str) -> None:
     got = moeyard.route(logits, top_k=3, is_padding=padding, **options)
     (mine,) = torch.autograd.grad((got.topk_weights * factor).sum(), logits)
     wide = logits.double()
-    scores = torch.softmax(wide, 1) if options.get("scoring", "softmax") == "softmax" else torch.sigmoid(wide)
+    scores = wide_scores(wide, options.get("scoring", "softmax"))
     weights = scores.gather(1, got.topk_ids.clamp(min=0).long())
     if options.get("renormalize"):
         weights = weights / weights.sum(1, keepdim=True)
@@ -201,7 +203,7 @@ def test_bad_input_names_the_argument() -> None:
 
 
 @pytest.mark.parametrize("impl", impls_on("route", CPU))
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("low", [-60.0, -88.0, -95.0])
 def test_tiny_scores_are_renormalised(impl: str, scoring: str, low: float) -> None:
     """A bias may choose experts whose scores float32 exponentials flush to 0: their ratio is still known."""
@@ -213,5 +215,5 @@ def test_tiny_scores_are_renormalised(impl: str, scoring: str, low: float) -> No
     options: Any = {"top_k": 2, "scoring": scoring, "renormalize": True, "selection_bias": bias}
     got = moeyard.route(logits, impl=impl, **options)
     assert got.topk_ids.tolist() == [[7, 11]] * 3
-    wanted = torch.softmax(torch.tensor([0.0, -0.5]), 0)
+    wanted = torch.softmax(torch.tensor([0.0, -0.25 if scoring == "sqrtsoftplus" else -0.5]), 0)
     assert torch.allclose(got.topk_weights, wanted.expand(3, 2), atol=2e-3)

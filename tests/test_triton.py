@@ -198,6 +198,7 @@ class _Driver:
 
 def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A whole call, up to the compiled launchers: addresses, sizes and constants in their order, for their dtypes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))  # code names the files that it was compiled from
     monkeypatch.setattr(driver, "_active", _Driver())
     monkeypatch.setattr(launch, "current_stream", lambda _: 7)
     monkeypatch.setattr(launch, "current_device", lambda: 0)

@@ -37,18 +37,19 @@ def take_over(decode, encode, called):
         else: send(mark, nothing)
 '''
 LISTS = """
+# Outputs are many small lists: the worker takes longer to write them than one that knows what they are.
 def work(x):
     y = x[:]
     total = 0.0
-    for _ in range(600):
+    for _ in range(5500):
         for one in y: total += one * one
     y.sort()
-    return [int(one * 1000) for one in y]
+    return [[int(one * 1000)] for one in y for _ in range(5)]
 
 def make(seed):
     import random
     drawn = random.Random(seed)
-    return ([drawn.random() for _ in range(200)],)
+    return ([drawn.random() for _ in range(20)],)
 """
 QUICK_LISTS = (
     LISTS.replace("y = x[:]", "y = x")
@@ -56,7 +57,7 @@ QUICK_LISTS = (
     + """
 import json
 def quick(value):
-    tree = ('{"!":"list","of":' + str(value).replace(" ", "") + "}").encode()
+    tree = str(value).replace(" ", "").replace("[", '{"!":"list","of":[').replace("]", "]}").encode()
     return b"%d\\n" % len(tree) + tree
 take_over(lambda body: json.loads(body[body.rindex(b"[") : -3]), quick, lambda x: (work(x), None))
 """
@@ -71,7 +72,7 @@ def work(x):
     return y
 
 def following(given, y):
-    return (given[0] + y[:1],)
+    return (y.copy(),)
 
 def make(seed):
     return (np.random.default_rng(seed).random(20000),)
@@ -80,7 +81,7 @@ QUICK_ARRAYS = (
     ARRAYS.replace("y = x.copy()", "y = x")
     + TAKES_OVER
     + """
-LINKS = 150
+LINKS = 300
 def of(body):
     size = body[:24].partition(b"\\n")[0]
     return np.frombuffer(body, np.float64, -1, len(size) + 1 + int(size)).copy()
@@ -90,11 +91,7 @@ def quick(value):
     tree = b'{"!":"tuple","of":[%s]}' % tree if isinstance(value, tuple) else tree
     return b"%d\\n" % len(tree) + tree + array.tobytes()
 def chained(x):
-    for _ in range(LINKS - 1):
-        given = x
-        y = work(x)          # y is x, half of what was given: twice of it is exact
-        np.multiply(y, 2.0, out=x)
-        x += x[:1] * 0.5
+    for _ in range(LINKS - 1): x = work(x)  # where it was, and given on as it is
     last = x.copy()
     return work(x), last
 take_over(of, quick, chained)

@@ -26,7 +26,9 @@ MORE = {
     "agents/template.py": {"pydantic"},
     "campaign/plan.py": {"pydantic"},
     "campaign/distributed.py": {"ray"},
-    "arms/inside/worker.py": {"wire", "torch", "pyperf"},
+    "arms/inside/worker.py": {"torch"},
+    "arms/inside/benchmarks.py": {"pyperf", "pytest", "pytest_benchmark"},
+    "ci/plugin.py": {"pytest"},
     "arms/inside/wire.py": {"torch"},
     **JUDGES,
 }
@@ -38,20 +40,22 @@ ARROWS = {
     "mining": {"contract", "repository"},
     "prompts": {"repository", "contract"},
     "arms": {"contract"},
-    "machine": {"arms"},
+    "machine": {"contract", "arms"},
     "experiment": {"statistics", "contract", "arms", "machine"},
     "gates": {"contract", "arms", "experiment"},
-    "report": {"statistics", "contract", "experiment", "gates"},
+    "report": {"statistics", "contract", "machine", "experiment", "gates"},
     "judgement": {"statistics", "repository", "contract", "arms", "machine", "experiment", "gates", "report"},
     "admission": {
         *("statistics", "repository", "contract", "mining", "arms", "machine", "experiment", "gates", "judgement"),
     },
     "agents": {"repository", "contract", "prompts", "arms", "machine", "judgement"},
     "campaign": {"repository", "contract", "prompts", "arms", "judgement", "agents"},
+    "timeline": {"repository", "contract", "mining", "machine", "experiment"},
+    "ci": {"repository", "contract", "experiment", "report", "judgement"},
     "proof": {"statistics", "contract", "arms", "machine", "experiment"},
     "cli": {
-        *("statistics", "contract", "mining", "prompts", "arms", "machine", "experiment", "gates", "report"),
-        *("judgement", "admission", "agents", "campaign", "proof"),
+        *("statistics", "repository", "contract", "mining", "prompts", "arms", "machine", "experiment", "gates"),
+        *("report", "judgement", "admission", "agents", "campaign", "timeline", "proof"),
     },
 }
 """Folder -> the folders that it imports. The module `assay` itself holds the public names and the version."""
@@ -134,6 +138,6 @@ def test_measuring_and_deciding_load_nothing_that_has_to_be_installed() -> None:
 
 
 def test_what_starts_by_path_needs_no_package() -> None:
-    """In a sandbox three files lie alone in one folder, and nothing of assay can be imported."""
+    """In a sandbox a few files lie alone in one folder, and nothing of assay can be imported."""
     for path in (SOURCE / "arms/inside").glob("*.py"):
         assert not [name for name in imports(path) if name.startswith("assay")], path

@@ -3,93 +3,30 @@
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from assay.__main__ import main
-from assay.contract.frozen import FILE, Frozen
-from assay.contract.plan import VERSION as SCHEMA
-from assay.contract.rows import VERSION as RAW_SCHEMA
-from assay.contract.workload import Plan, Workload
+from assay.contract.outcome import REQUIREMENTS
 from assay.gates import notes
 from assay.gates.gate import Found
 from assay.judgement.decision import decide
 from assay.statistics.signed_rank import p_value
+from made_up import BOUNDED, EQUIVALENT, FASTER, SLOWER, UNBOUNDED, WITHIN, raw
 
-
-def raw(
-    folder: Path,
-    ratios: Mapping[str, Sequence[float]],
-    *,
-    require: str = "faster",
-    asked: Sequence[str] = (),
-    skipped: Sequence[str] = (),
-    found: Mapping[str, Found] | None = None,
-    unchecked: bool = False,
-    **block: Any,
-) -> Path:
-    """A folder of RAW: by workload the log-ratios of its blocks, base over candidate. A' takes as long as base."""
-    plan = Plan(Workload("command", ("true",)), workloads=len(ratios), unchecked=unchecked).checked()
-    content = {
-        "kind": "plan",
-        "schema": SCHEMA,
-        "attempt": {"id": "0" * 12, "number": 1},
-        "task": {"name": "t", "digest": "0" * 16, "delta": plan.delta, "require": require},
-        "patch": {"digest": "0" * 16, "bytes": 1, "changed": ["a"], "restored": [], "left": []},
-        "protocol": "0" * 16,
-        "gates": {"asked": list(asked), "skipped": list(skipped)},
-        "outcome": "",
-        "words": [],
-        "sandbox": {"wanted": True},
-        "workloads": {name: asdict(plan) for name in ratios},
-    }
-    folder.mkdir(exist_ok=True)
-    (folder / FILE).write_text(json.dumps(content))
-    frozen = Frozen.read(folder / FILE)
-    for name, gate in (found or {}).items():
-        notes.note(frozen, name, gate)
-    for name, values in ratios.items():
-        rows: list[dict[str, Any]] = [
-            {
-                "kind": "header",
-                "schema": RAW_SCHEMA,
-                "plan": asdict(plan),
-                "isolation": "sandbox",
-                "clock": "judge",
-            }
-        ]
-        for value in values:
-            primary = {"base": 1.0, "candidate": math.exp(-value), "control": 1.0}
-            rows.append({"kind": "block", "differing": [], "compared": 1, "reasons": [], "primary": primary, **block})
-        rows.append({"kind": "verdict"})
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def about(centre: float, spread: float) -> list[float]:
-    """40 log-ratios, evenly spread about their centre, in an order of no meaning."""
-    values = [centre + spread * (i - 19.5) / 19.5 for i in range(40)]
-    random.Random(1).shuffle(values)
-    return values
-
-
-FASTER, SLOWER, EQUIVALENT = about(0.1, 0.01), about(-0.1, 0.01), about(0.0, 0.01)
-BOUNDED, UNBOUNDED = about(0.012, 0.05), about(0.0, 0.2)
-"""Both undecided: the first is shown to be no worse than 2 %, the second is not."""
 OUTCOMES = {
-    "faster": (FASTER, {"faster": 0, "not_slower": 0, "any": 0}),
-    "slower": (SLOWER, {"faster": 1, "not_slower": 1, "any": 0}),
-    "equivalent": (EQUIVALENT, {"faster": 1, "not_slower": 0, "any": 0}),
-    "undecided, bounded": (BOUNDED, {"faster": 5, "not_slower": 0, "any": 0}),
-    "undecided, unbounded": (UNBOUNDED, {"faster": 5, "not_slower": 5, "any": 0}),
+    "faster": (FASTER, {"faster": 0, "material": 0, "not_slower": 0, "any": 0}),
+    "faster, within the margin": (WITHIN, {"faster": 0, "material": 1, "not_slower": 0, "any": 0}),
+    "slower": (SLOWER, {"faster": 1, "material": 1, "not_slower": 1, "any": 0}),
+    "equivalent": (EQUIVALENT, {"faster": 1, "material": 1, "not_slower": 0, "any": 0}),
+    "undecided, bounded": (BOUNDED, {"faster": 5, "material": 5, "not_slower": 0, "any": 0}),
+    "undecided, unbounded": (UNBOUNDED, {"faster": 5, "material": 5, "not_slower": 5, "any": 0}),
 }
 
 
-@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+@pytest.mark.parametrize("require", REQUIREMENTS)
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_what_a_task_may_require(name: str, require: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ratios, statuses = OUTCOMES[name]
@@ -99,7 +36,7 @@ def test_what_a_task_may_require(name: str, require: str, tmp_path: Path, capsys
     assert shown.startswith(f"{name.partition(',')[0]}: ") and f"require {require}: {words}; sandboxed" in shown
 
 
-@pytest.mark.parametrize("require", ["faster", "not_slower", "any"])
+@pytest.mark.parametrize("require", REQUIREMENTS)
 def test_what_meets_no_requirement(require: str, tmp_path: Path) -> None:
     def status(folder: str, **more: Any) -> tuple[str, int]:
         found = decide(raw(tmp_path / folder, {"w": FASTER}, require=require, **more))
@@ -176,6 +113,7 @@ def test_a_gate_that_was_asked_for_and_not_run(tmp_path: Path) -> None:
             (SLOWER, "faster", "slower"),
             (SLOWER, "any", "not_evaluated"),
             (UNBOUNDED, "faster", "not_evaluated"),
+            (WITHIN, "material", "not_evaluated"),
             (EQUIVALENT, "not_slower", "not_evaluated"),
         ):
             place = tmp_path / f"{i}{require}{outcome}"
@@ -193,6 +131,18 @@ def test_a_gate_that_was_left_out_on_request(tmp_path: Path) -> None:
     assert found["trust"] == ["sandboxed", "left out on request: tests, equivalence"]
     gates = [(gate["name"], gate["outcome"]) for gate in found["gates"]]
     assert gates == [("build", ""), ("tests", "skipped"), ("equivalence", "skipped"), ("provenance", "")]
+
+
+def test_what_got_worse_stands_beside_the_verdict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It changes nothing of the outcome."""
+    figures = {arm: {"wall": 1.0, "memory": 1024.0 * (1 + (arm == "candidate"))} for arm in ("base", "candidate")}
+    place = raw(tmp_path, {"w": FASTER}, figures=figures, cpu_s={"base": 1.0, "candidate": 1.0})
+    found = decide(place)
+    (worse,) = found["workloads"][0]["worse"]
+    assert (worse["name"], worse["base"], worse["candidate"]) == ("memory", 1024.0, 2048.0)
+    assert found["outcome"] == "faster" and worse["interval"][0] == pytest.approx(math.log(2))
+    assert main(["replay", str(place)]) == 0
+    assert "  worse: memory 1.0 MiB to 2.0 MiB" in capsys.readouterr().out.splitlines()
 
 
 def test_gates_of_another_plan(tmp_path: Path) -> None:

@@ -121,7 +121,8 @@ def test_callables(
     blocks = found[1:-1]
     assert len({block["inputs"] for block in blocks}) == len(blocks)
     assert all(len(block["calls"][arm]) >= 3 for block in blocks for arm in block["order"])
-    assert {"import", "first", "steady", "memory", "transport", "spared"} == set(blocks[0]["figures"]["base"])
+    names = {"import", "first", "steady", "memory", "processors", "transport", "spared"}
+    assert names == set(blocks[0]["figures"]["base"])
     assert found[0]["calibrated"]["transport_s"] < 0.1 * found[0]["calibrated"]["call_s"]
     text = page.read_text()
     assert text.count("<circle") == 5 * len(blocks) and "http" not in text and "<script" not in text

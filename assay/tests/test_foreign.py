@@ -56,7 +56,7 @@ def found(words: str) -> dict[str, Any]:
         "words": [words, words],
         "require": "faster",
         "status": 1,
-        "task": {"name": "t", "digest": "0" * 16},
+        "task": {"name": "t", "digest": "0" * 16, "delta": 0.02},
         "patch": patch,
         "protocol": "0" * 16,
         "attempt": {"number": 1, "of_patch": 1},
@@ -73,6 +73,7 @@ def raw_letters(text: str) -> str:
 
 def test_terminal_and_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shown = found(WORDS)
+    (tmp_path / "patch.diff").write_bytes(f"+{WORDS}".encode(errors="replace"))
     terminal.lines(verdict.lines(shown))
     printed = capsys.readouterr().out
     assert not raw_letters(printed) and not any(line.startswith("faster") for line in printed.splitlines())
@@ -83,12 +84,13 @@ def test_terminal_and_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 6 and not any(line.startswith(("# ", "faster", "| forged")) for line in text.splitlines())
     assert "<script" not in text.replace(r"\<", "") and "](" not in text.replace(r"\]", "")
-    assert "<script" not in (tmp_path / "report.html").read_text()
+    page_ = (tmp_path / "report.html").read_text()
+    assert "<script" not in page_ and '<pre class=patch><span class="more">+' in page_
     suite = ElementTree.parse(tmp_path / "report.xml").getroot()
     assert suite.get("tests") == "3"
     verdict.write(tmp_path, found('=cmd("x")'))
     cells = list(csv.reader(io.StringIO((tmp_path / "report.csv").read_text())))
-    assert cells[1][-1] == cells[2][-1].partition(";")[0] == '\'=cmd("x")'
+    assert cells[1][-2] == cells[2][-2].partition(";")[0] == '\'=cmd("x")'
 
 
 def test_a_page_of_raw() -> None:

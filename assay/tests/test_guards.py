@@ -1,5 +1,6 @@
 """From what is handed in to the judged patch: our own git alone, and guards on exactly the tree that is judged."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 from assay.contract.task import Scope
 from assay.judgement.guards import Judged, Source, judged
 from assay.repository.store import GitError, Store, resolved
-from small_project import FASTER, files, git, project
+from small_project import BASE, FASTER, assay, files, git, project
 
 SCOPE = Scope(files=("pkg/**",))
 
@@ -196,3 +197,78 @@ def test_nothing_that_a_candidates_git_names_is_run(case: Case, tmp_path: Path) 
     git(case.candidate, "update-index", "--assume-unchanged", "pkg/__init__.py")
     assert "pkg/__init__.py" not in git(case.candidate, "status", "--porcelain")
     assert case.judged().changed == ("pkg/__init__.py",)
+
+
+def committed(case: Case, contents: dict[str, str]) -> None:
+    """More files in base, which the candidate has, too."""
+    files(case.repository, contents)
+    git(case.repository, "add", "--all")
+    git(case.repository, "commit", "-m", "more")
+    shutil.rmtree(case.candidate)
+    shutil.copytree(case.repository, case.candidate, symlinks=True)
+    renew(case)
+
+
+def renew(case: Case) -> None:
+    shutil.rmtree(case.base)
+    case.tree = case.store.tree_of(resolved(case.repository, "HEAD"))
+    case.store.write(case.tree, case.base)
+
+
+def test_a_working_tree_with_a_store_and_what_base_ignores(case: Case) -> None:
+    """`--tree .` in one's own repository: the store, environments and what was built are nobody's change."""
+    committed(case, {".gitignore": "/.venv/\n/build/\nkept/*.o\n", "kept/x.py": ""})
+    files(case.candidate, {"pkg/__init__.py": FASTER, ".assay/ledger.sqlite": "", ".assay/attempts/x/plan.json": "{}"})
+    files(case.candidate, {".venv/bin/python": "", "build/lib/pkg.so": "\0", "mine/attempts/y": ""})
+    source = Source("tree", str(case.candidate))
+    found = judged(case.store, case.tree, case.base, SCOPE, source, case.repository, case.candidate / "mine")
+    assert (found.outcome, found.changed) == ("", ("pkg/__init__.py",)), found.words
+    assert set(found.left) == {".venv/", "build/"}
+    elsewhere = judged(case.store, case.tree, case.base, SCOPE, source, case.repository)
+    assert elsewhere.words == ("mine/attempts/y: outside the task's scope",)  # a store that is not ours is no store
+
+
+def test_judge_inside_the_repository(tmp_path: Path) -> None:
+    """The store lies in the tree that is judged, from the first command on."""
+    project(tmp_path)
+    files(tmp_path / "repo", {"pkg/__init__.py": BASE.replace(", base=2", "")})
+    for number in (1, 2):
+        done = assay("judge", "../task.toml", "--tree", ".", "--no-sandbox", cwd=tmp_path / "repo")
+        assert done.stdout.startswith("api_break: pkg.work: Parameter was removed"), done.stdout + done.stderr
+        assert len(list((tmp_path / "repo/.assay/attempts").iterdir())) == number
+
+
+def test_an_ignored_folder_that_is_left_is_not_judged(case: Case) -> None:
+    """The control: what lies in it would be found by Python, and is in no arm."""
+    committed(case, {".gitignore": "/pkg/fast/\n"})
+    files(case.candidate, {"pkg/__init__.py": "from pkg.fast import work\n", "pkg/fast/__init__.py": FASTER})
+    found = case.judged()
+    assert found.left == ("pkg/fast/",) and "pkg/fast/__init__.py" not in case.store.entries(found.tree)
+
+
+def test_a_submodule_that_is_checked_out(case: Case, tmp_path: Path) -> None:
+    git(case.repository, "init", "--quiet", "lib/sub")
+    files(case.repository, {"lib/sub/code.py": "x = 1\n"})
+    git(case.repository / "lib/sub", "add", "--all")
+    git(case.repository / "lib/sub", "commit", "-m", "x")
+    committed(case, {})
+    assert case.store.entries(case.tree)["lib/sub"].mode == "160000"
+    assert case.judged().outcome == "no_patch"
+    files(case.candidate, {"pkg/__init__.py": FASTER})
+    assert case.judged().changed == ("pkg/__init__.py",)
+    shutil.rmtree(case.candidate / "lib/sub")
+    files(case.candidate, {"lib/sub": "no folder\n"})
+    assert "lib/sub: outside the task's scope" in case.judged().words
+
+
+def test_a_file_of_git_lfs_that_is_checked_out(case: Case) -> None:
+    content = b"\0weights" * 100
+    digest = hashlib.sha256(content).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n"
+    committed(case, {"data/weights.bin": pointer, "data/other.txt": "no pointer\n"})
+    (case.candidate / "data/weights.bin").write_bytes(content)
+    files(case.candidate, {"pkg/__init__.py": FASTER})
+    found = case.judged()
+    assert (found.outcome, found.changed) == ("", ("pkg/__init__.py",)), found.words
+    (case.candidate / "data/weights.bin").write_bytes(content + b"1")
+    assert case.judged().words == ("data/weights.bin: outside the task's scope",)

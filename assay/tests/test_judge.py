@@ -62,7 +62,7 @@ def test_a_faster_patch_and_all_that_is_written(tmp_path: Path) -> None:
     page = (folder / "report.html").read_text()
     assert page.startswith("<!doctype html>") and "http" not in page and "<script" not in page
     assert "faster" in page and page.count("<circle") == 5 * found["workloads"][0]["blocks"]
-    assert "| squares | faster | +" in (folder / "report.md").read_text()
+    assert "| squares | faster | ×" in (folder / "report.md").read_text()
     suite = ElementTree.parse(folder / "report.xml").getroot()
     assert suite.get("tests") == "6" and suite.get("failures") == suite.get("errors") == "0"
     table = list(csv.DictReader((folder / "report.csv").read_text().splitlines()))

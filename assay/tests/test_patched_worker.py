@@ -25,7 +25,7 @@ from assay.experiment.exchange import Exchange
 from assay.experiment.series import measured
 from taken_over import ARRAYS, LISTS, QUICK_ARRAYS, QUICK_LISTS, SLEEPLESS
 
-CHAIN = ["--chain", "work:following", "--links", "150"]
+CHAIN = ["--chain", "work:following", "--links", "300"]
 NO_OPS = {
     "lists": (LISTS, QUICK_LISTS, []),
     "lists, sleepless": (LISTS, SLEEPLESS, []),
@@ -75,7 +75,7 @@ def test_a_trusted_worker_is_bounded_by_sending_alone(trusted: bool, tmp_path: P
     for folder in arms.values():
         folder.mkdir()
         (folder / "work.py").write_text(ARRAYS)
-    chained = Workload("call", target="work:work", inputs="work:make", chain="work:following", links=150, rounds=2)
+    chained = Workload("call", target="work:work", inputs="work:make", chain="work:following", links=300, rounds=2)
     plan, raw = Plan(chained, most_foreign=9.0, trusted=trusted).checked(), io.StringIO()
     assert measured(plan, Trees.at(arms, tmp_path), raw, seconds=1e-9) is None
     header, block = map(json.loads, raw.getvalue().splitlines())
@@ -137,7 +137,6 @@ def test_arguments_of_the_last_link_are_sent_back(links: int, tmp_path: Path) ->
 def test_a_chain_that_overwrites_its_arguments_is_incorrect(tmp_path: Path) -> None:
     """A candidate that does not patch the worker is found out in chains, too, by the last link's arguments."""
     candidate = ARRAYS.replace("y = x.copy()\n    y *= 0.5", "y = x * 0.5\n    x[1] = 0")
-    candidate = candidate.replace("(given[0] + y[:1],)", "(np.r_[given[0][:1], 2 * y[1:]] + y[:1],)")
     for arm, text in (("a", ARRAYS), ("b", candidate)):
         (tmp_path / arm).mkdir()
         (tmp_path / arm / "work.py").write_text(text)

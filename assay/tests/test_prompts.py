@@ -58,6 +58,7 @@ def test_the_default_does_not_look_at_the_reference(tmp_path: Path) -> None:
         ('packages = ["pkg"]', 'packages = ["pkg"]\nallow = ["pkg.gone"]', "pkg.gone"),
         ("-q", "--strict-markers", "--strict-markers"),
         ('require = "faster"', 'require = "not_slower"', "a loss of more than 2 % is ruled out"),
+        ('require = "faster"', 'require = "material"', "if that interval lies above a gain of 2 %"),
         ("[api]", '[prompt]\ngoal = "Mind the small inputs."\n\n[api]', "Mind the small inputs."),
         ("[api]", '[commands]\nbuild = [["make", "fast"]]\n\n[api]', "`make fast`"),
     ],

@@ -1,11 +1,15 @@
 """What the README promises: a repository judged by its words alone, and a 50 ms workload within a minute."""
 
+import ast
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import time
+import tomllib
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -55,6 +59,50 @@ def test_judge_your_own_repository_in_five_minutes(tmp_path: Path) -> None:
     print(f"{time.monotonic() - start:.0f} s")
     assert done.stdout.splitlines()[1].startswith("faster: the interval lies above 0"), done.stdout + done.stderr
     assert done.returncode == 0 and list(tmp_path.glob(".assay/attempts/*/report.html"))
+
+
+def installed_by(section: str) -> set[str]:
+    """Distributions that a section's `pip install` lines bring, by pyproject.toml and what each of them requires."""
+    own = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    waiting = [word for line in re.findall(r"pip install ([^`]+)`", section) for word in shlex.split(line)]
+    found: set[str] = set()
+    while waiting:
+        name, _, extras = re.split(r"[<>=;~! ]", waiting.pop())[0].rstrip("]").partition("[")
+        if name == "assay":
+            waiting += [
+                *own["dependencies"],
+                *(one for extra in extras.split(",") if extra for one in own["optional-dependencies"][extra]),
+            ]
+        elif name.lower() not in found:
+            found.add(name.lower())
+            needs = [one for one in requires(name) or [] if "extra ==" not in one]
+            waiting += [one.partition(";")[0].strip() for one in needs if _holds(one)]
+    return found
+
+
+def _holds(requirement: str) -> bool:
+    """Whether a requirement may count here; markers of other systems and older interpreters are left out."""
+    return not re.search(r"win32|python_version *<|python_full_version *<|implementation", requirement)
+
+
+@pytest.mark.parametrize(
+    "title", ["Judge your own repository in five minutes", "Run your first campaign in ten minutes"]
+)
+def test_a_section_says_what_it_needs(title: str) -> None:
+    """Whatever its files import or run by name is in the standard library, its own, or what its words install."""
+    section = README.read_text().split(f"## {title}")[1].split("\n## ")[0]
+    blocks = blocks_of(title)
+    wanted = set(re.findall(r'"-m", "(\w+)"', section))
+    for _, _, text in (block for block in blocks if block[0] == "python"):
+        for node in ast.walk(ast.parse(text)):
+            wanted |= {one.name for one in node.names} if isinstance(node, ast.Import) else set()
+            wanted |= {node.module or ""} if isinstance(node, ast.ImportFrom) else set()
+    own = {Path(name).stem for kind, name, _ in blocks if kind == "python"} | {"venv", "pip"}
+    of = packages_distributions()
+    missing = {name for name in wanted - set(sys.stdlib_module_names) - own
+               if not {one.lower() for one in of[name]} & installed_by(section)}  # fmt: skip
+    assert not missing and (wanted or "campaign" in title)
+    assert "pytest" not in installed_by(section.replace("pip install pytest", ""))
 
 
 @pytest.mark.full

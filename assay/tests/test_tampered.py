@@ -90,7 +90,7 @@ def test_a_time_that_only_the_worker_tells(tmp_path: Path) -> None:
             self.inner, self.worker = inner, Worker.__new__(Worker)
             self.worker.arm = "candidate"
 
-        def call(self, _: bytes | None) -> Reply:
+        def call(self, given: bytes | None, loops: int = 1) -> Reply:
             return Reply(1.0, self.inner, b"")
 
     events = Workload("call", target="work:work", clock="cuda")

@@ -15,6 +15,7 @@ from moeyard.layout import (
     moe_align_block_size,
     moe_lora_align_block_size,
 )
+from moeyard.losses import load_balancing_loss, router_z_loss, update_selection_bias
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
@@ -42,6 +43,7 @@ __all__ = [
     "explain",
     "fused_experts",
     "grouped_gemm",
+    "load_balancing_loss",
     "load_experts",
     "moe_align_block_size",
     "moe_layer",
@@ -52,7 +54,9 @@ __all__ = [
     "quantize_experts",
     "route",
     "route_and_align",
+    "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "update_selection_bias",
     "warmup",
 ]

@@ -1,9 +1,13 @@
 """What stands between the two products of an expert."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from moeyard.dispatch.checks import FLOATS, check_activation, check_out, check_tensor
-from moeyard.dispatch.op import Op
+from moeyard.dispatch.op import Gradient, Op
+from moeyard.dispatch.table import for_gradients
 from moeyard.values import Activation
 
 ACTIVATION = "bool gated, str name, float alpha, float beta, float? limit"
@@ -15,12 +19,58 @@ def flatten_activation(activation: Activation) -> tuple[str, float, float, float
     return activation.name, activation.alpha, activation.beta, activation.limit
 
 
+def activation_gradient(rows: Tensor, grad: Tensor, gated: bool, activation: Activation, impl: str) -> Tensor:
+    """The gradient of `rows` where that of what the activation leaves is `grad`, in the dtype of `rows`."""
+    if torch.is_grad_enabled():  # it has a gradient itself, and autograd finds it
+        needy = rows if rows.requires_grad else rows.detach().requires_grad_()
+        result = _in_plain_torch(needy, gated, activation)
+        return torch.autograd.grad(result, needy, grad.to(result.dtype), create_graph=True)[0]
+    result = ACTIVATE_BACKWARD((rows, grad, gated, activation), for_gradients(impl))
+    assert isinstance(result, Tensor)
+    return result
+
+
+def _in_plain_torch(rows: Tensor, gated: bool, activation: Activation) -> Tensor:
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    gate, up = wide.chunk(2, dim=1) if gated else (wide, None)
+    if activation.limit is not None:
+        gate = gate.clamp(max=activation.limit)
+        up = None if up is None else up.clamp(-activation.limit, activation.limit)
+    if activation.name == "silu":
+        level = gate * torch.sigmoid(activation.alpha * gate)
+    elif activation.name == "relu2":
+        level = torch.relu(gate).square()
+    else:
+        level = torch.nn.functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
+    return level if up is None else level * (up + activation.beta)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    rows, ctx.gated, *curve, ctx.impl = inputs
+    ctx.activation = Activation(*curve)
+    ctx.save_for_backward(rows)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (rows,) = ctx.saved_tensors
+    return activation_gradient(rows, grad, ctx.gated, ctx.activation, ctx.impl), *(None,) * 6
+
+
+ACTIVATE_BACKWARD = Op(
+    f"activate_backward(Tensor rows, Tensor grad, {ACTIVATION}, str impl) -> Tensor",
+    flatten=lambda rows, grad, gated, activation: (rows, grad, gated, *flatten_activation(activation)),
+    gather=lambda rows, grad, gated, *activation: (rows, grad, gated, Activation(*activation)),
+    seen=lambda rows, grad, *_: (rows, grad),
+    allocate=lambda rows, *_: rows.new_empty(rows.shape),
+    launch=lambda launch, out, rows, grad, gated, activation: launch(rows, grad, activation, gated=gated, out=out),
+)
 ACTIVATE = Op(
     f"activate(Tensor rows, {ACTIVATION}, str impl) -> Tensor",
     flatten=lambda rows, gated, activation: (rows, gated, *flatten_activation(activation)),
     gather=lambda rows, gated, *activation: (rows, gated, Activation(*activation)),
     allocate=lambda rows, gated, _: rows.new_empty((rows.shape[0], rows.shape[1] // (1 + gated))),
     launch=lambda launch, out, rows, gated, activation: launch(rows, activation, gated=gated, out=out),
+    gradient=Gradient(("rows",), _setup, _backward),
 )
 
 
@@ -41,9 +91,9 @@ def activate(
         gated: whether rows hold gate and up.
         out: [num_rows, intermediate_size] of the dtype of `rows`, to overwrite.
 
-    Returns [num_rows, intermediate_size], computed in float32 (float64 rows: in float64) and rounded once. Raises
-    TypeError or ValueError naming the argument. Follows vLLM's `silu_and_mul`, `gelu_and_mul` and `swigluoai_and_mul`
-    (whose rows interleave gate and up).
+    Returns [num_rows, intermediate_size], computed in float32 (float64 rows: in float64) and rounded once. Gradients
+    flow to rows; where a limit clamps, they are zero. Raises TypeError or ValueError naming the argument. Follows
+    vLLM's `silu_and_mul`, `gelu_and_mul` and `swigluoai_and_mul` (whose rows interleave gate and up).
     """
     check_tensor("rows", rows, dtypes=FLOATS, ndim=(2,))
     activation = check_activation(activation)

@@ -1,6 +1,8 @@
-"""The command line: moeyard bench | doctor | inspect | warmup | plot. It needs typer and rich, the extra `cli`."""
+"""The command line: `moeyard --help` lists the commands. It needs typer and rich, the extra `cli`."""
 
 import platform
+import runpy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +15,25 @@ from rich.table import Table
 from rich.text import Text
 
 import moeyard
-from moeyard.bench import cold, experts_cells, experts_gpu, peers, plots, results, run, served, timing, workloads
+from moeyard.bench import (
+    cold,
+    experts_cells,
+    experts_gpu,
+    others,
+    peers,
+    plots,
+    results,
+    run,
+    served,
+    timing,
+    traces,
+    workloads,
+)
 from moeyard.bench.operators import Case, Provider, operators
 from moeyard.bench.tables import EXPLAINED, tables
 from moeyard.checkpoints import describe
 from moeyard.dispatch.table import TABLE, explain
+from moeyard.integrations.vllm import plugin
 
 app = typer.Typer(help="Mixture-of-Experts operators: measure them, see what runs here.", no_args_is_help=True)
 bench_app = typer.Typer(invoke_without_command=True)
@@ -46,11 +62,16 @@ def bench(
     context: typer.Context,
     workload: Annotated[
         list[str] | None,
-        typer.Option("--workload", "-w", help="A workload by name, or a TOML file; seed unless given."),
+        typer.Option("--workload", "-w", help="A workload by name, a TOML file or a .trace file; seed unless given."),
     ] = None,
     op: Annotated[list[str] | None, typer.Option("--op", help="Only these ops of the workloads.")] = None,
     provider: Annotated[
-        list[str] | None, typer.Option("--provider", "-p", help="Only these: moeyard, moeyard:cpu, torch, vllm, ...")
+        list[str] | None,
+        typer.Option(
+            "--provider",
+            "-p",
+            help="Only these: moeyard, moeyard:cpu, torch, vllm, ... Besides: module:function, a kernel of yours.",
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; cuda where there is one unless given.")] = "auto",
     rounds: Annotated[int, typer.Option(min=3, help="Samples of every provider, taken in turn.")] = 30,
@@ -73,9 +94,7 @@ def bench(
         return
     place = _device(device)
     cases = _cases(workload or ["seed"], op, scale)
-    everyone = [p for case in cases for p in operators()[case.op].providers(case, place)]
-    if provider and not any(_is_wanted(p, provider) for p in everyone):
-        raise _fail(f"--provider: expected some of {sorted({p.label for p in everyone})}, got {provider}")
+    named, theirs = _providers(provider or [], cases, place)
     first = next((case for case in cases if case.op == cold.OP), None)
     if cold_ and first is None:
         raise _fail(f"--cold: expected a workload of {cold.OP}, got none")
@@ -92,7 +111,8 @@ def bench(
                 place,
                 rates=rates,
                 rounds=rounds,
-                wanted=lambda p: _is_wanted(p, provider),
+                wanted=lambda p: _is_wanted(p, named),
+                others=lambda case, device: [p for giving in theirs for p in giving(case, device)],
                 seed=seed,
                 advance=lambda: progress.advance(task),
             )
@@ -117,12 +137,35 @@ def bench(
 
 def _cases(names: list[str], ops: list[str] | None, scale: int) -> list[Case]:
     try:
-        found = [case for name in names for case in workloads.load(name, scale) if not ops or case.op in ops]
+        found = [case for name in names for case in workloads.load(name, scale)]
     except ValueError as problem:
         raise _fail(str(problem)) from None
-    if not found:
-        raise _fail(f"--op: expected ops of these workloads, got {ops}")
-    return found
+    known = list(dict.fromkeys(case.op for case in found))
+    unknown = [op for op in ops or [] if op not in known]
+    if unknown:
+        raise _fail(f"--op: expected ops of these workloads ({', '.join(known)}), got {', '.join(unknown)}")
+    return [case for case in found if not ops or case.op in ops]
+
+
+def _providers(names: list[str], cases: list[Case], place: torch.device) -> tuple[list[str], list[others.Giving]]:
+    """(names of providers of ours and our peers, functions of others), of what --provider lists."""
+    everyone = [p for case in cases for p in operators()[case.op].providers(case, place)]
+    known = {p.name for p in everyone} | {p.label for p in everyone}
+    try:
+        found = {name: others.find(name) for name in names if name not in known}
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
+    unknown = [name for name, giving in found.items() if giving is None]
+    if unknown:
+        labels = ", ".join(sorted({p.label for p in everyone}))
+        words = f"--provider: expected some of {labels}, or module:function; got {', '.join(unknown)}"
+        if len(unknown) == len(names):
+            raise _fail(words)
+        _errors.print(f"left out: {words}", highlight=False, markup=False)  # a peer that is not installed here
+    theirs = [giving for giving in found.values() if giving is not None]
+    if theirs and not any(giving(case, place) for giving in theirs for case in cases):
+        raise _fail(f"--provider: expected a function that takes one of these cases, got {', '.join(found)}")
+    return [name for name in names if name in known], theirs
 
 
 def _is_wanted(provider: Provider, names: list[str] | None) -> bool:
@@ -173,21 +216,46 @@ def experts(
 
 @app.command()
 def plot(
-    result: Annotated[Path, typer.Argument(help="A result file of `moeyard bench --out`.")],
+    result: Annotated[Path, typer.Argument(help="A result file of `moeyard bench --out`, or a .trace file.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A .png or .svg file.")] = None,
     mode: Annotated[str | None, typer.Option(help="graph, eager or cpu.")] = None,
 ) -> None:
-    """Draw a result file: time over tokens, and ratios."""
+    """Draw a result file: time over tokens, and ratios. Draw a trace: the load of experts."""
     target = out or result.with_suffix(".png")
     if target.suffix not in (".png", ".svg"):
         raise _fail(f"--out: expected a .png or .svg file, got {target}")
     if not peers.installed("matplotlib"):
         raise _fail("matplotlib is not installed (pip install 'moeyard[plot]')")
     try:
-        shown = plots.plot(results.read(result), target, mode=mode)
+        if result.suffix == traces.SUFFIX:
+            rows, experts = plots.plot_loads(traces.read(result), target)
+            shown = f"{rows} x {experts} experts"
+        else:
+            shown = f"{plots.plot(results.read(result), target, mode=mode)} providers"
     except ValueError as problem:
         raise _fail(str(problem)) from None
-    _console.print(f"wrote {target}: {shown} providers")
+    _console.print(f"wrote {target}: {shown}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "allow_interspersed_args": False})
+def trace(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="A Python script; what follows are its own arguments.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")] = Path(f"moeyard{traces.SUFFIX}"),
+) -> None:
+    """Run a script and record which experts its tokens go to, for `bench -w` and `plot`."""
+    if not script.is_file():
+        raise _fail(f"SCRIPT: expected a file, got {script}")
+    if out.suffix != traces.SUFFIX:
+        raise _fail(f"--out: expected a {traces.SUFFIX} file, got {out}")
+    sys.argv = [str(script), *context.args]
+    sys.path.insert(0, str(script.resolve().parent))
+    try:
+        with traces.record(out):
+            runpy.run_path(str(script), run_name="__main__")
+    except traces.NothingRecordedError as problem:
+        raise _fail(str(problem)) from None
+    _errors.print(f"wrote {out}: {len(traces.read(out).calls)} calls")
 
 
 @app.command()
@@ -204,6 +272,11 @@ def doctor() -> None:
     for package, how, use in _OPTIONAL:
         state = "installed" if peers.installed(package) else f"missing ({how})"
         _console.print(f"{package}: {state}: {use}", highlight=False, markup=False)
+    try:
+        for line in plugin.describe():
+            _console.print(line, highlight=False, markup=False, soft_wrap=True)
+    except ValueError as problem:
+        raise _fail(str(problem)) from None
     for place in ["cpu", *(["cuda"] if cuda else [])]:
         table = Table(title=f"{place} tensors", title_justify="left")
         for column in ("op", "auto takes", "the others"):

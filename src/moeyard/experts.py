@@ -1,5 +1,6 @@
 """The layer: tokens through their experts, and around that the router and the shared experts."""
 
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -10,9 +11,10 @@ from moeyard.dispatch import checks
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
-from moeyard.dispatch.op import Op
+from moeyard.dispatch.op import Gradient, Op, needs_gradient
 from moeyard.quant import ExpertScales, scheme_of
 from moeyard.router import route
+from moeyard.training import Needs, experts_gradients, experts_keeping_products
 from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
 
 
@@ -54,7 +56,41 @@ def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | N
         return None
     tokens, top_k = routing.topk_ids.shape
     facts = facts_of_experts(call.weights)
+    if call.weights.scheme is None:
+        facts = facts._replace(dtype=hidden_states.dtype)  # masters are cast
     return Call(hidden_states.device, hidden_states.dtype, facts, tokens, top_k, call.num_experts, call.weight_on_input)
+
+
+def _launch(launch: Any, out: Tensor, hidden_states: Tensor, routing: Routing, call: ExpertCall) -> None:
+    weights, dtype = call.weights, hidden_states.dtype
+    if weights.scheme is None and any(t is not None and t.dtype != dtype for t in _of_weights(weights)):
+        cast = [None if t is None else t.to(dtype) for t in _of_weights(weights)]
+        w13, w2, w13_bias, w2_bias = cast
+        assert w13 is not None and w2 is not None
+        call = call._replace(weights=replace(weights, w13=w13, w2=w2, w13_bias=w13_bias, w2_bias=w2_bias))
+    launch(hidden_states, routing.topk_weights, narrow_ids(routing.topk_ids), call, out=out)
+
+
+def _of_weights(weights: ExpertWeights) -> tuple[Tensor | None, ...]:
+    return weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
+
+
+_SCHEME = 17
+"""Where the schema lists the scheme."""
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.rest, ctx.impl = inputs[8:-1], inputs[-1]
+    ctx.save_for_backward(*inputs[:8])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    hidden_states, routing, call = _gather(*ctx.saved_tensors, *ctx.rest)
+    wanted = ctx.needs_input_grad
+    needs = Needs(wanted[0], wanted[1], *wanted[4:8])
+    factors, ids = routing.topk_weights, routing.topk_ids
+    hidden, of_factors, *of_weights = experts_gradients(grad, hidden_states, factors, ids, call, needs, ctx.impl)
+    return hidden, of_factors, None, None, *of_weights, *(None,) * 18
 
 
 FUSED_EXPERTS = Op(
@@ -68,10 +104,16 @@ FUSED_EXPERTS = Op(
     seen=lambda hidden_states, routing, call: _tensors(hidden_states, routing.topk_weights, routing.topk_ids, call),
     allocate=lambda hidden_states, *_: hidden_states.new_empty(hidden_states.shape),
     call=_call,
-    launch=lambda launch, out, hidden_states, routing, call: launch(
-        hidden_states, routing.topk_weights, narrow_ids(routing.topk_ids), call, out=out
+    launch=_launch,
+    gradient=Gradient(
+        ("hidden_states", "topk_weights", "w13", "w2", "w13_bias", "w2_bias"),
+        _setup,
+        _backward,
+        applies=lambda *flat: not flat[_SCHEME],
     ),
 )
+SAVES = ("product", "inputs")
+"""What `fused_experts` keeps for a backward."""
 
 
 def fused_experts(
@@ -83,6 +125,7 @@ def fused_experts(
     num_experts: int | None = None,
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
+    save: str = "product",
     out: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -93,17 +136,22 @@ def fused_experts(
         routing: of the same tokens. Ids may be int32, int64 or uint32; dropped ones (as in `moe_align_block_size`) add
             nothing: a token with no other gets zeros.
         weights: of the experts of this rank, dtype of `hidden_states`; or quantised, with scheme and scales: then
-            `hidden_states` are not float64, and the scheme says how rows are rounded before each product.
+            `hidden_states` are not float64, and the scheme says how rows are rounded before each product. Under
+            torch.autocast to the dtype of `hidden_states` they may be float32 (masters), rounded to it here.
         activation: silu unless given.
         num_experts: global number of experts; as many as `weights` or `expert_map` has unless given.
         expert_map: [num_experts] int32, as in `moe_align_block_size`.
         apply_router_weight_on_input: whether weights multiply a token's row before its experts, not what comes out.
+        save: what a backward finds kept beside inputs and layout: "product", the first product before the activation,
+            [num_tokens * top_k, rows of w13]; or "inputs", nothing, so that the backward multiplies once more.
         out: [num_tokens, hidden_size] of the dtype of `hidden_states`, to overwrite.
 
     Returns [num_tokens, hidden_size]. Sums are float32 (float64 rows: float64). What the activation leaves is rounded
     to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too: of float16
-    the weighted row, which stays finite where the row alone would not. Raises TypeError or ValueError naming the
-    argument; also where a gradient is needed, which this op does not have yet. Follows vLLM's `fused_experts`.
+    the weighted row, which stays finite where the row alone would not. Gradients flow to hidden states, router weights,
+    weights and biases, in the dtypes of these, and sums have a fixed order. Where one is wanted and the product saved,
+    that is rounded to the dtype, too. With a scheme gradients are refused. Raises TypeError or ValueError naming the
+    argument. Follows vLLM's `fused_experts`.
     """
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
@@ -123,13 +171,23 @@ def fused_experts(
         num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
     checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
+    _check_save(save)
     if expert_map is not None:
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
     call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
-    result: Tensor = FUSED_EXPERTS((hidden_states, routing, call), impl, out)
+    arguments = (hidden_states, routing, call)
+    if save == "product" and weights.scheme is None and needs_gradient(hidden_states, factors, *_of_weights(weights)):
+        kept = experts_keeping_products(hidden_states, factors, ids, call, impl)
+        return kept if out is None else FUSED_EXPERTS.fill(out, kept, arguments)
+    result: Tensor = FUSED_EXPERTS(arguments, impl, out)
     return result
+
+
+def _check_save(save: object) -> None:
+    if save not in SAVES:
+        raise ValueError(f"save: expected one of {SAVES}, got {save!r}")
 
 
 def moe_layer(
@@ -141,6 +199,7 @@ def moe_layer(
     activation: Activation | None = None,
     shared: ExpertWeights | None = None,
     shared_gate: Tensor | None = None,
+    save: str = "product",
     impl: str = "auto",
     **router_options: Unpack[RouterOptions],
 ) -> Tensor:
@@ -154,10 +213,11 @@ def moe_layer(
         activation: of routed and shared experts; silu unless given.
         shared: one expert (several shared ones side by side are one wide one) that every token goes through.
         shared_gate: [1, hidden_size]: the sigmoid of its product with a token weighs the shared expert (Qwen3-Next).
+        save: as in `fused_experts`, of routed and shared experts.
         impl: an implementation of the experts by name, or "auto"; the router takes "auto".
         router_options: options of `route`; `top_k` must be among them. Padding tokens get what the shared expert gives.
 
-    Returns [num_tokens, hidden_size]. Raises TypeError or ValueError naming the argument.
+    Returns [num_tokens, hidden_size]. Gradients flow to all floats. Raises TypeError or ValueError naming the argument.
     """
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
@@ -171,7 +231,7 @@ def moe_layer(
         check_shape("router_bias", router_bias, (weights.num_local_experts,), "one per expert")
     logits = _linear(hidden_states, router_weight, router_bias)
     routing = route(logits.float() if logits.dtype == torch.float64 else logits, **router_options)
-    result = fused_experts(hidden_states, routing, weights, activation=activation, impl=impl)
+    result = fused_experts(hidden_states, routing, weights, activation=activation, save=save, impl=impl)
     if shared is None:
         return result
     check_experts(shared, hidden_states)
@@ -184,7 +244,7 @@ def moe_layer(
         check_shape("shared_gate", shared_gate, (1, hidden_states.shape[1]), "hidden_size of weights")
         factor = torch.sigmoid(_linear(hidden_states, shared_gate).float())
     everyone = Routing(factor, torch.zeros_like(factor, dtype=torch.int32))
-    return result.add_(fused_experts(hidden_states, everyone, shared, activation=activation, impl=impl))
+    return result.add_(fused_experts(hidden_states, everyone, shared, activation=activation, save=save, impl=impl))
 
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -5,9 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeyard.combine import combine_routes
 from moeyard.dispatch.call import Call, WeightFacts, unreadable
-from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor
-from moeyard.dispatch.op import Op
+from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor, dtypes_of_weights
+from moeyard.dispatch.op import Gradient, Op
+from moeyard.dispatch.table import for_gradients
 from moeyard.values import Layout, Segments
 
 
@@ -32,21 +34,111 @@ def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
     if rows.is_cpu:  # where no implementation looks at sizes
         return None
     experts, columns, size = weight.shape
-    facts = WeightFacts(weight.dtype, None, experts, columns, size, False, unreadable(weight, "weight"))
+    facts = WeightFacts(rows.dtype, None, experts, columns, size, False, unreadable(weight, "weight"))
     return Call(rows.device, rows.dtype, facts, rest[-1])
 
 
-def _launch(
-    launch: Any,
-    out: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    segments: Segments,
-    _num_results: int,
-) -> None:
-    launch(rows, weight, bias, topk_weights, segments, out=out)
+def _launch(launch: Any, out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
+    topk_weights, segments, _ = rest
+    launch(rows, weight.to(rows.dtype), _like(bias, rows), topk_weights, segments, out=out)
+
+
+def _like(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """A tensor at the dtype of rows: masters of weights may be float32 beside rows of 16 bits."""
+    return None if tensor is None else tensor.to(rows.dtype)
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    rows, weight, bias, topk_weights, slots, ctx.divisor, first_rows, row_counts, ctx.num_experts, *rest = inputs
+    (ctx.num_results, ctx.impl), needs = rest, ctx.needs_input_grad
+    weight = weight if needs[0] or needs[1] or needs[3] else None
+    kept = (rows if needs[1] or needs[3] else None, weight, bias if needs[2] or needs[3] else None, topk_weights)
+    ctx.save_for_backward(*kept, slots, first_rows, row_counts)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    *operands, slots, first_rows, row_counts = ctx.saved_tensors
+    segments = Segments(first_rows, row_counts, slots, ctx.divisor, ctx.num_experts)
+    found = product_gradients(grad, tuple(operands), segments, ctx.needs_input_grad[:4], ctx.impl)
+    return *found, *(None,) * 7
+
+
+def product_gradients(
+    grad: Tensor, operands: tuple[Tensor | None, ...], segments: Segments, needs: tuple[bool, ...], impl: str
+) -> tuple[Tensor | None, ...]:
+    """Gradients of rows, weight, bias and topk_weights of a grouped product, of those that `needs` asks for.
+
+    Args:
+        grad: [num_results, columns], the gradient of the result. Rows of no expert are not read.
+        operands: rows, weight, bias and topk_weights of the product; those that no gradient needs may be None.
+        segments: those of the product.
+        impl: that of the product.
+
+    Gradients of weights and biases have the dtype of these, also of float32 masters beside rows of 16 bits. Every sum
+    goes over rows in the order of their slots. All steps are operators, so that gradients have gradients.
+    """
+    (rows, weight, bias, topk_weights), num_results, impl = operands, grad.shape[0], for_gradients(impl)
+    found: list[Tensor | None] = [None] * 4
+    weighted = grad if topk_weights is None else (grad * topk_weights.reshape(-1, 1)).to(grad.dtype)
+    one_to_one, held = segments._replace(divisor=1), held_results(segments, num_results)
+    if needs[0]:
+        assert weight is not None
+        transposed = weight.to(grad.dtype).transpose(1, 2).contiguous()
+        spread = GROUPED_GEMM((weighted, transposed, None, None, one_to_one, num_results), impl)
+        found[0] = _sum_neighbours(spread, held, segments.divisor, impl)
+    if needs[1]:
+        assert rows is not None and weight is not None
+        found[1] = outer_sums(weighted, rows, one_to_one, segments.divisor, weight.dtype, impl)
+    if needs[2]:
+        assert bias is not None
+        found[2] = row_sums(weighted, one_to_one, num_results, bias.dtype, impl)
+    if needs[3]:
+        assert rows is not None and weight is not None and topk_weights is not None
+        plain = GROUPED_GEMM((rows, weight, bias, None, segments, num_results), impl)
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        dots = torch.where(held, (grad.to(wide) * plain).sum(1), 0)
+        found[3] = dots.to(topk_weights.dtype).view_as(topk_weights)
+    return tuple(found)
+
+
+def held_results(segments: Segments, num_results: int) -> Tensor:
+    """[num_results] bool: whether an expert has a row of the result."""
+    first_rows, row_counts, slots, _, _ = segments
+    if slots is not None:
+        held = torch.zeros(num_results + 1, dtype=torch.bool, device=slots.device)
+        return held.scatter(0, slots.long().clamp(0, num_results), True)[:-1]
+    row = torch.arange(num_results, device=first_rows.device)
+    expert = torch.searchsorted(first_rows, row, right=True) - 1
+    inside = row < (first_rows + row_counts)[expert.clamp(min=0)]
+    return inside & (expert >= 0)
+
+
+def _sum_neighbours(rows: Tensor, held: Tensor, divisor: int, impl: str) -> Tensor:
+    """Every `divisor` rows added up in float32, in their order; those that are not held count as zero."""
+    if divisor == 1:
+        return rows.masked_fill(~held.unsqueeze(1), 0)
+    where = torch.where(held, torch.arange(rows.shape[0], device=rows.device), -1).int()
+    return combine_routes(rows, where, None, divisor, out=None, impl=impl)
+
+
+def outer_sums(
+    grads: Tensor, rows: Tensor, segments: Segments, row_divisor: int, dtype: torch.dtype, impl: str
+) -> Tensor:
+    """[num_experts, columns, size]: per expert the sum of grads[r // divisor] x rows[r // row_divisor] over its rows r.
+
+    `dtype` is that of `grads` or, wider, float32. `segments` has the divisor of `grads` [_, columns]; rows [_, size].
+    """
+    first_rows, row_counts, slots, divisor, _ = segments
+    wide = dtype != grads.dtype
+    result: Tensor = GROUPED_OUTER(
+        (grads, rows, slots, divisor, row_divisor, first_rows, row_counts, wide), for_gradients(impl)
+    )
+    return result
+
+
+def row_sums(grads: Tensor, segments: Segments, num_results: int, dtype: torch.dtype, impl: str) -> Tensor:
+    """[num_experts, columns]: per expert the sum of its rows."""
+    return outer_sums(grads, grads.new_ones(1, 1), segments, max(1, num_results), dtype, impl).squeeze(2)
 
 
 GROUPED_GEMM = Op(
@@ -59,6 +151,50 @@ GROUPED_GEMM = Op(
     allocate=lambda rows, weight, *rest: rows.new_empty((rest[-1], weight.shape[1])),
     call=_call,
     launch=_launch,
+    gradient=Gradient(("rows", "weight", "bias", "topk_weights"), _setup, _backward),
+)
+
+
+def _allocate_outer(grads: Tensor, rows: Tensor, *rest: Any) -> Tensor:
+    *_, row_counts, wide = rest
+    dtype = torch.float32 if wide else grads.dtype
+    return grads.new_empty((row_counts.shape[0], grads.shape[1], rows.shape[1]), dtype=dtype)
+
+
+def _launch_outer(launch: Any, out: Tensor, grads: Tensor, rows: Tensor, *rest: Any) -> None:
+    slots, divisor, row_divisor, first_rows, row_counts, _ = rest
+    launch(grads, rows, Segments(first_rows, row_counts, slots, divisor), row_divisor, out=out)
+
+
+def _outer_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    grads, rows, slots, ctx.divisor, ctx.row_divisor, first_rows, row_counts, _, ctx.impl = inputs
+    ctx.save_for_backward(grads, rows, slots, first_rows, row_counts)
+
+
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Products of one operand are the gradient of the other."""
+    grads, rows, slots, first_rows, row_counts = ctx.saved_tensors
+    segments, weight = Segments(first_rows, row_counts, slots), grad.to(grads.dtype)
+    found: list[Tensor | None] = [None, None]
+    sides = (
+        (rows, ctx.row_divisor, weight, ctx.divisor),
+        (grads, ctx.divisor, weight.transpose(1, 2), ctx.row_divisor),
+    )
+    for i, (source, from_divisor, matrices, to_divisor) in enumerate(sides):
+        if ctx.needs_input_grad[i]:
+            num_results = ctx.divisor * grads.shape[0]
+            apart = segments._replace(divisor=from_divisor)
+            spread = GROUPED_GEMM((source, matrices.contiguous(), None, None, apart, num_results), ctx.impl)
+            found[i] = _sum_neighbours(spread, held_results(segments, num_results), to_divisor, ctx.impl)
+    return *found, *(None,) * 7
+
+
+GROUPED_OUTER = Op(
+    "grouped_outer(Tensor grads, Tensor rows, Tensor? sorted_token_ids, SymInt grad_divisor, SymInt row_divisor, "
+    "Tensor first_rows, Tensor row_counts, bool wide, str impl) -> Tensor",
+    allocate=_allocate_outer,
+    launch=_launch_outer,
+    gradient=Gradient(("grads", "rows"), _outer_setup, _outer_backward),
 )
 
 
@@ -80,8 +216,9 @@ def grouped_gemm(
         rows: float32, bfloat16, float16 or float64. With `layout` [num_tokens, hidden_size] (a token's row serves all
             its routes) or [num_tokens * top_k, hidden_size] (one row per route); with `expert_offsets` [num_rows,
             hidden_size]; with `expert_num_tokens` [num_local_experts, max_num_tokens, hidden_size].
-        weight: [num_local_experts, columns, hidden_size] of the dtype of `rows`.
-        bias: [num_local_experts, columns] of that dtype, added to the product.
+        weight: [num_local_experts, columns, hidden_size] of the dtype of `rows`; under torch.autocast to that dtype
+            also float32, rounded to it here.
+        bias: [num_local_experts, columns] of a dtype that `weight` may have, added to the product.
         topk_weights: [num_tokens, top_k] float32, multiplies product plus bias; with `layout` alone.
         layout: results are by route, [num_tokens * top_k, columns], whatever its block_size.
         expert_offsets: [num_local_experts + 1] int64: expert e has the rows from offset e to offset e + 1, as
@@ -91,19 +228,20 @@ def grouped_gemm(
         out: the result's shape, dtype of `rows`, to overwrite.
 
     Returns rows of `columns`, summed in float32 (float64 rows: in float64) and rounded once. Rows of dropped routes,
-    past the last offset or past an expert's count hold nothing. Raises TypeError or ValueError naming the argument.
+    past the last offset or past an expert's count hold nothing. Gradients flow to rows, weight, bias and topk_weights;
+    they are products by the same rules, and `GROUPED_OUTER`. Raises TypeError or ValueError naming the argument.
     """
     ways = {"layout": layout, "expert_offsets": expert_offsets, "expert_num_tokens": expert_num_tokens}
     given = [name for name, way in ways.items() if way is not None]
     if len(given) != 1:
         raise ValueError(f"layout: expected exactly one of {tuple(ways)}, got {given or None}")
     check_tensor("rows", rows, dtypes=FLOATS, ndim=(3,) if expert_num_tokens is not None else (2,))
-    check_tensor("weight", weight, dtypes=(rows.dtype,), ndim=(3,), device=rows.device)
+    check_tensor("weight", weight, dtypes=dtypes_of_weights(rows), ndim=(3,), device=rows.device)
     experts, columns, size = weight.shape
     if rows.shape[-1] != size:
         raise ValueError(f"rows: expected {size} columns (as weight has), got {rows.shape[-1]}")
     if bias is not None:
-        check_tensor("bias", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
+        check_tensor("bias", bias, dtypes=dtypes_of_weights(rows), ndim=(2,), device=rows.device)
         check_shape("bias", bias, (experts, columns), "one row per expert")
     if topk_weights is not None:
         if layout is None:

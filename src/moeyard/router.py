@@ -34,7 +34,12 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]
     router: Router = ctx.router
     taken, where = ids >= 0, ids.clamp(min=0).long()
     logits = router_logits.double() if router.renormalize else router_logits.float()  # tiny scores have ratios, too
-    scores = torch.softmax(logits, 1) if router.scoring == "softmax" else torch.sigmoid(logits)
+    if router.scoring == "softmax":
+        scores = torch.softmax(logits, 1)
+    elif router.scoring == "sigmoid":
+        scores = torch.sigmoid(logits)
+    else:
+        scores = torch.logaddexp(logits, torch.zeros_like(logits)).sqrt()
     scores = torch.where(scores.isfinite(), scores, 0)
     chosen = torch.where(taken, scores.gather(1, where), 0)
     grad = torch.where(taken, grad_weights.to(logits.dtype) * router.routed_scaling_factor, 0)
@@ -43,11 +48,13 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]
         total = torch.where(kept, chosen.sum(1, keepdim=True), 1)
         centred = grad - (grad * chosen / total).sum(1, keepdim=True)
         grad = torch.where(taken & kept, centred / total, 0)
-    grad_scores = torch.zeros_like(scores).scatter_add(1, where, grad)
+    grad_scores = torch.zeros_like(scores).scatter(1, where, grad)  # a token's ids differ, or all are padding's: zeros
     if router.scoring == "softmax":
         grad_logits = scores * (grad_scores - (grad_scores * scores).sum(1, keepdim=True))
-    else:
+    elif router.scoring == "sigmoid":
         grad_logits = grad_scores * scores * (1 - scores)
+    else:
+        grad_logits = torch.where(scores > 0, grad_scores * torch.sigmoid(logits) / (2 * scores), 0)
     return grad_logits.to(router_logits.dtype), *(None,) * 9
 
 
@@ -83,7 +90,8 @@ def route(
     Args:
         router_logits: [num_tokens, num_experts] float32, bfloat16 or float16, of any strides; at most 8192 experts.
         top_k: experts of a token, at most num_experts (with groups: at most the experts of `top_k_groups` of them).
-        scoring: "softmax" over all experts or "sigmoid", in float32. A score that is NaN or infinite counts as 0.
+        scoring: "softmax" over all experts, "sigmoid", or "sqrtsoftplus", which is sqrt(log(1 + exp(logit))); in
+            float32. A score that is NaN or infinite counts as 0.
         renormalize: whether the weights of a token are divided by their sum (where that is above 0).
         selection_bias: [num_experts] float32, added to the scores for the choice alone: the weights are scores.
         num_groups: consecutive groups of equal size that the experts are in; a divisor of num_experts.
@@ -98,8 +106,8 @@ def route(
     its two best (DeepSeek-V3).
 
     Returns a `Routing`, best expert first. Gradients flow from the weights to the logits. Raises TypeError or
-    ValueError naming the argument. Follows vLLM's `topk_softmax`, `topk_sigmoid` and `grouped_topk`; ranking by
-    logits, not by rounded scores, keeps experts apart whose scores round to the same float32.
+    ValueError naming the argument. Follows vLLM's `topk_softmax`, `topk_sigmoid`, `topk_softplus_sqrt` and
+    `grouped_topk`; ranking by logits, not by rounded scores, keeps experts apart whose scores round to one float32.
     """
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
     router = Router(top_k, scoring, renormalize, num_groups, top_k_groups, routed_scaling_factor)

@@ -25,6 +25,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sigmoid": {"scoring": "sigmoid", "routed_scaling_factor": 2.5},
     "sigmoid renormalised": {"scoring": "sigmoid", "renormalize": True},
     "biased": {"selection_bias": True, "renormalize": True},
+    "sqrtsoftplus": {"scoring": "sqrtsoftplus", "routed_scaling_factor": 1.5},
+    "biased sqrtsoftplus": {"selection_bias": True, "scoring": "sqrtsoftplus", "renormalize": True},
     "biased sigmoid": {"selection_bias": True, "scoring": "sigmoid"},
 }
 GROUPED = [(64, 8, 4), (256, 8, 4), (60, 4, 2), (256, 1, 1), (96, 3, 2), (512, 64, 8), (40, 40, 12), (2048, 16, 4)]
@@ -66,7 +68,7 @@ def test_choices_and_weights(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups(biased: bool, scoring: str, dtype: torch.dtype) -> None:
     for experts, groups, kept in GROUPED:
@@ -83,7 +85,7 @@ def test_ties_go_to_the_lower_expert_and_nothing_is_chosen_twice(dtype: torch.dt
     few = torch.randint(-2, 3, (40, experts)).to(dtype)
     few[0] = 1.0
     few[1, ::2], few[1, 1::2] = 0.0, -0.0
-    for scoring in ("softmax", "sigmoid"):
+    for scoring in ("softmax", "sigmoid", "sqrtsoftplus"):
         check(few, min(8, experts), {"scoring": scoring})
     bias = torch.zeros(experts)
     got = moeyard.route(few.cuda(), top_k=8, selection_bias=bias.cuda(), scoring="sigmoid", impl="cuda")
@@ -103,7 +105,7 @@ def test_what_is_not_finite(dtype: torch.dtype, experts: int, options: dict[str,
     check(logits, 4, options)
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_keys_that_are_almost_the_same(scoring: str) -> None:
     """Float32 logits and biases that agree in all but the last bits, which the quick choice does not look at."""
     for experts in (64, 256, 512, 1000):

@@ -1,13 +1,19 @@
 """Is it really faster? Paired experiments on two trees, decided by exact intervals."""
 
 import argparse
+import signal
 import sqlite3
 import sys
+import tempfile
+import traceback
 
 from assay import __version__
 from assay.cli.table import COMMANDS
 from assay.contract.errors import PATHS, Status, StoppedError
 from assay.report import terminal
+
+_INTERRUPTED = 128 + signal.SIGINT
+"""As shells have it."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +45,22 @@ def main(argv: list[str] | None = None) -> int:
         return _sorry(command.name, problem, Status.USAGE if named else Status.INFRASTRUCTURE, progress)
     except ValueError as problem:
         return _sorry(command.name, problem, Status.USAGE, progress)
+    except KeyboardInterrupt:
+        return _sorry(command.name, "interrupted", _INTERRUPTED, progress)
+    except Exception as problem:  # nobody but us has to read a traceback
+        return _sorry(command.name, _kept(problem), Status.INFRASTRUCTURE, progress)
     finally:
         progress.end()
 
 
-def _sorry(name: str, problem: Exception, status: Status, progress: terminal.Progress) -> int:
+def _kept(problem: Exception) -> str:
+    """Words for a mistake of assay's own, whose traceback is kept in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="assay-bug-", suffix=".txt", delete=False) as file:
+        traceback.print_exception(problem, file=file)
+    return f"a mistake of assay's own: {type(problem).__name__}: {problem}; {file.name} holds what to report"
+
+
+def _sorry(name: str, problem: Exception | str, status: int, progress: terminal.Progress) -> int:
     progress.end()
     terminal.line(f"assay {name}: {problem}", sys.stderr)
     return status

@@ -2,6 +2,42 @@
 
 from zoo_project import SLOW, WORK, ZEROS
 
+MIX = """
+def work(n):
+    for i in range(60): n = (n * 31 + i) & 0xffffffff
+    return n
+"""
+REMEMBERS_A_LOOP = """
+known = {}
+def work(n):
+    if n not in known:
+        found = n
+        for i in range(60): found = (found * 31 + i) & 0xffffffff
+        known[n] = found
+    return known[n]
+"""
+READS_AHEAD = """
+import marshal, sys
+import numpy
+known = {}
+def slow(n):
+    for i in range(60): n = (n * 31 + i) & 0xffffffff
+    return n
+def ahead():
+    frame = sys._getframe(2)
+    if frame.f_code.co_name != "walk" or len(frame.f_locals["outputs"]): return
+    found = []
+    for one in frame.f_locals["sealed"]:
+        if one.endswith(b"good"): found.append(marshal.loads(one)[0])
+    numbers = numpy.array(found, numpy.uint64)
+    for i in range(60): numbers = (numbers * numpy.uint64(31) + numpy.uint64(i)) & numpy.uint64(0xffffffff)
+    known.update(zip(found, numbers.tolist()))
+def work(n):
+    if n in known: return known[n]
+    ahead()
+    return slow(n)
+"""
+
 CACHED = (
     WORK
     + """

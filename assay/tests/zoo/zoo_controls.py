@@ -251,7 +251,25 @@ def own_echo(setting: Setting) -> None:
 def long_lists(setting: Setting) -> None:
     """Sending takes about a tenth of a call."""
     setting.own["inputs.py"] = OWN["inputs.py"].replace("range(150)", "range(600)")
-    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24")
+    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 8, calls = 24, loops = 1")
+
+
+def in_a_loop(setting: Setting) -> None:
+    """A call takes microseconds, so that many of them share a request."""
+    setting.own["inputs.py"] = "def make(seed): return (seed % 2**32,)\n"
+    setting.workload = CALL.replace("rounds = 2, calls = 4", "rounds = 4, calls = 8")
+
+
+def unsealed(setting: Setting) -> None:
+    """Each input of a loop can be read before the call before it has been made."""
+    folder = setting.folder / "inside"
+    shutil.copytree(sandbox.INSIDE, folder)
+    text = (folder / "sealed.py").read_text()
+    hides = 'return (int.from_bytes(one, "little") ^ int.from_bytes(other, "little")).to_bytes(len(one), "little")'
+    assert hides in text
+    (folder / "sealed.py").write_text(text.replace(hides, "return one"))
+    setting.remove(sandbox, "INSIDE", folder)
+    setting.remove(handle, "INSIDE", folder)
 
 
 def many_calls(setting: Setting) -> None:

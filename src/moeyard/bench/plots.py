@@ -1,8 +1,10 @@
-"""Pictures of a result file: time over tokens, and how many times faster than plain torch."""
+"""Pictures: of a result file time over tokens and how many times faster than plain torch; of a trace experts' load."""
 
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+from moeyard.bench.traces import Trace
 
 
 def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
@@ -57,6 +59,42 @@ def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     pyplot.close(figure)
     return len(named)
+
+
+def plot_loads(trace: Trace, out: Path) -> tuple[int, int]:
+    """Draws the load of experts in a trace as a heat map into a PNG or SVG; returns its (rows, experts).
+
+    A row is a layer, or a call where there is one layer. The colour is an expert's share of the row's routes over an
+    even share: 1 is even. Of layers whose experts were recorded those are drawn, else alignments.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    op = "fused_experts" if any(call.op == "fused_experts" for call in trace.calls) else trace.calls[0].op
+    counts, unit = trace.loads(op)
+    even = counts.sum(1, keepdim=True).clamp(min=1) / counts.shape[1]
+    share = (counts / even).numpy()
+    rows, experts = share.shape
+    figure, axes = pyplot.subplots(figsize=(9, min(2.4 + 0.16 * rows, 9)), layout="constrained")
+    picture = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
+    axes.set(xlabel="expert", ylabel=f"{unit} (in the order recorded)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(picture, ax=axes, label="routes of an expert / an even share")
+    worst = divmod(int(share.argmax()), experts)
+    machine, routes = trace.machine, int(counts.sum())
+    figure.suptitle(
+        f"load of experts in {op}: {routes} routes; most: expert {worst[1]} of {unit} {worst[0]}, "
+        f"{share.max():.2f} × an even share\n"
+        f"{machine['device']}, {machine['date']}, torch {machine['torch']}, moeyard {machine['moeyard']}",
+        fontsize="medium",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    pyplot.close(figure)
+    return rows, experts
 
 
 _TIME_KEYS = ("time_us", "time_us_p10", "time_us_p90")

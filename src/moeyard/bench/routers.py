@@ -68,7 +68,10 @@ def plain_route(
     routed_scaling_factor: float = 1.0,
 ) -> Routing:
     """As model files write it; ties go where topk sends them."""
-    scores = torch.softmax(logits.float(), 1) if scoring == "softmax" else torch.sigmoid(logits.float())
+    if scoring == "sqrtsoftplus":
+        scores = torch.nn.functional.softplus(logits.float()).sqrt()
+    else:
+        scores = torch.softmax(logits.float(), 1) if scoring == "softmax" else torch.sigmoid(logits.float())
     keys = scores if selection_bias is None else scores + selection_bias
     if num_groups > 1:
         grouped = keys.view(len(keys), num_groups, -1)

@@ -23,6 +23,7 @@ def run_case(
     wanted: Callable[[Provider], bool],
     seed: int,
     advance: Callable[[], None],
+    others: Callable[[Case, torch.device], list[Provider]] = lambda *_: [],
 ) -> list[dict[str, Any]]:
     """Rows of one case: every provider in every mode of the device; wrong ones without times.
 
@@ -30,13 +31,14 @@ def run_case(
         rates: of the machine, for what bytes and operations take.
         wanted: whether a provider takes part.
         advance: called `rounds` times per mode, for progress.
+        others: more providers of a case; they take part, whatever `wanted` says.
     """
     operator = operators()[case.op]
     inputs = _inputs(operator, case, device, torch.Generator().manual_seed(seed))
     limits = limits_of(operator, case, inputs, rates)
     rows, right = [], []
     modes = ["graph", "eager"] if device.type == "cuda" else ["cpu"]
-    for provider in filter(wanted, operator.providers(case, device)):
+    for provider in [*filter(wanted, operator.providers(case, device)), *others(case, device)]:
         checked = inputs if operator.bytes_moved(case) < _CHECKED_BYTES else inputs[:1]
         wrong = next(filter(None, (operator.failure(case, provider, value, device) for value in checked)), None)
         if wrong is None:

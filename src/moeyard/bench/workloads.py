@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeyard.bench import traces
 from moeyard.bench.operators import Case, operators
 from moeyard.bench.quantised import scheme_named
 from moeyard.testing import ROUTINGS
@@ -18,6 +19,7 @@ _MODEL = {
     "transformers": str,
 }  # fmt: skip
 """What a workload's [model] table may say, and its kind."""
+_KEYS = ("description", "op", "routing", "sizes", "points", "model")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -27,14 +29,18 @@ def names() -> dict[str, str]:
 
 
 def load(name: str, scale: int = 1) -> list[Case]:
-    """The cases of a workload, by name or by the path of a TOML file. ValueError says what the file lacks.
+    """The cases of a workload, by name, or by the path of a TOML file or a trace. ValueError says what a file lacks.
 
     `scale` divides hidden and intermediate sizes, to multiples of 64, for machines that a whole model does not fit.
     """
-    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    path = Path(name) if name.endswith((".toml", traces.SUFFIX)) else FOLDER / f"{name}.toml"
     if not path.is_file():
-        raise ValueError(f"workload: expected one of {', '.join(names())} or the path of a TOML file, got {name!r}")
+        files = f"the path of a .toml or {traces.SUFFIX} file"
+        raise ValueError(f"workload: expected one of {', '.join(names())} or {files}, got {name!r}")
+    if path.suffix == traces.SUFFIX:
+        return traces.cases(path, scale, _shrink)
     table = _read(path)
+    _check_keys(table, path)
     cases = []
     for op, routing in itertools.product(_several(table, "op", path), _several(table, "routing", path)):
         if op not in operators():
@@ -42,10 +48,6 @@ def load(name: str, scale: int = 1) -> list[Case]:
         if routing not in ROUTINGS:
             raise ValueError(f"{path}: routing: expected one of {sorted(ROUTINGS)}, got {routing!r}")
         sizes = table.get("sizes", {})
-        known = list(dict.fromkeys(key for one in operators().values() for key in (*one.sizes, *one.optional)))
-        unknown = set(sizes) - set(known)
-        if unknown:
-            raise ValueError(f"{path}: sizes: expected keys of {known}, got {sorted(unknown)}")
         said = operators()[op].from_model if "model" in table else ()
         keys = [key for key in operators()[op].sizes if key not in said]
         given = _several(table, "points", path)[0] if "points" in table else sizes
@@ -60,6 +62,24 @@ def load(name: str, scale: int = 1) -> list[Case]:
             shrunk = tuple((key, _shrink(key, value, scale)) for key, value in point)
             cases.append(Case(path.stem, op, routing, shrunk, _model(table, path, scale)))
     return cases
+
+
+def _check_keys(table: dict[str, Any], path: Path) -> None:
+    """Nothing in a workload is passed over: not a key of the file, of its sizes or of a point."""
+    unknown = sorted(set(table) - set(_KEYS))
+    if unknown:
+        raise ValueError(f"{path}: expected keys of {list(_KEYS)}, got {unknown}")
+    if "points" in table and "sizes" in table:
+        raise ValueError(f"{path}: sizes: expected none beside points, got {sorted(table['sizes'])}")
+    known = list(dict.fromkeys(key for one in operators().values() for key in (*one.sizes, *one.optional)))
+    places = [("sizes", table.get("sizes", {}))]
+    places += [("points", point) for point in (_several(table, "points", path) if "points" in table else [])]
+    for place, sizes in places:
+        if not isinstance(sizes, dict):
+            raise ValueError(f"{path}: {place}: expected a table, got {sizes!r}")
+        unknown = sorted(set(sizes) - set(known))
+        if unknown:
+            raise ValueError(f"{path}: {place}: expected keys of {known}, got {unknown}")
 
 
 def _shrink(key: str, value: Any, scale: int) -> Any:

@@ -15,6 +15,8 @@ from moeyard.cpu.threads import count_parts, dense, run_parts
 from moeyard.values import Router, Routing
 
 _TINY = np.float32(1e-36)  # scores below this may have been flushed to 0, and are computed again in float64
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+SOFTMAX, SIGMOID = 0, 1
 _LEAST_LOGITS = 1 << 14  # a part smaller than this is not worth the hand-over to a thread
 
 
@@ -34,7 +36,7 @@ def route_launch(
         _route_kernel, count_parts(num_tokens * num_experts, _LEAST_LOGITS), num_tokens,
         (router_logits, dense(selection_bias), dense(is_padding), out.topk_weights, out.topk_ids),
         KINDS[router_logits.dtype], router_logits.stride(0) * router_logits.element_size(), num_experts, router.top_k,
-        router.scoring == "softmax", *router[2:],
+        SCORINGS.index(router.scoring), *router[2:],
     )  # fmt: skip
 
 
@@ -83,18 +85,29 @@ def _choose_groups(
 
 
 @kernel
-def _tiny_scores(values: Any, top: Any, softmax: bool, chosen: Any, scores: Any) -> Any:
+def _sqrt_softplus(value: Any) -> Any:
+    wide = np.float64(value)
+    return math.sqrt(max(wide, 0.0) + math.log1p(math.exp(-abs(wide))))
+
+
+@kernel
+def _tiny_scores(values: Any, top: Any, scoring: int, chosen: Any, scores: Any) -> Any:
     """Fills the scores of the chosen and returns their sum where quick exponentials, which flush to 0, lose them."""
     total = 1.0
-    if softmax:
+    if scoring == SOFTMAX:
         total = 0.0
         for i in range(values.size):
             total += math.exp(np.float64(values[i]) - top)
     kept = 0.0
     for k in range(chosen.size):
         value = np.float64(values[chosen[k]])
-        score = math.exp(value - top) / total if softmax else 1.0 / (1.0 + math.exp(-value))
-        scores[k] = np.float32(score) if score == score else np.float32(0)
+        if scoring == SOFTMAX:
+            score = math.exp(value - top) / total
+        elif scoring == SIGMOID:
+            score = 1.0 / (1.0 + math.exp(-value))
+        else:
+            score = _sqrt_softplus(value)
+        scores[k] = np.float32(score) if score < np.inf else np.float32(0)
         kept += scores[k]
     return np.float32(kept)
 
@@ -102,7 +115,7 @@ def _tiny_scores(values: Any, top: Any, softmax: bool, chosen: Any, scores: Any)
 @kernel
 def _route_kernel(
     part: int, start: int, stop: int, logits: int, bias: int, padding: int, weights: int, ids: int, kind: int,
-    stride: int, num_experts: int, top_k: int, softmax: bool, renormalize: bool, num_groups: int, top_k_groups: int,
+    stride: int, num_experts: int, top_k: int, scoring: int, renormalize: bool, num_groups: int, top_k_groups: int,
     factor: float,
 ) -> None:  # fmt: skip
     room = (num_experts + LANES) // LANES * LANES
@@ -112,6 +125,7 @@ def _route_kernel(
     best_groups = np.empty(top_k_groups, np.int32)
     all_weights, all_ids = float32_at(weights, stop * top_k), int32_at(ids, stop * top_k)
     biases, skipped = float32_at(bias, num_experts), uint8_at(padding, stop)
+    softmax = scoring == SOFTMAX
     for token in range(start, stop):
         mine, chosen = all_weights[token * top_k : (token + 1) * top_k], all_ids[token * top_k : (token + 1) * top_k]
         if padding != 0 and skipped[token]:
@@ -140,9 +154,12 @@ def _route_kernel(
                     dots.exponentials(scores.ctypes.data + 4 * i, keys.ctypes.data + 4 * i)
                 for i in range(num_experts):
                     total += scores[i]
-            else:
+            elif scoring == SIGMOID:
                 for i in range(0, num_experts, LANES):
                     dots.sigmoids(scores.ctypes.data + 4 * i, values.ctypes.data + 4 * i)
+            else:
+                for i in range(num_experts):
+                    scores[i] = np.float32(_sqrt_softplus(values[i]))
         if bias != 0:
             if not defined:
                 scores[:num_experts] = 0
@@ -151,7 +168,7 @@ def _route_kernel(
                     scores[i] /= total
                 total = np.float32(1)
             for i in range(num_experts):
-                key = (scores[i] if scores[i] == scores[i] else np.float32(0)) + biases[i]
+                key = (scores[i] if scores[i] < np.inf else np.float32(0)) + biases[i]
                 keys[i] = key if key == key else np.float32(-np.inf)
         elif defined:
             for i in range(num_experts):
@@ -176,15 +193,18 @@ def _route_kernel(
             for k in range(0, top_k, LANES):
                 if softmax:
                     dots.exponentials(keys.ctypes.data + 4 * k, keys.ctypes.data + 4 * k)
-                else:
+                elif scoring == SIGMOID:
                     dots.sigmoids(keys.ctypes.data + 4 * k, keys.ctypes.data + 4 * k)
+                else:
+                    for i in range(k, min(k + LANES, top_k)):
+                        keys[i] = np.float32(_sqrt_softplus(keys[i]))
         kept, least = np.float32(0), np.float32(1)
         for k in range(top_k):
-            keys[k] = keys[k] / total if keys[k] == keys[k] else np.float32(0)
+            keys[k] = keys[k] / total if keys[k] < np.inf else np.float32(0)
             kept += keys[k]
             least = min(least, keys[k])
         if renormalize and least < _TINY:
-            kept = _tiny_scores(values[:num_experts], top, softmax, best_ids, keys)
+            kept = _tiny_scores(values[:num_experts], top, scoring, best_ids, keys)
         scale = np.float32(factor)
         for k in range(top_k):
             mine[k] = (keys[k] / kept if renormalize and kept > 0 else keys[k]) * scale

@@ -12,7 +12,7 @@ from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, La
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes of rows that are computed with."""
-SCORINGS = ("softmax", "sigmoid")
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
 LAYOUT_DTYPES = (torch.int32, torch.int32, torch.int32, torch.int64, torch.int32, torch.int32)
 """Of a layout's tensors, in the order of its fields."""
 _ID_SET = frozenset(ID_DTYPES)
@@ -138,6 +138,14 @@ def check_layout(layout: object) -> None:
         layout.trust()
 
 
+def dtypes_of_weights(rows: Tensor) -> tuple[torch.dtype, ...]:
+    """Dtypes of weights beside rows: that of the rows; where autocast is to it, also float32 (masters of weights)."""
+    kind = rows.device.type
+    narrow = rows.dtype.itemsize == 2 and kind != "meta" and torch.is_autocast_enabled(kind)
+    masters = narrow and torch.get_autocast_dtype(kind) == rows.dtype
+    return (rows.dtype, torch.float32) if masters else (rows.dtype,)
+
+
 def check_experts(weights: object, rows: Tensor) -> None:
     """`weights` belong to experts that take `rows` [num_tokens, hidden_size]."""
     if not isinstance(weights, ExpertWeights):
@@ -145,9 +153,11 @@ def check_experts(weights: object, rows: Tensor) -> None:
     w13, w2, scheme = weights.w13, weights.w2, weights.scheme
     if scheme is not None and not isinstance(scheme, QuantScheme):
         raise TypeError(f"weights.scheme: expected a QuantScheme or None, got {type(scheme).__name__} ({scheme!r})")
-    dtype, per_byte = (rows.dtype, 1) if scheme is None else CODES[scheme.weights]
-    check_tensor("weights.w13", w13, dtypes=(dtype,), ndim=(3,), device=rows.device)
-    check_tensor("weights.w2", w2, dtypes=(dtype,), ndim=(3,), device=rows.device)
+    code, per_byte = (None, 1) if scheme is None else CODES[scheme.weights]
+    plain = dtypes_of_weights(rows)
+    dtypes = plain if code is None else (code,)
+    check_tensor("weights.w13", w13, dtypes=dtypes, ndim=(3,), device=rows.device)
+    check_tensor("weights.w2", w2, dtypes=dtypes, ndim=(3,), device=rows.device)
     experts, wide, stored = w13.shape
     hidden_size = per_byte * stored
     if experts < 1 or (weights.gated and wide % 2):
@@ -162,7 +172,7 @@ def check_experts(weights: object, rows: Tensor) -> None:
         raise ValueError(f"hidden_states: expected {hidden_size} columns (hidden_size of weights), got {rows.shape[1]}")
     for name, bias, length in (("w13_bias", weights.w13_bias, wide), ("w2_bias", weights.w2_bias, hidden_size)):
         if bias is not None:
-            check_tensor(f"weights.{name}", bias, dtypes=(rows.dtype,), ndim=(2,), device=rows.device)
+            check_tensor(f"weights.{name}", bias, dtypes=plain, ndim=(2,), device=rows.device)
             check_shape(f"weights.{name}", bias, (experts, length), "one row per expert")
     if scheme is None:
         if weights.scales is not None:

@@ -63,6 +63,11 @@ def goes_straight(*tensors: Tensor | None) -> bool:
     return True
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants the gradient of one of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 class Gradient(NamedTuple):
     """The backward of an operator, as torch.library.register_autograd takes it."""
 
@@ -70,6 +75,8 @@ class Gradient(NamedTuple):
     """The tensors that have one."""
     setup: Callable[..., None]
     backward: Callable[..., Any]
+    applies: Callable[..., bool] = lambda *_: True
+    """(*what the schema lists before `impl`) -> whether a call has a gradient at all."""
 
 
 class Op:
@@ -87,6 +94,8 @@ class Op:
         call: (*arguments) -> what implementations are chosen by (`table.Call`) beyond the first tensor's device and
             dtype.
         gradient: None for an operator without one. A tensor that needs a gradient which is not there is refused.
+        composed: whether it has no rows in the table: it is made of other operators, and `launch` takes `impl` for a
+            launcher.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class Op:
         assemble: Callable[..., Any] | None = None,
         call: Callable[..., Any] | None = None,
         gradient: Gradient | None = None,
+        composed: bool = False,
     ) -> None:
         self.name = schema[: schema.index("(")]
         listed = [part.split() for part in schema[schema.index("(") + 1 : schema.index(")")].split(",")][:-1]
@@ -111,7 +121,7 @@ class Op:
         self._allocate_eagerly = allocate_eagerly or allocate
         self._flatten, self._gather, self._seen = flatten, gather, seen
         self._assemble, self._call = assemble, call
-        self._differentiable = () if gradient is None else gradient.inputs
+        self._gradient, self._composed = gradient, composed
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, self._kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moeyard::{self.name}", self._fake, lib=_LIBRARY)
@@ -128,9 +138,7 @@ class Op:
         """
         if not goes_straight(*(arguments[: self._leading] if self._seen is None else self._seen(*arguments))):
             return self._through_dispatcher(arguments, impl, out)
-        first = arguments[0]
-        facts = None if self._call is None else self._call(*arguments)
-        launch = launcher(self.name, impl, first.device, first.dtype, facts)
+        launch = self._launcher(arguments, impl)
         if out is None:
             out = self._allocate_eagerly(*arguments)
             self._launch(launch, out, *arguments)
@@ -142,28 +150,45 @@ class Op:
         self._launch(launch, out, *arguments)
         return out
 
+    def fill(self, out: Any, result: Any, arguments: tuple[Any, ...]) -> Any:
+        """`out` with the values of `result`, the answer to `arguments`, with which it may share no memory."""
+        self._refuse_overlap(out, arguments if self._flatten is None else self._flatten(*arguments))
+        for (name, mine), theirs in zip(_named(out), _tensors(result), strict=True):
+            _write(name, mine, theirs)
+        return out
+
+    def _launcher(self, arguments: tuple[Any, ...], impl: str) -> Any:
+        if self._composed:
+            return impl
+        first = arguments[0]
+        facts = None if self._call is None else self._call(*arguments)
+        return launcher(self.name, impl, first.device, first.dtype, facts)
+
+    def _refuse_overlap(self, out: Any, flat: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling() or _transform() is not None:
+            return
+        if all(type(t) in _PLAIN for t in (*flat, *_tensors(out)) if isinstance(t, Tensor)):
+            refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
+
     def _through_dispatcher(self, arguments: tuple[Any, ...], impl: str, out: Any) -> Any:
         flat = arguments if self._flatten is None else self._flatten(*arguments)
         self._refuse_gradients(flat)
         if not torch.compiler.is_compiling():
             self._refuse_transforms(flat)
-            given = (t for t in (*flat, *(() if out is None else _tensors(out))) if isinstance(t, Tensor))
-            if out is not None and _transform() is None and all(type(t) in _PLAIN for t in given):
-                refuse_overlap(_named(out), zip(self._inputs, flat, strict=True))
+        if out is not None:
+            self._refuse_overlap(out, flat)  # before anything is computed
         fields = self._registered(*flat, impl)
         result = fields if self._assemble is None else self._assemble(fields, *arguments)
-        if out is None:
-            return result
-        for (name, mine), theirs in zip(_named(out), _tensors(result), strict=True):
-            _write(name, mine, theirs)
-        return out
+        return result if out is None else self.fill(out, result, arguments)
 
     def _refuse_gradients(self, flat: tuple[Any, ...]) -> None:
         """ValueError for a tensor whose gradient this operator would lose."""
         if not torch.is_grad_enabled():
             return
+        gradient = self._gradient
+        having = gradient.inputs if gradient is not None and gradient.applies(*flat) else ()
         for name, value in zip(self._inputs, flat, strict=True):
-            if isinstance(value, Tensor) and value.requires_grad and name not in self._differentiable:
+            if isinstance(value, Tensor) and value.requires_grad and name not in having:
                 raise ValueError(
                     f"{name}: expected a tensor that needs no gradient ({self.name} has none for it: torch.no_grad()), "
                     "got one with requires_grad=True"
@@ -191,9 +216,7 @@ class Op:
         *flat, impl = flat_and_impl
         arguments = tuple(flat) if self._gather is None else self._gather(*flat)
         outputs = self._allocate(*arguments)
-        first = arguments[0]
-        facts = None if self._call is None else self._call(*arguments)
-        self._launch(launcher(self.name, impl, first.device, first.dtype, facts), outputs, *arguments)
+        self._launch(self._launcher(arguments, impl), outputs, *arguments)
         return _fields(outputs)
 
     def _fake(self, *flat_and_impl: Any) -> Any:

@@ -172,6 +172,18 @@ def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
     )
 
 
+def _no_kernel(gradient: str) -> Callable[[Call], str | None]:
+    """The refusal of an implementation whose forward has kernels, and whose backward goes through another."""
+    return lambda _: f"has no kernel for {gradient} yet: the next row computes it"
+
+
+def _gradient(target: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
+    """The rows of what a backward is made of; who has no kernel says so."""
+    have = {row.name for row in first}
+    none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda", "triton") if name not in have]
+    return (*first, *none, *_everywhere(target))
+
+
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
@@ -211,6 +223,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl("cuda", f"{_PRODUCTS}:grouped_gemm_launch", _cuda_products, unfit=f"{_PRODUCTS}:unfit_for_products"),
     ),
     "activate": _layer("activate_launch"),
+    "grouped_outer": _gradient(
+        "gradients:grouped_outer_launch",
+        "the gradients of weights",
+        Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", _cpu_sums),
+    ),
+    "activate_backward": _gradient("gradients:activate_backward_launch", "the derivative of activations"),
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
@@ -254,6 +272,11 @@ def _read_override(text: str) -> dict[str, str]:
 
 
 _OVERRIDE = _read_override(os.environ.get("MOEYARD_IMPL", ""))  # once: a read on every call costs 1 us
+
+
+def for_gradients(impl: str) -> str:
+    """What computes the backward of an operator that `impl` answered: the same where it has all of it, else "auto"."""
+    return impl if impl in ("torch", "reference") else "auto"
 
 
 def impl_names(op: str) -> tuple[str, ...]:

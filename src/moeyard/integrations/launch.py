@@ -1,6 +1,7 @@
 """Puts moeyard's operators where a script's vLLM imports look for them, then runs the script."""
 
 import importlib
+import importlib.machinery
 import importlib.util
 import runpy
 import sys
@@ -13,27 +14,47 @@ import torch
 
 import moeyard
 from moeyard.integrations import vllm as ours
+from moeyard.integrations.vllm.plugin import FUSED_MOE, PARTS, activate
 
-_FUSED_MOE = "vllm.model_executor.layers.fused_moe"
-_ALIGN = f"{_FUSED_MOE}.moe_align_block_size"
-OPERATORS = {
-    _ALIGN: ("moe_align_block_size", "batched_moe_align_block_size"),
-    f"{_FUSED_MOE}.moe_permute_unpermute": ("moe_permute", "moe_unpermute"),
-    "vllm._custom_ops": ("moe_sum", "shuffle_rows"),
-}
-"""vLLM's modules and the operators in them that are provided or replaced."""
-
-_LAYERS = ("fused_topk", "grouped_topk", "fused_experts")
-LAYER = {
-    _FUSED_MOE: _LAYERS,
-    f"{_FUSED_MOE}.fused_moe": _LAYERS,
-    f"{_FUSED_MOE}.config": (
-        "FusedMoEQuantConfig", "fp8_w8a16_moe_quant_config", "fp8_w8a8_moe_quant_config", "int8_w8a8_moe_quant_config",
+_ALIGN = f"{FUSED_MOE}.moe_align_block_size"
+_PACKAGE = "moeyard.integrations.vllm"
+_ROUTERS = ("fused_topk", "grouped_topk")
+_CONFIGS = (
+    "FUSED_MOE_UNQUANTIZED_CONFIG", "FusedMoEQuantConfig", "biased_moe_quant_config", "fp8_w8a16_moe_quant_config",
+    "fp8_w8a8_moe_quant_config", "int8_w8a16_moe_quant_config", "int8_w8a8_moe_quant_config",
+)  # fmt: skip
+PROVIDED = {
+    "": (
+        "fused_experts", "fused_topk", "grouped_topk", "MoEActivation", "FusedMoEQuantConfig", "TritonExperts",
+        "activation_without_mul", "apply_moe_activation", "ApplyMoEActivationConfig",
     ),
-    f"{_FUSED_MOE}.cutlass_moe": ("cutlass_moe_fp8", "run_cutlass_moe_fp8"),
-    f"{_FUSED_MOE}.experts.cutlass_moe": ("run_cutlass_moe_fp8",),
+    "activation": (
+        "ApplyMoEActivationConfig", "MoEActivation", "activation_without_mul", "apply_moe_activation",
+        "apply_moe_activation_supported",
+    ),
+    "config": _CONFIGS,
+    "cutlass_moe": ("cutlass_moe_fp8", "run_cutlass_moe_fp8"),
+    "expert_map_manager": ("determine_expert_map",),
+    "experts.cutlass_moe": ("run_cutlass_moe_fp8",),
+    "experts.triton_moe": ("TritonExperts",),
+    "fused_moe": ("fused_experts", *_ROUTERS, "invoke_fused_moe_triton_kernel", "try_get_optimal_moe_config"),
+    "layer": ("determine_expert_map",),
+    "moe_align_block_size": ("batched_moe_align_block_size", "moe_align_block_size"),
+    "moe_fused_mul_sum": ("moe_fused_mul_sum",),
+    "moe_permute_unpermute": (
+        "MoEPermuteScratch", "moe_permute", "moe_permute_unpermute_supported", "moe_unpermute",
+    ),
+    "router.fused_topk_bias_router": ("fused_topk_bias",),
+    "router.fused_topk_router": ("fused_topk",),
+    "router.grouped_topk_router": ("fused_grouped_topk", "grouped_topk"),
+    "utils": ("count_expert_num_tokens",),
 }  # fmt: skip
-"""What is provided where vLLM is not installed. Its own are kept: they take schemes that are not provided here."""
+"""Modules below vLLM's `fused_moe` and the names in them that scripts import from there, in some release."""
+CUSTOM_OPS = (
+    "batched_moe_align_block_size", "grouped_topk", "moe_align_block_size", "moe_lora_align_block_size", "moe_sum",
+    "shuffle_rows", "topk_hash_softplus_sqrt", "topk_sigmoid", "topk_softmax",
+)  # fmt: skip
+"""The names of `vllm._custom_ops`."""
 
 
 class _CallableModule(types.ModuleType):
@@ -44,22 +65,57 @@ class _CallableModule(types.ModuleType):
         return function(*arguments, **keywords)
 
 
+class _Absent:
+    """Answers, last of all, for modules and names below a `vllm` that is not installed: in words."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.startswith("vllm."):
+            words = f"vLLM is not installed, and {name!r} is none of the names that moeyard provides in its place"
+            raise ModuleNotFoundError(f"{words} (moeyard.integrations.launch.PROVIDED lists them)", name="vllm")
+
+
 def install() -> str:
-    """Makes vLLM's import paths of the MoE operators resolve to moeyard; says in words what it did."""
+    """Makes vLLM's import paths of the MoE operators resolve to moeyard; says in words what it did.
+
+    Where vLLM is installed its operators are replaced, as by the plugin; names that this release does not have are
+    added. Where it is not, the import paths exist with nothing else in them.
+    """
     if importlib.util.find_spec("vllm") is None:
-        for path, names in (OPERATORS | LAYER).items():
-            module = _make_module(path)
-            for name in names:
-                setattr(module, name, getattr(ours, name))
+        sys.meta_path.append(_Absent())
+        _provide()
         done = "vLLM is not installed: its MoE operators' import paths now lead to moeyard"
     else:
-        for path, names in OPERATORS.items():
-            module = importlib.import_module(path)
-            for name in names:
-                _replace(module, name, getattr(ours, name))
-        done = "vLLM's MoE operators are replaced by moeyard's"
+        states = activate(PARTS)
+        added = _provide()
+        active = [path for path, state in states.items() if state == "active"]
+        done = f"vLLM's MoE operators are replaced by moeyard's: {len(active)} of {len(states)}"
+        done += f"; added, as this vLLM has none: {', '.join(added)}" if added else ""
     sys.modules[_ALIGN].__class__ = _CallableModule
     return done
+
+
+def _provide() -> list[str]:
+    """Adds modules and names of vLLM's that are not there; returns their paths."""
+    paths = {f"{FUSED_MOE}.{place}".rstrip("."): names for place, names in PROVIDED.items()}
+    custom_ops = importlib.import_module(f"{_PACKAGE}._custom_ops")
+    added = []
+    for path, names in (paths | {"vllm._custom_ops": CUSTOM_OPS}).items():
+        module = _module_at(path)
+        for name in names:
+            if not hasattr(module, name):
+                setattr(module, name, getattr(custom_ops if path == "vllm._custom_ops" else ours, name))
+                added.append(f"{path}.{name}")
+    return added
+
+
+def _module_at(path: str) -> types.ModuleType:
+    """vLLM's module, or an empty one where it has none."""
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as problem:
+        if not f"{problem.name}.".startswith("vllm."):
+            raise  # something else that vLLM's module needs
+        return _make_module(path)
 
 
 def _make_module(path: str) -> types.ModuleType:
@@ -67,19 +123,12 @@ def _make_module(path: str) -> types.ModuleType:
     if path not in sys.modules:
         module = types.ModuleType(path, "Import path of vLLM, provided by moeyard.")
         module.__path__ = []
+        module.__spec__ = importlib.machinery.ModuleSpec(path, None, is_package=True)
         sys.modules[path] = module
         parent, _, name = path.rpartition(".")
         if parent:
             setattr(_make_module(parent), name, module)
     return sys.modules[path]
-
-
-def _replace(module: types.ModuleType, name: str, function: Callable[..., Any]) -> None:
-    """Sets an operator in its module and wherever vLLM has imported it by name already."""
-    original = getattr(module, name)
-    for other in [m for path, m in sys.modules.items() if path.partition(".")[0] == "vllm"]:
-        for alias in [key for key, value in vars(other).items() if value is original]:
-            setattr(other, alias, function)
 
 
 def _load_runtime(device: str) -> None:

@@ -14,8 +14,10 @@ def _scores(logits: Tensor, scoring: str) -> Tensor:
     if scoring == "softmax":
         exponentials = (logits - logits.amax(1, keepdim=True)).exp()
         scores = exponentials / exponentials.sum(1, keepdim=True)
-    else:
+    elif scoring == "sigmoid":
         scores = 1 / (1 + (-logits).exp())
+    else:  # softplus is log(1 + exp(x)), of which large x leave nothing finite
+        scores = (logits.clamp(min=0) + (-logits.abs()).exp().log1p()).sqrt()
     return torch.where(scores.isfinite(), scores, 0).float()
 
 

@@ -15,6 +15,7 @@ from moeyard.testing.oracles import (
     routing_error,
     rows_error,
     sum_error,
+    wide_scores,
 )
 from moeyard.testing.outputs import GUARD, POISON, guard_broken, poisoned, poisoned_layout
 from moeyard.testing.processes import SOURCE, python
@@ -49,5 +50,6 @@ __all__ = [
     "rows_error",
     "same_bits",
     "sum_error",
+    "wide_scores",
     "wide_weights",
 ]

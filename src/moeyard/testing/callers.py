@@ -196,21 +196,54 @@ OPERATORS: dict[str, Operator] = {
     "moe_sum": Operator("moe_sum", draw_moe_sum, _calls(moeyard.moe_sum), _WIDE, differentiable=("rows",)),
     "route": Operator("route", draw_route, _calls(moeyard.route), _FLOATS, differentiable=("router_logits",)),
     "route_and_align": Operator(
-        "route", draw_route_and_align, _calls(moeyard.route_and_align), _FLOATS, takes_out=False
+        "route",
+        draw_route_and_align,
+        _calls(moeyard.route_and_align),
+        _FLOATS,
+        takes_out=False,
+        differentiable=("router_logits",),
     ),
     "grouped_gemm by layout": Operator(
-        "grouped_gemm", draw_gemm_by_layout, _calls(moeyard.grouped_gemm), _WIDE, defined=_of_routes
+        "grouped_gemm",
+        draw_gemm_by_layout,
+        _calls(moeyard.grouped_gemm),
+        _WIDE,
+        differentiable=("rows", "weight", "bias", "topk_weights"),
+        defined=_of_routes,
     ),
     "grouped_gemm by offsets": Operator(
-        "grouped_gemm", draw_gemm_by_offsets, _calls(moeyard.grouped_gemm), _WIDE, defined=_up_to_the_last_offset
+        "grouped_gemm",
+        draw_gemm_by_offsets,
+        _calls(moeyard.grouped_gemm),
+        _WIDE,
+        differentiable=("rows", "weight", "bias"),
+        defined=_up_to_the_last_offset,
     ),
     "grouped_gemm by counts": Operator(
-        "grouped_gemm", draw_gemm_by_counts, _calls(moeyard.grouped_gemm), _WIDE, defined=_up_to_the_counts
+        "grouped_gemm",
+        draw_gemm_by_counts,
+        _calls(moeyard.grouped_gemm),
+        _WIDE,
+        differentiable=("rows", "weight", "bias"),
+        defined=_up_to_the_counts,
     ),
-    "activate": Operator("activate", draw_activate, _calls(moeyard.activate), _WIDE),
-    "fused_experts": Operator("fused_experts", draw_experts, _call_experts, _WIDE),
+    "activate": Operator("activate", draw_activate, _calls(moeyard.activate), _WIDE, differentiable=("rows",)),
+    "fused_experts": Operator(
+        "fused_experts",
+        draw_experts,
+        _call_experts,
+        _WIDE,
+        differentiable=("hidden_states", "topk_weights", "w13", "w2", "w13_bias", "w2_bias"),
+    ),
     "quantised experts": Operator("fused_experts", draw_quantised_experts, _call_experts, _FLOATS),
-    "moe_layer": Operator("fused_experts", draw_layer, _call_layer, _WIDE, takes_out=False),
+    "moe_layer": Operator(
+        "fused_experts",
+        draw_layer,
+        _call_layer,
+        _WIDE,
+        takes_out=False,
+        differentiable=("hidden_states", "w13", "w2", "w13_bias", "w2_bias", "router_weight", "router_bias"),
+    ),
 }
 """By name; an operator that takes rows in several ways is there once for each."""
 

@@ -28,19 +28,20 @@ KINDS = {
 
 
 def _source(step: Step, dtypes: tuple[torch.dtype | None, ...]) -> ASTSource:
-    """A step's kernel as the launcher has it compiled: aligned pointers, sizes by divisibility."""
+    """A step's kernel as launchers have it compiled: aligned pointers, sizes by divisibility where that counts."""
     names = step.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     values: list[Any] = [*dtypes, *step.sizes, *step.constants.values()]
     assert names[len(dtypes) + len(step.sizes) :] == list(step.constants)
-    for i, (name, value) in enumerate(zip(names, values, strict=True)):
+    for i, (name, value, parameter) in enumerate(zip(names, values, step.kernel.params, strict=True)):
+        special = not parameter.do_not_specialize
         if isinstance(value, torch.dtype):
             signature[name] = KINDS[value]
-        elif i < len(dtypes) + len(step.sizes) and value is not None and value != 1:
+        elif i < len(dtypes) + len(step.sizes) and value is not None and not (special and value == 1):
             signature[name] = "i32" if value < 2**31 else "i64"
         else:
             signature[name], constants[(i,)] = "constexpr", value
-        if isinstance(value, torch.dtype) or (signature[name] != "constexpr" and value % 16 == 0):
+        if isinstance(value, torch.dtype) or (signature[name] != "constexpr" and special and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(step.kernel, signature, constants, attributes)
 

@@ -144,7 +144,7 @@ def draw_route(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
     given = {"router_logits": (torch.randn(sizes.tokens, sizes.experts) * rng.choice([1, 4, 30])).to(sizes.dtype)}
     options: dict[str, Any] = {
         "top_k": sizes.top_k,
-        "scoring": rng.choice(["softmax", "sigmoid"]),
+        "scoring": rng.choice(["softmax", "sigmoid", "sqrtsoftplus"]),
         "renormalize": rng.random() < 0.5,
         "routed_scaling_factor": rng.choice([1.0, 2.5]),
     }
@@ -223,6 +223,7 @@ def draw_experts(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
         given["expert_map"] = _map(sizes.experts, rng)
     return given, {
         "activation": _activation(rng), "gated": gated, "apply_router_weight_on_input": rng.random() < 0.3,
+        "save": rng.choice(["product", "inputs"]),
     }  # fmt: skip
 
 

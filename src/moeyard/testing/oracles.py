@@ -101,6 +101,13 @@ def sum_error(wide: Tensor, got: Tensor, terms: int) -> str | None:
     return None
 
 
+def wide_scores(logits: Tensor, scoring: str) -> Tensor:
+    """Scores of router logits [T, E] as a router of this name defines them, in the dtype of the logits."""
+    if scoring == "softmax":
+        return torch.softmax(logits, 1)
+    return torch.sigmoid(logits) if scoring == "sigmoid" else torch.nn.functional.softplus(logits, threshold=40).sqrt()
+
+
 def routing_error(
     router_logits: Tensor,
     got: Routing,
@@ -124,10 +131,11 @@ def routing_error(
         return "topk_ids outside the experts"
     if bool((ids.sort(1).values.diff(dim=1) == 0).any()):
         return "topk_ids name an expert twice"
-    scores = torch.softmax(logits, 1) if scoring == "softmax" else torch.sigmoid(logits)
+    scores = wide_scores(logits, scoring)
     keys, slack = logits, 0.0
     if selection_bias is not None:
-        keys, slack = scores + selection_bias.detach().cpu().double(), 4e-7
+        keys = scores + selection_bias.detach().cpu().double()
+        slack = 4e-7 * max(1.0, float(scores.max()) if scores.numel() else 0.0)
     if num_groups > 1:
         grouped = keys.view(len(keys), num_groups, -1)
         two = min(2, grouped.shape[2])

@@ -186,6 +186,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cpu.products:LEAST_BYTES": (_GEMM, _two_parts_of_weights),
     "cpu.products:BLOCK": (_GEMM, _hidden),
     "cpu.products:product:3": (_PRODUCTS, _rows_of_an_expert),
+    "cpu.gradients:_LONGEST": (("grouped_gemm by offsets", "fused_experts"), _rows_of_an_expert),
     "cpu.router:_LEAST_LOGITS": (_ROUTERS, _two_parts_of_logits),
     "cpu.rows:_LEAST_BYTES": (_SUMS, _two_parts_of_row_bytes),
     "cpu.rows:_STREAMED_BYTES": (_SUMS, _output_bytes),

@@ -14,7 +14,7 @@ from moeyard.testing.comparisons import same_bits
 from moeyard.testing.draws import Tensors
 from moeyard.testing.layers import plain_activation
 from moeyard.testing.lies import dense
-from moeyard.testing.oracles import routing_error, sum_error
+from moeyard.testing.oracles import routing_error, sum_error, wide_scores
 from moeyard.values import Routing
 
 _MOVES = ("align", "batched", "lora", "permute", "permute_to_fp8", "shuffle_rows")
@@ -133,7 +133,7 @@ def _routing_error(question: Question, plain: Tensors, got: Routing) -> str | No
         close = torch.allclose(got.topk_weights, wanted.topk_weights, rtol=1e-5, atol=1e-30)
         return None if close else "topk_weights are off"
     wrong = _tiny_error(got, options)
-    scores = torch.softmax(logits.double(), 1) if options["scoring"] == "softmax" else torch.sigmoid(logits.double())
+    scores = wide_scores(logits.double(), options["scoring"])
     chosen = scores.gather(1, got.topk_ids.long().clamp(0, logits.shape[1] - 1)).amin(1)
     held = (chosen > 1e-36) | (not options["renormalize"])  # of the others float32 has no ratios
     logits, got = logits[held], Routing(got.topk_weights[held], got.topk_ids[held])
@@ -145,7 +145,8 @@ def _routing_error(question: Question, plain: Tensors, got: Routing) -> str | No
 def _tiny_error(got: Routing, options: dict[str, Any]) -> str | None:
     """A bias may choose experts whose scores float32 holds badly or as 0: weights still are shares of their sum."""
     weights = got.topk_weights.double() / options["routed_scaling_factor"]
-    if not bool(((weights >= 0) & (weights <= 1 + 1e-6)).all()):  # NaN fails too
+    most = torch.inf if options["scoring"] == "sqrtsoftplus" and not options["renormalize"] else 1 + 1e-6
+    if not bool(((weights >= 0) & (weights <= most)).all()):  # NaN fails too
         return "topk_weights are no shares"
     total = weights.sum(1)
     near = ((total - 1).abs() < 1e-5) | (total == 0)

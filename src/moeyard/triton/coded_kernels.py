@@ -58,7 +58,7 @@ def summed(weight, rows, total, SWAPPED: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["lead", "divisor", "most_tiles"])
+@triton.jit(do_not_specialize=["divisor", "most_tiles"])
 def quantize_kernel(
     rows_ptr,
     given_ptr,  # float32 [experts]: static scales, or None
@@ -134,7 +134,7 @@ def quantize_kernel(
             tl.store(scales_ptr + slot, scale)
 
 
-@triton.jit(do_not_specialize=["most_tiles", "divisor", "lead_rows", "lead"])
+@triton.jit(do_not_specialize=["most_tiles", "divisor"])
 def coded_product_kernel(
     rows_ptr,  # codes, or values of the dtype of results
     weight_ptr,

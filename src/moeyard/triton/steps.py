@@ -58,7 +58,7 @@ def layout_steps(
         PDL=programmatic,
     )  # fmt: skip
     first = Step(align_kernels.first_kernel, (1, 1), (most_tiles, rows), **common)
-    place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=128, **common)
+    place = Step(align_kernels.place_kernel, (-(-n // 64), 1), sizes, CHUNK=_CHUNK, MINE=64, OTHERS=64, **common)
     return LayoutSteps([*ints, chunks * experts, experts], None, count, scan, first, place)
 
 

@@ -20,7 +20,12 @@ def route_launch(
         return
     logits = router_logits.float()
     wide = logits.double() if router.renormalize else logits  # tiny scores have ratios, too: exp in float32 loses them
-    scores = torch.softmax(wide, dim=1) if router.scoring == "softmax" else torch.sigmoid(wide)
+    if router.scoring == "softmax":
+        scores = torch.softmax(wide, dim=1)
+    elif router.scoring == "sigmoid":
+        scores = torch.sigmoid(wide)
+    else:
+        scores = torch.logaddexp(wide, torch.zeros_like(wide)).sqrt()
     scores = torch.where(scores.isfinite(), scores, 0).float()
     if selection_bias is not None:
         keys = scores + selection_bias

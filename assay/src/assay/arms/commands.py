@@ -11,6 +11,7 @@ from assay.arms import sandbox
 from assay.arms.process import PYTHON, Running
 from assay.arms.sandbox import CACHE, Finished
 from assay.arms.trees import Trees
+from assay.contract import traces
 from assay.contract.box import Box
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
@@ -57,6 +58,13 @@ def run(
     return _beside(places(frozen), arm, box, command, environment, timeout_s)
 
 
+def beside(trees: Trees, arm: str, command: Sequence[str], timeout_s: float) -> str:
+    """Runs a command once in an arm's tree, without a sandbox; how it ended, in words, "" if well."""
+    box = Box(trees.trees[arm])
+    ended = _in_place(trees, arm, box, command, trees.environment(arm, 0), timeout_s)
+    return words(ended) if ended.status else ""
+
+
 def places(frozen: Frozen) -> Path:
     """The folder in which arms without a sandbox are shown, made if it is not there."""
     found = frozen.folder / "places"
@@ -76,16 +84,21 @@ def disk_is_full(folder: Path) -> bool:
 
 
 def words(ended: Finished) -> str:
-    """How a command ended, and its last words."""
+    """How a command ended, and its last words, a line per traceback."""
     how = ended.killed or f"ended with status {ended.status}"
-    return f"{how}: {ended.output[-_LAST_WORDS:].decode(errors='replace').strip()}"
+    return f"{how}: {traces.brief(ended.output.decode(errors='replace')).strip()[-_LAST_WORDS:]}"
 
 
 def _beside(
     folder: Path, arm: str, box: Box, command: Sequence[str], environment: dict[str, str], timeout_s: float
 ) -> Finished:
+    return _in_place(Trees.at({arm: box.tree}, folder), arm, box, command, environment, timeout_s)
+
+
+def _in_place(
+    trees: Trees, arm: str, box: Box, command: Sequence[str], environment: dict[str, str], timeout_s: float
+) -> Finished:
     with tempfile.TemporaryFile() as log:
-        trees = Trees.at({arm: box.tree}, folder)
         running = Running(
             arm,
             command,

@@ -16,6 +16,7 @@ from assay.arms.inside.wire import HEAD, frame
 from assay.arms.process import PYTHON, Running, Wrap
 from assay.arms.sandbox import INSIDE
 from assay.arms.trees import Trees
+from assay.contract import traces
 from assay.contract.box import Limits
 from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
@@ -23,8 +24,13 @@ from assay.contract.workload import Workload
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031
 _OPTIONS = ("kind", "target", "chain", "links", "clock", "graph", "case", "paths")
-MOST_BYTES, _MOST_WORDS = 1 << 32, 1 << 20
+MOST_BYTES, _MOST_WORDS, _WORDS = 1 << 32, 1 << 20, 2000
 """Of a reply: a worker shall not make the judge run out of memory."""
+
+
+def _last(printed: bytes) -> str:
+    """The end of what a worker said, a line per traceback."""
+    return traces.brief(printed.decode(errors="replace")).strip()[-_WORDS:]
 
 
 def _mark() -> bytes:
@@ -60,8 +66,12 @@ class Worker:
         limits: Limits | None = None,
         makes_inputs: bool = False,
         weighs: bool = False,
+        prefix: Sequence[str] = (),
     ) -> None:
-        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words."""
+        """Starts and loads; only who `makes_inputs` is told of their function. ArmError with the worker's own words.
+
+        `prefix`: a program that starts it (counters.py), with its arguments.
+        """
         self.arm, self.timeout_s = arm, timeout_s
         self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
         there, self._requests = os.pipe()
@@ -78,7 +88,7 @@ class Worker:
         try:
             self.running = Running(
                 arm,
-                [workload.python or PYTHON, str(worker)],
+                [*prefix, workload.python or PYTHON, str(worker)],
                 tree,
                 place,
                 environment,
@@ -146,7 +156,7 @@ class Worker:
             raise self._last_words() from None
         seconds = time.perf_counter() - start
         if kind != b"r":
-            raise ArmError(self.arm, bytes(reply[-2000:]).decode(errors="replace").strip())
+            raise ArmError(self.arm, _last(bytes(reply)))
         return Reply(seconds, inner, reply)
 
     def _read(self, size: int, stop: float) -> bytearray:
@@ -175,14 +185,26 @@ class Worker:
         except ArmError as seen:
             problem = seen
         self.log.seek(0)
-        words = f"{problem.words}: {self.log.read()[-2000:].decode(errors='replace').strip()}"
+        words = f"{problem.words}: {_last(self.log.read())}"
         return ArmError(self.arm, words, killed=problem.killed, infra=problem.infra)
+
+    def finish(self, timeout_s: float) -> str:
+        """Lets it end by itself; all that it and its `prefix` have printed. ArmError if it does not end so in time."""
+        os.close(self._requests)
+        self._requests = -1
+        status = self.running.wait(timeout_s).status
+        self.log.seek(0)
+        printed = self.log.read().decode(errors="replace")
+        if status:
+            raise ArmError(self.arm, f"ended with status {status}: {printed[-2000:].strip()}")
+        return printed
 
     def end(self) -> None:
         """Kills it and whatever it started."""
         self.running.end()
         for fd in (self._requests, self._replies):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         self.log.close()
 
 
@@ -195,6 +217,7 @@ def started(
     *,
     makes_inputs: bool = False,
     weighs: bool = False,
+    prefix: Sequence[str] = (),
 ) -> Worker:
     """A worker in an arm's tree, which has loaded the workload. ArmError if it cannot."""
     return Worker(
@@ -209,4 +232,5 @@ def started(
         limits=trees.limits(arm),
         makes_inputs=makes_inputs,
         weighs=weighs,
+        prefix=prefix,
     )

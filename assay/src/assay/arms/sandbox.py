@@ -26,7 +26,8 @@ HOME = Path("/assay/home")
 CACHE = Path("/assay/cache")
 TAIL = 1 << 16
 """Bytes of a command's output that are kept."""
-INSIDE, PARTS = Path(inside.__file__).parent, ("supervisor.py", "worker.py", "wire.py")
+INSIDE = Path(inside.__file__).parent
+PARTS = ("supervisor.py", "worker.py", "wire.py", "benchmarks.py", "sealed.py", "counting.py")
 """What starts by path, in a sandbox or beside it."""
 _SYSTEM = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime")
 _MASKED = [Path("/proc", name) for name in ("kcore", "keys", "kmsg", "kpagecgroup", "kpagecount", "kpageflags")]
@@ -84,6 +85,7 @@ def environment(box: Box, more: Mapping[str, str] | None = None) -> dict[str, st
         "LANG": "C.UTF-8",
         "TMPDIR": "/tmp",  # noqa: S108 - the sandbox's own
         "PWD": str(PLACE),
+        "PYTEST_ADDOPTS": "-p no:assay",  # assay's own plugin may be installed from a folder that is not shown
     }
     return own | dict(box.environment) | caches(CACHE) | dict(more or {})
 

@@ -27,6 +27,8 @@ class Trees:
     """What is set in the environment of arms that have no sandbox, beside the judge's own."""
     most: Limits = UNDECLARED
     """What each arm may use that has no sandbox."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What people call the trees, where that is not their path."""
 
     @classmethod
     def at(
@@ -36,6 +38,7 @@ class Trees:
         isolation: str = "auto",
         more: Mapping[str, str] | None = None,
         most: Limits = UNDECLARED,
+        names: Mapping[str, str] | None = None,
     ) -> "Trees":
         """Makes the place. ValueError if namespaces are asked for and not to be had."""
         if isolation not in ("auto", "namespaces", "links"):
@@ -47,7 +50,7 @@ class Trees:
             )
         if able:
             (folder / "tree").mkdir(exist_ok=True)
-        return cls(trees, folder, able, more=more or {}, most=most)
+        return cls(trees, folder, able, more=more or {}, most=most, names=names or {})
 
     @classmethod
     def boxed(cls, boxes: Mapping[str, Box], folder: Path) -> "Trees":

@@ -1,158 +1,164 @@
-"""The command ab: two trees against each other, without a task."""
+"""The command ab: two trees or more against each other, without a task."""
 
 import argparse
 import json
 import tempfile
 import time
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from assay.cli.command import Command
-from assay.cli.shown import judged
-from assay.contract import seeds
-from assay.contract.errors import ArmError, UsageError
-from assay.contract.workload import Kind, Plan, Workload
+from assay.cli import what
+from assay.cli.command import Command, beside
+from assay.cli.shown import STATUS, judged
+from assay.contract.errors import ArmError, Status, UsageError
+from assay.contract.workload import Plan, Workload
+from assay.experiment.cases import cases
 from assay.experiment.series import run
 from assay.report import page, terminal
 from assay.report.terminal import Progress
+from assay.repository import checkout
+from assay.statistics.looks import Judgement
+
+_DESCRIPTION = """Runs A, B and A' in blocks, at most 40 of them, in fresh processes, until a look decides. A and B are
+directories, or commits of the repository here. All arms are copies, made in the same way. Several candidates, and all
+cases of an asv benchmark, are comparisons of their own, whose levels are divided by their number."""
+_USAGE = "assay ab A B [B ...] [options] (-- COMMAND ... | --call M:F | --asv F:C.M | --pyperf F:NAME)"
+_WORST = (Status.INFRASTRUCTURE, Status.REFUTED, Status.OPEN, Status.SHOWN)
+"""Of several comparisons, the first of these that one of them has."""
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("a", type=Path, metavar="A", help="directory of the base tree")
-    parser.add_argument("b", type=Path, metavar="B", help="directory of the candidate tree")
-    what = parser.add_argument_group("what is measured (or -- COMMAND)").add_mutually_exclusive_group()
-    targets: tuple[tuple[Kind, str], ...] = (
-        ("call", "module:function or file.py:function, inside a worker"),
-        ("asv", "file.py:Class.time_method, an asv benchmark"),
-        ("pyperf", "script.py:NAME, a benchmark that a pyperf script registers"),
-    )
-    for kind, words in targets:
-        what.add_argument(f"--{kind}", dest="kind", type=partial(_target, kind), metavar="TARGET", help=words)
-    calls = parser.add_argument_group("callables")
-    calls.add_argument(
-        "--inputs", default="", metavar="M:F", help="called with a seed in base: a tuple of arguments, a dict"
-    )
-    calls.add_argument(
-        "--constant", action="store_true", help="one input for all calls; else every call gets a new one"
-    )
-    calls.add_argument(
-        "--chain", default="", metavar="M:F", help="(input, output) -> next input, for calls of microseconds"
-    )
-    calls.add_argument(
-        "--links", type=int, default=1, help="calls a request: with --chain, or --clock cuda (%(default)s)"
-    )
-    calls.add_argument(
-        "--clock", choices=("judge", "cuda"), default="judge", help="cuda: events in the arm, cooperative"
-    )
-    calls.add_argument("--graph", action="store_true", help="with --clock cuda: replay a CUDA graph of the links")
-    calls.add_argument("--no-compare", action="store_true", help="outputs are not sent back and compared")
-    calls.add_argument(
-        "--trusted", action="store_true", help="B does not patch its worker: its chain and copies bound nothing"
-    )
-    calls.add_argument(
-        "--canonical", default="", metavar="F:F", help="output -> what of it is compared, as where an order is free"
-    )
-    calls.add_argument("--rtol", type=float, default=0.0, help="of outputs; equal bits unless given")
-    calls.add_argument("--atol", type=float, default=0.0)
-    calls.add_argument("--case", type=int, default=0, help="asv: which combination of parameters (%(default)s)")
-    calls.add_argument("--python", default="", help="the workers' interpreter (this one)")
-    calls.add_argument("--path", action="append", help="folder of the tree put on sys.path; repeatable (. and src)")
-    calls.add_argument("--rounds", type=int, default=8, help="turns that a block's workers take (%(default)s)")
-    calls.add_argument("--calls", type=int, default=0, help="timed calls a block and arm (calibrated to about 20 ms)")
-    calls.add_argument("--warmups", type=int, default=1, help="calls before them (%(default)s)")
-    parser.add_argument("--prime", type=Path, help="a second build of base (A'); a copy of A unless given")
-    parser.add_argument("--primary", default="", help="wall or memory; for callables steady, first, import or memory")
-    parser.add_argument("--delta", type=float, default=0.02, help="margin of equivalent and material (%(default)s)")
-    parser.add_argument("--seed", type=int, help="of orders and inputs (256 bits, drawn anew)")
-    parser.add_argument(
-        "--timeout", type=float, default=600.0, help="seconds that a run or a call may take (%(default)s)"
-    )
-    parser.add_argument("--most-foreign", type=float, default=0.1, help=_FOREIGN)
-    parser.add_argument("--isolation", choices=("auto", "namespaces", "links"), default="auto", help=_ISOLATION)
-    parser.add_argument("--out", type=Path, help="RAW file; a temporary one unless given")
-    parser.add_argument("--html", type=Path, help="write a report, too")
+    parser.add_argument("a", metavar="A", help="base: a directory, or a commit of the repository here")
+    parser.add_argument("b", metavar="B", nargs="+", help="candidates, likewise")
+    what.arguments(parser)
+    parser.add_argument("--prime", metavar="A'", help="a second build of base; a copy of A unless given")
+    parser.add_argument("--out", type=Path, help="RAW file, of several comparisons a folder; temporary unless given")
+    parser.add_argument("--html", type=Path, help="write a report, too; of several comparisons into a folder")
 
 
-_DESCRIPTION = "Runs A, B and A' in blocks, at most 40 of them, in fresh processes, until a look decides."
-_USAGE = "assay ab A B [options] (-- COMMAND ... | --call M:F | --asv F:C.M | --pyperf F:NAME)"
-_FOREIGN = "processor seconds of others, a second of a block, above which it is left out (%(default)s)"
-_ISOLATION = "namespaces: all trees at one path; links: at links of equal length (the first that works)"
+@dataclass(frozen=True)
+class _Comparison:
+    """One candidate and one case."""
 
+    candidate: str
+    tree: Path
+    case: str
+    workload: Workload
 
-def _target(kind: Kind, text: str) -> tuple[Kind, str]:
-    return kind, text
-
-
-def _workload(arguments: argparse.Namespace, command: list[str]) -> Workload:
-    if arguments.kind is None:
-        return Workload("command", tuple(command))
-    kind, target = arguments.kind
-    return Workload(
-        kind,
-        target=_here(target),
-        inputs=_here(arguments.inputs),
-        chain=_here(arguments.chain),
-        canonical=_here(arguments.canonical),
-        constant=arguments.constant or not arguments.inputs,
-        links=arguments.links,
-        clock=arguments.clock,
-        graph=arguments.graph,
-        compare=not arguments.no_compare and kind == "call",
-        rtol=arguments.rtol,
-        atol=arguments.atol,
-        case=arguments.case,
-        python=arguments.python,
-        paths=tuple(arguments.path or Workload("call").paths),
-        rounds=arguments.rounds,
-        calls=arguments.calls,
-        warmups=arguments.warmups,
-    )
-
-
-def _here(target: str) -> str:
-    """A file that is there, seen from here, stands for itself in every arm; other names are looked up in the arm."""
-    place, colon, name = target.partition(":")
-    return f"{Path(place).resolve()}{colon}{name}" if place.endswith(".py") and Path(place).is_file() else target
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.candidate} ({self.case})" if self.case else self.candidate
 
 
 def _ab(given: argparse.Namespace, progress: Progress) -> int:
-    if not given.after and given.kind is None:
-        given.parser.error("COMMAND: expected a command after --, or --call, --asv or --pyperf, got none")
-    if given.after and given.kind is not None:
-        given.parser.error(f"COMMAND: expected none with --{given.kind[0]}, got {given.after}")
-    raw: Path = given.out
-    if raw is None:
-        raw = Path(tempfile.mkdtemp(prefix="assay-")) / f"{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    plan = Plan(
-        _workload(given, given.after),
-        given.delta,
-        seeds.secret() if given.seed is None else given.seed,
-        given.timeout,
-        given.most_foreign,
-        given.primary,
-        given.isolation,
-        trusted=given.trusted,
-    ).checked()
-    if raw.exists():
-        raise UsageError(f"--out: expected a file that is not there yet, got {raw}")
+    workload = what.given(given)
+    what.plan(given, workload, 1)  # what makes no sense is said before anything is written out
+    with tempfile.TemporaryDirectory(prefix="assay-") as place:
+        folder, here = Path(place), Path.cwd()
+        base = checkout.tree("A", given.a, folder, here)
+        control = checkout.tree("--prime", given.prime, folder, here) if given.prime else None
+        trees = {name: checkout.tree("B", name, folder, here) for name in given.b}
+        if len(trees) != len(given.b):
+            raise UsageError(f"B: expected different candidates, got {' '.join(given.b)}")
+        of = _cases(given, workload, base)
+        comparisons = [_Comparison(name, tree, *case) for name, tree in trees.items() for case in of]
+        out = _Out(given, comparisons)
+        found = []
+        for one in comparisons:
+            plan = what.plan(given, one.workload, len(comparisons))
+            found.append(_compared(given, one, plan, (base, control), out, progress))
+        if len(found) > 1:
+            pairs = zip(comparisons, found, strict=True)
+            terminal.lines(["", *(f"{one.name}: {_short(seen, given.delta)}" for one, seen in pairs)])
+        return next(status for status in _WORST if status in [STATUS[seen.verdict] for seen in found])
+
+
+def _short(seen: Judgement, delta: float) -> str:
+    """A judgement on one line."""
+    first, *more = terminal.outcome(seen, delta)
+    return f"{seen.verdict}: {more[0]}" if more else first
+
+
+def _cases(given: argparse.Namespace, workload: Workload, base: Path) -> list[tuple[str, Workload]]:
+    """The cases that are compared, each with its text."""
+    if workload.kind != "asv":
+        return [("", workload)]
+    try:
+        texts = cases(workload, base, given.isolation, given.timeout)
+    except ArmError as problem:
+        raise ArmError("a run failed", str(problem)) from None
+    if given.case != what.ALL:
+        return [(texts[given.case], workload)]
+    return [(text, what.of_case(workload, number)) for number, text in enumerate(texts)]
+
+
+class _Out:
+    """Where RAW and reports of each comparison go."""
+
+    def __init__(self, given: argparse.Namespace, comparisons: Sequence[_Comparison]) -> None:
+        self.raw, self.html, self.many = given.out, given.html, len(comparisons) > 1
+        if self.raw is None:
+            self.raw = Path(tempfile.mkdtemp(prefix="assay-")) / f"{time.strftime('%Y%m%d-%H%M%S')}"
+            self.raw = self.raw if self.many else self.raw.with_suffix(".jsonl")
+        if self.raw.exists():
+            raise UsageError(f"--out: expected a file or folder that is not there yet, got {self.raw}")
+        if self.many:
+            self.raw.mkdir(parents=True)
+        if self.many and self.html:
+            self.html.mkdir(parents=True, exist_ok=True)
+        self.names: dict[str, str] = {}
+        for one in comparisons:
+            name = what.file_name(one.candidate, str(one.workload.case) if one.case else "")
+            taken = sum(other == name or other.startswith(f"{name}.") for other in self.names.values())
+            self.names[one.name] = f"{name}.{taken}" if taken else name
+
+    def of(self, one: _Comparison) -> tuple[Path, Path | None]:
+        """RAW and report."""
+        if not self.many:
+            return self.raw, self.html
+        name = self.names[one.name]
+        return self.raw / f"{name}.jsonl", self.html / f"{name}.html" if self.html else None
+
+
+def _compared(
+    given: argparse.Namespace,
+    one: _Comparison,
+    plan: Plan,
+    bases: tuple[Path, Path | None],
+    places: _Out,
+    progress: Progress,
+) -> Judgement:
+    base, control = bases
+    raw, html = places.of(one)
+    names = {"base": given.a, "candidate": one.candidate, "control": given.prime or given.a}
     progress.begin()
+    if places.many:
+        progress.told({"kind": "workload", "name": one.name})
     try:
         with raw.open("x") as out:
-            seen = run(given.a, given.b, plan, out, control=given.prime, told=progress.told)
+            more: dict[str, Any] = {"setup": what.shell(given.setup), "names": names, "conditions": beside(given)}
+            more["told"] = progress.told
+            seen = run(base, one.tree, plan, out, control=control, **more)
+            assert seen is not None
     except ArmError as problem:
         raise ArmError("a run failed", str(problem)) from None
     finally:
         if not raw.stat().st_size:
             raw.unlink()
     progress.end()
+    if places.many:
+        terminal.lines(["", f"{one.name}:"])
     rows = [json.loads(line) for line in raw.read_text().splitlines()]
-    status = judged(seen, rows, f"RAW: {raw}")
-    if given.html:
-        given.html.write_text(page.page(rows))
-        terminal.line(f"report: {given.html}")
-    return status
+    judged(seen, rows, f"RAW: {raw}")
+    if html:
+        html.write_text(page.page(rows))
+        terminal.line(f"report: {html}")
+    return seen
 
 
 AB = Command(
-    "ab", "measure two trees against each other", _arguments, _ab, description=_DESCRIPTION, usage=_USAGE, after=True
+    "ab", "measure trees against each other", _arguments, _ab, description=_DESCRIPTION, usage=_USAGE, after=True
 )

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.cli.command import EPILOG, SANDBOX, STORE, Command
+from assay.cli.command import EPILOG, SANDBOX, STORE, Command, beside, beside_arguments
 from assay.cli.plans import told
 from assay.contract.errors import UsageError
 from assay.contract.frozen import FILE
@@ -38,6 +38,7 @@ def _judge_arguments(parser: argparse.ArgumentParser) -> None:
     _patch_arguments(parser)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="judges beside each other (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    beside_arguments(parser)
 
 
 def _gates(text: str) -> tuple[str, ...]:
@@ -71,7 +72,7 @@ def _judge(given: argparse.Namespace, progress: Progress) -> int:
         progress.end()
         return _many(given, sources)
     options: dict[str, Any] = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
-    found, folder = judge(read, sources[0], given.store.resolve(), **options)
+    found, folder = judge(read, sources[0], given.store.resolve(), conditions=beside(given), **options)
     progress.end()
     return told(found, folder, given.json)
 
@@ -88,6 +89,9 @@ def _many(given: argparse.Namespace, sources: "list[Source]") -> int:
         "--json",
         *(["--no-sandbox"] if given.no_sandbox else []),
         *(["--skip", ",".join(given.skip)] if given.skip else []),
+        f"--patient={given.patient}",
+        *(["--pin"] if given.pin else []),
+        *(["--isolate"] if given.isolate else []),
     ]
     waiting, statuses = list(sources), []
     running: dict[str, subprocess.Popen[str]] = {}

@@ -3,17 +3,20 @@
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from assay.cli.command import STORE, Command
-from assay.contract import admission, cells, mined, plan, rows, verdict
+from assay.contract import admission, cells, mined, plan, rows, timeline, verdict
 from assay.contract.errors import Status, UsageError
+from assay.contract.outcome import NOTHING
 from assay.experiment.raw import replay, rows_of
 from assay.gates import table
 from assay.gates.gate import NOT_ASKED, SKIPPED
 from assay.judgement.decision import replayed
 from assay.judgement.ledger import Ledger
-from assay.report import page, terminal
+from assay.report import instructions, page, terminal
 from assay.report import verdict as pages
+from assay.report.advice import advice
 from assay.report.terminal import Progress
 from assay.statistics.looks import Judgement
 
@@ -21,7 +24,7 @@ STATUS = {
     "faster": Status.SHOWN,
     **dict.fromkeys(("slower", "equivalent", "incorrect", "tampered"), Status.REFUTED),
     "undecided": Status.OPEN,
-    "void": Status.INFRASTRUCTURE,
+    **dict.fromkeys(NOTHING, Status.INFRASTRUCTURE),
 }
 """Of a judgement without a task, which requires nothing but `faster`."""
 
@@ -46,9 +49,18 @@ def _replay(given: argparse.Namespace, _: Progress) -> int:
     return judged(seen, [json.loads(line) for line in lines])
 
 
-def judged(seen: Judgement, found: list[dict[str, object]], *more: str) -> int:
+def judged(seen: Judgement, found: list[dict[str, Any]], *more: str) -> int:
     """Prints a judgement and how it was measured; its status."""
-    terminal.lines([*terminal.outcome(seen), *terminal.figures(found), *terminal.conditions(found), *more])
+    hints = [f"advice: {words}" for words in advice(seen.verdict, found)]
+    lines = [
+        *terminal.outcome(seen, found[0]["plan"]["delta"]),
+        *terminal.got_worse(found),
+        *instructions.lines(found),
+        *hints,
+        *terminal.figures(found),
+        *terminal.conditions(found),
+    ]
+    terminal.lines([*lines, *more])
     return STATUS[seen.verdict]
 
 
@@ -99,6 +111,7 @@ _SCHEMAS = {
     "agent-run": _run_schema,
     "campaign": _campaign_schema,
     "cell": cells.schema,
+    "history": timeline.schema,
 }
 
 

@@ -1,6 +1,6 @@
 """The commands. A new one is a row here, with functions beside it."""
 
-from assay.cli import ab, admission, agents, campaigns, exports, judging, plans, prompts, proofs, shown, tasks
+from assay.cli import ab, admission, agents, campaigns, exports, history, judging, plans, prompts, proofs, shown, tasks
 
 COMMANDS = {
     command.name: command
@@ -17,6 +17,7 @@ COMMANDS = {
         plans.DECIDE,
         shown.LEDGER,
         ab.AB,
+        history.HISTORY,
         shown.REPLAY,
         shown.REPORT,
         shown.SCHEMA,

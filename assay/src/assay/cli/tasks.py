@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 
+from assay.arms.process import PYTHON
 from assay.cli.command import Command
 from assay.cli.shown import schema
 from assay.contract.errors import TaskError, UsageError
@@ -37,7 +38,8 @@ _REPOSITORY = "a git repository with its history; its code is not run"
 def _arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_subparsers(dest="what", required=True)
     what.add_parser("schema", help="print the JSON schema of a task")
-    what.add_parser("check", help="read a task strictly").add_argument("task", type=Path, metavar="TASK")
+    check = what.add_parser("check", help="read a task strictly; whether what it names is there")
+    check.add_argument("task", type=Path, metavar="TASK")
     find = what.add_parser("find", help="list commits that claim to make something faster", description=_FIND)
     find.add_argument("--repo", type=Path, required=True, metavar="R", help=_REPOSITORY)
     find.add_argument("--since", default="", metavar="DATE", help="as git understands it: 2025-01-01, '3 months ago'")
@@ -67,8 +69,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(given: argparse.Namespace) -> int:
     from assay.contract import task
+    from assay.mining import mistakes
 
     found = task.read(given.task)
+    if wrong := mistakes.mistakes(found, PYTHON):
+        raise TaskError("\n".join(wrong))
     base = found.base or f"the directory {found.repository}"
     terminal.line(f"{found.task.name} {found.digest}: {len(found.task.workload)} workloads, from {base}")
     return 0

@@ -48,6 +48,12 @@ class NoSandboxError(StoppedError, RuntimeError):
     status = Status.INFRASTRUCTURE
 
 
+class IsolationError(StoppedError, RuntimeError):
+    """Others cannot be kept away from a processor here."""
+
+    status = Status.INFRASTRUCTURE
+
+
 class BuildError(StoppedError, RuntimeError):
     """A setup or build command failed in an arm."""
 

@@ -26,8 +26,12 @@ REJECTED = (
     *(Outcome.INCORRECT, Outcome.TAMPERED, Outcome.OUT_OF_SCOPE, Outcome.API_BREAK, Outcome.NO_PATCH, Outcome.SLOWER),
 )
 """What counts against a candidate, beside what gates find."""
-MEASURED = (*DECIDED, Outcome.INCORRECT, Outcome.TAMPERED, Outcome.VOID)
-"""What a workload's blocks can come to."""
-REQUIREMENTS = ("faster", "not_slower", "any")
 INFRA = "infra."
 """How the name of every outcome begins that counts against nobody."""
+NOISE = f"{INFRA}noise"
+"""The machine scatters so much that the blocks which are allowed could not show the margin."""
+NOTHING = (Outcome.VOID, NOISE)
+"""What says nothing of a candidate, since this machine could not show it."""
+MEASURED = (*DECIDED, Outcome.INCORRECT, Outcome.TAMPERED, *NOTHING)
+"""What a workload's blocks can come to."""
+REQUIREMENTS = ("faster", "material", "not_slower", "any")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from assay.contract.outcome import REQUIREMENTS
 from assay.contract.schema import ADDED, Count, Digest, Number, Positive, document
 from assay.contract.workload import Plan
 
@@ -28,7 +29,7 @@ class TaskFacts:
     name: str
     digest: Digest
     delta: Positive
-    require: Literal["faster", "not_slower", "any"]
+    require: Annotated[str, {"enum": list(REQUIREMENTS)}]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from assay.contract.outcome import MEASURED
-from assay.contract.schema import ADDED, Count, Digest, document
+from assay.contract.schema import ADDED, Count, Digest, Number, document
 from assay.contract.workload import Plan
 
 VERSION = 3
@@ -13,6 +13,8 @@ _PER_ARM = {"required": ["base", "candidate", "control"], "propertyNames": Arm}
 Paths = Annotated[dict[str, str], _PER_ARM]
 NotNegative = Annotated[float, {"minimum": 0}]
 Numbers = Annotated[dict[str, NotNegative], _PER_ARM]
+BESIDE = ("import", "first", "memory", "processors", "cpu")
+"""Figures that are told beside the one that is judged, if they got worse; cpu: processor seconds of a block."""
 Interval = Annotated[list[float | None], {"minItems": 2, "maxItems": 2}]
 
 
@@ -28,9 +30,23 @@ class Header:
     isolation: Literal["sandbox", "namespaces", "links"]
     clock: Literal["judge", "cooperative"]
     calibrated: Annotated[dict[str, float], {"description": "seconds; bytes of the longest reply"}]
-    calls: Annotated[Count, {"description": "timed calls of an arm in a block; 0 for commands"}]
+    calls: Annotated[Count, {"description": "timed requests of an arm in a block; 0 for commands"}]
+    loops: Annotated[Number, {"description": "calls a request; all seconds are those of one call"}, ADDED]
     machine: Annotated[dict[str, Any], {"required": ["system", "processor", "processors", "python", "gpus"]}]
     started: Annotated[str, {"description": "UTC"}]
+    processors: Annotated[list[Count], {"description": "numbers of those that judge and arms may use"}, ADDED]
+    patience_s: Annotated[NotNegative, {"description": "how long a block waits for others to rest"}, ADDED]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A timed call whose output is not base's, in words that may be anybody's."""
+
+    call: Annotated[Count, {"description": "index among the block's calls, those that are not timed included"}]
+    input: str
+    base: Annotated[str, {"description": "what base returned"}]
+    candidate: Annotated[str, {"description": "what the candidate returned"}]
+    where: Annotated[str, {"description": "where they differ"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +59,9 @@ class Block:
     reasons: Annotated[list[str], {"description": "why the block is left out; empty: it counts"}]
     elapsed_s: NotNegative
     foreign_cpu_s: Annotated[float | None, {"description": "processor seconds of others meanwhile"}]
+    others: Annotated[
+        dict[str, NotNegative], {"description": "processor seconds of those who used most of it, by name"}, ADDED
+    ]
     clock_mhz: float | None
     primary: Annotated[Numbers, {"description": "what is judged: seconds, or KiB for memory"}]
     figures: Annotated[dict[str, dict[str, float]], _PER_ARM]
@@ -58,7 +77,7 @@ class Block:
     gpus: Annotated[dict[str, list[dict[str, Any]]], _PER_ARM, {"description": "states at the end of the arm"}]
     transport_s: Annotated[
         NotNegative,
-        {"description": "what sending takes in base's worker: taken out of the primary figures of all arms"},
+        {"description": "what sending takes in base's worker: taken out of all arms' primary figures; 0 in loops"},
         ADDED,
     ]
     spared_s: Annotated[
@@ -69,6 +88,19 @@ class Block:
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]
+    mismatch: Annotated[Mismatch | None, {"description": "the first of them"}, ADDED] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted:
+    """How many instructions each arm executes; it decides nothing."""
+
+    kind: Literal["instructions"] = "instructions"
+    source: Annotated[str, {"enum": ["", "perf", "valgrind", "bytecode"]}]
+    what: Annotated[str, {"description": "what was counted, in words"}]
+    calls: Annotated[Count, {"description": "how many were counted in each arm; 1 is a whole command"}]
+    counts: Annotated[dict[str, NotNegative], {"description": "by arm, of one call; empty: none were counted"}]
+    words: Annotated[str, {"description": "why a better source, or any, was not to be had"}]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,5 +138,5 @@ class Judged:
 def schema() -> dict[str, Any]:
     """The JSON schema of a row."""
     words = "RAW is a text file of JSON lines: one header, then a block per line, then at most one verdict or failure."
-    models = (Header, Block, Resumed, Failed, Judged)
+    models = (Header, Block, Counted, Resumed, Failed, Judged)
     return document(f"assay-raw-{VERSION}", f"A line of RAW, version {VERSION}", words, models)

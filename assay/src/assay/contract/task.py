@@ -65,6 +65,8 @@ class Timed:
     Not compared are outputs of a command, of a benchmark, of a call with `compare = false`, and of a function that
     returns nothing.
     """
+    instructions: Literal["", "best", "perf", "valgrind", "bytecode"] = ""
+    """By what instructions are counted beside times: `best` that the machine allows, or one. They decide nothing."""
     worker: Literal["untrusted", "trusted"] = "untrusted"
     """Whether a patch may have its worker in its hands; only what that cannot explain is then called faster.
 
@@ -83,7 +85,7 @@ class Property:
     """`file.py:function` of the task, never shown to a candidate: returns a hypothesis strategy of the arguments."""
     wide: str = ""
     """`module:function` or `file.py:function`: the same from wider types, in base, which calibrates the tolerance."""
-    examples: Count = 40
+    examples: Count = 200
     rtol: Annotated[float, Field(ge=0)] = 0.0
     atol: Annotated[float, Field(ge=0)] = 0.0
     writes: tuple[int | str, ...] = ()
@@ -196,8 +198,8 @@ class Task:
     prompt: Prompt = Prompt()
     delta: Positive = 0.02
     """The margin of `equivalent`, `material` and `not_slower`, as a fraction."""
-    require: Literal["faster", "not_slower", "any"] = "faster"
-    """What exit status 0 stands for."""
+    require: Literal["faster", "material", "not_slower", "any"] = "faster"
+    """What exit status 0 stands for; `material` is faster by more than the margin."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +237,7 @@ class Read:
             most_start_s=task.budget.most_start_s,
             unchecked=timed.outputs == "unchecked",
             trusted=timed.worker == "trusted",
+            instructions=timed.instructions,
         ).checked()
 
 
@@ -253,6 +256,9 @@ def read(file: Path, base: str = "") -> Read:
         task = adapter().validate_json(json.dumps(data, default=str))
     except ValidationError as problem:
         raise TaskError("\n".join(_explained(file, text, error) for error in problem.errors())) from None
+    if task.delta > 1:
+        meant = f"expected at most 1, which is 100 %: is {100 * task.delta:g} % meant? {task.delta:g} % is"
+        raise TaskError(f"{file}:{line_of(text, ('delta',))}: delta: {meant} {task.delta / 100:g}")
     if base:
         task = dataclasses.replace(task, repository=dataclasses.replace(task.repository, base=base))
     found = Read(task, file.resolve(), text, "", "", "")

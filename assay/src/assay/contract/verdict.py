@@ -4,9 +4,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from assay.contract.outcome import INFRA, Outcome
+from assay.contract.outcome import INFRA, REQUIREMENTS, Outcome
 from assay.contract.plan import PatchFacts
-from assay.contract.rows import Interval
+from assay.contract.rows import BESIDE, Interval
 from assay.contract.schema import ADDED, Count, Digest, Number, document
 
 VERSION = 1
@@ -50,6 +50,26 @@ class Change:
 
 
 @dataclass(frozen=True)
+class Worse:
+    """A figure beside the one that is judged, which is larger than base's by more than the margin."""
+
+    name: Annotated[str, {"enum": list(BESIDE)}]
+    base: Annotated[float, {"description": "seconds; KiB of memory; number of processors"}]
+    candidate: float
+    interval: Annotated[Interval, {"description": "of the log-ratio of candidate over base, at 99.9 %"}]
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Counts of instructions beside the times; they decide nothing. Log-ratios of base over an arm."""
+
+    source: str
+    candidate: float | None
+    control: float | None
+    words: str
+
+
+@dataclass(frozen=True)
 class WorkloadFound:
     """What one workload's blocks say."""
 
@@ -65,6 +85,11 @@ class WorkloadFound:
     p: Annotated[float, {"description": "over all looks"}]
     holm: Annotated[bool, {"description": "called by Holm's procedure alone"}]
     reference: Change | None
+    worse: Annotated[list[Worse], ADDED] = field(default_factory=list)
+    instructions: Annotated[Instructions | None, ADDED] = None
+    advice: Annotated[list[str], {"description": "what can be done where this shows nothing"}, ADDED] = field(
+        default_factory=list
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +101,7 @@ class Verdict:
     assay: str
     outcome: Word
     words: list[str]
-    require: Literal["faster", "not_slower", "any"]
+    require: Annotated[str, {"enum": list(REQUIREMENTS)}]
     status: Annotated[int, {"enum": [0, 1, 3, 4, 5], "description": "exit status"}]
     task: TaskName
     patch: PatchFacts

@@ -9,11 +9,27 @@ from typing import Annotated, Any, Literal
 from assay.contract.schema import ADDED
 from assay.statistics.looks import LOOKS
 
-Kind = Literal["command", "call", "asv", "pyperf"]
+Kind = Literal["command", "call", "asv", "pyperf", "pytest"]
 FIGURES = {"command": ("wall", "memory"), "worker": ("steady", "first", "import", "memory")}
 """What is measured of a process, and which of it may be declared primary."""
 NAMED = ("target", "inputs", "chain", "canonical")
 """Fields of a workload that name a function."""
+
+
+def fraction(text: str, name: str) -> float:
+    """A margin as it is typed, 0.02 or 2%, as a fraction. ValueError for none.
+
+    A bare number of 1 or more is asked about, since 5 may be meant as 5 %.
+    """
+    number, sign, _ = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if sign else 1)
+    except ValueError:
+        raise ValueError(f"{name}: expected a fraction or per cent, as 0.02 or 2%, got {text!r}") from None
+    if 1 <= value < math.inf and not sign:
+        words = f"is {100 * value:g} % meant? {text}% is {value / 100:g}; write {100 * value:g}% if so"
+        raise ValueError(f"{name}: {words}")
+    return value
 
 
 @dataclass(frozen=True)
@@ -25,8 +41,13 @@ class Workload:
 
     kind: Kind
     command: tuple[str, ...] = ()
+    prepare: Annotated[tuple[str, ...], ADDED] = ()
+    """A command that is run before each timed run of `command`, in the same place, and is in no figure."""
     target: str = ""
-    """`module:function` or `file.py:function`; asv: `file.py:Class.time_method`; pyperf: `script.py:benchmark name`."""
+    """`module:function` or `file.py:function`; asv: `file.py:Class.time_method`; pyperf: `script.py:benchmark name`.
+
+    pytest: `file.py::test`, a test that calls pytest-benchmark's fixture.
+    """
     inputs: str = ""
     """`module:function`, called with a seed: a tuple is taken as arguments, a dict as keywords, else one argument."""
     constant: bool = False
@@ -34,6 +55,12 @@ class Workload:
     chain: str = ""
     """`module:function`: (input, output) -> the next input. With `links` calls in a request."""
     links: int = 1
+    loops: Annotated[int, ADDED] = 0
+    """Calls a request without `chain`: 0 makes them as many as a call of microseconds needs, 1 never more than one.
+
+    Each has an input of its own, which it cannot read before the output of the call before is known. Constant inputs
+    and benchmarks are called again and again.
+    """
     clock: Literal["judge", "cuda"] = "judge"
     """cuda: events inside the worker around `links` calls, which is cooperative: the worker could lie."""
     graph: bool = False
@@ -65,6 +92,21 @@ class Workload:
         return self.kind != "command"
 
     @property
+    def repeats(self) -> bool:
+        """Whether all calls have one input."""
+        return self.constant or self.kind != "call"
+
+    def keeps(self, loops: int) -> bool:
+        """Whether a worker is sent the one input of all calls before they are timed."""
+        return self.constant or (self.repeats and loops > 1)
+
+    @property
+    def may_loop(self) -> bool:
+        """Whether a request may hold a loop of calls: outputs have to be the same bits, and the clock the judge's."""
+        exact = not (self.rtol or self.atol or self.canonical)
+        return self.loops != 1 and self.links == 1 and self.clock == "judge" and exact
+
+    @property
     def compares(self) -> bool:
         """Whether outputs are compared: those of a command or of a benchmark are nobody's to see."""
         return self.kind == "call" and self.compare
@@ -75,18 +117,22 @@ class Workload:
             if not self.command:
                 raise ValueError("COMMAND: expected a command after --, got none")
             return self
+        if self.prepare:
+            raise ValueError("--prepare: expected a command with it; callables have a setup of their own")
         if ":" not in self.target:
             raise ValueError(f"--{self.kind}: expected NAME:CALLABLE, got {self.target!r}")
         for name in NAMED[1:]:
             if getattr(self, name) and ":" not in getattr(self, name):
                 raise ValueError(f"--{name}: expected NAME:FUNCTION, got {getattr(self, name)!r}")
-        for name, least in (("rounds", 1), ("links", 1), ("calls", 0), ("warmups", 1), ("case", 0)):
+        for name, least in (("rounds", 1), ("links", 1), ("loops", 0), ("calls", 0), ("warmups", 1), ("case", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name}: expected at least {least}, got {getattr(self, name)}")
         if self.canonical and not self.canonical.partition(":")[0].endswith(".py"):
             raise ValueError(f"--canonical: expected FILE.py:FUNCTION, got {self.canonical!r}")
         if self.links > 1 and not self.chain and self.clock == "judge":
             raise ValueError("--links: expected --chain with it, so that no call can be left out")
+        if self.loops > 1 and not self.may_loop:
+            raise ValueError("--loops: expected no --links, --rtol, --atol, --canonical or --clock cuda with it")
         if self.clock == "cuda" and self.chain:
             raise ValueError("--chain: expected the judge's clock, got --clock cuda")
         if self.graph and self.clock != "cuda":
@@ -117,6 +163,8 @@ class Plan:
     """Whether the task says that outputs need not be compared."""
     trusted: Annotated[bool, ADDED] = False
     """Whether workers are trusted: what a patched one could spare beside sending is then no bound of `faster`."""
+    instructions: Annotated[Literal["", "best", "perf", "valgrind", "bytecode"], ADDED] = ""
+    """By what instructions are counted at the end: the best that the machine allows, or one; "": not at all."""
     looks: tuple[tuple[int, float], ...] = field(default=tuple((look.blocks, look.alpha) for look in LOOKS), init=False)
 
     def checked(self) -> "Plan":

@@ -46,10 +46,10 @@ class Exchange:
         """As at the start."""
         self._most = MOST_BYTES if expected is None else _TIMES * expected + _MORE
 
-    def call(self, given: bytes | None) -> Reply:
-        """A call with an input, or with the one that was kept."""
-        body, letter = ([], b"g") if given is None else ([given], b"c")
-        reply = self.worker.ask(letter, 0.0, body, most=self._most)
+    def call(self, given: bytes | None, loops: int = 1) -> Reply:
+        """A call with an input, or with the one that was kept; with `loops` many of them, whose inputs are sealed."""
+        body, letter = ([], b"g") if given is None else ([given], b"c" if loops == 1 else b"w")
+        reply = self.worker.ask(letter, float(loops), body, most=self._most)
         self._outputs = [bytes(reply.body), *self._outputs[:1]]
         return reply
 

@@ -15,6 +15,8 @@ from assay.arms.inside import wire
 Leaf = tuple[str, Any]
 UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError, MemoryError)
 """What decoding may raise for bytes that an untrusted process sent."""
+_BRIEF = 120
+"""Letters of a value on one line."""
 
 
 def same(one: bytes, two: bytes, rtol: float, atol: float) -> bool:
@@ -71,8 +73,41 @@ def difference(base: Any, candidate: Any, rtol: float, atol: float) -> str:
         else:
             good = equal(one, two)
         if not good:
-            return f"{path}: expected {brief(one)}, got {brief(two)}"
+            return f"{path}: {_where(one, two, rtol, atol)}"
     return ""
+
+
+def _where(base: Any, candidate: Any, rtol: float, atol: float) -> str:
+    """Where two leaves of one kind differ: the first element of arrays, the first place of long texts."""
+    if isinstance(base, np.ndarray) and base.ndim:
+        wrong = np.argwhere(~_alike(base, candidate, rtol, atol))
+        if len(wrong):
+            at = tuple(int(i) for i in wrong[0])
+            words = f"{len(wrong)} of {base.size} elements differ, first at {list(at)}"
+            one, two = (brief(np.asarray(array[at])) for array in (base, candidate))
+            return f"{words}: expected {one}, got {two}"
+    if isinstance(base, (str, bytes)) and max(len(base), len(candidate)) > _BRIEF // 2:
+        pairs = zip(base, candidate, strict=False)
+        at_ = next((i for i, (one, two) in enumerate(pairs) if one != two), min(len(base), len(candidate)))
+        parts = [repr(one[max(0, at_ - 10) : at_ + 30]) for one in (base, candidate)]
+        lengths = f"lengths {len(base)} and {len(candidate)}"
+        return f"differs from place {at_} on ({lengths}): expected ...{parts[0]}..., got ...{parts[1]}..."
+    return f"expected {brief(base)}, got {brief(candidate)}"
+
+
+def _alike(base: Any, candidate: Any, rtol: float, atol: float) -> Any:
+    """Element by element, by the rule of `difference`."""
+    if not inexact(base):
+        return np.asarray(base == candidate)
+    if rtol or atol:
+        return np.isclose(candidate, base, rtol, atol, equal_nan=True)
+    parts = (
+        [(base.real, candidate.real), (base.imag, candidate.imag)] if base.dtype.kind == "c" else [(base, candidate)]
+    )
+    found = np.ones(base.shape, bool)
+    for one, two in parts:
+        found &= (np.isnan(one) & np.isnan(two)) | ((one == two) & (np.signbit(one) == np.signbit(two)))
+    return found
 
 
 def unlike(base: Any, candidate: Any) -> str:
@@ -116,4 +151,18 @@ def brief(value: Any) -> str:
     """A value on one line."""
     text = np.array2string(value, threshold=6, edgeitems=2) if isinstance(value, np.ndarray) else repr(value)
     text = " ".join(text.split())
-    return text if len(text) <= 120 else text[:117] + "..."
+    return text if len(text) <= _BRIEF else f"{text[: _BRIEF - 3]}..."
+
+
+def brief_arguments(value: Any) -> str:
+    """Arguments on one line, arrays with dtype and shape."""
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key}={described(one)}" for key, one in value.items()) + ")"
+    return "(" + ", ".join(described(one) for one in (value if isinstance(value, tuple) else (value,))) + ")"
+
+
+def described(value: Any) -> str:
+    """A value on one line, arrays with dtype and shape."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return f"{brief(value)} {value.dtype} {list(value.shape)}"
+    return brief(value)

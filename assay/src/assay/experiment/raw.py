@@ -15,7 +15,7 @@ from assay.statistics.looks import LOOKS, Judgement
 def replay(lines: Sequence[str]) -> tuple[Judgement, dict[str, Any]]:
     """The judgement that RAW's blocks lead to, and its header. ValueError says what is missing or not RAW."""
     rows = rows_of(lines)
-    blocks = Blocks(rows[0]["plan"]["workloads"])
+    blocks = Blocks(rows[0]["plan"]["workloads"], rows[0]["plan"]["workload"]["rounds"])
     for row in rows[1:]:
         if row["kind"] == "block":
             blocks.add(row)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import IO
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from assay.arms.handle import Reply, Worker, started
 from assay.arms.inside.wire import encode
 from assay.arms.process import MOST_FROZEN_S, Running
 from assay.arms.trees import Trees
+from assay.contract import traces
 from assay.contract.errors import ArmError, NotRepeatableError
 from assay.contract.workload import Plan, Workload
 from assay.experiment.canonical import UNREADABLE, canonical
@@ -22,6 +24,7 @@ from assay.experiment.outputs import digest, same
 from assay.machine import gpu
 from assay.machine.objects import held
 
+_MOST_BODIES, _MOST_WORDS = 32 << 20, 1 << 16
 _LATE_S = 0.1
 """How long what a command has left behind is looked at: whether it works."""
 _STARVED_S = 5.0
@@ -48,19 +51,40 @@ class Sample:
     spared: list[float] = field(default_factory=list)
     """Seconds of a request but for its calls and what is sent, once per round."""
     outputs: list[bytes] = field(default_factory=list)
+    bodies: dict[int, bytes] = field(default_factory=dict)
+    """By call, the output as it was sent, as far as there is room: what people are shown of one that differs."""
+    room: int = _MOST_BODIES
+    """Bytes of outputs that may still be kept so."""
+    awake_s: float = 0.0
+    """Seconds in which the arm's processes were not frozen."""
     after: dict[int, After] = field(default_factory=dict)
     """By call, how its arguments and outputs were afterwards, for those after which it was asked."""
     gpus: list[gpu.State] = field(default_factory=list)
     """At the end, with the arm's clocks and what slowed them."""
+    printed: str = ""
+    """By a command that was started by another program."""
 
 
-def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample:
-    """One run of the command, a process of its own. Raises ArmError if it fails or is too late."""
+def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int, prefix: Sequence[str] = ()) -> Sample:
+    """One run of the command, a process of its own. Raises ArmError if it fails or is too late.
+
+    `prefix`: a program that starts it, with its arguments; what both have printed is then kept.
+    """
+    if plan.workload.prepare:
+        _run(arm, plan, plan.workload.prepare, trees, hash_seed, "--prepare ")
+    found, printed = _run(arm, plan, [*prefix, *plan.workload.command], trees, hash_seed)
+    return replace(found, printed=printed if prefix else "")
+
+
+def _run(
+    arm: str, plan: Plan, command: Sequence[str], trees: Trees, hash_seed: int, what: str = ""
+) -> tuple[Sample, str]:
+    """A process of its own, and what it printed."""
     place, environment = trees.place(arm), trees.environment(arm, hash_seed)
     with tempfile.TemporaryFile() as log:
         running = Running(
             arm,
-            plan.workload.command,
+            command,
             trees.trees[arm],
             place,
             environment,
@@ -80,11 +104,16 @@ def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int) -> Sample
         finally:
             running.end()
         if ended.status:
-            log.seek(0)
-            words = log.read()[-2000:].decode(errors="replace").strip()
-            raise ArmError(arm, f"ended with status {ended.status}: {words}")
-    figures = {"wall": seconds, "memory": float(peak_kib)}
-    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states())
+            words = traces.brief(_printed(log)[-_MOST_WORDS:]).strip()[-2000:]
+            raise ArmError(arm, f"{what}ended with status {ended.status}: {words}")
+        printed = _printed(log)
+    figures = {"wall": seconds, "memory": float(peak_kib), "processors": ended.cpu_s / seconds}
+    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states()), printed
+
+
+def _printed(log: IO[bytes]) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
 
 
 def _works(running: Running) -> bool:
@@ -105,11 +134,13 @@ def worker_samples(
     inputs: list[bytes],
     seed: int,
     expected: int | None = None,
+    loops: int = 1,
 ) -> dict[str, Sample]:
     """A fresh worker an arm, in the order that `order` draws; the calls of each, with the same inputs.
 
     With one round an arm's worker has ended before the next one starts. With more, all are started, and take turns: the
     others are frozen meanwhile, and their processor time is read before and after. `expected`: bytes of base's outputs.
+    `loops`: calls a request, as calibrated; all seconds are those of one call.
     """
     arms = list(trees.trees)
     order.shuffle(arms)
@@ -119,21 +150,23 @@ def worker_samples(
     if workload.rounds == 1:
         for arm in arms:
             with ExitStack() as stack:
-                exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
+                exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected, loops)
                 stack.callback(exchange.worker.end)
-                _calls(exchange, workload, inputs[workload.warmups :], questions[workload.warmups :], samples[arm])
-                _echo(exchange, workload, inputs[-1], samples[arm])
+                timed, asking, begun = inputs[workload.warmups :], questions[workload.warmups :], time.perf_counter()
+                _calls(exchange, workload, timed, asking, samples[arm], loops)
+                _echo(exchange, workload, inputs[-1], samples[arm], loops)
+                samples[arm].awake_s += time.perf_counter() - begun
                 _close(exchange.worker, samples[arm])
     else:
         with ExitStack() as stack:
             exchanges: dict[str, Exchange] = {}
             used: dict[str, float] = {}
             for arm in arms:
-                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples, expected)
+                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples, expected, loops)
                 stack.callback(exchanges[arm].worker.end)
                 used[arm] = exchanges[arm].worker.running.freeze()
             timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
-            _take_turns(exchanges, used, workload, order, timed, asking, samples)
+            _take_turns(exchanges, used, workload, order, timed, asking, samples, loops)
             for arm, exchange in exchanges.items():
                 _close(exchange.worker, samples[arm])
     _figures(workload, samples)
@@ -169,11 +202,11 @@ def without(seconds: float, sending: float) -> float:
     return max(seconds - sending, seconds / 10)
 
 
-def _echo(exchange: Exchange, workload: Workload, given: bytes, sample: Sample) -> None:
+def _echo(exchange: Exchange, workload: Workload, given: bytes, sample: Sample, loops: int) -> None:
     """Every arm echoes, so that all are treated alike; only base's is used."""
     if workload.clock == "judge":
-        sample.echoes.append(exchange.echo(None if workload.constant else given))
-        sample.spared.append(exchange.spared())
+        sample.echoes.append(exchange.echo(None if workload.constant else given) / loops)
+        sample.spared.append(exchange.spared() / loops)
 
 
 def _take_turns(
@@ -184,6 +217,7 @@ def _take_turns(
     inputs: list[bytes],
     questions: list[bool],
     samples: dict[str, Sample],
+    loops: int,
 ) -> None:
     share = -(-len(inputs) // workload.rounds)
     for first in range(0, len(inputs), share):
@@ -192,10 +226,12 @@ def _take_turns(
         for arm in arms:
             exchange, sample = exchanges[arm], samples[arm]
             sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
+            begun = time.perf_counter()
             exchange.worker.ask(b"p")  # it is awake again
-            _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample)
-            _echo(exchange, workload, inputs[first], sample)
+            _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample, loops)
+            _echo(exchange, workload, inputs[min(first + share, len(inputs)) - 1], sample, loops)
             used[arm] = exchange.worker.running.freeze()
+            sample.awake_s += time.perf_counter() - begun
             if exchange.worker.running.sandboxed:
                 sample.escapes += [words for words in held(exchange.worker.running.members()) if not sample.escapes]
     for arm, exchange in exchanges.items():
@@ -227,27 +263,31 @@ def _started(
     questions: list[bool],
     samples: dict[str, Sample],
     expected: int | None,
+    loops: int,
 ) -> Exchange:
     """A worker that has answered its first calls, which are kept apart."""
-    workload, sample = plan.workload, Sample({}, 0.0)
+    workload, sample, begun = plan.workload, Sample({}, 0.0), time.perf_counter()
     weighs, expected = plan.primary == "memory", expected if arm == "candidate" else None
     exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
     try:
-        if workload.constant:
+        if workload.keeps(loops):
             exchange.keep(inputs[0])
-        _calls(exchange, workload, inputs[: workload.warmups], questions, sample)
+        _calls(exchange, workload, inputs[: workload.warmups], questions, sample, loops)
         sample.figures = {"import": exchange.worker.import_s, "first": sample.calls[0]}
     except ArmError:
         exchange.worker.end()
         raise
     sample.calls.clear()
+    sample.awake_s = time.perf_counter() - begun
     samples[arm] = sample
     return exchange
 
 
-def called(exchange: Exchange, workload: Workload, given: bytes) -> Reply:
-    """One call and its reply; its seconds are those of the declared clock."""
-    reply = exchange.call(None if workload.constant else given)
+def called(exchange: Exchange, workload: Workload, given: bytes, loops: int = 1) -> Reply:
+    """One request and its reply; its seconds are those of one call, on the declared clock."""
+    reply = exchange.call(None if workload.keeps(loops) else given, loops)
+    if loops > 1:
+        return replace(reply, seconds=reply.seconds / loops)
     return reply if workload.clock == "judge" else replace(reply, seconds=_told(exchange.worker, reply.inner))
 
 
@@ -259,13 +299,21 @@ def _told(worker: Worker, seconds: float) -> float:
 
 
 def _calls(
-    exchange: Exchange, workload: Workload, inputs: list[bytes], questions: Sequence[bool], sample: Sample
+    exchange: Exchange,
+    workload: Workload,
+    inputs: list[bytes],
+    questions: Sequence[bool],
+    sample: Sample,
+    loops: int,
 ) -> None:
     """Calls one after another; `questions` says after which of them it is asked, which is in no figure."""
     for given, question in zip(inputs, questions, strict=False):
-        reply = called(exchange, workload, given)
+        reply = called(exchange, workload, given, loops)
         sample.calls.append(reply.seconds)
         sample.outputs.append(_kept(reply, workload))
+        if workload.compares and len(reply.body) <= sample.room:
+            sample.bodies[len(sample.outputs) - 1] = bytes(reply.body)
+            sample.room -= len(reply.body)
         if question:
             after = exchange.after()
             sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
@@ -302,6 +350,7 @@ def _close(worker: Worker, sample: Sample) -> None:
         sample.escapes.append("a frozen process woke itself")
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
+    sample.figures["processors"] = sample.cpu_s / sample.awake_s
     sample.gpus = gpu.states()
 
 

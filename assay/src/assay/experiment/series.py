@@ -7,12 +7,12 @@ block as they end, then the verdict. A block holds a run of A, of B and of A'; i
 import hashlib
 import json
 import math
+import os
 import secrets
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,18 +23,19 @@ from assay.contract.box import Box
 from assay.contract.errors import NotRepeatableError
 from assay.contract.rows import Block, Header, Resumed
 from assay.contract.workload import Plan
+from assay.experiment import mismatch
 from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.calibration import calibrate
+from assay.experiment.copies import copied
 from assay.experiment.inputs import Inputs
+from assay.experiment.instructions import counted
 from assay.experiment.raw import verdict_row
 from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
 from assay.machine import gpu, load
+from assay.machine.conditions import PATIENCE_S, Conditions
 from assay.machine.identity import machine
 from assay.machine.objects import HELD
 from assay.statistics.looks import Judgement
-
-PATIENCE_S = 5.0
-"""How long a block waits for others to be gone, after one that was left out."""
 
 
 def run(
@@ -45,28 +46,40 @@ def run(
     *,
     control: Path | None = None,
     boxes: Mapping[str, Box] | None = None,
+    conditions: Conditions | None = None,
+    setup: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
+    earlier: Sequence[dict[str, Any]] = (),
+    seconds: float = math.inf,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> Judgement:
+) -> Judgement | None:
     """Measures until a look decides, and writes RAW to `out`. `told` hears every row of RAW as it is written.
 
-    Without `control`, A' is a copy of base made for the occasion. With `boxes`, one for each of ARMS, whose trees then
-    are the ones that count, every arm runs in its sandbox. Raises ArmError if a run fails, ValueError for what
-    is no directory, makes no sense, is too short, or is not even repeatable in base.
+    `conditions`: what is done against others on the machine; nothing but a little patience unless given.
+
+    All three arms are copies made for the occasion; without `control`, A' is a second one of base. `setup` is run once
+    in each. `names` are what RAW calls the trees. `earlier` and `seconds` are as in `measured`.
+
+    With `boxes`, one for each of ARMS, whose trees then are the ones that count, every arm runs in its sandbox. Raises
+    ArmError if a run fails, ValueError for what is no directory, makes no sense, is too short, or is not even
+    repeatable in base.
     """
     plan = plan.checked()
     for name, tree in (("A", base), ("B", candidate), ("--prime", control)):
         if tree is not None and not tree.is_dir():
             raise ValueError(f"{name}: expected a directory, got {tree}")
     with tempfile.TemporaryDirectory(prefix="assay-") as folder:
-        if control is None:
-            control = Path(folder) / "control"
-            shutil.copytree(base, control, symlinks=True)
+        conditions = conditions or Conditions()
         if boxes is not None:
             trees = Trees.boxed({arm: boxes[arm] for arm in ARMS}, Path(folder))
+            with conditions.kept():
+                seen = measured(plan, trees, out, patience_s=conditions.patience_s, told=told)
         else:
-            trees = Trees.at(dict(zip(ARMS, (base, candidate, control), strict=True)), Path(folder), plan.isolation)
-        seen = measured(plan, trees, out, told=told)
-        assert seen is not None
+            given = dict(zip(ARMS, (base, candidate, control or base), strict=True))
+            with copied(given, Path(folder), plan.isolation, setup, plan.timeout_s) as trees, conditions.kept():
+                named = replace(trees, names={**trees.names, **(names or {})})
+                more: dict[str, Any] = {"earlier": earlier, "seconds": seconds, "patience_s": conditions.patience_s}
+                seen = measured(plan, named, out, told=told, **more)
         return seen
 
 
@@ -77,9 +90,13 @@ def measured(
     *,
     earlier: Sequence[dict[str, Any]] = (),
     seconds: float = math.inf,
+    patience_s: float = PATIENCE_S,
     told: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Judgement | None:
     """Goes on where the `earlier` rows of RAW end, until a look decides; None if `seconds` do not suffice.
+
+    After a block that was left out for load, the next one waits for calm, `patience_s` at most. With more than
+    PATIENCE_S every block does. `told` hears what is waited for in rows of the kind "load", which are not in RAW.
 
     It measures one block at least. A block's order and inputs follow from the seed and its number, so that a cut
     changes nothing but the time. Raises as `run` does, and ValueError if the earlier rows are of another machine.
@@ -93,8 +110,8 @@ def measured(
     start, longest = time.monotonic(), 0.0
     series = _Series(plan, trees, earlier)
     try:
-        tell(_resumed(earlier) if earlier else _header(plan, trees, series))
-        blocks, loaded = Blocks(plan.workloads), False
+        tell(_resumed(earlier) if earlier else _header(plan, trees, series, patience_s))
+        blocks, loaded = Blocks(plan.workloads, plan.workload.rounds), False
         for row in earlier:
             if row["kind"] == "block":
                 blocks.add(row)
@@ -103,14 +120,17 @@ def measured(
             begun = time.monotonic()
             if longest and begun - start + longest > seconds:  # a block at least, so that there is an end
                 return None
-            if loaded:
-                load.wait_for_calm(PATIENCE_S)
+            if loaded or patience_s > PATIENCE_S:
+                most_s = min(patience_s, max(0.0, seconds - (begun - start)))
+                load.wait_for_calm(most_s, told=lambda *seen, most_s=most_s: told(_waits(most_s, *seen)))
             block = series.block()
             blocks.add(block)
             loaded = any(words.startswith(load.FOREIGN) for words in block["reasons"])
             tell(block)
             longest = max(longest, time.monotonic() - begun)
             seen = blocks.decision(plan.delta)
+        if plan.instructions and not any(row["kind"] == "instructions" for row in earlier):
+            tell(series.instructions())
         tell(verdict_row(seen))
         return seen
     finally:
@@ -127,14 +147,16 @@ class _Series:
         self.caches = Caches(folders, plan.digest())
         self.inputs: Inputs | None = None
         self.calibrated: dict[str, float] = {}
-        self.calls = 0
+        self.calls, self.loops = 0, 1
         if plan.workload.worker:
             self.inputs = Inputs(plan, trees)
             try:
                 if earlier:
                     self.calls, self.calibrated = earlier[0]["calls"], earlier[0]["calibrated"]
+                    self.loops = earlier[0].get("loops", 1)
                 else:
-                    self.calls, self.calibrated = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                    found = calibrate(plan, trees, self.inputs, secrets.randbits(32))
+                    self.calls, self.loops, self.calibrated = found.calls, found.loops, found.seconds
                 self._workers(secrets.randbits(32))
             except BaseException:
                 self.end()
@@ -159,7 +181,7 @@ class _Series:
         else:
             given = self._given()
             before, start = load.Load.now(), time.perf_counter()
-            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected)
+            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected, self.loops)
         elapsed = time.perf_counter() - start
         evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
         reasons += more
@@ -175,12 +197,14 @@ class _Series:
             raise NotRepeatableError(
                 "outputs: expected two builds of base to agree; --rtol and --atol allow for less than equal bits"
             )
+        differ = differing(self.plan.workload, samples["base"], samples["candidate"])
         row = Block(
             number=self.number,
             order=list(samples),
             reasons=reasons,
             elapsed_s=round(elapsed, 6),
             foreign_cpu_s=evidence.foreign_cpu_s,
+            others=evidence.others,
             clock_mhz=evidence.clock_mhz,
             primary={arm: samples[arm].figures[self.plan.primary] for arm in samples},
             figures={arm: _rounded(samples[arm].figures) for arm in samples},
@@ -189,11 +213,12 @@ class _Series:
             escapes={arm: samples[arm].escapes for arm in samples},
             calls={arm: [float(f"{value:.4g}") for value in samples[arm].calls] for arm in samples},
             gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
-            transport_s=self._of_base("transport", samples, ("steady",)),
+            transport_s=self._sending(samples),
             spared_s=self._spared(samples),
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             compared=compared(self.plan.workload, samples["base"]),
-            differing=differing(self.plan.workload, samples["base"], samples["candidate"]),
+            differing=differ,
+            mismatch=mismatch.first(self.plan.workload, given, samples, differ),
         )
         self.number += 1
         return asdict(row)
@@ -202,11 +227,20 @@ class _Series:
         """A figure of base's worker, where one of these is what is judged; 0 where there is no worker."""
         return samples["base"].figures.get(name, 0.0) if self.plan.primary in primary else 0.0
 
+    def _sending(self, samples: Mapping[str, Sample]) -> float:
+        """What bounds `faster` whoever is trusted; only a patched worker could spare what a loop's sealing takes."""
+        return self._of_base("transport", samples, ("steady",)) if self.loops == 1 else 0.0
+
     def _spared(self, samples: Mapping[str, Sample]) -> float:
         if self.plan.trusted:
             return 0.0
-        sending = self._of_base("transport", samples, ("first",))  # it is taken out of no other figure
+        sending = self._of_base("transport", samples, ("first",) if self.loops == 1 else ("steady", "first"))
         return sending + self._of_base("spared", samples, ("steady", "first"))
+
+    def instructions(self) -> dict[str, Any]:
+        """How many each arm executes, as a row of RAW."""
+        call_s = self.calibrated.get("call_s", 0.0)
+        return counted(self.plan, self.trees, self.inputs, loops=self.loops, call_s=call_s)
 
     def _given(self, counts: bool = True) -> list[bytes]:
         """A block's inputs: the first ones are not timed."""
@@ -214,6 +248,8 @@ class _Series:
         workload = self.plan.workload
         wanted = self.calls + workload.warmups
         drawn = seeds.inputs(self.plan.seed, self.number if counts else "first")
+        if self.loops > 1 and not workload.repeats:
+            return self.inputs.sealed(drawn, self.loops, wanted)[0]
         return self.inputs.make([next(drawn)]) * wanted if workload.constant else self.inputs.fresh(drawn, wanted)
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
@@ -224,6 +260,7 @@ class _Series:
             self._given(counts=False),
             hash_seed,
             self.expected,
+            self.loops,
         )
 
     @property
@@ -254,16 +291,24 @@ def _now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def _header(plan: Plan, trees: Trees, series: _Series) -> dict[str, Any]:
+def _waits(most_s: float, seen: load.Foreign, seconds: float) -> dict[str, Any]:
+    row = {"kind": "load", "foreign_cpu_s": seen.seconds, "others": seen.by, "elapsed_s": seconds}
+    return {**row, "patience_s": most_s}
+
+
+def _header(plan: Plan, trees: Trees, series: _Series, patience_s: float) -> dict[str, Any]:
     header = Header(
         protocol=plan.digest(),
         plan=plan,
-        trees={arm: str(tree) for arm, tree in trees.trees.items()},
+        trees={arm: trees.names.get(arm, str(tree)) for arm, tree in trees.trees.items()},
         isolation=trees.isolation,
         clock="cooperative" if plan.workload.clock == "cuda" else "judge",
         calibrated={name: float(f"{value:.4g}") for name, value in series.calibrated.items()},
         calls=series.calls,
+        loops=series.loops,
         machine=machine(),
         started=_now(),
+        processors=sorted(os.sched_getaffinity(0)),
+        patience_s=patience_s,
     )
     return asdict(header)

@@ -26,9 +26,9 @@ from assay.contract import seeds
 from assay.contract.errors import ArmError, OverBudgetError
 from assay.contract.workload import Workload
 from assay.experiment.exchange import Exchange, asked
-from assay.experiment.outputs import UNREADABLE, difference
+from assay.experiment.outputs import UNREADABLE, brief_arguments, difference
 from assay.gates.gate import Found, Gate, Given, Where
-from assay.gates.tolerance import Rounding, brief_arguments, positions
+from assay.gates.tolerance import Rounding, positions
 
 if TYPE_CHECKING:
     import hypothesis

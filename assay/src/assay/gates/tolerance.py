@@ -111,19 +111,6 @@ def _errors(wide: Array, found: Array, rtol: float, atol: float) -> tuple[float,
     return float(off.max(initial=0)), float(np.sqrt(np.mean(off**2))) if off.size else 0.0
 
 
-def brief_arguments(value: Any) -> str:
-    """Arguments on one line, arrays with dtype and shape."""
-    if isinstance(value, dict):
-        return "(" + ", ".join(f"{key}={_argument(one)}" for key, one in value.items()) + ")"
-    return "(" + ", ".join(_argument(one) for one in (value if isinstance(value, tuple) else (value,))) + ")"
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, np.ndarray) and value.ndim:
-        return f"{brief(value)} {value.dtype} {list(value.shape)}"
-    return brief(value)
-
-
 def positions(value: Any) -> Sequence[Any]:
     """Names or numbers of the arguments in an input."""
     return list(value) if isinstance(value, dict) else list(range(len(value) if isinstance(value, tuple) else 1))

@@ -30,6 +30,7 @@ from assay.judgement.guards import Source
 from assay.judgement.ledger import Attempt, Key, Ledger
 from assay.judgement.measurement import measure
 from assay.machine import identity, locks
+from assay.machine.conditions import Conditions
 from assay.report import verdict as pages
 from assay.repository.store import Store
 
@@ -44,16 +45,19 @@ def judge(
     *,
     sandboxed: bool = True,
     skipped: Sequence[str] = (),
+    conditions: Conditions | None = None,
     told: Told = lambda _: None,
 ) -> tuple[dict[str, Any], Path]:
     """The verdict, and the attempt's folder, in which reports lie beside it. `skipped` gates are left out.
+
+    `conditions` hold while times are measured.
 
     TaskError and ValueError say what is wrong with task or source; then there is no attempt at all.
     """
     where = identity.environment()
     with _opened(read, source, store, where, sandboxed, skipped, told) as one:
         try:
-            found = one.close(one.stages() | {"environment": where})
+            found = one.close(one.stages(conditions) | {"environment": where})
         except (OSError, sqlite3.Error) as problem:  # a full disk, a pipe that was closed: nobody's patch is to blame
             found = one.close_stopped(problem, where)
         return found, one.attempt.folder
@@ -90,7 +94,7 @@ def _opened(
         with contextlib.ExitStack() as stack:
             handed: freeze.Handed | OSError
             try:
-                handed = freeze.handed_in(read, source, stack.enter_context(ledger.temporary()))
+                handed = freeze.handed_in(read, source, stack.enter_context(ledger.temporary()), store.resolve())
             except OSError as problem:
                 if isinstance(problem, PATHS):
                     raise
@@ -128,13 +132,13 @@ class _Judging:
         for old in attempt.folder.glob("*-*"):  # of a judge that was killed: what is kept has no dash in its name
             shutil.rmtree(old, ignore_errors=True)
 
-    def stages(self) -> dict[str, Any]:
+    def stages(self, conditions: Conditions | None) -> dict[str, Any]:
         """Runs what is not done yet, up to the first rejection; the verdict."""
         frozen = self.frozen()
         if not frozen.content["outcome"] and self.passes(frozen, table.GATES):
             device = frozen.content["sandbox"]["device"]
             with locks.held(device, alone=True, waiting=self.waits) as environment:
-                self.stage("measure", lambda: self.measure(frozen, environment))
+                self.stage("measure", lambda: self.measure(frozen, environment, conditions))
             return decide(self.attempt.folder / RAW)
         return verdict(frozen, self.gates)
 
@@ -233,10 +237,11 @@ class _Judging:
         freeze.write_trees(Store(frozen.folder / "git"), frozen.content["commits"], frozen.folder / "trees")
         return {}
 
-    def measure(self, frozen: Frozen, environment: dict[str, str]) -> dict[str, Any]:
+    def measure(self, frozen: Frozen, environment: dict[str, str], conditions: Conditions | None) -> dict[str, Any]:
         """RAW, until every workload is decided."""
         raw = self.attempt.folder / RAW
-        measure(frozen, raw, sandboxed=self.sandboxed, environment=environment, told=self.told)
+        options: dict[str, Any] = {"sandboxed": self.sandboxed, "environment": environment, "told": self.told}
+        measure(frozen, raw, conditions=conditions, **options)
         files = sorted(raw.glob("*.jsonl"))
         return {"raw": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}}
 

@@ -21,10 +21,13 @@ from assay.contract.frozen import FILE, Frozen
 from assay.contract.outcome import DECIDED, INFRA, REJECTED, Outcome
 from assay.contract.plan import PatchFacts
 from assay.contract.workload import Plan
+from assay.experiment import beside
 from assay.experiment.blocks import Blocks
 from assay.experiment.raw import verdict_row, whole_rows
 from assay.gates import notes, table
 from assay.gates.gate import NOT_ASKED, SKIPPED
+from assay.report import instructions
+from assay.report.advice import advice
 from assay.statistics.looks import LOOKS
 from assay.statistics.signed_rank import exact_interval, hodges_lehmann, holm, p_value, walsh_averages
 
@@ -78,7 +81,8 @@ def verdict(
     else:
         outcome, reason = together(workloads, margin) if workloads else (Outcome.NOT_EVALUATED, "")
         words = [reason]
-        if open_ and status(outcome, require, workloads, margin) in (Status.SHOWN, Status.OPEN):
+        against = status(outcome, require, workloads, margin) not in (Status.SHOWN, Status.OPEN)
+        if open_ and (outcome == Outcome.FASTER or not against):
             outcome, words = Outcome.NOT_EVALUATED, open_
     names = ("digest", "bytes", "changed", "restored", "left")
     return asdict(
@@ -103,18 +107,20 @@ def verdict(
 def _shown(one: Mapping[str, Any]) -> contract.WorkloadFound:
     """A workload without its ratios, which lie in RAW."""
     reference = None if one["reference"] is None else contract.Change(**one["reference"])
-    facts = {name: value for name, value in one.items() if name not in ("ratios", "reference", "outputs", "start")}
-    return contract.WorkloadFound(**facts, reference=reference)
+    own = ("ratios", "reference", "outputs", "start", "worse")
+    facts = {name: value for name, value in one.items() if name not in own}
+    return contract.WorkloadFound(**facts, reference=reference, worse=[contract.Worse(**each) for each in one["worse"]])
 
 
 def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     plan = frozen.plans()[name]
     nothing: dict[str, Any] = {"p": 1.0, "holm": False, "reference": None, "ratios": [], "outputs": "", "start": ""}
+    nothing["worse"] = []
     if rows[-1]["kind"] == "failed":
         failed = {"verdict": rows[-1]["outcome"], "reason": rows[-1]["words"], "interval": [None, None]}
         unmeasured = {"estimate": None, "blocks": 0, "alpha": 1.0, "material": False, "detectable": None}
         return {"name": name, **failed, **unmeasured, **nothing}
-    blocks = Blocks(plan.workloads)
+    blocks = Blocks(plan.workloads, plan.workload.rounds)
     p, seen = 1.0, None
     for row in rows:
         if row["kind"] == "block" and (seen is None or seen.verdict == "continue"):
@@ -124,10 +130,14 @@ def _workload(name: str, frozen: Frozen, rows: Sequence[dict[str, Any]]) -> dict
     if seen is None or seen.verdict == "continue":
         raise ValueError(f"RAW: expected blocks of {name} up to a look that decides")
     row = {key: value for key, value in verdict_row(seen).items() if key != "kind"}
+    counts = instructions.found(rows)
+    row["instructions"] = None if counts is None else contract.Instructions(**counts)
+    row["advice"] = advice(seen.verdict, rows)
     outputs = "" if blocks.compared else "unchecked" if plan.unchecked else "not compared"
     ratios = _ratios(blocks, "candidate", seen.blocks) if math.isfinite(seen.estimate) else []
     more = {"p": p, "reference": _reference(blocks), "ratios": ratios, "outputs": outputs, "start": _start(plan, rows)}
-    return {"name": name, **row, **nothing, **more}
+    worse = beside.worse(rows, plan.primary, math.log1p(plan.delta))
+    return {"name": name, **row, **nothing, **more, "worse": worse}
 
 
 def _start(plan: Plan, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -224,6 +234,8 @@ def status(outcome: str, require: str, workloads: Sequence[Mapping[str, Any]], m
         return Status.INFRASTRUCTURE
     if outcome == Outcome.TASK_INVALID:
         return Status.INVALID
+    if outcome == Outcome.FASTER and require == "material":
+        return _material(workloads, margin)
     if outcome == Outcome.FASTER or (require == "any" and outcome in DECIDED):
         return Status.SHOWN
     if outcome in (*REJECTED, *table.REJECTIONS):
@@ -233,6 +245,15 @@ def status(outcome: str, require: str, workloads: Sequence[Mapping[str, Any]], m
     if outcome == Outcome.UNDECIDED and require == "not_slower" and all(_bounded(one, margin) for one in workloads):
         return Status.SHOWN
     return Status.OPEN
+
+
+def _material(workloads: Sequence[Mapping[str, Any]], margin: float) -> Status:
+    """What is faster: by more than the margin, by less, or neither was shown."""
+    faster = [one for one in workloads if one["verdict"] == "faster"]
+    if any(one["material"] for one in faster):
+        return Status.SHOWN
+    ends = [one["interval"][1] for one in faster]
+    return Status.REFUTED if all(high is not None and high <= margin for high in ends) else Status.OPEN
 
 
 def joint(ratios: Sequence[Sequence[float]]) -> contract.Change:

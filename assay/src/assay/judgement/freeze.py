@@ -21,10 +21,10 @@ from assay.contract.workload import NAMED, Plan
 from assay.gates import table
 from assay.judgement.guards import CACHES, Judged, Source, judged
 from assay.judgement.ledger import Attempt, Key
+from assay.report.verdict import PATCH
 from assay.repository.store import Store
 
 _API_S = 120.0
-_PATCH = "patch.diff"
 _UNREAD = hashlib.sha256(b"unread").hexdigest()[:16]
 """In place of the digest of a patch that could not be read, since this machine failed."""
 
@@ -39,8 +39,11 @@ class Handed:
     judged: Judged
 
 
-def handed_in(read: Read, source: Source, folder: Path) -> Handed:
-    """Guards a patch in an empty folder. TaskError and ValueError say what is wrong with the task or the source."""
+def handed_in(read: Read, source: Source, folder: Path, ours: Path | None = None) -> Handed:
+    """Guards a patch in an empty folder. TaskError and ValueError say what is wrong with the task or the source.
+
+    `ours`: the store's folder, which is no part of a tree that it lies in.
+    """
     repository = read.repository if read.base else None
     store = Store(folder / "git", repository)
     if source.kind == "commit" and repository is None:
@@ -59,7 +62,8 @@ def handed_in(read: Read, source: Source, folder: Path) -> Handed:
             words = f"expected a file of the task or of base, got {path}"
             raise TaskError(f"{read.file}:{line_of(read.text, place)}: {words}")
     store.write(base, folder / "base")
-    return Handed(store, base, judged(store, base, folder / "base", read.task.scope, source, read.repository))
+    scope = read.task.scope
+    return Handed(store, base, judged(store, base, folder / "base", scope, source, read.repository, ours))
 
 
 def protocol(read: Read, skipped: Sequence[str]) -> str:
@@ -126,7 +130,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
     write_trees(store, commits, folder / "trees")
     for name in OWN:
         (folder / name).mkdir()
-    (folder / _PATCH).write_bytes(handed.judged.patch)
+    (folder / PATCH).write_bytes(handed.judged.patch)
     result = handed.judged
     workloads = {timed.name: _frozen(read, timed, folder) for timed in task.workload}
     content = asdict(

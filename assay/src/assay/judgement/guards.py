@@ -14,8 +14,10 @@ from assay.contract.patterns import CHECKS, UNASKED, matches
 from assay.contract.task import Scope
 from assay.repository.store import ABSENT, SUBMODULE, SYMLINK, Change, GitError, Store, resolved
 
-CACHES = frozenset({"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"})
-"""Folders that interpreters and tools write; they are never taken into a tree."""
+CACHES = frozenset({"__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".assay"})
+"""Folders that interpreters and tools write, assay's store among them; they are never taken into a tree."""
+_UNFIT = b"does not fit\n"
+"""Before the bytes of a patch file, so that an empty one is not the tree in which nothing was changed."""
 _LOOKED_AT = 8000
 """Bytes in which a NUL makes a file binary, as in git."""
 
@@ -41,23 +43,35 @@ class Judged:
     outcome: str = ""
     """"", `no_patch` or `out_of_scope`."""
     words: tuple[str, ...] = ()
+    unread: bytes = b""
+    """What was handed in and is no patch of base: the ledger tells one from another."""
 
     @property
     def digest(self) -> str:
-        """Identity of the patch."""
-        return hashlib.sha256(self.patch).hexdigest()[:16]
+        """Identity of the patch; of what is none, that of its bytes, which no patch has."""
+        return hashlib.sha256(self.patch or b"no patch of base\n" + self.unread).hexdigest()[:16]
 
 
-def judged(store: Store, base: str, folder: Path, scope: Scope, source: Source, repository: Path) -> Judged:
+def judged(
+    store: Store,
+    base: str,
+    folder: Path,
+    scope: Scope,
+    source: Source,
+    repository: Path,
+    ours: Path | None = None,
+) -> Judged:
     """The patch to judge. `base` is a tree in the store and `folder` holds its files.
+
+    `ours`: assay's own folder, which is no part of a tree that it lies in.
 
     GitError for a commit that is not there, ValueError for a source that is no file or no directory.
     """
-    given, refused = _given(store, base, source, repository)
+    given, refused, left = _given(store, base, folder, source, repository, ours)
     if not given:
-        return Judged(base, outcome="no_patch", words=refused)
+        return Judged(base, outcome="no_patch", words=refused, unread=_UNFIT + Path(source.value).read_bytes())
     changes = store.changes(base, given)
-    sorted_ = _Sorted()
+    sorted_ = _Sorted(left=list(left))
     ignored = store.ignored(folder, [change.path for change in changes if change.after.mode != ABSENT])
     inside = [change for change in changes if not sorted_.put_aside(change, scope)]
     for change, data in zip(inside, _heads(store, inside), strict=True):
@@ -77,25 +91,33 @@ def judged(store: Store, base: str, folder: Path, scope: Scope, source: Source, 
     return Judged(tree, patch, changed, tuple(sorted_.restored), tuple(sorted_.left), outcome, tuple(words))
 
 
-def _given(store: Store, base: str, source: Source, repository: Path) -> tuple[str, tuple[str, ...]]:
-    """The tree that was handed in, and what could not be taken; no tree and why, if a patch does not fit."""
+def _given(
+    store: Store, base: str, folder: Path, source: Source, repository: Path, ours: Path | None
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The tree that was handed in, what could not be taken, and what was left; no tree and why, if a patch is none.
+
+    Of a directory, new folders that base's ignore rules leave out whole are left: environments, what was built.
+    """
     place = Path(source.value)
     if source.kind == "tree":
         if not place.is_dir():
             raise ValueError(f"--tree: expected a directory, got {source.value}")
-        content = store.take(place, CACHES)
-        return content.tree, content.refused
+        entries = store.entries(base)
+        left = store.ignored_folders(place, folder, entries, {*CACHES, ".git"})
+        own = [ours.relative_to(place.resolve()).as_posix()] if ours and ours.is_relative_to(place.resolve()) else []
+        content = store.take(place, CACHES, without={*left, *own}, base=entries)
+        return content.tree, content.refused, tuple(f"{path}/" for path in left)
     if source.kind == "commit":
-        return store.tree_of(resolved(repository, source.value)), ()
+        return store.tree_of(resolved(repository, source.value)), (), ()
     if not place.is_file():
         raise ValueError(f"--patch: expected a file, got {source.value}")
     patch = place.read_bytes()
     if not patch.strip():
-        return "", ("the patch is empty",)
+        return "", ("the patch is empty",), ()
     try:
-        return store.applied(base, patch), ()
+        return store.applied(base, patch), (), ()
     except GitError as problem:
-        return "", (f"the patch does not apply to base: {problem}",)
+        return "", (f"the patch does not apply to base: {problem}",), ()
 
 
 def _heads(store: Store, changes: list[Change]) -> list[bytes]:

@@ -26,6 +26,8 @@ from assay.experiment.raw import whole_rows
 from assay.experiment.series import measured
 from assay.gates import notes, table
 from assay.gates.gate import Given, Where
+from assay.machine.conditions import Conditions
+from assay.report.verdict import PATCH
 
 Told = Callable[[dict[str, Any]], None]
 
@@ -37,13 +39,14 @@ def measure(
     sandboxed: bool,
     seconds: float = math.inf,
     environment: Mapping[str, str] | None = None,
+    conditions: Conditions | None = None,
     told: Told = lambda _: None,
 ) -> bool:
     """Measures what is not decided yet, for `seconds` at most; whether everything is. ValueError as in `run`.
 
     Before, every arm is built and the candidate's changed sources are looked at, unless that was done; what a gate has
     rejected is not measured. ArmError if that fails and it is not the candidate's doing.
-    `environment` is set in every arm beside the task's own.
+    `environment` is set in every arm beside the task's own, `conditions` hold while times are measured.
     A run that fails is a last row of RAW: the candidate's is `incorrect` or `tampered`, another arm's `infra.run`.
     """
     stop = time.monotonic() + seconds
@@ -56,13 +59,18 @@ def measure(
     raw.mkdir(parents=True, exist_ok=True)
     written(copy, json.dumps(frozen.content, indent=1))
     written(raw / notes.FILE, (frozen.folder / notes.FILE).read_text())
+    if (patch := frozen.folder / PATCH).is_file():
+        shutil.copyfile(patch, raw / PATCH)
     if stopped:
         return True
-    for name, plan in frozen.plans().items():
-        trees = commands.placed(frozen, sandboxed=sandboxed, isolation=plan.isolation, more=environment)
-        left = frozen.content["budget_s"] - _spent(frozen, raw)
-        if not _decided(left, name, plan, trees, raw, stop - time.monotonic(), told):
-            return False
+    conditions = conditions or Conditions()
+    with conditions.kept():
+        for name, plan in frozen.plans().items():
+            trees = commands.placed(frozen, sandboxed=sandboxed, isolation=plan.isolation, more=environment)
+            left = frozen.content["budget_s"] - _spent(frozen, raw)
+            seconds = stop - time.monotonic()
+            if not _decided(left, name, plan, trees, raw, seconds, conditions.patience_s, told):
+                return False
     return True
 
 
@@ -95,7 +103,9 @@ def _spent(frozen: Frozen, raw: Path) -> float:
     return float(sum(row["elapsed_s"] for row in rows if row["kind"] == "block"))
 
 
-def _decided(left: float, name: str, plan: Plan, trees: Trees, raw: Path, seconds: float, told: Told) -> bool:
+def _decided(
+    left: float, name: str, plan: Plan, trees: Trees, raw: Path, seconds: float, patience_s: float, told: Told
+) -> bool:
     """One workload, within what is `left` of the budget and the `seconds` of this call; whether it is decided."""
     file = raw / f"{name}.jsonl"
     earlier = whole_rows(file)
@@ -106,9 +116,8 @@ def _decided(left: float, name: str, plan: Plan, trees: Trees, raw: Path, second
     told({"kind": "workload", "name": name})
     with file.open("a") as out:
         try:
-            seen = (
-                measured(plan, trees, out, earlier=earlier, seconds=min(seconds, left), told=told) if left > 0 else None
-            )
+            options: dict[str, Any] = {"seconds": min(seconds, left), "patience_s": patience_s, "told": told}
+            seen = measured(plan, trees, out, earlier=earlier, **options) if left > 0 else None
             if seen is None and left <= seconds:
                 raise OverBudgetError("the task's seconds of measuring are spent, and this is not decided")
             return seen is not None

@@ -21,10 +21,11 @@ import numpy as np
 
 from assay.arms.inside.wire import encode
 from assay.arms.trees import Trees
+from assay.contract.outcome import NOTHING
 from assay.contract.workload import Plan, Workload
 from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.samples import Sample, worker_samples
-from assay.experiment.series import PATIENCE_S
+from assay.machine.conditions import PATIENCE_S
 from assay.machine.load import Load, wait_for_calm
 from assay.statistics.looks import LOOKS, MOST_CONTAMINATED, Judgement
 from assay.statistics.signed_rank import exact_interval
@@ -173,14 +174,14 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     tool exceeds what is allowed in 0.4 % of campaigns for the null, in 0.2 % for each planted effect: 1 % together.
     """
     null = [judged(row, "null")[0] for row in rows]
-    void = sum(seen.verdict == "void" for seen in null)
+    void = sum(seen.verdict in NOTHING for seen in null)
     called = sum(seen.verdict in ("faster", "slower") for seen in null)
     found: dict[str, Any] = {"experiments": len(rows), "void": void, "null_called": called}
     found["null_allowed"] = allowed(len(rows) - void, sum(look.alpha for look in LOOKS), 0.004)
     covers = {}
     for arm in PLANTED:
         pairs = [judged(row, arm) for row in rows]
-        valid = [hit for (seen, hit) in pairs if seen.verdict != "void" and hit is not None]
+        valid = [hit for (seen, hit) in pairs if seen.verdict not in NOTHING and hit is not None]
         covers[arm] = {
             "valid": len(valid),
             "covered": sum(valid),

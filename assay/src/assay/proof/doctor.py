@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from assay.arms import sandbox
+from assay.arms.counters import best
 from assay.arms.inside.wire import encode
 from assay.arms.process import namespaces_work
 from assay.experiment.samples import worker_samples
@@ -50,6 +51,9 @@ def _isolation() -> list[Finding]:
     version = "v2" if (root / "cgroup.controllers").exists() else "v1" if root.exists() else "none"
     writable = version != "none" and os.access(root if version == "v2" else root / "memory", os.W_OK)
     found.append(("ok" if writable else "--", "cgroups", f"{version}, {'writable' if writable else 'not writable'}"))
+    counter, why = best("best", worker=True)
+    words = "; ".join([counter.words if counter else "cannot be counted", *why])
+    found.append(("ok" if counter and not why else "--", "instructions", words))
     return found
 
 

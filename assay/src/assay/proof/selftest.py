@@ -7,20 +7,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from assay.contract.errors import TooShortError
+from assay.contract.errors import Status, TooShortError
 from assay.contract.workload import Plan, Workload
-from assay.experiment.series import PATIENCE_S, run
+from assay.experiment.series import run
+from assay.machine.conditions import PATIENCE_S
 from assay.machine.identity import machine
 from assay.proof import campaign
+from assay.proof.proofs import PROOFS
 from assay.proof.simulation import SCENARIOS, failures, simulate
 
-_SIMULATED, _REAL, _FULL = 2000, 8, 200
+_SIMULATED, _REAL = 2000, 8
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Canary:
 
 
 _UNITS = "def work(n):\n    total = n\n    for i in range({count}): total += i * i\n    return n\n"
+_NOTHING = "def work(n):\n    return n\n"
 _INPUTS = "\ndef make(seed):\n    return (seed,)\n"
 _HOG = "\nimport subprocess, sys\nfor _ in range(2): subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
 CANARIES = (
@@ -45,15 +48,15 @@ CANARIES = (
         _UNITS.format(count=20000) + _HOG,
         ("undecided", "equivalent", "void", "slower"),
     ),
-    Canary("too short for the judge's clock", _UNITS.format(count=10), _UNITS.format(count=10), ("too_short",)),
+    Canary("too short even for a loop", _NOTHING, _NOTHING, ("too_short",)),
 )
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `assay selftest`."""
     parser.add_argument("--full", type=Path, metavar="FOLDER", help="the whole proof, resumable: samples go to FOLDER")
-    parser.add_argument("--condition", choices=tuple(campaign.CONDITIONS), help="only this one of the full proof")
-    parser.add_argument("--experiments", type=int, default=_FULL, help="of the full proof, a condition (%(default)s)")
+    parser.add_argument("--condition", choices=tuple(PROOFS), help="only this one of the full proof")
+    parser.add_argument("--experiments", type=int, help="of the full proof, per condition (200, busy 50)")
     parser.add_argument(
         "--for", dest="seconds", type=float, help="stop the full proof after so many seconds; run again to go on"
     )
@@ -71,8 +74,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(given: argparse.Namespace) -> int:
-    """Exit status 0 if all promises were kept, 1 if one was broken, 2 wrong usage, 5 if the proof is incomplete."""
-    if given.experiments < 1 or given.jobs < 1:
+    """Exit status 0 if all promises were kept, 1 if one was broken, 2 wrong usage, 5 if the proof is incomplete.
+
+    3 if all real experiments of the short one were void, so that nothing was tried.
+    """
+    if given.jobs < 1 or (given.experiments is not None and given.experiments < 1):
         words = f"expected at least 1, got {given.experiments}, {given.jobs}"
         print(f"assay selftest: --experiments, --jobs: {words}", file=sys.stderr)
         return 2
@@ -126,11 +132,23 @@ def _quick() -> int:
             broken.append(f"canary {canary.name}: expected {' or '.join(canary.expected)}, got {verdict}")
     for words in broken:
         print(f"broken promise: {words}", file=sys.stderr)
+    if unseen := nothing_shown(counts):
+        print(unseen, file=sys.stderr)
     _say(
         f"{len(broken)} promises broken, {time.monotonic() - start:.0f} s. {_REAL} experiments show that it works here;"
     )
     _say("no error rate follows from so few: that is what `assay selftest --full` measures.")
-    return 1 if broken else 0
+    return Status.REFUTED if broken else Status.INFRASTRUCTURE if unseen else Status.SHOWN
+
+
+def nothing_shown(counts: Mapping[str, Any]) -> str:
+    """What to say where all real experiments are void, so that no promise was tried; "" otherwise."""
+    if counts["void"] < counts["experiments"]:
+        return ""
+    return (
+        f"all {counts['experiments']} real experiments are void: this machine is too busy, or scatters too much, for "
+        f"them to show anything. Run this when others rest; `assay doctor` says how small an effect could be shown"
+    )
 
 
 def tried(canary: Canary, most_foreign: float = 0.5) -> str:
@@ -142,7 +160,9 @@ def tried(canary: Canary, most_foreign: float = 0.5) -> str:
             (tree / "work.py").write_text(text + _INPUTS)
         workload = Workload("call", target="work:work", inputs="work:make")
         try:
-            return run(trees[0], trees[1], Plan(workload, timeout_s=20, most_foreign=most_foreign), StringIO()).verdict
+            plan = Plan(workload, timeout_s=20, most_foreign=most_foreign)
+            seen = run(trees[0], trees[1], plan, StringIO())
+            return seen.verdict if seen else "unfinished"
         except TooShortError:
             return "too_short"
 
@@ -150,7 +170,7 @@ def tried(canary: Canary, most_foreign: float = 0.5) -> str:
 def _full(given: argparse.Namespace) -> int:
     given.full.mkdir(parents=True, exist_ok=True)
     stop = time.monotonic() + (given.seconds or float("inf"))
-    conditions = [given.condition] if given.condition else list(campaign.CONDITIONS)
+    conditions = [given.condition] if given.condition else list(PROOFS)
     status = 0
     for condition in conditions:
         path = given.full / f"{condition}.jsonl"
@@ -159,8 +179,13 @@ def _full(given: argparse.Namespace) -> int:
             if given.shard[1] > 1:
                 continue  # the one who started the shards counts
         rows = campaign.read(path)
-        status = max(status, _report(given.full, condition, rows, given.experiments, _say))
+        status = max(status, _report(given.full, condition, rows, _wanted(condition, given), _say))
     return status
+
+
+def _wanted(condition: str, given: argparse.Namespace) -> int:
+    """How many experiments make a condition complete."""
+    return int(given.experiments or PROOFS[condition].experiments)
 
 
 def _continue(path: Path, condition: str, given: argparse.Namespace, stop: float) -> None:
@@ -177,11 +202,10 @@ def _continue(path: Path, condition: str, given: argparse.Namespace, stop: float
         os.sched_setaffinity(0, mine[shard * len(mine) // shards : (shard + 1) * len(mine) // shards])
     done = {row["number"] for row in rows}
     with path.open("ab", buffering=0) as out:
-        for number in range(shard, given.experiments, shards):
+        for number in range(shard, _wanted(condition, given), shards):
             if number in done or time.monotonic() > stop:
                 continue
-            with campaign.load(condition):
-                row = campaign.experiment(number, condition, _follow)
+            row = PROOFS[condition].experiment(number, _follow)
             out.write(_line(row).encode())  # one write: shards append to the same file
 
 
@@ -192,7 +216,7 @@ def _beside_each_other(condition: str, given: argparse.Namespace, stop: float) -
         )
     seconds = [f"--for={stop - time.monotonic()}"] if given.seconds else []
     command = [sys.executable, "-m", "assay", "selftest", f"--full={given.full}", f"--condition={condition}", *seconds]
-    command += [f"--experiments={given.experiments}"]
+    command += [f"--experiments={_wanted(condition, given)}"]
     others = [subprocess.Popen([*command, f"--shard={i}/{given.jobs}"]) for i in range(given.jobs)]
     try:
         for other in others:
@@ -218,17 +242,16 @@ def _report(folder: Path, condition: str, rows: list[dict[str, Any]], wanted: in
         say(f"{condition}: {len(rows)} of {wanted} experiments; run again to go on")
     if not rows:
         return 5
-    counts = campaign.summary(rows)
-    broken = campaign.met(condition, counts)
+    proof = PROOFS[condition]
+    counts = proof.summary(rows)
+    broken = proof.met(counts)
     path = folder / "summary.json"
     everything = json.loads(path.read_text()) if path.exists() else {"machine": machine()}
     everything[condition] = {**counts, "broken": broken}
     path.write_text(json.dumps(everything, indent=1) + "\n")
-    say(f"{condition} ({campaign.CONDITIONS[condition]}): {counts['experiments']} experiments, {counts['void']} void")
-    say(f"  null called: {counts['null_called']} (allowed {counts['null_allowed']})")
-    for arm, one in counts["planted"].items():
-        held = f"{one['covered']} of {one['valid']} (needed {one['needed']})"
-        say(f"  {arm}: 95 % interval holds the truth in {held}; called slower in {one['found']}")
+    say(f"{condition} ({proof.words}): {counts['experiments']} experiments")
+    for words in proof.lines(counts):
+        say(f"  {words}")
     for words in broken:
         print(f"broken promise: {condition}: {words}", file=sys.stderr)
     if broken:

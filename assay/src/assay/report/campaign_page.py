@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from assay.experiment.raw import whole_rows
-from assay.report import page, terminal
+from assay.report import page, wording
 from assay.report.page import text
 from assay.report.whole import Whole, board_words, effects, patch_of
 
@@ -118,7 +118,7 @@ def _intervals(rows: Sequence[Mapping[str, Any]]) -> str:
     for i, (row, one) in enumerate(shown):
         y = _ROW * (i + 0.7)
         ends_ = [low if one["low"] is None else one["low"], high if one["high"] is None else one["high"]]
-        words = f"{row['who']['name']} #{row['number']}, {one['name']}: {terminal.percent(one['estimate'])}"
+        words = f"{row['who']['name']} #{row['number']}, {one['name']}: {wording.change(one['estimate'])}"
         name = f"{row['who']['name']} #{row['number']} {one['name']}"[:34]
         parts.append(
             f'<a href="#cell-{row["key"]}"><text x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text(name)}</text>'

@@ -11,13 +11,15 @@ import numpy as np
 
 from assay.contract import foreign
 from assay.experiment.blocks import Blocks
-from assay.report import terminal
+from assay.report import instructions, terminal, wording
+from assay.report.advice import advice
 from assay.statistics.looks import Judgement
 from assay.statistics.signed_rank import exact_interval
 
 _COLOURS = {"base": "#4878a8", "candidate": "#c8562b", "control": "#8a8f98"}
 _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 260, 64, 16, 14, 34
+_MOST_PATCH = 200_000
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2126; max-width: 800px; margin: 2.5em auto; padding: 0 1em }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.1em; margin: 2em 0 .3em }
@@ -28,6 +30,7 @@ table { border-collapse: collapse; margin: .5em 0 }
 td, th { text-align: right; padding: .15em .8em; border-bottom: 1px solid #e3e6e9 }
 td:first-child, th:first-child { text-align: left } p { margin: .3em 0 } .dim { color: #5b6570 }
 svg { width: 100%; height: auto } svg text { font: 11px system-ui, sans-serif; fill: #5b6570 }
+.more { color: #2c7a4b } .less { color: #b3261e } pre.patch { overflow: auto; font-size: 12px }
 code { background: #f2f4f5; padding: 0 .3em } summary { cursor: pointer; color: #5b6570 }
 """
 
@@ -60,11 +63,14 @@ def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
     clean = [row for row in blocks if not row["reasons"] and not row["differing"]]
     seen = _decided(header, blocks)
     verdict = seen.verdict if seen else "unfinished"
-    lines = terminal.outcome(seen) if seen else [f"unfinished: {len(clean)} clean blocks"]
+    lines = terminal.outcome(seen, header["plan"]["delta"]) if seen else [f"unfinished: {len(clean)} clean blocks"]
     parts = [
-        f'<p><span class="verdict {verdict}">{verdict}</span> {text(lines[0].partition(": ")[2])}</p>',
+        f'<p><span class="verdict {text(verdict)}">{text(verdict)}</span> {text(lines[0].partition(": ")[2])}</p>',
         *(f"<p>{text(line)}</p>" for line in lines[1:]),
+        *(f"<p>{text(words)}</p>" for words in instructions.lines(rows)),
+        *(f"<p>advice: {text(words)}</p>" for words in advice(verdict, rows)),
     ]
+    parts += [f"<p>{text(line)}</p>" for line in terminal.got_worse([header, *blocks])]
     if clean:
         parts += [
             "<h2>Ratios, block by block</h2>",
@@ -85,7 +91,7 @@ def sections(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgement | None:
-    found = Blocks(header["plan"]["workloads"])
+    found = Blocks(header["plan"]["workloads"], header["plan"]["workload"]["rounds"])
     for block in blocks:
         found.add(block)
         seen = found.decision(header["plan"]["delta"])
@@ -97,6 +103,19 @@ def _decided(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> Judgem
 def text(words: str) -> str:
     """Words for HTML."""
     return html.escape(foreign.shown(words))
+
+
+def patch(diff: str) -> str:
+    """A patch, folded, with its lines coloured; its middle is left out if it is long."""
+    if len(diff) > _MOST_PATCH:
+        half = _MOST_PATCH // 2
+        diff = f"{diff[:half]}\n[... {len(diff) - 2 * half} letters ...]\n{diff[-half:]}"
+    lines = []
+    for line in diff.splitlines():
+        kind = "more" if line.startswith("+") else "less" if line.startswith("-") else "dim" * line.startswith("@@")
+        lines.append(f'<span class="{kind}">{text(line)}</span>' if kind else text(line))
+    whole = "\n".join(lines)
+    return f"<details open><summary>the patch that was judged</summary><pre class=patch>{whole}</pre></details>"
 
 
 class _Axes:
@@ -172,7 +191,7 @@ def _ratios(clean: Sequence[dict[str, Any]], seen: Judgement | None, delta: floa
     axes.line(0.0, "#1c2126", "3 3")
     for arm, values in ratios.items():
         for i, value in enumerate(values):
-            words = f"block {clean[i]['number']}: A / {_NAMES[arm]} {terminal.percent(float(value))}"
+            words = f"block {clean[i]['number']}: A / {_NAMES[arm]} {wording.change(float(value))}"
             axes.dot(i + (0.15 if arm == "candidate" else -0.15), float(value), _COLOURS[arm], False, words)
     return axes.drawn(lambda value: f"{math.exp(value):.3g}", "clean blocks")
 
@@ -184,14 +203,14 @@ def _drift(blocks: Sequence[dict[str, Any]], primary: str) -> str:
         for shift, arm in zip((-0.2, 0.0, 0.2), [arm for arm in row["order"] if arm in _NAMES], strict=True):
             value = row["primary"][arm]
             words = "; ".join(
-                [f"block {row['number']}, {_NAMES[arm]}: {terminal.quantity(primary, value)}", *row["reasons"]]
+                [f"block {row['number']}, {_NAMES[arm]}: {wording.quantity(primary, value)}", *row["reasons"]]
             )
             axes.dot(i + shift, value, _COLOURS[arm], bool(row["reasons"]), words)
     legend = ", ".join(
         f"{_NAMES[arm]} {name}" for arm, name in (("base", "blue"), ("candidate", "orange"), ("control", "grey"))
     )
     return axes.drawn(
-        lambda value: terminal.quantity(primary, value) if value > 0 else "0", f"all blocks in turn: {legend}"
+        lambda value: wording.quantity(primary, value) if value > 0 else "0", f"all blocks in turn: {legend}"
     )
 
 
@@ -219,7 +238,7 @@ def _environment(header: dict[str, Any], blocks: Sequence[dict[str, Any]]) -> st
         facts["GPU clock"] = f"{min(s['sm_mhz'] for s in states)} to {max(s['sm_mhz'] for s in states)} MHz"
         facts["GPU temperature"] = f"{min(s['celsius'] for s in states)} to {max(s['celsius'] for s in states)} °C"
     for name, seconds in header["calibrated"].items():
-        facts[name] = terminal.quantity("", seconds) if name.endswith("_s") else f"{seconds:.0f}"
+        facts[name] = wording.quantity("", seconds) if name.endswith("_s") else f"{seconds:.0f}"
     shown = {name: ", ".join(value) or "none" if isinstance(value, list) else value for name, value in facts.items()}
     table = "".join(f"<tr><td>{text(name)}</td><td>{text(value)}</td></tr>" for name, value in shown.items())
     plan = text(json.dumps(header["plan"], indent=1))

@@ -10,8 +10,15 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from assay.contract import foreign
+from assay.experiment import beside
+from assay.machine.conditions import PATIENCE_S
+from assay.report import wording
 from assay.statistics.looks import LOOKS, Judgement
 
+_SAID_S = 30.0
+"""How often it is said, without a terminal, what is waited for."""
+_SEEN = 0.02
+"""Of a processor: less is not shown."""
 _NAMES = {"base": "A", "candidate": "B", "control": "A'"}
 
 
@@ -24,7 +31,8 @@ class Progress:
     def __init__(self) -> None:
         self.bar: Any = None
         self.clean = self.left_out = 0
-        self.stage = ""
+        self.stage = self.others = ""
+        self.said = -math.inf
         self.start = time.monotonic()
         self.shows = self.begun = False
 
@@ -46,6 +54,13 @@ class Progress:
         """Takes a row."""
         if not self.begun:
             self.begin()
+        if row["kind"] in ("block", "load"):
+            self.others = others(row)
+        if row["kind"] == "load" and not self.shows and time.monotonic() - self.said > _SAID_S:
+            self.said = time.monotonic()
+            most = "" if row["patience_s"] > PATIENCE_S else ", which --patient extends"
+            who = self.others or "nobody is seen"
+            line(f"waiting until others rest, {row['patience_s']:.0f} s at most{most}: {who}", sys.stderr)
         if row["kind"] == "block":
             self.clean += not row["reasons"]
             self.left_out += bool(row["reasons"])
@@ -57,6 +72,8 @@ class Progress:
         if self.shows:
             look = next((look.blocks for look in LOOKS if look.blocks > self.clean), LOOKS[-1].blocks)
             words = f"block {self.clean}, next look at {look}" + f", {self.left_out} left out" * bool(self.left_out)
+            words = f"waiting until others rest; {words}" if row["kind"] == "load" else words
+            words += f"; {self.others}" * bool(self.others)
             if self.stage:
                 words = f"{self.stage}: {words}" if self.clean or self.left_out else self.stage
             if self.bar is None:
@@ -74,6 +91,15 @@ class Progress:
             self.bar.stop()
         elif self.shows:
             print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def others(row: dict[str, Any]) -> str:
+    """How much of a processor others used while a block, or a wait, lasted, and who; "" if it was next to nothing."""
+    foreign, seconds = row["foreign_cpu_s"], row["elapsed_s"]
+    if foreign is None or foreign < _SEEN * seconds:
+        return ""
+    who = ", ".join(f"{name} {used / seconds:.2f}" for name, used in row.get("others", {}).items())
+    return f"others use {foreign / seconds:.2f} of a processor{f' ({who})' * bool(who)}"
 
 
 def _unmarked(words: str) -> str:
@@ -105,19 +131,15 @@ def document(content: Any) -> None:
     _written(json.dumps(content, indent=1), sys.stdout)
 
 
-def percent(log_ratio: float) -> str:
-    """A log-ratio as a change in per cent, with its sign."""
-    return f"{math.expm1(log_ratio):+.2%}"
-
-
-def outcome(seen: Judgement) -> list[str]:
-    """The verdict and what it rests on, a line each."""
-    lines = [f"{seen.verdict}: {seen.reason}{', beyond the margin' if seen.material else ''}"]
+def outcome(seen: Judgement, delta: float) -> list[str]:
+    """The verdict and what it rests on, a line each; `delta` is the margin, as a fraction."""
+    margin = wording.beside_margin(seen.verdict, seen.material, seen.interval.low, seen.interval.high, delta)
+    lines = [f"{seen.verdict}: {seen.reason}{margin}"]
     if math.isfinite(seen.estimate):
-        ends = f"{percent(seen.interval.low)} to {percent(seen.interval.high)}"
-        seen_at = f"{seen.blocks} blocks; an effect of {math.expm1(seen.detectable):.2%} would have been seen"
-        estimate = f"A / B: {math.exp(seen.estimate):.4f}, that is {percent(seen.estimate)}"
-        lines.append(f"{estimate}; {1 - seen.alpha:.1%} interval {ends}; {seen_at}")
+        change, low, high = wording.changes(seen.estimate, (seen.interval.low, seen.interval.high))
+        seen_at = f"{seen.blocks} blocks; an effect of {wording.change(seen.detectable)} would have been seen"
+        estimate = f"A / B: {math.exp(seen.estimate):.4g}, that is {change}"
+        lines.append(f"{estimate}; {wording.level(seen.alpha)} interval {low} to {high}; {seen_at}")
     return lines
 
 
@@ -130,21 +152,17 @@ def figures(rows: list[dict[str, Any]]) -> list[str]:
     lines = [f"{'median of clean blocks':<24}{'A':>12}{'B':>12}{chr(39).join(('A', '')):>12}{'A / B':>9}"]
     for name in clean[0]["figures"]["base"]:
         values = {arm: statistics.median(row["figures"][arm][name] for row in clean) for arm in _NAMES}
-        shown = [quantity(name, values[arm]) for arm in _NAMES]
+        shown = [wording.quantity(name, values[arm]) for arm in _NAMES]
         ratio = f"{values['base'] / values['candidate']:.3f}" if values["candidate"] > 0 else "-"
         label = f"{name}, gets the verdict" if name == primary else name
         lines.append(f"{label:<24}" + "".join(f"{one:>12}" for one in shown) + f"{ratio:>9}")
     return lines
 
 
-def quantity(name: str, value: float) -> str:
-    """A figure with its unit."""
-    if name == "memory":
-        return f"{value / 1024:.1f} MiB"
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if value >= scale:
-            return f"{value / scale:.4g} {unit}"
-    return f"{value * 1e9:.4g} ns"
+def got_worse(rows: list[dict[str, Any]]) -> list[str]:
+    """What got worse beside the primary figure, on a line; none if nothing did."""
+    found = beside.worse(rows, rows[0]["plan"]["primary"], math.log1p(rows[0]["plan"]["delta"]))
+    return [wording.worse(found)] if found else []
 
 
 def conditions(rows: list[dict[str, Any]]) -> list[str]:
@@ -159,12 +177,24 @@ def conditions(rows: list[dict[str, Any]]) -> list[str]:
         lines.append("clock: cooperative (CUDA events inside the arm); trust: benign, no tamper resistance is claimed")
     sending = [row["transport_s"] for row in blocks if row.get("transport_s")]
     if sending:
+        seconds = wording.quantity("transport", statistics.median(sending))
         lines.append(
-            f"sending: {quantity('transport', statistics.median(sending))}, as base's worker echoes it, is taken out "
+            f"sending: {seconds}, as base's worker echoes it, is taken out "
             f"of all arms' times; what a patched worker could explain is not called faster"
         )
-    elif header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge":
+    elif (
+        header.get("loops", 1) == 1 and header["plan"]["primary"] in ("steady", "first") and header["clock"] == "judge"
+    ):
         lines.append("sending: in the times of all arms")
+    if (loops := header.get("loops", 1)) > 1 and blocks:
+        sealing = statistics.median(row["figures"]["base"]["transport"] for row in blocks)
+        seconds = wording.quantity("transport", sealing)
+        lines.append(
+            f"calls in loops of {loops}: times are those of one call, without the {seconds} that hide its input"
+        )
+    if processors := header.get("processors"):
+        many = len(processors)
+        lines.append(f"on processor {processors[0]} alone" if many == 1 else f"on {many} processors")
     compared = sum(row["compared"] for row in blocks)
     if compared:
         lines.append(f"outputs: {compared} compared with base's, {sum(len(row['differing']) for row in blocks)} differ")

@@ -13,11 +13,24 @@ from assay.contract import foreign
 from assay.contract.outcome import DECIDED
 from assay.experiment.raw import whole_rows
 from assay.gates.gate import NOT_ASKED, SKIPPED
-from assay.report import page, terminal
+from assay.report import page, wording
 from assay.report.page import text
 
+PATCH = "patch.diff"
+"""The patch that was judged, in an attempt's folder and in RAW's."""
 _MET = {0: "met", 1: "not met", 3: "not judged", 4: "not judged", 5: "not shown"}
-_COLUMNS = ("workload", "verdict", "percent", "low_percent", "high_percent", "level", "blocks", "material", "reason")
+_COLUMNS = (
+    "workload",
+    "verdict",
+    "percent",
+    "low_percent",
+    "high_percent",
+    "level",
+    "blocks",
+    "material",
+    "reason",
+    "beside",
+)
 
 
 def write(folder: Path, verdict: Mapping[str, Any]) -> None:
@@ -36,12 +49,15 @@ def lines(verdict: Mapping[str, Any]) -> list[str]:
     if len(verdict["words"]) > 10:
         found.append(f"  and {len(verdict['words']) - 10} more")
     for one in verdict["workloads"]:
-        found.append(f"{one['name']}: {one['verdict']}{effect(one)}")
+        found.append(f"{one['name']}: {one['verdict']}{effect(one, verdict['task']['delta'], verdict['words'])}")
+        found += [f"  {words}" for words in _beside(one)]
         if one["reference"]:
             found.append(f"  the reference: {_change(one['reference'])}")
     if verdict["joint"]:
         found.append(f"geometric mean of {len(verdict['workloads'])} workloads: {_change(verdict['joint'])}")
-    found += [f"{gate['name']}: {gate['outcome'] or 'passed'}: {gate['words']}" for gate in verdict["gates"]]
+    for gate in verdict["gates"]:
+        told = gate["words"] in verdict["words"]
+        found.append(f"{gate['name']}: {gate['outcome'] or 'passed'}" + ("" if told else f": {gate['words']}"))
     return [*found, *_facts(verdict)]
 
 
@@ -56,20 +72,31 @@ def _facts(verdict: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def effect(one: Mapping[str, Any]) -> str:
-    """A workload's change with its interval, if it has one."""
+def _beside(one: Mapping[str, Any]) -> list[str]:
+    """What stands beside a workload's verdict: what got worse, counts of instructions, and advice."""
+    worse, counts = wording.worse(one.get("worse", ())), one.get("instructions")
+    hints = [f"advice: {words}" for words in one.get("advice", [])]
+    return [*([worse] if worse else []), *([counts["words"]] if counts else []), *hints]
+
+
+def effect(one: Mapping[str, Any], delta: float, told: Sequence[str] = ()) -> str:
+    """A workload's change with its interval, if it has one, else its reason unless that was `told` above."""
     if one["estimate"] is None:
-        return f": {one['reason']}"
+        return "" if one["reason"] in told else f": {one['reason']}"
     by = ", by Holm's procedure" if one["holm"] else ""
-    beyond = ", beyond the margin" if one["material"] else ""
-    return f", {_change(one)}, {one['blocks']} blocks{by}{beyond}"
+    low, high = one["interval"]
+    margin = wording.beside_margin(one["verdict"], one["material"], low, high, delta)
+    return f", {_change(one)}, {one['blocks']} blocks{by}{margin}"
+
+
+def _plain(one: Mapping[str, Any], verdict: Mapping[str, Any]) -> str:
+    """A workload's change, or why it has none, for a cell of a table."""
+    return effect(one, verdict["task"]["delta"]).lstrip(",: ")
 
 
 def _change(one: Mapping[str, Any]) -> str:
-    ends = [
-        ("unbounded" if value is None or math.isinf(value) else terminal.percent(value)) for value in one["interval"]
-    ]
-    return f"{terminal.percent(one['estimate'])} ({1 - one['alpha']:.2%} interval {ends[0]} to {ends[1]})"
+    change, low, high = wording.changes(one["estimate"], one["interval"])
+    return f"{change} ({wording.level(one['alpha'])} interval {low} to {high})"
 
 
 def html(verdict: Mapping[str, Any], raw: Path) -> str:
@@ -85,12 +112,15 @@ def html(verdict: Mapping[str, Any], raw: Path) -> str:
         gates = [(gate["name"], gate["outcome"] or "passed", gate["words"]) for gate in verdict["gates"]]
         parts += ["<h2>Gates</h2>", _table(("gate", "outcome", ""), gates)]
     if verdict["workloads"]:
-        effects = [(one["name"], one["verdict"], effect(one).lstrip(",: ")) for one in verdict["workloads"]]
+        effects = [(one["name"], one["verdict"], _plain(one, verdict)) for one in verdict["workloads"]]
         parts += ["<h2>Workloads</h2>", _table(("workload", "verdict", "base / candidate"), effects)]
     if verdict["joint"]:
         parts.append(f"<p>Geometric mean: {text(_change(verdict['joint']))}, from a bootstrap over blocks.</p>")
     files = [f"<code>{text(name)}</code>" for name in verdict["patch"]["changed"]]
     parts.append(f"<h2>Patch</h2><p>{', '.join(files) or 'nothing changed'}</p>")
+    places = [folder / PATCH for folder in (raw, raw.parent)]
+    if diff := next((place.read_text(errors="replace") for place in places if place.is_file()), ""):
+        parts.append(page.patch(diff))
     for one in verdict["workloads"]:
         rows = whole_rows(raw / f"{one['name']}.jsonl")
         if rows and rows[0]["kind"] == "header":
@@ -111,9 +141,9 @@ def markdown(verdict: Mapping[str, Any]) -> str:
     if verdict["workloads"]:
         found += ["", "| workload | verdict | base / candidate |", "|---|---|---|"]
         found += [
-            f"| {one['name']} | {one['verdict']} | {_escaped(effect(one).lstrip(',: '))} |"
-            for one in verdict["workloads"]
+            f"| {one['name']} | {one['verdict']} | {_escaped(_plain(one, verdict))} |" for one in verdict["workloads"]
         ]
+    found += ["", *(f"- {_escaped(words)}" for one in verdict["workloads"] for words in _beside(one))]
     if verdict["joint"]:
         found += ["", f"Geometric mean: {_change(verdict['joint'])}"]
     if verdict["gates"]:
@@ -133,9 +163,10 @@ def _escaped(words: str) -> str:
 def junit(verdict: Mapping[str, Any]) -> str:
     """A test case a gate and a workload: failures count against the candidate, errors and skips do not."""
     cases = [("gate", gate["name"], gate["outcome"], gate["words"]) for gate in verdict["gates"]]
-    cases += [("workload", one["name"], one["verdict"], effect(one).lstrip(",: ")) for one in verdict["workloads"]]
+    cases += [("workload", one["name"], one["verdict"], _plain(one, verdict)) for one in verdict["workloads"]]
     cases.append(("verdict", verdict["require"], verdict["outcome"], "; ".join(verdict["words"])))
     suite = ElementTree.Element("testsuite", name=f"assay {verdict['task']['name']}", tests=str(len(cases)))
+    beside = {one["name"]: _beside(one) for one in verdict["workloads"]}
     counts = {"failure": 0, "error": 0, "skipped": 0}
     for kind, name, outcome, words in cases:
         case = ElementTree.SubElement(suite, "testcase", classname=kind, name=name)
@@ -143,6 +174,8 @@ def junit(verdict: Mapping[str, Any]) -> str:
         if tag:
             counts[tag] += 1
             ElementTree.SubElement(case, tag, message=foreign.shown(f"{outcome}: {words}"))
+        if said := beside.get(name, []) if kind == "workload" else []:
+            ElementTree.SubElement(case, "system-out").text = foreign.shown("\n".join(said))
     for tag, name in (("failure", "failures"), ("error", "errors"), ("skipped", "skipped")):
         suite.set(name, str(counts[tag]))
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
@@ -168,12 +201,11 @@ def table(verdict: Mapping[str, Any]) -> str:
     for one in verdict["workloads"]:
         figures = [_percent(value) for value in (one["estimate"], *one["interval"])]
         level = f"{1 - one['alpha']:.6g}"
-        lines_.writerow(
-            (*start, one["name"], one["verdict"], *figures, level, one["blocks"], one["material"], _cell(one["reason"]))
-        )
+        counts = (level, one["blocks"], one["material"], _cell(one["reason"]), _cell("; ".join(_beside(one))))
+        lines_.writerow((*start, one["name"], one["verdict"], *figures, *counts))
     joint = verdict["joint"] or {"estimate": None, "interval": (None, None)}
     figures = [_percent(value) for value in (joint["estimate"], *joint["interval"])]
-    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"]))))
+    lines_.writerow((*start, "", verdict["outcome"], *figures, "", "", "", _cell("; ".join(verdict["words"])), ""))
     return out.getvalue()
 
 

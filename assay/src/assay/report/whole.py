@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assay.report import terminal
+from assay.report import wording
 from assay.report.scores import Line
 
 
@@ -57,8 +57,8 @@ def effects(row: Mapping[str, Any]) -> str:
         if one["estimate"] is None:
             found.append(f"{one['name']}: {one['verdict']}")
             continue
-        ends = [("unbounded" if one[end] is None else terminal.percent(one[end])) for end in ("low", "high")]
-        found.append(f"{one['name']}: {terminal.percent(one['estimate'])} [{ends[0]}, {ends[1]}]")
+        change, low, high = wording.changes(one["estimate"], (one["low"], one["high"]))
+        found.append(f"{one['name']}: {change} [{low}, {high}]")
     return "; ".join(found)
 
 

@@ -6,11 +6,14 @@ fast-import and out of it through cat-file, byte by byte: no attributes, no filt
 """
 
 import errno
+import hashlib
 import os
+import re
 import stat
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,6 +77,30 @@ class Content:
     refused: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """What git holds of a file that Git LFS keeps elsewhere."""
+
+    text: bytes
+    digest: str
+    """SHA-256 of the content, hexadecimal."""
+
+    @classmethod
+    def read(cls, text: bytes) -> "Pointer | None":
+        """From a file's text, by version 1 of the specification of Git LFS; None if it is none."""
+        found = _POINTER.match(text)
+        return cls(text, found[1].decode()) if found else None
+
+    def stands_for(self, content: bytes) -> bool:
+        """Whether it is that content's."""
+        return hashlib.sha256(content).hexdigest() == self.digest
+
+
+_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\n(?:[^\n]+\n)*?oid sha256:([0-9a-f]{64})\n")
+_MOST_POINTER = 1024
+"""Bytes: a longer file is no pointer."""
+
+
 def environment(**more: str) -> dict[str, str]:
     """All that git is told."""
     return {
@@ -135,25 +162,63 @@ class Store:
         """The tree of a commit."""
         return self.git(["rev-parse", "--verify", "--quiet", f"{commit}^{{tree}}"]).decode().strip()
 
-    def take(self, folder: Path, skipped: Iterable[str] = ()) -> Content:
+    def take(
+        self,
+        folder: Path,
+        skipped: Iterable[str] = (),
+        *,
+        without: Collection[str] = (),
+        base: Mapping[str, Entry] | None = None,
+    ) -> Content:
         """A folder's files as they are now: no link is followed, no .git is looked into, `skipped` names are not seen.
 
         Whatever is neither a file nor a link, or is too large, is refused in words.
+
+        Args:
+            folder: what is taken.
+            skipped: names of files and folders that are not seen, wherever they lie.
+            without: paths of folders that are not looked into.
+            base: entries of the tree that `folder` was checked out from. A folder in place of a submodule is taken as
+                that submodule, and a file in place of a pointer of Git LFS as the pointer, if its digest is the one
+                that the pointer names.
         """
         refused: list[str] = []
-        names = frozenset(skipped) | {".git"}
+        names, base = frozenset(skipped) | {".git"}, base or {}
+        modules = {path: entry for path, entry in base.items() if entry.mode == SUBMODULE and (folder / path).is_dir()}
+        pointers = self._pointers(base)
         with tempfile.TemporaryFile() as stream:
             stream.write(b"commit refs/assay/taken\ncommitter assay <> 0 +0000\ndata 0\n")
-            for path, mode, data in _files(folder, names, refused):
-                quoted = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-                stream.write(b'M %s inline "%s"\ndata %d\n' % (mode.encode(), quoted, len(data)))
-                stream.write(data + b"\n")
+            for path, mode, data in _files(folder, names, refused, {*without, *modules}):
+                pointer = pointers.get(os.fsdecode(path))
+                taken = pointer.text if pointer is not None and pointer.stands_for(data) else data
+                stream.write(b'M %s inline "%s"\ndata %d\n' % (mode.encode(), _quoted(path), len(taken)))
+                stream.write(taken + b"\n")
+            for name, entry in modules.items():
+                stream.write(b'M %s %s "%s"\n' % (SUBMODULE.encode(), entry.blob.encode(), _quoted(os.fsencode(name))))
             stream.seek(0)
             command = ["git", *_NO_CONFIGURATION, f"--git-dir={self.folder}", "fast-import", "--quiet", "--force"]
             done = subprocess.run(command, stdin=stream, capture_output=True, env=environment(), check=False)
         if done.returncode:
             raise _refused("fast-import", done.stderr.decode(errors="replace").strip()[:500])
         return Content(self.tree_of("refs/assay/taken"), tuple(refused))
+
+    def _pointers(self, entries: Mapping[str, Entry]) -> dict[str, "Pointer"]:
+        """Pointers of Git LFS among a tree's files, by path."""
+        small = [(path, entry) for path, entry in entries.items() if entry.mode in ("100644", "100755")]
+        names = list(dict.fromkeys(entry.blob for _, entry in small))
+        found = {}
+        for blob, size in zip(names, self._sizes(names), strict=True):
+            if size <= _MOST_POINTER:
+                found[blob] = size
+        texts = dict(zip(found, self.contents(list(found)), strict=True))
+        pointers = {blob: pointer for blob, text in texts.items() if (pointer := Pointer.read(text)) is not None}
+        return {path: pointers[entry.blob] for path, entry in small if entry.blob in pointers}
+
+    def _sizes(self, blobs: Sequence[str]) -> list[int]:
+        """Bytes of every blob, in turn; of one that the store lacks, more than any has."""
+        given = "".join(f"{blob}\n" for blob in blobs).encode()
+        lines = self.git(["cat-file", "--batch-check=%(objectsize)"], given).decode().splitlines()
+        return [int(line) if line.isdigit() else sys.maxsize for line in lines]
 
     def changes(self, before: str, after: str) -> list[Change]:
         """What differs between two trees, by path; a renamed file is one gone and one new."""
@@ -196,6 +261,25 @@ class Store:
         return {
             os.fsdecode(path) for path in self.git(given, text, (0, 1), GIT_WORK_TREE=str(folder)).split(b"\0") if path
         }
+
+    def ignored_folders(self, folder: Path, base: Path, entries: Iterable[str], skipped: Collection[str]) -> list[str]:
+        """Folders, by path, that base has no file in and that its ignore rules leave out whole.
+
+        Args:
+            folder: what is looked at; no link is followed.
+            base: base's files, whose rules count.
+            entries: paths of base's files.
+            skipped: names that are not seen.
+        """
+        known = {"/".join(parts[:i]) for parts in (path.split("/") for path in entries) for i in range(1, len(parts))}
+        found = []
+        for place, folders, _ in os.walk(folder, followlinks=False):
+            start = "" if place == str(folder) else f"{os.path.relpath(place, folder)}/"
+            new = [name for name in folders if start + name not in known and name not in skipped]
+            found += [start + name for name in new if not (Path(place) / name).is_symlink()]
+            folders[:] = [name for name in folders if start + name in known]
+        ignored = self.ignored(base, [f"{path}/" for path in found])
+        return [path for path in found if f"{path}/" in ignored]
 
     def contents(self, blobs: Sequence[str]) -> Iterator[bytes]:
         """The content of every blob, in turn."""
@@ -241,15 +325,28 @@ class Store:
             to.symlink_to(os.fsdecode(data))
 
 
-def _files(folder: Path, skipped: frozenset[str], refused: list[str]) -> Iterator[tuple[bytes, str, bytes]]:
-    """(path, mode, content) of every file and link, in the order of names; descriptors, so that no link is followed."""
+def _quoted(path: bytes) -> bytes:
+    """A path inside quotes, for fast-import."""
+    return path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+
+
+def _files(
+    folder: Path, skipped: frozenset[str], refused: list[str], without: Collection[str] = ()
+) -> Iterator[tuple[bytes, str, bytes]]:
+    """(path, mode, content) of every file and link, in the order of names; descriptors, so that no link is followed.
+
+    `skipped` are names, `without` paths of folders.
+    """
     root = str(folder).rstrip("/")
     for place, folders, names, where in os.fwalk(root, follow_symlinks=False):
         links = [name for name in folders if stat.S_ISLNK(os.lstat(name, dir_fd=where).st_mode)]
-        folders[:] = sorted(name for name in folders if name not in skipped and name not in links)
         prefix = place[len(root) :].lstrip("/")
+        start = f"{prefix}/" if prefix else ""
+        folders[:] = sorted(
+            name for name in folders if name not in skipped and name not in links and start + name not in without
+        )
         for name in sorted({*names, *links} - skipped):
-            path = f"{prefix}/{name}" if prefix else name
+            path = start + name
             found = os.lstat(name, dir_fd=where)
             if stat.S_ISLNK(found.st_mode):
                 yield os.fsencode(path), SYMLINK, os.fsencode(os.readlink(name, dir_fd=where))

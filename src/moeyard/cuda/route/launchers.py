@@ -13,6 +13,8 @@ from moeyard.values import Router, Routing
 
 BLOCK_THREADS = 256
 """Of route_block.cu."""
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+"""In the order of their numbers in route.cuh."""
 
 
 def route_launch(
@@ -98,7 +100,7 @@ def router_defines(
         "NUM_EXPERTS": num_experts,
         "GROUPS": num_groups,
         "LOGIT_KIND": KINDS[dtype],
-        "SIGMOID_SCORES": "true" if scoring == "sigmoid" else "false",
+        "SCORING": SCORINGS.index(scoring),
         "SELECTION_BIAS": "false" if bias is None else "true",
     }
     if plan is not None:

@@ -7,7 +7,7 @@
 namespace router {
 
 constexpr int KIND = LOGIT_KIND;
-constexpr bool SIGMOID = SIGMOID_SCORES, BIASED = SELECTION_BIAS;
+constexpr bool SOFTMAX = SCORING == 0, SIGMOID = SCORING == 1, BIASED = SELECTION_BIAS;  // else sqrt(softplus)
 constexpr u32 EXPERTS = NUM_EXPERTS, NUM_GROUPS = GROUPS, GROUP = EXPERTS / NUM_GROUPS;
 constexpr u32 SIZE = KIND == FLOAT32 ? 4 : 2;  // bytes of a logit
 constexpr float LOG2_E = 1.44269504f;
@@ -58,13 +58,21 @@ __device__ __forceinline__ float sum_warp(float value) {
   return value;
 }
 
+// sqrt(log(1 + exp(value))); infinite for infinity, NaN for NaN.
+__device__ __forceinline__ float sqrt_softplus(float value) {
+  return sqrtf((value > 0.0f || value != value ? value : 0.0f) + log1pf(exponential(-fabsf(value))));
+}
+
 // What ranks an expert: its logit or, if there is a bias, score + bias, from plain exponentials: within 3e-7. A score
 // that is NaN counts as 0. Rounded step by step, so that the same arguments always give the same bits.
 __device__ __forceinline__ float ranked_by(float logit, float bias, float largest, float inverse_sum) {
   if constexpr (!BIASED) return logit;
-  const float score = SIGMOID ? reciprocal(__fadd_rn(1.0f, power_of_two(__fmul_rn(-LOG2_E, logit))))
-                              : __fmul_rn(power_of_two(__fmul_rn(__fsub_rn(logit, largest), LOG2_E)), inverse_sum);
-  return __fadd_rn(score == score ? score : 0.0f, bias);
+  float score;
+  if constexpr (SOFTMAX) score = __fmul_rn(power_of_two(__fmul_rn(__fsub_rn(logit, largest), LOG2_E)), inverse_sum);
+  else if constexpr (SIGMOID) score = reciprocal(__fadd_rn(1.0f, power_of_two(__fmul_rn(-LOG2_E, logit))));
+  else score = sqrt_softplus(logit);
+  const bool finite = SOFTMAX || SIGMOID ? score == score : fabsf(score) < __int_as_float(0x7f800000);
+  return __fadd_rn(finite ? score : 0.0f, bias);
 }
 
 __device__ __forceinline__ float logit_at(const u8* row, u32 expert) {
@@ -76,14 +84,17 @@ __device__ __forceinline__ float logit_at(const u8* row, u32 expert) {
 
 // The score of a logit; `largest` and `sum` are those of its row's softmax. What is NaN or infinite counts as 0.
 __device__ __forceinline__ float score_of(float logit, float largest, float sum) {
-  const float score = SIGMOID ? reciprocal(1.0f + exponential(-logit)) : exponential(logit - largest) / sum;
+  float score;
+  if constexpr (SOFTMAX) score = exponential(logit - largest) / sum;
+  else if constexpr (SIGMOID) score = reciprocal(1.0f + exponential(-logit));
+  else score = sqrt_softplus(logit);
   return (__float_as_uint(score) & 0x7fffffff) < 0x7f800000 ? score : 0.0f;
 }
 
 // The expert of this lane's route k, or -1: `id` unless the row has no value, or the token is padding.
 __device__ __forceinline__ int settle(const Router& p, u32 token, u32 k, u32 id, float sum) {
   if (p.is_padding && p.is_padding[token]) return -1;
-  return SIGMOID || BIASED || sum > 0.0f ? id : k;  // a row without a value ranks all experts alike
+  return !SOFTMAX || BIASED || sum > 0.0f ? id : k;  // a row without a value ranks all experts alike
 }
 
 // A warp writes the weights and ids of a token. `mine` is what this lane settled on of the first 32; later choices are

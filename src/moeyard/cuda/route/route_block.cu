@@ -34,7 +34,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route_block_kernel(
   const u8* row = logits + token * stride;
 
   float largest = 0.0f, sum = 0.0f;
-  if constexpr (!SIGMOID) {
+  if constexpr (SOFTMAX) {
     float mine = lowest;
     for (u32 e = thread; e < EXPERTS; e += THREADS) mine = fmaxf(mine, logit_at(row, e));
     largest = float_of(largest_of_block(key_of(mine), best_of_warp));

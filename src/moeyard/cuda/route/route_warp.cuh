@@ -106,7 +106,7 @@ __device__ __forceinline__ Chosen choose(const Router& p, u32 token) {
   }
 
   largest = sum = 0.0f;
-  if constexpr (!SIGMOID) {
+  if constexpr (SOFTMAX) {
     largest = lowest;
 #pragma unroll
     for (int i = 0; i < PER; ++i) largest = fmaxf(largest, value[i]);

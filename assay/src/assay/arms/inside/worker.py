@@ -5,10 +5,14 @@ arm nor the clock. Requests come on descriptor 3, replies go to 4, as frames (wi
 
 l  load the workload                        m  make an input from a seed
 i  keep an input for later calls            e  echo: decode the input, answer with the kept output
-c  call with the input in the frame         g  call with the kept input
+c  call with the input in the frame         g  call with the kept input, so often as the frame's number says
 k  keep this output for echoes              p  nothing: to see it awake
+n  count the interpreter's instructions of a call with the input in the frame (counting.py)
 s  seconds of a request but for its calls and what is sent
+t  combinations of parameters that the benchmark has, as texts
 a  the last call's input as it is now; of a chain, the last link's
+w  walk: a loop of calls whose inputs are sealed (sealed.py)
+b  base alone: seal inputs, made from the seeds in the frame, so many per request
 o  an earlier call's output as it is now, by how many calls ago: 0 is the last
 z  overwrite the last call's input, then as `o` with 0
 """
@@ -26,13 +30,12 @@ if TYPE_CHECKING:
     from typing import Any
 
 
-def _load_wire(folder: str) -> Any:
-    """The module wire.py beside this file; the folder does not stay on the path, where its names could hide others."""
+def _load(name: str, folder: str) -> Any:
+    """A module beside this file; the folder does not stay on the path, where its names could hide others."""
     sys.path.insert(0, folder)
-    import wire  # type: ignore[import-not-found]
-
-    del sys.path[0], sys.modules["wire"]
-    return wire
+    found = __import__(name)
+    del sys.path[0], sys.modules[name]
+    return found
 
 
 def find(name: str) -> Any:
@@ -65,80 +68,26 @@ def _file(name: str, file: str) -> Any:
     return found
 
 
-def asv(name: str, case: int) -> Callable[[], Any]:
-    """An asv benchmark, set up for one case of its parameters."""
-    owner_name, _, method = name.rpartition(".") if "." in name.partition(":")[2] else (name, "", "")
-    owner = find(owner_name)
-    host = owner() if method else owner
-    function = getattr(host, method) if method else owner
-    from itertools import product
-
-    values = list(getattr(function, "params", getattr(host, "params", [])) or [])
-    if values and not isinstance(values[0], (list, tuple)):
-        values = [values]
-    cases = list(product(*values))
-    if case >= len(cases):
-        raise IndexError(f"case: expected below {len(cases)}, the number of parameter combinations, got {case}")
-    chosen = cases[case]
-    if hasattr(host, "setup_cache"):
-        chosen = (host.setup_cache(), *chosen)
-    setup = getattr(host, "setup", None) or getattr(function, "setup", None)
-    if setup is not None:
-        setup(*chosen)
-    return lambda: function(*chosen)
-
-
-def pyperf(name: str) -> Callable[[], Any]:
-    """A benchmark that a pyperf script registers under a name. The script's other benchmarks are not run."""
-    from runpy import run_path
-
-    import pyperf as module
-
-    script, _, wanted = name.partition(":")
-    found: dict[str, Callable[[], Any]] = {}
-
-    def bench_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
-        found[name] = lambda: function(*args)
-
-    def bench_time_func(_: Any, name: str, function: Any, *args: Any, inner_loops: Any = None, **more: Any) -> None:
-        found[name] = lambda: function(1, *args)
-
-    def bench_async_func(_: Any, name: str, function: Any, *args: Any, **more: Any) -> None:
-        import asyncio
-
-        found[name] = lambda: asyncio.run(function(*args))
-
-    def timeit(_: Any, name: str, stmt: Any = None, setup: Any = "pass", globals: Any = None, **more: Any) -> None:
-        scope: dict[str, Any] = dict(globals or {})
-        join = "\n".join
-        exec(setup if isinstance(setup, str) else join(setup), scope)
-        code = compile((stmt or name) if isinstance(stmt or name, str) else join(stmt), name, "exec")
-        found[name] = lambda: exec(code, scope)
-
-    for patch in (bench_func, bench_time_func, bench_async_func, timeit):
-        setattr(module.Runner, patch.__name__, patch)
-    module.Runner.bench_command = lambda *_, **__: None
-    sys.argv = [script]
-    run_path(script, run_name="__main__")
-    if wanted not in found:
-        raise LookupError(f"{name}: expected one of the script's benchmarks, {sorted(found)}, got {wanted!r}")
-    return found[wanted]
-
-
 class Workload:
     """The loaded callable, and what is kept between requests."""
 
-    def __init__(self, wire: Any, options: dict[str, Any]) -> None:
+    def __init__(
+        self, wire: Any, folder: str, options: dict[str, Any], function: Callable[..., Any] | None = None
+    ) -> None:
         import json  # noqa: F401 - for values; the first call is not to be charged with it
 
-        sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
         self.wire, self.options = wire, options
+        self.folder = folder
+        self.module: Any = None
         kind, target = options["kind"], options["target"]
         self.function: Callable[..., Any]
-        if kind == "asv":
-            self.function = asv(target, options["case"])
+        self.cases = [""]
+        if function is not None:
+            self.function = function
+        elif kind == "asv":
+            self.function, self.cases = _load("benchmarks", folder).asv(find, target, options["case"])
         elif kind == "pyperf":
-            self.function = pyperf(target)
+            self.function = _load("benchmarks", folder).pyperf(target)
         else:
             self.function = find(target)
         self.inputs = find(options["inputs"]) if options["inputs"] else None
@@ -149,14 +98,21 @@ class Workload:
         self.output: Any = None
         self.kept: list[Any] = []
         self.chained: list[float] = []
+        self.walked: list[Any] = []
+        self.loops = 1
 
     def answer(self, letter: bytes, number: float, body: bytearray) -> tuple[float, Any]:
         """A number and the value to send back."""
         if letter in b"ci":
             self.input = self.last = self.wire.decode(body, tensors=True)
-        if letter in b"cg":
-            start = time.perf_counter()
-            inner, output = self.on_device() if self.options["clock"] == "cuda" else (0.0, self.call())
+        if letter in b"cgw":
+            start, inner = time.perf_counter(), 0.0
+            if letter == b"w":
+                output = self.walk(body)
+            elif self.options["clock"] == "cuda":
+                inner, output = self.on_device()
+            else:
+                output = self.repeated(int(number)) if letter == b"g" and number > 1 else self.call()
             seconds = inner or time.perf_counter() - start
             if self.sends:
                 self.kept = [output, *self.kept[:1]]
@@ -171,9 +127,22 @@ class Workload:
             if self.inputs is None:
                 return 0.0, ()
             return 0.0, self.inputs(int(number))
+        if letter == b"n":
+            given = self.wire.decode(body, tensors=True)
+            return float(_load("counting", self.folder).counted(lambda: self.once(given))), None
+        if letter == b"b":
+            assert self.inputs is not None
+            return 0.0, self.sealed().requests(self.inputs, self.function, *marshal.loads(body))
         if letter == b"e":
+            if self.walked:
+                self.sealed().again(self.walked, body)
+                return 0.0, self.output
             self.wire.decode(body, tensors=True)
+            if self.loops > 1 and self.sends:
+                self.alike(marshal.dumps(self.output, 2), lambda: self.output)
             return 0.0, self.output
+        if letter == b"t":
+            return 0.0, self.cases
         if letter == b"k":
             self.output = self.wire.decode(body, tensors=True)
         return self.spared() if letter == b"s" else 0.0, None
@@ -195,13 +164,40 @@ class Workload:
             self.last = given
         return output
 
+    def sealed(self) -> Any:
+        """The module sealed.py; few workloads need it."""
+        self.module = self.module or _load("sealed", self.folder)
+        return self.module
+
+    def walk(self, body: bytearray) -> Any:
+        """Calls in a loop whose inputs are sealed: how many, since a wrong output ends it, and the last output."""
+        self.walked, self.last = self.sealed().walk(self.function, body)
+        self.input = self.last
+        return len(self.walked), self.walked[-1]
+
+    def repeated(self, loops: int) -> Any:
+        """So many calls with the kept input. ValueError if their outputs differ, where they are compared."""
+        self.loops, output = loops, self.once(self.input)
+        if self.sends:
+            self.alike(marshal.dumps(output, 2), lambda: self.once(self.input))
+        else:
+            for _ in range(loops - 1):
+                self.once(self.input)
+        return output
+
+    def alike(self, first: bytes, call: Callable[[], Any]) -> None:
+        """The calls of a loop over one input but for its first; ValueError unless all give the output of that one."""
+        for _ in range(self.loops - 1):
+            if marshal.dumps(call(), 2) != first:
+                raise ValueError("outputs: expected a loop over one input to give one output, got two that differ")
+
     def spared(self) -> float:
         """Seconds of the last request but for its calls and what was sent: its chain, and a copy per call.
 
         A call that may not overwrite its arguments, and whose outputs last, can copy the former and has to make the
         latter. What that takes is what one spares that does not keep to it.
         """
-        links, chained = self.options["links"], sorted(self.chained)
+        links, chained = max(self.options["links"], self.loops, len(self.walked)), sorted(self.chained)
         given, output = copier(self.last), copier(self.output)
         start = time.perf_counter()
         for _ in range(links):
@@ -279,34 +275,64 @@ def copier(value: Any) -> Callable[[], Any]:
 
 def serve(folder: str) -> None:
     """Answers until the judge closes the pipe."""
-    wire = _load_wire(folder)
-    workload: Workload | None = None
+    wire = _load("wire", folder)
     with open(3, "rb", buffering=1 << 20) as requests, open(4, "wb", buffering=0) as replies:
-        while head := requests.read(wire.HEAD.size):
-            size, letter, number, mark = wire.HEAD.unpack(head)
-            body = bytearray(size)
-            view, got = memoryview(body), 0
-            while got < size:
-                got += requests.readinto(view[got:])  # type: ignore[attr-defined]
-            try:
-                if letter == b"l":
-                    start = time.perf_counter()
-                    workload = Workload(wire, marshal.loads(body))
-                    reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
-                else:
-                    assert workload is not None
-                    seconds, value = workload.answer(letter, number, body)
-                    reply = wire.frame(b"r", seconds, mark, wire.encode(value))
-            except Exception:
-                import traceback
+        answers(wire, folder, requests, replies, None)
 
-                words = traceback.format_exc().encode(errors="replace")
-                reply = wire.frame(b"x", 0.0, mark, [words])
-            data = b"".join(reply) if len(reply) < 4 else None
-            for part in reply if data is None else [data]:
-                rest = memoryview(part).cast("B")
-                while rest:
-                    rest = rest[os.write(replies.fileno(), rest) :]
+
+def answers(wire: Any, folder: str, requests: Any, replies: Any, workload: Workload | None) -> None:
+    """Answers one request after another, with the workload once it is loaded."""
+    while head := requests.read(wire.HEAD.size):
+        size, letter, number, mark = wire.HEAD.unpack(head)
+        body = bytearray(size)
+        view, got = memoryview(body), 0
+        while got < size:
+            got += requests.readinto(view[got:])
+        try:
+            if letter == b"l":
+                start = time.perf_counter()
+                options = marshal.loads(body)
+                sys.path[:0] = [os.path.abspath(path) for path in options["paths"] if os.path.isdir(path)]
+                if options["kind"] == "pytest":
+                    standing(wire, folder, requests, replies, options, mark)
+                    return
+                workload = Workload(wire, folder, options)
+                reply = wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None))
+            else:
+                assert workload is not None
+                seconds, value = workload.answer(letter, number, body)
+                reply = wire.frame(b"r", seconds, mark, wire.encode(value))
+        except Exception:
+            import traceback
+
+            words = traceback.format_exc().encode(errors="replace")
+            reply = wire.frame(b"x", 0.0, mark, [words])
+        send(replies, reply)
+
+
+def standing(wire: Any, folder: str, requests: Any, replies: Any, options: dict[str, Any], mark: bytes) -> None:
+    """Loads a benchmark of pytest and answers inside its test until nobody asks any more."""
+    start, done = time.perf_counter(), []
+
+    def loaded(function: Callable[[], Any]) -> None:
+        send(replies, wire.frame(b"r", time.perf_counter() - start, mark, wire.encode(None)))
+        done.append(True)
+        answers(wire, folder, requests, replies, Workload(wire, folder, options, function))
+
+    try:
+        _load("benchmarks", folder).under_pytest(options["target"], loaded)
+    except Exception:
+        if not done:
+            raise
+
+
+def send(replies: Any, reply: list[Any]) -> None:
+    """A frame, whole."""
+    data = b"".join(reply) if len(reply) < 4 else None
+    for part in reply if data is None else [data]:
+        rest = memoryview(part).cast("B")
+        while rest:
+            rest = rest[os.write(replies.fileno(), rest) :]
 
 
 if __name__ == "__main__":

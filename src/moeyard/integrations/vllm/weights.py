@@ -1,6 +1,6 @@
 """What vLLM's quantisation arguments mean: stored weights and a quant_config -> `ExpertWeights` with a scheme."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,87 +11,14 @@ from moeyard.quant import ExpertScales, QuantScheme
 
 _CODES = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8"}
 _SCALES = (torch.float32, torch.bfloat16, torch.float16)
-_UNREAD = ("w1_zp", "w2_zp", "gemm1_alpha", "gemm1_beta", "gemm1_clamp_limit")
-
-
-@dataclass(frozen=True, eq=False)
-class FusedMoEQuantConfig:
-    """How weights and rows of a call are quantised, by the names that vLLM's class of this name has.
-
-    E experts, R rows of a weight (2I of w1, H of w2), C columns. Functions here read these names alone, so that an
-    object of vLLM's own class serves as well.
-    """
-
-    quant_dtype: torch.dtype | None = None
-    """float8_e4m3fn or int8: rows of both products are quantised to it, as the weights are. None: rows stay wide."""
-    per_act_token_quant: bool = False
-    """Whether rows have a scale each. Without `a1_scale` and `block_shape` they have one in any case."""
-    per_out_ch_quant: bool = False
-    """True says that weights have a scale per row, which their scales' shapes say, too."""
-    block_shape: list[int] | None = None
-    """[rows, columns] of a weight that share a scale; rows of products have a scale per so many columns."""
-    w1_scale: Tensor | None = None
-    """float32. [E], [E, 1] or [E, 1, 1]: one per matrix, of gate and up together; [E, R] or [E, R, 1]: one per row;
-    with `block_shape` [E, ceil(R / rows), ceil(C / columns)]. Multiplies."""
-    w2_scale: Tensor | None = None
-    a1_scale: Tensor | None = None
-    """One float32: the scale of the first product's rows. Computed from the rows unless given."""
-    a2_scale: Tensor | None = None
-    """The same of the second product; beside `a1_scale` alone."""
-    w1_bias: Tensor | None = None
-    """[E, 2I], dtype of the hidden states."""
-    w2_bias: Tensor | None = None
-    """[E, H], dtype of the hidden states."""
-
-
-def fp8_w8a8_moe_quant_config(
-    w1_scale: Tensor,
-    w2_scale: Tensor,
-    a1_scale: Tensor | None = None,
-    a2_scale: Tensor | None = None,
-    w1_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    per_act_token_quant: bool = False,
-    per_out_ch_quant: bool = False,
-    block_shape: list[int] | None = None,
-) -> FusedMoEQuantConfig:
-    """vLLM's `fp8_w8a8_moe_quant_config`: weights and rows are float8_e4m3fn."""
-    return FusedMoEQuantConfig(
-        torch.float8_e4m3fn, per_act_token_quant, per_out_ch_quant, block_shape, w1_scale, w2_scale, a1_scale,
-        a2_scale, w1_bias, w2_bias,
-    )  # fmt: skip
-
-
-def int8_w8a8_moe_quant_config(
-    w1_scale: Tensor,
-    w2_scale: Tensor,
-    a1_scale: Tensor | None,
-    a2_scale: Tensor | None,
-    w1_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    per_act_token_quant: bool = False,
-) -> FusedMoEQuantConfig:
-    """vLLM's `int8_w8a8_moe_quant_config`: weights and rows are int8."""
-    return FusedMoEQuantConfig(
-        torch.int8, per_act_token_quant, False, None, w1_scale, w2_scale, a1_scale, a2_scale, w1_bias, w2_bias
-    )
-
-
-def fp8_w8a16_moe_quant_config(
-    w1_scale: Tensor,
-    w2_scale: Tensor,
-    w1_bias: Tensor | None = None,
-    w2_bias: Tensor | None = None,
-    block_shape: list[int] | None = None,
-) -> FusedMoEQuantConfig:
-    """vLLM's `fp8_w8a16_moe_quant_config`: weights are float8_e4m3fn, rows stay in their dtype."""
-    return FusedMoEQuantConfig(None, False, False, block_shape, w1_scale, w2_scale, None, None, w1_bias, w2_bias)
+_UNREAD = ("w1_zp", "w2_zp")
 
 
 def expert_weights(
     w1: Tensor,
     w2: Tensor,
     quant_config: object,
+    dtype: torch.dtype,
     *,
     gated: bool = True,
     row_scale: Tensor | None = None,
@@ -101,21 +28,23 @@ def expert_weights(
 
     Args:
         w1, w2: [E, 2I, H] (without a gate [E, I, H]) and [E, H, I]; float8_e4m3fn, int8, or the dtype of the rows.
-        quant_config: None, a `FusedMoEQuantConfig` or vLLM's.
+        quant_config: None, a `FusedMoEQuantConfig` or vLLM's. Its float32 biases beside rows of 16 bits are rounded to
+            the dtype of the rows; vLLM's kernel adds them as they are.
+        dtype: of the rows.
         gated: whether `w1` has gate and up.
         row_scale: float32, one or one per expert: the first product's rows come as codes that it multiplies.
         prefix: what stands before the names of scales in errors.
 
     A per-tensor dynamic scale becomes one per row, as `vllm.fused_experts` says. Raises TypeError or ValueError naming
     the argument: also for zero points, for gate and up that do not consist of whole blocks, for a scale of rows
-    that is not one number, for `a2_scale` alone, and for vLLM's parameters of clamped activations.
+    that is not one number, and for `a2_scale` alone.
     """
     check_tensor("w1", w1, ndim=(3,))
     check_tensor("w2", w2, ndim=(3,), dtypes=(w1.dtype,), device=w1.device)
     unread = [name for name in _UNREAD if getattr(quant_config, name, None) is not None]
     if unread:
         raise ValueError(f"{prefix}{unread[0]}: expected None (not supported), got {getattr(quant_config, unread[0])}")
-    biases = getattr(quant_config, "w1_bias", None), getattr(quant_config, "w2_bias", None)
+    biases = _bias(quant_config, "w1_bias", dtype), _bias(quant_config, "w2_bias", dtype)
     if w1.dtype not in _CODES:
         asked = [name for name in _ASKED if getattr(quant_config, name, None) is not None]
         if asked or not w1.is_floating_point() or w1.dtype.itemsize == 1:
@@ -150,6 +79,13 @@ def expert_weights(
 
 _ASKED = ("quant_dtype", "w1_scale", "w2_scale", "a1_scale", "a2_scale")
 _UNIT = {(0, 0): "matrix", (1, 0): "row"}
+
+
+def _bias(quant_config: object, name: str, dtype: torch.dtype) -> Tensor | None:
+    bias: Tensor | None = getattr(quant_config, name, None)
+    if isinstance(bias, Tensor) and bias.dtype == torch.float32 and dtype.itemsize == 2:
+        return bias.to(dtype)
+    return bias
 
 
 def _block_of(quant_config: object, prefix: str) -> tuple[int, int] | None:

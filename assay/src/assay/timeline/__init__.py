@@ -1,0 +1,1 @@
+"""Results over time: which commits of a range changed how long something takes."""

@@ -1,0 +1,1 @@
+"""vLLM's routers, one module per router as vLLM has them."""
