@@ -70,8 +70,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     """
     if _wants_gradient(self, hidden_states, top_k_weights):
         _say(
-            "moeyard has no gradients of experts: transformers' grouped_mm takes calls that want them "
-            "(torch.no_grad() says that none are wanted)"
+            "the experts implementation 'moeyard' has no gradients: transformers' grouped_mm takes calls that want "
+            "them (torch.no_grad() says that none are wanted)"
         )
         result: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return result
