@@ -49,7 +49,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "quant", "cuda", "reference", "testing"},
+    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
