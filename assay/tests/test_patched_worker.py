@@ -50,7 +50,7 @@ def run(folder: Path, name: str, raw: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
-        ("lists", 1),
+        ("arrays in a chain", 1),
         *(pytest.param(name, 14, marks=FULL) for name in NO_OPS),
     ],
 )
