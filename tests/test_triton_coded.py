@@ -80,14 +80,15 @@ def test_static_scales_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         assert built(step, (kind, scale, routes, integer, torch.uint8, scale), L4, tmp_path)["spilled"] == 0
 
 
-def test_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])
+def test_under_the_interpreter(which: str) -> None:
     """The tests of interpreted_triton_coded.py, with Triton's interpreter on the CPU."""
     here = Path(__file__).parent
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "moeyard.testing.interpreted", "-W", "ignore::RuntimeWarning",
-         str(here / "interpreted_triton_coded.py")],
+         "-m", which, str(here / "interpreted_triton_coded.py")],
         capture_output=True, text=True, check=False, cwd=here.parent,
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "src"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 40
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 10

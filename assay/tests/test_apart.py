@@ -146,7 +146,7 @@ def test_gates_that_are_left_out_on_request(tmp_path: Path, capsys: pytest.Captu
     wrong = candidate(task, "w", {"pkg/__init__.py": FASTER.replace("(n - 1)", "(n - 2)")})
     given = [task, "--tree", wrong, "--store", tmp_path / "store2", "--no-sandbox", "--skip", "tests,equivalence"]
     found = verdict(*given)
-    assert found["outcome"] == "incorrect" and found["words"] == ["outputs of 3 of 3 calls differ from base's"], found
+    assert found["outcome"] == "incorrect" and found["words"][0].startswith("outputs of 3 of 3 calls differ"), found
     assert [gate["outcome"] for gate in found["gates"]] == ["", "skipped", "skipped", ""]
     with pytest.raises(SystemExit):
         main(["prepare", str(task), "--tree", str(tree), "--skip", "tests,build"])

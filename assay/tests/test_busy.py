@@ -125,6 +125,7 @@ def work(folder: Path, rounds: int) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each block waits if that is asked for, else one that follows a block left out for load; RAW says how long."""
     waited: list[float] = []
@@ -161,7 +162,8 @@ def test_what_is_waited_for_is_told() -> None:
 def test_one_processor_is_kept_to(spinner: int) -> None:
     if len(ALLOWED) < 2:
         pytest.skip("one processor")
-    assert spinner and quietest(0.5) != min(ALLOWED)
+    looks = (quietest(0.5) for _ in range(8))  # other tests may fill the other one for a moment
+    assert spinner and any(look != min(ALLOWED) for look in looks)
     with Conditions(pinned=True).kept():
         (number,) = os.sched_getaffinity(0)
         child = subprocess.run(

@@ -88,6 +88,7 @@ def test_the_committed_summary_follows_from_the_samples(condition: str) -> None:
     assert {row["condition"] for row in rows} == {condition}
 
 
+@pytest.mark.full
 def test_a_real_experiment_and_going_on_after_a_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Other tests run beside it, so it may well be void; what is asked is that it is written, counted and continued."""
     given = ["selftest", "--full", str(tmp_path), "--condition", "spinners", "--experiments", "1"]

@@ -87,7 +87,7 @@ def test_the_same_and_an_honest_reordering_pass(tmp_path: Path) -> None:
         ("wide", "dtype=np.float32", "dtype=np.float16", "of the wide result"),
         ("wide", "np.float32(0) +", "np.float32(1e-3) +", "of the wide result"),
         ("wide", "np.float32(0) +", "np.float32('nan') +", "of the wide result"),
-        ("out", "out[...] = x * 2", "out[1:] = x[1:] * 2", "[nan"),
+        ("out", "out[...] = x * 2", "out[1:] = x[1:] * 2", "nan"),
         ("out", "out[...] = x * 2", "x *= 2; out[...] = x", "the candidate writes to argument 'x'"),
     ],
 )

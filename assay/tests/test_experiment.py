@@ -104,7 +104,7 @@ def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:
     assert not seen.material or seen.verdict == "void"
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_callables(
     rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: jsonschema.Draft202012Validator
 ) -> None:
@@ -170,8 +170,11 @@ SPINS, WAITS = (OUTLIVES.format(code=code) for code in ("while True: pass", "imp
 
 @pytest.mark.parametrize(
     ("more", "verdict", "status"),
-    [(("", SPINS), "tampered", 1), (("", WAITS), "void", 3), ((SPINS, SPINS), "void", 3)],
-    ids=["works on", "waits", "base does so, too"],
+    [
+        pytest.param(("", SPINS), "tampered", 1, id="works on"),
+        pytest.param(("", WAITS), "void", 3, id="waits", marks=pytest.mark.full),
+        pytest.param((SPINS, SPINS), "void", 3, id="base does so, too", marks=pytest.mark.full),
+    ],
 )
 def test_what_outlives_its_arm_is_killed_and_its_block_left_out(
     more: tuple[str, str], verdict: str, status: int, tmp_path: Path
@@ -390,6 +393,7 @@ def test_a_hog_only_harms_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert candidate > 1.3 * base and not reasons, (candidate, base, reasons)
 
 
+@pytest.mark.full
 def test_without_freezing_a_hog_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, reasons = _hogged(tmp_path, monkeypatch, freezing=False)
     assert reasons and set(reasons) == {"an arm ran while it was frozen"}

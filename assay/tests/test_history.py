@@ -135,6 +135,7 @@ def repository(folder: Path, sleeps: list[str]) -> Path:
 GIVEN = ["--delta", "50%", "--most-foreign", "1e9", "--changes", "1"]
 
 
+@pytest.mark.full
 def test_a_small_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -50,7 +50,7 @@ def run(folder: Path, name: str, raw: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "runs"),
     [
-        ("arrays in a chain", 1),
+        pytest.param("arrays in a chain", 1, marks=FULL),
         *(pytest.param(name, 14, marks=FULL) for name in NO_OPS),
     ],
 )
