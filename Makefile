@@ -29,8 +29,8 @@ help: ## list the targets
 demo: .venv/ready ## run the seed workload and print a table
 	$(BIN)/moeyard bench --workload seed
 
-test: .venv/ready ## what has to pass, on two cores; ended after 25 minutes
-	$(RUN) 1500 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
+test: .venv/ready ## what has to pass, on two cores; ended after 15 minutes
+	$(RUN) 900 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not full'
 
 # What depends on other packages, and what tells which versions are there. The rest is the same code under any version.
 ON_LOWEST := $(addprefix tests/test_,lowest.py library.py layout.py rows.py router.py experts.py cli.py checkpoints.py \
