@@ -7,7 +7,7 @@ exactly. Sizes and strides count elements.
 import triton
 import triton.language as tl
 
-from moeyard.triton.kernels import activated, start
+from moeyard.triton.kernels import activated, start, tile_of_program
 
 
 @triton.jit
@@ -180,16 +180,7 @@ def coded_product_kernel(
 ):
     """One tile of rows x expert weights, as `product_kernel`; scales count once for a sum, or once for each step."""
     start(PDL)
-    program = tl.program_id(0)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    group = program // (GROUP * column_tiles)
-    height = tl.minimum(most_tiles - group * GROUP, GROUP)
-    within = program % (GROUP * column_tiles)
-    tile = group * GROUP + within % height
-    column = within // height * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.load(tiles_ptr + tile)
-    first = tl.load(tiles_ptr + most_tiles + tile)
-    count = tl.load(tiles_ptr + 2 * most_tiles + tile)
+    expert, first, count, column = tile_of_program(tiles_ptr, most_tiles, columns, COLUMNS, GROUP)
     if expert >= 0:
         stepwise: tl.constexpr = GROUPED or BLOCKED
         shape: tl.constexpr = (COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS)

@@ -45,6 +45,22 @@ def multiplied(weight, rows, total, SWAPPED: tl.constexpr):
     return total
 
 
+@triton.jit
+def tile_of_program(tiles_ptr, most_tiles, columns, COLUMNS: tl.constexpr, GROUP: tl.constexpr):
+    """Expert (-1: no tile), first slot, number of slots and columns of a program; GROUP row tiles run side by side."""
+    program = tl.program_id(0)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    group = program // (GROUP * column_tiles)
+    height = tl.minimum(most_tiles - group * GROUP, GROUP)
+    within = program % (GROUP * column_tiles)
+    tile = group * GROUP + within % height
+    column = within // height * COLUMNS + tl.arange(0, COLUMNS)
+    expert = tl.load(tiles_ptr + tile)
+    first = tl.load(tiles_ptr + most_tiles + tile)
+    count = tl.load(tiles_ptr + 2 * most_tiles + tile)
+    return expert, first, count, column
+
+
 @triton.jit(do_not_specialize=["most_tiles", "divisor"])
 def product_kernel(
     rows_ptr,
@@ -80,16 +96,7 @@ def product_kernel(
 ):
     """One tile of rows x expert weights. Past the last column loads repeat it; past the last row they are left out."""
     start(PDL)
-    program = tl.program_id(0)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    group = program // (GROUP * column_tiles)
-    height = tl.minimum(most_tiles - group * GROUP, GROUP)
-    within = program % (GROUP * column_tiles)
-    tile = group * GROUP + within % height
-    column = within // height * COLUMNS + tl.arange(0, COLUMNS)
-    expert = tl.load(tiles_ptr + tile)
-    first = tl.load(tiles_ptr + most_tiles + tile)
-    count = tl.load(tiles_ptr + 2 * most_tiles + tile)
+    expert, first, count, column = tile_of_program(tiles_ptr, most_tiles, columns, COLUMNS, GROUP)
     if expert >= 0:
         place = tl.arange(0, ROWS)
         slots = first + tl.minimum(place, count - 1)
