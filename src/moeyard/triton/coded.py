@@ -13,6 +13,7 @@ from moeyard.triton.launch import Step, card
 from moeyard.triton.plan import Tile, coded_tile, most_row_tiles
 from moeyard.triton.steps import (
     MOST_PLANS,
+    SIDE_BY_SIDE,
     LayoutSteps,
     combine_step,
     dense_rows,
@@ -26,7 +27,6 @@ from moeyard.values import Activation, ExpertCall
 
 GROUP = 128
 """Columns that share a scale, of a row and of a weight: a step of the sum."""
-_SIDE_BY_SIDE = 8  # row tiles that meet the same weights in L2
 
 
 class _Strides(NamedTuple):
@@ -237,6 +237,6 @@ def _product(
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         SWAPPED=tile.swapped,
-        GROUP=_SIDE_BY_SIDE,
+        GROUP=SIDE_BY_SIDE,
         PDL=programmatic,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.triton.steps import (
     MOST_PLANS,
+    SIDE_BY_SIDE,
     LayoutSteps,
     combine_step,
     dense_rows,
@@ -25,8 +26,6 @@ from moeyard.triton.steps import (
     weigh_step,
 )
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
-
-_SIDE_BY_SIDE = 8  # row tiles that meet the same weights in L2
 
 
 @on_its_device
@@ -188,7 +187,7 @@ def _product(
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         SWAPPED=tile.swapped,
-        GROUP=_SIDE_BY_SIDE,
+        GROUP=SIDE_BY_SIDE,
         PDL=programmatic,
     )
 

@@ -11,6 +11,8 @@ from moeyard.triton.launch import Step, card
 
 MOST_PLANS = 512
 """Plans that are kept."""
+SIDE_BY_SIDE = 8
+"""Row tiles whose programs meet the same weights in L2."""
 _MOST_ALONE = 4096  # routes that one launch lays out: each is compared with all
 _CHUNK = 512
 
