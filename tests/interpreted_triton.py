@@ -15,7 +15,7 @@ from moeyard.values import Activation
 def lay_out(ids: torch.Tensor, num_experts: int, local: int, mapping: torch.Tensor | None) -> tuple[Any, int]:
     plan = experts._experts_plan.__wrapped__(
         CPU, torch.bfloat16, ids.dtype, *ids.shape, (local, 16, 16), num_experts, Activation(), True, False,
-        16, (512, 16), (256, 16), 0, 0,
+        16, steps.Lies((512, 16), False), steps.Lies((256, 16), False), 0, 0,
     )  # fmt: skip
     return plan.layout(ids, mapping), plan.gate_up.constants["ROWS"]
 

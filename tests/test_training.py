@@ -204,7 +204,7 @@ def test_the_backward_is_in_the_graph(save: str) -> None:
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, found, strict=True))
     forward, backward = graphs
     assert ("finish_experts" if save == "product" else "fused_experts") in forward
-    assert {"grouped_outer", "activate_backward", "grouped_gemm"} <= backward
+    assert {"grouped_outer", "weighted_activate_backward", "grouped_gemm"} <= backward
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
@@ -222,6 +222,9 @@ def test_opcheck_of_what_a_backward_is_made_of(impl: str) -> None:
         ops.grouped_outer.default, (need(12, 6), need(6, 8), slots, 1, 2, firsts, counts, False, impl)
     )
     torch.library.opcheck(ops.activate_backward.default, (torch.randn(5, 8), torch.randn(5, 4), *curve, impl))
+    torch.library.opcheck(
+        ops.weighted_activate_backward.default, (torch.randn(5, 8), torch.randn(5, 4), torch.rand(5), *curve, impl)
+    )
     torch.library.opcheck(ops.activate.default, (need(5, 8), *curve, impl))
     torch.library.opcheck(
         ops.finish_experts.default,

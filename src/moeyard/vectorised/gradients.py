@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from moeyard.values import Activation, Segments
+from moeyard.values import Activation, Segments, WeightedGradients
+from moeyard.vectorised.experts import activate_launch
 
 
 def activate_backward_launch(rows: Tensor, grad: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
@@ -35,6 +36,19 @@ def activate_backward_launch(rows: Tensor, grad: Tensor, activation: Activation,
     first_half, second_half = out.chunk(2, dim=1)
     first_half.copy_(grad * slope * (up.clamp(-bound, bound) + activation.beta))
     second_half.copy_(grad * level * (up.abs() <= bound))
+
+
+def weighted_activate_backward_launch(
+    rows: Tensor, grad: Tensor, factors: Tensor | None, activation: Activation, *, gated: bool, out: WeightedGradients
+) -> None:
+    """In float32 (float64 rows: in float64), each result rounded once."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    level, given = rows.new_empty(grad.shape, dtype=wide), grad.to(wide)
+    activate_launch(rows.to(wide), activation, gated=gated, out=level)
+    column = None if factors is None else factors.reshape(-1, 1)
+    torch.sum(level * given, 1, out=out.dots)
+    out.weighted.copy_(level if column is None else level * column)
+    activate_backward_launch(rows, given if column is None else given * column, activation, gated=gated, out=out.rows)
 
 
 def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_divisor: int, *, out: Tensor) -> None:
