@@ -1,5 +1,6 @@
 """The triton implementation's gradients; test_triton.py runs this under the interpreter."""
 
+import gc
 import sys
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 
 import moeyard
 from moeyard import ExpertWeights, Routing, reference
+from moeyard.bench.training import TrainingStep, peak_bytes
 from moeyard.testing import guard_broken, poisoned, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts
 from moeyard.triton import gradients
+from moeyard.triton.launch import Step
 from moeyard.values import Activation, Segments, WeightedGradients
 
 OUTER = moeyard.dispatch.table.launcher("grouped_outer", "reference", torch.device("cpu"), torch.float32)
@@ -142,3 +145,55 @@ def test_gradients_of_a_layer(dtype: torch.dtype, save: str, monkeypatch: pytest
     monkeypatch.setattr(sys.modules["moeyard.grouped_gemm"], "_MOST_SPREAD_BYTES", 1)
     in_parts = found(None)
     assert all(same_bits(a, b) for a, b in zip(ours, in_parts, strict=True))
+
+
+def most_bytes(run: Any) -> int:
+    """The most bytes of tensors that a call holds at a time beyond what was there."""
+    with torch.profiler.profile(profile_memory=True) as seen:
+        run()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("save", "parts"), [("product", 1), ("product", 2), ("inputs", 2)])
+def test_a_step_takes_the_bytes_counted_by_hand(save: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = TrainingStep(tokens=128, top_k=4, experts=2, hidden=512, inside=64)
+    start = Step.__call__
+
+    def start_and_let_go(step: Step, *tensors: torch.Tensor | None) -> None:
+        start(step, *tensors)
+        gc.collect()  # the interpreter holds its tensors in cycles
+
+    gc.freeze()
+    monkeypatch.setattr(Step, "__call__", start_and_let_go)
+    if parts > 1:
+        limit = step.routes * step.hidden * step.itemsize // parts
+        monkeypatch.setattr(sys.modules["moeyard.grouped_gemm"], "_MOST_SPREAD_BYTES", limit)
+    weights = draw_weights(step.experts, step.hidden, step.inside, torch.bfloat16)
+    ids = torch.randint(0, step.experts, (step.tokens, step.top_k), dtype=torch.int32)
+    rows, w13, w2 = (
+        t.requires_grad_() for t in (torch.randn(step.tokens, step.hidden).bfloat16(), weights.w13, weights.w2)
+    )
+    factors, upstream = torch.rand(ids.shape, requires_grad=True), torch.randn(rows.shape).bfloat16()
+    found: dict[str, int] = {}
+    by_hand = peak_bytes(step, save)
+
+    def forward() -> torch.Tensor:
+        routing = Routing(factors, ids)
+        return moeyard.fused_experts(rows, routing, ExpertWeights(w13, w2), save=save, impl="triton")
+
+    def whole() -> None:
+        answer = forward()
+        torch.autograd.grad(answer, (rows, factors, w13, w2), upstream)
+
+    whole()  # what is made once is there
+    found["forward"] = most_bytes(forward)
+    found["whole"] = most_bytes(whole)
+    of_forward = max(count for name, count in by_hand.items() if name.startswith("forward"))
+    assert abs(found["forward"] - of_forward) <= 0.05 * of_forward, (found, by_hand)
+    assert abs(found["whole"] - max(by_hand.values())) <= 0.05 * max(by_hand.values()), (found, by_hand)

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import moeyard
 from moeyard import ExpertWeights, Routing
+from moeyard.bench.training import TrainingStep
+from moeyard.bench.training import kept_bytes as bytes_by_hand
 from moeyard.dispatch import table
 from moeyard.testing import python, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts, wide_weights
@@ -130,19 +132,15 @@ def kept_bytes(save: str, *given: torch.Tensor, routing: Routing) -> int:
 
 @pytest.mark.parametrize("save", ["product", "inputs"])
 def test_what_is_kept_has_the_bytes_counted_by_hand(save: str) -> None:
-    tokens, top_k, experts, hidden, inside, two = 512, 4, 8, 512, 96, 2
-    weights = draw_weights(experts, hidden, inside, torch.bfloat16, bias=True)
-    routing = Routing(torch.rand(tokens, top_k, requires_grad=True), draw_routing(tokens, experts, top_k).topk_ids)
-    rows = torch.randn(tokens, hidden).bfloat16().requires_grad_()
-    routes = tokens * top_k
-    by_hand = tokens * hidden * two + routes * 4  # hidden states and router weights
-    if save == "product":
-        by_hand += routes * 2 * inside * two + 3 * routes * 4 + 4 * experts * 4  # it, and the layout with block_size 1
-    else:
-        by_hand += routes * 4  # ids
+    step = TrainingStep(tokens=512, top_k=4, experts=8, hidden=512, inside=96)
+    weights = draw_weights(step.experts, step.hidden, step.inside, torch.bfloat16, bias=True)
+    ids = draw_routing(step.tokens, step.experts, step.top_k).topk_ids
+    routing = Routing(torch.rand(step.tokens, step.top_k, requires_grad=True), ids)
+    rows = torch.randn(step.tokens, step.hidden).bfloat16().requires_grad_()
+    by_hand = bytes_by_hand(step, save)
     found = kept_bytes(save, rows, *leaves(weights), routing=routing)
     assert abs(found - by_hand) <= 0.05 * by_hand, (found, by_hand)
-    assert found < routes * hidden * two, "nothing is kept that has a row of hidden_size per route"
+    assert found < step.routes * step.hidden * step.itemsize, "nothing is kept that has a row of hidden_size per route"
 
 
 def test_masters_in_float32_take_float32_gradients_into_given_buffers() -> None:

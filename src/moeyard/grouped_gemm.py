@@ -108,18 +108,21 @@ _COLUMNS_OF_A_PART = 256
 """Columns of parts are a multiple of these."""
 
 
+def width_of_parts(num_results: int, columns: int, itemsize: int, divisor: int) -> int:
+    """Columns of results that are made at a time, where every `divisor` of them are added up."""
+    if divisor == 1 or num_results * columns * itemsize <= _MOST_SPREAD_BYTES:
+        return max(columns, 1)
+    fitting = _MOST_SPREAD_BYTES // (num_results * itemsize)
+    return max(fitting // _COLUMNS_OF_A_PART, 1) * _COLUMNS_OF_A_PART
+
+
 def _spread_sums(rows: Tensor, matrices: Tensor, segments: Segments, held: Tensor, divisor: int, impl: str) -> Tensor:
     """[num_results / divisor, columns]: products of rows [num_results, _], every `divisor` of them added up.
 
     No column meets another, so that parts of columns give the bits of the whole, and take less memory.
     """
-    num_results, columns = rows.shape[0], matrices.shape[1]
-    width = max(columns, 1)
-    if divisor > 1 and num_results * columns * rows.itemsize > _MOST_SPREAD_BYTES:
-        fitting = _MOST_SPREAD_BYTES // (num_results * rows.itemsize)
-        width = max(fitting // _COLUMNS_OF_A_PART, 1) * _COLUMNS_OF_A_PART
-    parts = []
-    for part in matrices.split(width, 1):
+    num_results, parts = rows.shape[0], []
+    for part in matrices.split(width_of_parts(num_results, matrices.shape[1], rows.itemsize, divisor), 1):
         spread = GROUPED_GEMM((rows, part, None, None, segments, num_results), impl)
         parts.append(sum_neighbours(spread, held, divisor, impl))
         del spread  # before the next one is made

@@ -227,11 +227,15 @@ def experts_gradients(
     """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again."""
     impl, weights, on_input = for_gradients(impl), call.weights, call.weight_on_input
     routes = routes_of(topk_ids, call, impl)
-    product = first_product(hidden_states, factors, routes, call, impl)
     before = needs.hidden_states or needs.w13 or needs.w13_bias or (needs.factors and on_input)
     of_product, of_factors, second, second_bias = finish_gradients(
-        grad, (product, None if on_input else factors, weights.w2, weights.w2_bias), routes,
-        (weights.gated, call.activation), (before, needs.factors and not on_input, needs.w2, needs.w2_bias), impl,
+        grad,
+        (  # no name holds the product, so that it is gone when this returns
+            first_product(hidden_states, factors, routes, call, impl), None if on_input else factors, weights.w2,
+            weights.w2_bias,
+        ),
+        routes, (weights.gated, call.activation),
+        (before, needs.factors and not on_input, needs.w2, needs.w2_bias), impl,
     )  # fmt: skip
     hidden = first = first_bias = None
     if of_product is not None:
