@@ -8,9 +8,11 @@ import torch
 
 import experts_goals
 import experts_variants
+import training
 from moeyard.bench import experts_cells, layers, results, run, timing
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider
+from moeyard.bench.training import TrainingStep
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import table
@@ -150,3 +152,21 @@ def test_vllms_tests_are_run_against_moeyard(tmp_path: Path) -> None:
     assert "left out: 1 tests (needs a GPU's streams)" in done.stdout
     assert "left out: 2 tests (larger than 2e+08)" in done.stdout and done.returncode == 1
     assert "expected a folder with one of" in python(script, str(tmp_path / "absent")).stderr
+
+
+def test_steps_of_training_are_judged_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = training.ours
+    monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
+    ours = training.ours()
+    off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}
+    providers, step = training.providers(), TrainingStep(tokens=64, top_k=2, experts=4, hidden=64, inside=32)
+    monkeypatch.setattr(training, "providers", lambda: {**providers, **off})
+    rows = training.cell("none", step, CPU, 0.0, of_parts=True)
+    found = {row["provider"]: row for row in rows if row["pass"] == "forward and backward"}
+    assert {name for name, row in found.items() if "error" in row} == {"wrong", "raises"}
+    assert "err more than" in found["wrong"]["error"] and found["raises"]["error"].startswith("TypeError")
+    timed = [row for row in rows if "error" not in row]
+    assert {"moeyard", "torch.grouped_mm", "right"} <= {row["provider"] for row in timed}
+    assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in timed)
+    assert {row["part"] for row in rows if row["pass"] == "part"} == {"w13", "w2", "activation"}
+    assert found["moeyard"]["kept_by_hand"] < found["moeyard"]["peak_by_hand"]["False"]["backward, second product"]
