@@ -8,7 +8,7 @@ One process. Every cell is a layer of a model at a number of tokens, bfloat16, u
 
 Before it is timed, a provider's gradients are held against float64: w13, w2 and router weights of some experts, hidden
 states of some tokens. Bounds are multiples of what an honest bfloat16 computation of these experts errs. A provider
-that errs more, raises or lacks memory is a row that says so. Samples are taken in turn, in random order, round by round.
+that errs more, raises or lacks memory is a row that says so. Samples are taken in turn, in random order, by rounds.
 
 Peers take part where they can be imported: ScatterMoE (`scattermoe`), Liger (`liger_kernel`).
 """

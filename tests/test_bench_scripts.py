@@ -154,19 +154,22 @@ def test_vllms_tests_are_run_against_moeyard(tmp_path: Path) -> None:
     assert "expected a folder with one of" in python(script, str(tmp_path / "absent")).stderr
 
 
-def test_steps_of_training_are_judged_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("of_parts", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_steps_of_training_are_judged_before_they_are_timed(monkeypatch: pytest.MonkeyPatch, of_parts: bool) -> None:
     chosen = training.ours
     monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
     ours = training.ours()
     off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}
     providers, step = training.providers(), TrainingStep(tokens=64, top_k=2, experts=4, hidden=64, inside=32)
     monkeypatch.setattr(training, "providers", lambda: {**providers, **off})
-    rows = training.cell("none", step, CPU, 0.0, of_parts=True)
+    rows = training.cell("none", step, CPU, 0.0, of_parts=of_parts)
     found = {row["provider"]: row for row in rows if row["pass"] == "forward and backward"}
     assert {name for name, row in found.items() if "error" in row} == {"wrong", "raises"}
     assert "err more than" in found["wrong"]["error"] and found["raises"]["error"].startswith("TypeError")
     timed = [row for row in rows if "error" not in row]
     assert {"moeyard", "torch.grouped_mm", "right"} <= {row["provider"] for row in timed}
     assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in timed)
-    assert {row["part"] for row in rows if row["pass"] == "part"} == {"w13", "w2", "activation"}
+    assert {row["part"] for row in rows if row["pass"] == "part"} == (
+        {"w13", "w2", "activation"} if of_parts else set()
+    )
     assert found["moeyard"]["kept_by_hand"] < found["moeyard"]["peak_by_hand"]["False"]["backward, second product"]
