@@ -2,9 +2,9 @@
 
 One process. Every cell is a layer of a model at a number of tokens, bfloat16, uniform routing. Rows of the file:
 
-- "forward and backward": a step of each provider, with gradients of hidden states, router weights, w13 and w2;
+- "training step": forward and backward, with gradients of hidden states, router weights, w13 and w2;
 - "forward": moeyard's own, without gradients;
-- "part": one operator of moeyard's backward, as each implementation computes it.
+- "part: ...": one operator of moeyard's backward, as each implementation computes it.
 
 Before it is timed, a provider's gradients are held against float64: w13, w2 and router weights of some experts, hidden
 states of some tokens. Bounds are multiples of what an honest bfloat16 computation of these experts errs. A provider
@@ -127,17 +127,16 @@ def liger(given: Inputs) -> Tensor:
     return result
 
 
-def providers() -> dict[str, Provider]:
-    found = {
-        "moeyard": ours(),
-        "moeyard, save='inputs'": ours(save="inputs"),
-        "moeyard, triton": ours("triton"),
-        "torch.grouped_mm": torch_grouped,
-    }
-    if not torch.cuda.is_available():
-        found.pop("moeyard, triton")
-    found |= {"scattermoe": scattermoe} if peers.installed("scattermoe") else {}
-    return found | ({"liger": liger} if peers.installed("liger_kernel") else {})
+SAVES = {"product": ("moeyard", "auto"), "inputs": ("moeyard", "auto, save='inputs'")}
+
+
+def providers() -> dict[tuple[str, str], Provider]:
+    """By name and way."""
+    found = {SAVES["product"]: ours(), SAVES["inputs"]: ours(save="inputs"), ("torch", "grouped_mm"): torch_grouped}
+    if torch.cuda.is_available():
+        found["moeyard", "triton"] = ours("triton")
+    found |= {("scattermoe", ""): scattermoe} if peers.installed("scattermoe") else {}
+    return found | ({("liger", ""): liger} if peers.installed("liger_kernel") else {})
 
 
 # Whether gradients are right
@@ -302,60 +301,71 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def cell(model: str, step: TrainingStep, device: torch.device, until: float, *, of_parts: bool) -> list[dict[str, Any]]:
-    """The rows of a model at a number of tokens."""
-    clock, given = Clock(device), draw(step, device)
+class Cell(NamedTuple):
+    """A model at a number of tokens, on a machine."""
+
+    model: str
+    step: TrainingStep
+    rates: timing.Rates
+
+    def row(self, op: str, provider: str, impl: str, operations: int, times: timing.Times | None) -> dict[str, Any]:
+        """A row of a result file; without times where an answer is wrong."""
+        limits = self.rates.times_us(0, operations, torch.bfloat16)
+        found = {
+            "op": op, "workload": self.model, "routing": "uniform", "sizes": self.step._asdict(), "provider": provider,
+            "impl": impl, "mode": "eager", "time_us": None, "time_us_p10": None, "time_us_p90": None, **limits,
+            "correct": times is not None,
+        }  # fmt: skip
+        if times is not None:
+            found |= {"time_us": round(times.median, 3), "time_us_p10": round(times.p10, 3)}
+            found |= {"time_us_p90": round(times.p90, 3), "rounds": len(times.samples)}
+            found["tflops"] = round(operations / times.median / 1e6, 3)
+            say(f"  {op}, {provider} {impl}: {times.median:.0f} us, {found['tflops']:.0f} TFLOP/s")
+        return found
+
+
+def judged(provider: Provider, given: Inputs, bound: float, exact: Any, honest: dict[str, float]) -> dict[str, Any]:
+    """Errors and peak memory of a provider's step; `wrong` says why it is not timed."""
+    try:
+        found: dict[str, Any] = {"errors": errors(of_some(given, train(provider, given)), exact)}
+        wrong = [key for key, off in found["errors"].items() if not off <= bound * honest[key] + 1e-6]
+        if wrong:
+            found["wrong"] = f"gradients of {wrong} err more than {bound} times an honest computation's"
+        return found | {"honest_errors": honest, "peak_bytes": peak_of(partial(train, provider, given))}
+    except Exception as problem:  # a peer's: whatever it is, it is that row's
+        return {"wrong": f"{type(problem).__name__}: {problem}"[:300]}
+
+
+def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -> list[dict[str, Any]]:
+    """The rows of a cell."""
+    step, clock, given = cell.step, Clock(device), draw(cell.step, device)
     exact, honest = some_gradients(given, torch.float64), some_gradients(given, given.rows.dtype)
-    of_honest = errors(honest, exact)
-    rows, calls = [], {}
-    for name, provider in providers().items():
-        row: dict[str, Any] = {"model": model, **step._asdict(), "pass": "forward and backward", "provider": name}
+    of_honest, found = errors(honest, exact), {}
+    for who, provider in providers().items():
         start = time.monotonic()
-        try:
-            of_provider = errors(of_some(given, train(provider, given)), exact)
-            bound = _OURS if name.startswith("moeyard") else _OTHERS
-            row["errors"], row["honest_errors"] = of_provider, of_honest
-            wrong = [key for key, off in of_provider.items() if not off <= bound * of_honest[key] + 1e-6]
-            if wrong:
-                row["error"] = f"gradients of {wrong} err more than {bound} times an honest computation's"
-            row["peak_bytes"] = peak_of(lambda provider=provider: train(provider, given))
-        except Exception as problem:  # a peer's: whatever it is, it is that row's
-            row["error"] = f"{type(problem).__name__}: {problem}"[:300]
-        say(f"  {name}: {row.get('error', 'right')}, {time.monotonic() - start:.1f} s")
-        rows.append(row)
-        if "error" not in row:
-            calls[name] = lambda provider=provider: train(provider, given)
-    for save in ("product", "inputs"):
-        name = "moeyard" if save == "product" else "moeyard, save='inputs'"
-        mine = next(row for row in rows if row["provider"] == name)
-        mine["kept_by_hand"] = kept_bytes(step, save)
-        mine["peak_by_hand"] = {str(copied): peak_bytes(step, save, copied=copied) for copied in (False, True)}
-    forward = {"model": model, **step._asdict(), "pass": "forward", "provider": "moeyard"}
-    rows.append(forward)
+        found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
+        say(f"  {' '.join(who)}: {found[who].get('wrong', 'right')}, {time.monotonic() - start:.1f} s")
+    for save, who in SAVES.items():
+        found[who]["kept_bytes_by_hand"] = kept_bytes(step, save)
+        copied = {str(copied): peak_bytes(step, save, copied=copied) for copied in (False, True)}
+        found[who]["peak_bytes_by_hand"] = copied
+    calls: dict[Any, Callable[[], object]] = {
+        who: partial(train, provider, given) for who, provider in providers().items() if "wrong" not in found[who]
+    }
     detached = given._replace(**{name: getattr(given, name).detach() for name in ("rows", "factors", "w13", "w2")})
-    calls["forward"] = lambda: ours()(detached)
-    work = dict.fromkeys(calls, step.flops) | {"forward": step.flops // 3}
-    timed = in_turn(calls, clock, until)
-    for row in rows:
-        name = "forward" if row is forward else row["provider"]
-        if name in timed:
-            row.update(figures(timed[name], work[name]))
-            say(f"  {row['provider']}, {row['pass']}: {row['time_us']:.0f} us, {row['tflops']:.0f} TFLOP/s")
+    calls["forward"] = partial(ours(), detached)
+    calls["forward"]()  # kernels are there
+    times = in_turn(calls, clock, until)
+    rows = [cell.row("training step", *who, step.flops, times.get(who)) | more for who, more in found.items()]
+    rows.append(cell.row("forward", "moeyard", "auto", step.flops // 3, times["forward"]))
     if of_parts:
         named = parts(given, step)
         for _, call in named.values():
             call()  # kernels are there
-        for name, times in in_turn({key: call for key, (_, call) in named.items()}, clock, until).items():
+        for name, taken in in_turn({key: call for key, (_, call) in named.items()}, clock, until).items():
             part, _, impl = name.partition(": ")
-            about = {"model": model, **step._asdict(), "pass": "part", "part": part, "provider": impl}
-            rows.append(about | figures(times, named[name][0]))
-            say(f"  {name}: {times.median:.0f} us, {rows[-1]['tflops']:.0f} TFLOP/s")
+            rows.append(cell.row(f"part: {part}", "moeyard", impl, named[name][0], taken))
     return rows
-
-
-def figures(times: timing.Times, operations: int) -> dict[str, Any]:
-    found = {"time_us": times.median, "p10_us": times.p10, "p90_us": times.p90, "rounds": len(times.samples)}
-    return found | {"tflops": operations / times.median / 1e6}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -370,7 +380,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-parts", action="store_true", help="only whole steps")
     given = parser.parse_args(arguments)
     device, end = torch.device(given.device), time.monotonic() + given.time_limit
-    machine, rows = results.machine(device, timing.rates(device)), []
+    rates, rows = timing.rates(device), []
+    machine = results.machine(device, rates)
     cells = [(model, int(tokens)) for tokens in given.tokens.split(",") for model in given.models.split(",")]
     versions = peers.versions(device) | {
         name: peers.peer_version(name) or "?" for name in ("scattermoe", "liger_kernel") if peers.installed(name)
@@ -382,8 +393,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         say(f"{model}, {tokens} tokens; {left:.0f} s are left")
         until = time.monotonic() + left / (len(cells) - i)
-        step = step_of(model, tokens, given.scale)
-        rows += cell(model, step, device, until, of_parts=not given.no_parts)
+        cell = Cell(model, step_of(model, tokens, given.scale), rates)
+        rows += measure(cell, device, until, of_parts=not given.no_parts)
         results.write(given.out, results.document(rows, machine, versions))
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -155,21 +155,27 @@ def test_vllms_tests_are_run_against_moeyard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("of_parts", [False, pytest.param(True, marks=pytest.mark.full)])
-def test_steps_of_training_are_judged_before_they_are_timed(monkeypatch: pytest.MonkeyPatch, of_parts: bool) -> None:
+def test_steps_of_training_are_judged_before_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_parts: bool
+) -> None:
     chosen = training.ours
     monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
     ours = training.ours()
     off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}
     providers, step = training.providers(), TrainingStep(tokens=64, top_k=2, experts=4, hidden=64, inside=32)
-    monkeypatch.setattr(training, "providers", lambda: {**providers, **off})
-    rows = training.cell("none", step, CPU, 0.0, of_parts=of_parts)
-    found = {row["provider"]: row for row in rows if row["pass"] == "forward and backward"}
-    assert {name for name, row in found.items() if "error" in row} == {"wrong", "raises"}
-    assert "err more than" in found["wrong"]["error"] and found["raises"]["error"].startswith("TypeError")
-    timed = [row for row in rows if "error" not in row]
-    assert {"moeyard", "torch.grouped_mm", "right"} <= {row["provider"] for row in timed}
-    assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in timed)
-    assert {row["part"] for row in rows if row["pass"] == "part"} == (
-        {"w13", "w2", "activation"} if of_parts else set()
+    monkeypatch.setattr(
+        training, "providers", lambda: {**providers, **{(name, ""): call for name, call in off.items()}}
     )
-    assert found["moeyard"]["kept_by_hand"] < found["moeyard"]["peak_by_hand"]["False"]["backward, second product"]
+    cell = training.Cell("none", step, timing.Rates(1.0, 1.0, 1.0, "bfloat16"))
+    rows = training.measure(cell, CPU, 0.0, of_parts=of_parts)
+    results.write(tmp_path / "training.json", results.document(rows, {}, {}))
+    assert results.read(tmp_path / "training.json")["rows"] == rows
+    found = {row["provider"] + row["impl"]: row for row in rows if row["op"] == "training step"}
+    assert {name for name, row in found.items() if not row["correct"]} == {"wrong", "raises"}
+    assert "err more than" in found["wrong"]["wrong"] and found["raises"]["wrong"].startswith("TypeError")
+    assert {"moeyardauto", "torchgrouped_mm", "right"} <= {name for name, row in found.items() if row["correct"]}
+    assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
+    of_part = {row["op"] for row in rows if row["op"].startswith("part")}
+    assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    mine = found["moeyardauto"]
+    assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]

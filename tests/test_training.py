@@ -354,19 +354,17 @@ def example() -> Any:
     return module
 
 
-def apart(a: Any, b: Any) -> float:
-    """The mean distance of two loss curves."""
-    return sum(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)) / len(a.losses)
-
-
-def trained(example: Any, steps: int, batch: int, last_loss: float) -> None:
+def trained(example: Any, steps: int, batch: int, last_loss: float) -> Any:
+    """Holds moeyard's run against eager's, and the mean of its last 20 losses against a bound."""
+    apart = example.apart
     mine, again, eager = (example.train(steps, batch=batch, eager=eager) for eager in (False, False, True))
     assert mine.losses == again.losses
     assert all(same_bits(a, b) for a, b in zip(mine.weights, again.weights, strict=True))
     noise = apart(eager, example.train(steps, eager=True, nudge=1e-6, batch=batch))
     assert apart(mine, eager) <= 3 * noise + 1e-4, (apart(mine, eager), noise)
-    assert mine.losses[-1] < last_loss < mine.losses[0]
+    assert sum(mine.losses[-20:]) / 20 < last_loss < mine.losses[0]
     assert apart(mine, mine._replace(losses=[loss * 1.01 for loss in mine.losses])) > 3 * noise + 1e-4, "all is noise"
+    return mine, eager
 
 
 def test_a_model_trains_as_eager_does(example: Any) -> None:
@@ -375,8 +373,8 @@ def test_a_model_trains_as_eager_does(example: Any) -> None:
 
 @pytest.mark.full
 def test_a_model_trains_as_eager_does_for_300_steps(example: Any, tmp_path: Path) -> None:
-    trained(example, 300, 8, 3.0)
+    """Runs with three seeds end at 2.44 to 2.50."""
+    mine, eager = trained(example, 300, 8, 2.6)
     if table.installed("matplotlib"):
-        run = example.train(5)
-        example.plot(run, run, tmp_path / "run.svg")
+        example.plot(mine, eager, eager, tmp_path / "run.svg")
         assert (tmp_path / "run.svg").stat().st_size > 10_000
