@@ -12,6 +12,7 @@ from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.checks import check_int
+from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.table import companion, explain
 from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
@@ -37,6 +38,7 @@ def warmup(
     arch: str | None = None,
     jobs: int | None = None,
     impl: str = "auto",
+    batch_invariant: bool | None = None,
     progress: Progress | None = None,
     top_k: int | None = None,
     scoring: str = "softmax",
@@ -63,6 +65,7 @@ def warmup(
         arch: what weights that are not on a GPU are compiled for, such as "sm_90a". It needs no GPU.
         jobs: processes that compile; as many as this process has cores unless given.
         impl: that of the experts: "auto", "cuda" or "triton".
+        batch_invariant: whether calls of experts are, as in `fused_experts`.
         progress: is told what begins, and called after each step of it.
         top_k, scoring, renormalize, selection_bias, num_groups, top_k_groups, routed_scaling_factor: as in `route`;
             with weights `top_k` must be given.
@@ -93,7 +96,7 @@ def warmup(
     check_int("top_k", top_k, low=1, high=num_experts or weights.num_local_experts)
     facts = facts_of(
         weights, activation=activation, num_experts=num_experts, mapped=mapped, shared=shared, block_sizes=block_sizes,
-        **router,
+        batch_invariant=batch_invariance(batch_invariant), **router,
     )  # fmt: skip
     return _of_layer(facts, weights, shared, router, place, capability, max_tokens, jobs or cores(), impl, progress)
 
@@ -106,6 +109,7 @@ def facts_of(
     mapped: bool = False,
     shared: ExpertWeights | None = None,
     block_sizes: tuple[int, ...] = (1, 16),
+    batch_invariant: bool = False,
     **router: Unpack[RouterOptions],
 ) -> LayerFacts:
     """What kernels depend on of a layer that is called as the arguments of `warmup` say."""
@@ -119,6 +123,7 @@ def facts_of(
         mapped,
         None if shared is None else _on_meta(shared),
         block_sizes,
+        batch_invariant,
     )
 
 
@@ -198,12 +203,14 @@ def _call_layer(
     moe_sum(rows.new_empty(tokens, router["top_k"], weights.hidden_size))
     fused_experts(
         hidden, routing, weights, activation=facts.activation, num_experts=facts.num_experts, expert_map=mapping,
-        impl=impl,
+        batch_invariant=facts.batch_invariant, impl=impl,
     )  # fmt: skip
     if shared is not None:
         everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=place)
         alike = Routing(torch.ones(tokens, 1, device=place), everyone)
-        fused_experts(hidden, alike, shared, activation=facts.activation, impl=impl)
+        fused_experts(
+            hidden, alike, shared, activation=facts.activation, batch_invariant=facts.batch_invariant, impl=impl
+        )
 
 
 def _few_of(most: int) -> Iterator[int]:

@@ -71,10 +71,12 @@ def _calls(facts: LayerFacts, tokens: int, experts: bool, device: str) -> Iterat
     yield lambda: moe_sum_launch(rows.view(tokens, top_k, hidden_size), None, None, out=hidden)
     if not experts:
         return
-    yield lambda: _experts(hidden, routing, ExpertCall(weights, facts.activation, facts.num_experts, mapping))
+    invariant = facts.batch_invariant
+    routed = ExpertCall(weights, facts.activation, facts.num_experts, mapping, batch_invariant=invariant)
+    yield lambda: _experts(hidden, routing, routed)
     if facts.shared is not None:
         everyone = Routing(empty(tokens, 1, dtype=torch.float32), empty(tokens, 1, dtype=torch.int32))
-        call = ExpertCall(facts.shared, facts.activation, 1)
+        call = ExpertCall(facts.shared, facts.activation, 1, batch_invariant=invariant)
         yield lambda: _experts(hidden, everyone, call)
 
 
@@ -92,7 +94,7 @@ def _experts(hidden: Tensor, routing: Routing, call: ExpertCall) -> None:
     tokens, top_k = ids.shape
     facts = Call(hidden.device, hidden.dtype, facts_of_experts(call.weights), tokens, top_k, call.num_experts)
     ways = ((few_tokens.unfit, few_tokens), (launchers.unfit_for_experts, launchers))
-    for unfit, way in ways:
+    for unfit, way in ways[call.batch_invariant :]:  # the first promises no such result
         if unfit(facts) is None:
             way.fused_experts_launch(hidden, routing.topk_weights, ids, call, out=torch.empty_like(hidden))
             return

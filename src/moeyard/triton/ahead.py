@@ -51,7 +51,7 @@ def _experts(facts: LayerFacts, weights: ExpertWeights, top_k: int, num_experts:
     hidden = empty(tokens, weights.hidden_size)
     mapping = empty(num_experts, dtype=torch.int32) if facts.mapped and weights is facts.weights else None
     factors, ids = empty(tokens, top_k, dtype=torch.float32), empty(tokens, top_k, dtype=torch.int32)
-    call = ExpertCall(weights, facts.activation, num_experts, mapping)
+    call = ExpertCall(weights, facts.activation, num_experts, mapping, batch_invariant=facts.batch_invariant)
     fused_experts_launch(hidden, factors, ids, call, out=torch.empty_like(hidden))
 
 

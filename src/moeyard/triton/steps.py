@@ -84,6 +84,16 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
+def placed_alike(tensor: Tensor) -> Tensor:
+    """The matrix itself if it is dense and begins at a multiple of 16 bytes, otherwise such a copy.
+
+    Triton compiles a kernel for what addresses and strides are multiples of. So one kernel serves a token wherever it
+    lies.
+    """
+    dense = tensor.stride() == (tensor.shape[1], 1)
+    return tensor if dense and not tensor.data_ptr() % 16 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def power(value: int, least: int) -> int:
     """The smallest power of two of at least `value` and `least`."""
     return max(least, 1 << max(0, value - 1).bit_length())
