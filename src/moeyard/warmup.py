@@ -14,7 +14,7 @@ from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.checks import check_int
 from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.table import companion, explain
-from moeyard.experts import fused_experts
+from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.permute import permute, shuffle_rows
@@ -65,7 +65,8 @@ def warmup(
         arch: what weights that are not on a GPU are compiled for, such as "sm_90a". It needs no GPU.
         jobs: processes that compile; as many as this process has cores unless given.
         impl: that of the experts: "auto", "cuda" or "triton".
-        batch_invariant: whether calls of experts are, as in `fused_experts`.
+        batch_invariant: whether calls of experts are, as in `fused_experts`. Then products of a router of the dtype of
+            the weights are made, too, with a bias if experts have biases.
         progress: is told what begins, and called after each step of it.
         top_k, scoring, renormalize, selection_bias, num_groups, top_k_groups, routed_scaling_factor: as in `route`;
             with weights `top_k` must be given.
@@ -205,6 +206,13 @@ def _call_layer(
         hidden, routing, weights, activation=facts.activation, num_experts=facts.num_experts, expert_map=mapping,
         batch_invariant=facts.batch_invariant, impl=impl,
     )  # fmt: skip
+    if facts.batch_invariant and not facts.mapped:  # the router's product, too
+        router_weight = hidden.new_zeros(facts.num_experts, weights.hidden_size)
+        router_bias = None if weights.w13_bias is None else hidden.new_zeros(facts.num_experts)
+        moe_layer(
+            hidden, router_weight, weights, router_bias=router_bias, activation=facts.activation, batch_invariant=True,
+            impl=impl, **router,
+        )  # fmt: skip
     if shared is not None:
         everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=place)
         alike = Routing(torch.ones(tokens, 1, device=place), everyone)

@@ -15,9 +15,9 @@ from moeyard.cuda.rows.launchers import combine_launch, moe_sum_launch, permute_
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.planning import planning
-from moeyard.dispatch.call import Call, LayerFacts, facts_of_experts
+from moeyard.dispatch.call import Call, LayerFacts, WeightFacts, facts_of_experts
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
-from moeyard.values import ExpertCall, Layout, Routing
+from moeyard.values import ExpertCall, Layout, Routing, Segments
 
 
 def recipes_of(
@@ -74,6 +74,13 @@ def _calls(facts: LayerFacts, tokens: int, experts: bool, device: str) -> Iterat
     invariant = facts.batch_invariant
     routed = ExpertCall(weights, facts.activation, facts.num_experts, mapping, batch_invariant=invariant)
     yield lambda: _experts(hidden, routing, routed)
+    if invariant:  # the router's product is ours, too (`_linear_by_row` in experts.py)
+        router_weight = empty(1, facts.num_experts, hidden_size)
+        router_bias = None if weights.w13_bias is None else empty(1, facts.num_experts)
+        one = Segments(empty(1, dtype=torch.int64), empty(1, dtype=torch.int32), batch_invariant=True)
+        given = WeightFacts(facts.dtype, None, 1, facts.num_experts, hidden_size, False, "")
+        if launchers.unfit_for_products(Call(hidden.device, facts.dtype, given)) is None:
+            yield lambda: launchers.grouped_gemm_launch(hidden, router_weight, router_bias, None, one, out=logits)
     if facts.shared is not None:
         everyone = Routing(empty(tokens, 1, dtype=torch.float32), empty(tokens, 1, dtype=torch.int32))
         call = ExpertCall(facts.shared, facts.activation, 1, batch_invariant=invariant)
