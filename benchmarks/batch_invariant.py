@@ -172,8 +172,6 @@ def cells(
 def warm(_: Found, case: Case, device: torch.device, impl: str) -> None:
     """Compiles in processes what calls of both kinds need."""
     weights = layers.weights_of_case(case, device)
-    if weights.scheme is not None:
-        return
     for invariant in (False, True):
         moeyard.warmup(
             weights, impl=impl, max_tokens=max(WHOLE, case["num_tokens"]), activation=layers.activation(case),

@@ -3,6 +3,7 @@ tensors, and what they would launch is noted (runtime/planning.py). So no GPU is
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.planning import planning
 from moeyard.dispatch.call import Call, LayerFacts, WeightFacts, facts_of_experts
+from moeyard.dispatch.schemes import refusal_of
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
 from moeyard.values import ExpertCall, Layout, Routing, Segments
 
@@ -100,8 +102,21 @@ def _experts(hidden: Tensor, routing: Routing, call: ExpertCall) -> None:
     ids = routing.topk_ids
     tokens, top_k = ids.shape
     facts = Call(hidden.device, hidden.dtype, facts_of_experts(call.weights), tokens, top_k, call.num_experts)
-    ways = ((few_tokens.unfit, few_tokens), (launchers.unfit_for_experts, launchers))
-    for unfit, way in ways[call.batch_invariant :]:  # the first promises no such result
-        if unfit(facts) is None:
+    for label, unfit, way in _WAYS[call.batch_invariant :]:  # the first promises no such result
+        if refusal_of(label, call.weights.scheme) is None and unfit(facts) is None:
             way.fused_experts_launch(hidden, routing.topk_weights, ids, call, out=torch.empty_like(hidden))
             return
+
+
+_WAYS: tuple[tuple[str, Callable[[Call], str | None], Any], ...] = (
+    ("cuda (few tokens)", few_tokens.unfit, few_tokens),
+    ("cuda (products)", launchers.unfit_for_experts, launchers),
+)
+"""The rows of the table, in their order."""
+
+
+def products_refuse(facts: LayerFacts) -> str | None:
+    """Why the products of this implementation do not take the experts of a layer, in words; None if they do."""
+    weights = facts.weights
+    call = Call(weights.w13.device, facts.dtype, facts_of_experts(weights))
+    return refusal_of("cuda (products)", weights.scheme) or launchers.unfit_for_experts(call)
