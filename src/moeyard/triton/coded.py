@@ -135,7 +135,7 @@ def _plan(
     device: torch.device, _dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
     scheme: QuantScheme, block_start: int, strides: _Strides,
-    pinned: bool,
+    pinned: bool = False,
 ) -> _Plan:  # fmt: skip
     local, hidden, size = w2_shape
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
