@@ -246,7 +246,7 @@ def facts(model: str) -> LayerFacts:
     return facts_of(given.weights, **options_of(given), batch_invariant=True)
 
 
-@pytest.mark.parametrize("model", ["qwen3-30b-a3b", "mixtral-8x7b", "gpt-oss-120b"])
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "gpt-oss-120b", pytest.param("deepseek-v3", marks=pytest.mark.full)])
 def test_on_hopper_no_count_changes_how_a_product_sums(model: str) -> None:
     """Each product has one kernel, but for what is free."""
     pytest.importorskip("cuda.bindings")
@@ -266,8 +266,16 @@ def test_on_hopper_no_count_changes_how_a_product_sums(model: str) -> None:
     assert "few_tokens.cu" in {recipe.source for recipe in usual}
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), HOPPER], ids=str)
-@pytest.mark.parametrize("model", models())
+QUICK = (("mixtral-8x7b", HOPPER), ("qwen3-30b-a3b", HOPPER), ("gpt-oss-120b", (8, 0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "capability"),
+    [
+        pytest.param(*cell, marks=[] if cell in QUICK else pytest.mark.full)
+        for cell in itertools.product(models(), ((8, 0), (8, 9), HOPPER))
+    ],
+)
 def test_in_triton_all_counts_share_one_kernel(model: str, capability: tuple[int, int]) -> None:
     """Per product and for the sum; only layouts, which are integers, take others."""
     pytest.importorskip("triton")
