@@ -199,20 +199,3 @@ def test_graphs_keep_it(impl: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(got[:20], wanted)
-
-
-@pytest.mark.skipif(not HOPPER, reason="kernels are counted on Hopper")
-def test_a_warmed_up_layer_compiles_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    from moeyard.cuda.runtime import compile as building
-
-    tensors, weights, activation = draw("narrow", torch.bfloat16)
-    moeyard.warmup(weights, impl="cuda", top_k=8, max_tokens=WHOLE, batch_invariant=True)
-
-    def refuse(*_: Any) -> bytes:
-        raise AssertionError("a kernel is compiled in a call")
-
-    monkeypatch.setattr(building, "compile_source", refuse)
-    router = torch.randn(64, tensors[0].shape[1], device=CUDA).bfloat16()
-    for tokens in (1, 2, 7, 30, 64, 65, 200, 777, 1500, WHOLE):
-        called(weights, activation, "cuda")(*(tensor[:tokens] for tensor in tensors))
-        moeyard.moe_layer(tensors[0][:tokens], router, weights, top_k=8, batch_invariant=True, impl="cuda")
