@@ -302,8 +302,8 @@ def test_the_tile_of_triton_is_that_of_a_middling_batch(capability: tuple[int, i
             how: dict[str, Any] = {"gated": gated, "itemsize": itemsize, "card": card}
             found = {product_tile(rows, 8, 768, size, **how, pinned=True) for rows in counts}
             assert found == {product_tile(8 * 40, 8, 768, size, **how)}
-        for stepwise, native in itertools.product((False, True), repeat=2):
-            how = {"gated": gated, "stepwise": stepwise, "native": native, "card": card}
+        for stepwise, native, wide in itertools.product((False, True), repeat=3):
+            how = {"gated": gated, "stepwise": stepwise, "native": native, "wide": wide, "card": card}
             found = {coded_tile(rows, 8, 768, size, **how, pinned=True) for rows in counts}
             assert found == {coded_tile(8 * 40, 8, 768, size, **how)}
 
