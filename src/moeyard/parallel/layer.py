@@ -129,7 +129,7 @@ def _quantised(hidden_states: Tensor, tokens: Layout, connection: Connection) ->
     grouped = None if group == connection.hidden_size and group != 128 else group
     moved = permute_to_fp8(hidden_states, tokens, group_size=grouped)
     assert moved.scales is not None
-    return moved.rows, moved.scales.view(moved.rows.shape[0], -1)
+    return moved.rows, moved.scales.view(moved.rows.shape[0], connection.hidden_size // group)
 
 
 def _gathered(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_to_all_single
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from moeyard.quant import LEAST_MAGNITUDE
 
 _LARGEST_CODE = 448.0
+_LEAST_HALF = 2.0**-24
+"""The distance of float16's small numbers."""
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
 
 
@@ -29,13 +31,40 @@ def exchange(
     Returns [sum(taken), ...]: what rank 0 sent, then what rank 1 sent, and so on.
     """
     sent = rows[: sum(given)]
-    got = sent.new_empty((sum(taken), *sent.shape[1:]))
-    if training and torch.is_grad_enabled() and sent.is_floating_point():
+    if training and torch.is_grad_enabled():
         sent = sent if sent.requires_grad else sent.detach().requires_grad_()
-        result: Tensor = all_to_all_single(got, sent, list(taken), list(given), group)
+        result: Tensor = _EXCHANGE(sent, list(given), list(taken), group.group_name)
         return result
-    dist.all_to_all_single(_plain(got), _plain(sent.detach()), list(taken), list(given), group)
+    return _exchange(sent.detach(), given, taken, group)
+
+
+def _exchange(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    got = sent.new_empty((sum(taken), *sent.shape[1:]))
+    dist.all_to_all_single(_plain(got), _plain(sent), list(taken), list(given), group)
     return got
+
+
+def _registered(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: str) -> Tensor:
+    return _exchange(sent.contiguous(), given, taken, _resolve_process_group(group))
+
+
+def _setup(ctx: Any, inputs: Any, output: Any) -> None:
+    _, ctx.given, ctx.taken, ctx.group = inputs
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """What was sent is returned."""
+    return _EXCHANGE(grad, ctx.taken, ctx.given, ctx.group), None, None, None
+
+
+_EXCHANGE: Any = torch.library.custom_op(
+    "moeyard::exchange_rows",
+    _registered,
+    mutates_args=(),
+    schema="(Tensor sent, SymInt[] given, SymInt[] taken, str group) -> Tensor",
+)
+_EXCHANGE.register_fake(lambda sent, given, taken, group: sent.new_empty((sum(taken), *sent.shape[1:])))
+_EXCHANGE.register_autograd(_backward, setup_context=_setup)
 
 
 def exchange_evenly(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -87,15 +116,20 @@ def restore(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         scales: [n, groups] float32: max(largest magnitude, 1e-10) / 448 of each group, in float32.
         dtype: of the rows that were quantised, and of the result.
 
-    A value is code times scale, rounded to the dtype: that changes it by less than half the distance of two codes. Only
-    the code 448 is the group's largest magnitude, which gives the scale again: it becomes a number of the dtype that
-    does. For dtypes of 16 bits that is the magnitude itself.
+    A value is code times scale, rounded to the dtype, which is still nearest to the same code. Only the code 448 is the
+    group's largest magnitude, which gives the scale again: it becomes a number of the dtype that does. For dtypes of 16
+    bits that is the magnitude itself.
     """
     num_rows, groups = scales.shape
     if not codes.numel():
         return codes.new_empty(codes.shape, dtype=dtype)
-    wide = codes.view(num_rows, groups, -1).float()
-    values = (wide * scales.unsqueeze(2)).to(dtype)
+    wide, factors = codes.view(num_rows, groups, -1).float(), scales.unsqueeze(2)
+    values = (wide * factors).to(dtype)
+    if dtype == torch.float16:  # whose small numbers lie evenly: their neighbour towards code times scale may be meant
+        quotients = (values.float() / factors).clamp(-_LARGEST_CODE, _LARGEST_CODE)
+        other = (values.float() + _LEAST_HALF * torch.sign(wide * factors - values.float())).to(dtype)
+        kept = (quotients.to(codes.dtype).float() == wide) | (values.abs() >= 1024 * _LEAST_HALF)
+        values = torch.where(kept, values, other)
     largest = torch.copysign(_largest(scales, dtype).unsqueeze(2), values)
     return torch.where(wide.abs() == _LARGEST_CODE, largest, values).view(num_rows, -1)
 
