@@ -86,16 +86,17 @@ def sums_are_those_of_one_process(rank: int) -> None:
         rows, routing = drawn(10, 24, 3, dtype)
         whole = draw_weights(10, 24, 20, dtype, bias=True)
         told = {"tokens_per_rank": COUNTS, "impl": impl}
+        padded = [parallel.experts_in_order(rows, routing, whole, UNEVEN, max_tokens=most, **told) for most in (17, 19)]
         grouped = parallel.experts_in_order(rows, routing, whole, UNEVEN, **told)
         exact = parallel.experts_in_order(rows, routing, whole, UNEVEN, order="exact", **told)
         for options, wanted in (
-            ({"way": "all_to_all"}, grouped), ({"way": "gathered", "max_tokens": 19}, grouped),
-            ({"max_tokens": 17}, grouped), ({"order": "exact", "way": "all_to_all"}, exact),
+            ({"way": "all_to_all"}, grouped), ({"way": "gathered", "max_tokens": 19}, padded[1]),
+            ({"max_tokens": 17}, padded[0]), ({"order": "exact", "way": "all_to_all"}, exact),
         ):  # fmt: skip
             got, connection = answers(rank, whole, UNEVEN, rows, routing, impl, **options)
             assert same_bits(got, part(rank, wanted)), (dtype, options)
             assert connection.way == options.get("way", "gathered")
-        assert not same_bits(grouped, exact)
+        assert same_bits(grouped, padded[0]) and not same_bits(grouped, exact)
 
 
 @check
@@ -340,7 +341,7 @@ def a_rank_dies(rank: int) -> None:
 @check
 def a_rank_stalls(rank: int) -> None:
     """Rank 1 stops taking part: the others get an error after the timeout of the group."""
-    endless(rank, lambda: time.sleep(60))
+    endless(rank, lambda: time.sleep(15))
 
 
 def endless(rank: int, last: Callable[[], None]) -> None:

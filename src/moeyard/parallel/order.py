@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.combine import combine_routes
+from moeyard.combine import combine_routes, moe_sum
 from moeyard.dispatch.checks import check_int
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.experts import fused_experts
@@ -27,6 +27,7 @@ def experts_in_order(
     plan: Plan,
     *,
     tokens_per_rank: Sequence[int] | None = None,
+    max_tokens: int | None = None,
     order: str = "grouped",
     activation: Activation | None = None,
     apply_router_weight_on_input: bool = False,
@@ -41,6 +42,8 @@ def experts_in_order(
         weights: of all experts, in their global order.
         plan: who would hold which.
         tokens_per_rank: how many tokens each rank has, which replicas depend on; all are rank 0's unless given.
+        max_tokens: that of a gathered connection, whose ranks see the tokens of all ranks; None of all_to_all. It
+            changes bits only where products of an implementation depend on the number of tokens.
         order: as in `connect`. With "exact" the plan changes nothing.
         activation, apply_router_weight_on_input, save, impl: as in `moeyard.fused_experts`.
 
@@ -64,8 +67,24 @@ def experts_in_order(
         rows = rows_of_routes(hidden_states, routing, here, count, weights, weighted, options)
         where = moe_align_block_size(here, num_experts=1, block_size=1).route_rows
         return combine_routes(rows, where, None if weighted else factors, ids.shape[1], out=None, impl="auto")
-    tables = tables_of(plan, device)
-    slots = slots_of_routes(ids, tables, _sources(hidden_states.shape[0], tokens_per_rank, plan).to(device))
+    tables, counts = tables_of(plan, device), _counts(hidden_states.shape[0], tokens_per_rank, plan)
+    sources = torch.cat([torch.arange(rank, rank + count) for rank, count in enumerate(counts)]).to(device)
+    slots, options["num_experts"] = slots_of_routes(ids, tables, sources), plan.num_slots
+    if max_tokens is not None:
+        check_int("max_tokens", max_tokens, low=max(1, *counts))
+        where = torch.cat([torch.arange(count) + rank * max_tokens for rank, count in enumerate(counts)]).to(device)
+        total = plan.ranks * max_tokens
+        back = where.new_full((total,), -1).index_copy(0, where, torch.arange(where.shape[0], device=device))
+        rows = shuffle_rows(hidden_states, back)
+        local = Routing(shuffle_rows(factors, back), slots.new_full((total, slots.shape[1]), -1))
+        local.topk_ids[where] = slots
+        parts = [
+            fused_experts(
+                rows, local, slice_experts(weights, plan, rank), expert_map=map_of(plan, rank, device), **options
+            )
+            for rank in range(plan.ranks)
+        ]
+        return moe_sum(torch.stack([shuffle_rows(part, where) for part in parts], 1))
     layout = moe_align_block_size(ranks_of_tokens(slots, tables, plan), num_experts=plan.ranks, block_size=1)
     tokens = layout.sorted_token_ids // layout.top_k
     parts, start = [], 0
@@ -75,18 +94,18 @@ def experts_in_order(
         local = Routing(shuffle_rows(factors, mine), shuffle_rows(slots, mine))
         map_, held = map_of(plan, rank, device), slice_experts(weights, plan, rank)
         rows = shuffle_rows(hidden_states, mine)
-        parts.append(fused_experts(rows, local, held, num_experts=plan.num_slots, expert_map=map_, **options))
+        parts.append(fused_experts(rows, local, held, expert_map=map_, **options))
     return combine_routes(torch.cat(parts), layout.route_rows, None, layout.top_k, out=None, impl="auto")
 
 
-def _sources(num_tokens: int, tokens_per_rank: Sequence[int] | None, plan: Plan) -> Tensor:
-    """[num_tokens] int64: the rank of each token plus its number there."""
+def _counts(num_tokens: int, tokens_per_rank: Sequence[int] | None, plan: Plan) -> Sequence[int]:
+    """Tokens of each rank."""
     if tokens_per_rank is None:
-        return torch.arange(num_tokens)
+        return [num_tokens, *[0] * (plan.ranks - 1)]
     if len(tokens_per_rank) != plan.ranks or sum(tokens_per_rank) != num_tokens:
         raise ValueError(
             f"tokens_per_rank: expected {plan.ranks} numbers that add up to {num_tokens}, got {list(tokens_per_rank)}"
         )
     for count in tokens_per_rank:
         check_int("tokens_per_rank", count, low=0)
-    return torch.cat([torch.arange(rank, rank + count) for rank, count in enumerate(tokens_per_rank)])
+    return tokens_per_rank
