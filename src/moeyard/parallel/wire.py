@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
 
 from moeyard.quant import LEAST_MAGNITUDE
 
@@ -44,7 +44,7 @@ def _exchange(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: d
     return got
 
 
-def _registered(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: str) -> Tensor:
+def _registered(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: Any) -> Tensor:
     return _exchange(sent.contiguous(), given, taken, _resolve_process_group(group))
 
 
