@@ -129,6 +129,13 @@ def own(bench: Bench, tokens: int, rows: Tensor, routing: Routing) -> tuple[Tens
     return rows[mine], Routing(routing.topk_weights[mine], routing.topk_ids[mine])
 
 
+def dispatch(rows: Tensor, routing: Routing, connection: parallel.Connection) -> parallel.Dispatched:
+    """A dispatch alone, over and over, which a connection with shared memory else refuses: ranks may read old rows."""
+    if connection.window is not None:
+        connection.window.waiting = False
+    return parallel.dispatch(rows, routing, connection)
+
+
 def movement(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
     """Dispatch and combine without experts, and torch's collectives that move as many bytes."""
     section = f"{tokens} tokens x {layer.hidden} bf16, top_k {layer.top_k}"
@@ -145,10 +152,10 @@ def movement(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
         lambda: dist.all_gather_into_tensor(wide, rows), calls))  # fmt: skip
     for name, options in (
         ("all_to_all", {"way": "all_to_all"}), ("gathered", {"way": "gathered", "max_tokens": tokens}),
-        ("exact", {"order": "exact"}),
+        ("symmetric", {"way": "symmetric", "max_tokens": tokens}), ("exact", {"order": "exact"}),
     ):  # fmt: skip
         connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
-        send = lambda connection=connection: parallel.dispatch(rows, routing, connection)  # noqa: E731
+        send = partial(dispatch, rows, routing, connection)
         sent = send()
         back = torch.randn(sum(sent.home.taken) if sent.home else len(sent.rows), layer.hidden, device=bench.device)
         back = back.to(torch.bfloat16)
@@ -156,9 +163,9 @@ def movement(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
         if name != "exact":
             bench.note(section, f"dispatch, {name}", bench.time_us(send, calls))
         bench.note(section, f"combine, {name}", bench.time_us(fetch, calls))
-        if name == "gathered" and bench.device.type == "cuda":
-            bench.note(section, "dispatch, gathered, graph", bench.time_us(captured(send), calls))
-            bench.note(section, "combine, gathered, graph", bench.time_us(captured(fetch), calls))
+        if name in ("gathered", "symmetric") and bench.device.type == "cuda":
+            bench.note(section, f"dispatch, {name}, graph", bench.time_us(captured(send), calls))
+            bench.note(section, f"combine, {name}, graph", bench.time_us(captured(fetch), calls))
 
 
 def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
@@ -177,6 +184,7 @@ def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
     bench.note(section, "one GPU", alone)
     for name, options in (
         ("all_to_all", {"way": "all_to_all"}), ("gathered", {"way": "gathered", "max_tokens": tokens}),
+        ("symmetric", {"way": "symmetric", "max_tokens": tokens}),
     ):  # fmt: skip
         connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
         call = lambda connection=connection: parallel.fused_experts(  # noqa: E731
@@ -188,15 +196,16 @@ def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
         if float(worst) > 0.02:
             bench.note(section, f"{name}: wrong", float("nan"), relative_error=float(worst))
             continue
-        sent = parallel.dispatch(my_rows, my_routing, connection)
+        sent = dispatch(my_rows, my_routing, connection)
         local = bench.time_us(lambda sent=sent: parallel.local_experts(sent, mine), calls)
+        parallel.combine(parallel.local_experts(sent, mine), sent)
         spent = bench.time_us(call, calls)
         more = {"experts_us": round(local, 2), "over_one_gpu": round(alone / spent, 3),
                 "relative_error": float(worst)}  # fmt: skip
         bench.note(section, name, spent, **more)
-        if name == "gathered" and bench.device.type == "cuda":
+        if name != "all_to_all" and bench.device.type == "cuda":
             spent = bench.time_us(captured(call), calls)
-            bench.note(section, "gathered, graph", spent, over_one_gpu=round(alone / spent, 3))
+            bench.note(section, f"{name}, graph", spent, over_one_gpu=round(alone / spent, 3))
     told = predict(layer, bench.ranks, tokens)
     bench.note(section, "predicted, nothing overlaps", told.total_us, over_one_gpu=round(told.speedup, 3))
 
@@ -209,7 +218,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="small sizes, for a trial")
     given = parser.parse_args()
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # no multicast
+    os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "0", "1"
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if given.device == "cuda" else torch.device("cpu")
     if device.type == "cuda":

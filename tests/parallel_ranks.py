@@ -79,6 +79,11 @@ def answers(
     return result, connection
 
 
+def leftovers() -> list[Path]:
+    """Files of memory that ranks share, which have no name once all have mapped them."""
+    return list(Path("/dev/shm").glob(f"moeyard-{os.getpid()}-*"))
+
+
 @check
 def sums_are_those_of_one_process(rank: int) -> None:
     """Both ways and both orders give the bits of one process, with ranks of other counts, experts and no tokens."""
@@ -91,11 +96,12 @@ def sums_are_those_of_one_process(rank: int) -> None:
         exact = parallel.experts_in_order(rows, routing, whole, UNEVEN, order="exact", **told)
         for options, wanted in (
             ({"way": "all_to_all"}, grouped), ({"way": "gathered", "max_tokens": 19}, padded[1]),
-            ({"max_tokens": 17}, padded[0]), ({"order": "exact", "way": "all_to_all"}, exact),
+            ({"max_tokens": 17}, padded[0]),
+            ({"way": "symmetric", "max_tokens": 17}, padded[0]), ({"order": "exact", "way": "all_to_all"}, exact),
         ):  # fmt: skip
             got, connection = answers(rank, whole, UNEVEN, rows, routing, impl, **options)
             assert same_bits(got, part(rank, wanted)), (dtype, options)
-            assert connection.way == options.get("way", "gathered")
+            assert connection.way == options.get("way", "gathered") and not leftovers()
         assert same_bits(grouped, padded[0]) and not same_bits(grouped, exact)
 
 
@@ -165,7 +171,8 @@ def quantised_rows_cross(rank: int) -> None:
         rows = rows * torch.exp2(torch.randint(-30, 6, (rows.shape[0], 1))).to(dtype)
         whole = draw_quantised(6, 256, 128, scheme, dtype)
         wanted = parallel.experts_in_order(rows, routing, whole, plan, tokens_per_rank=COUNTS)
-        for options in ({"way": "all_to_all"}, {"way": "gathered", "max_tokens": 17}):
+        ways = [{"way": way, "max_tokens": 17} for way in ("all_to_all", "gathered", "symmetric")]
+        for options in ways if dtype == torch.float32 else ways[:2]:
             got, connection = answers(rank, whole, plan, rows, routing, **options)
             assert same_bits(got, part(rank, wanted)), (scheme, dtype, options)
             assert connection.rows.quantised == crosses
@@ -220,6 +227,11 @@ def differences_are_refused_on_every_rank(rank: int) -> None:
         tensor.requires_grad_()
     refused(lambda: parallel.fused_experts(rows, routing, mine, connection), "training")
     parallel.dispatch(rows.detach(), routing, connection)  # which still works
+    shared = parallel.connect(mine, UNEVEN, top_k=3, way="symmetric", max_tokens=17)
+    with torch.no_grad():
+        sent = parallel.dispatch(rows, routing, shared)
+        refused(lambda: parallel.dispatch(rows, routing, shared), "connection", "combine after each dispatch")
+        parallel.combine(parallel.local_experts(sent, mine), sent)
 
 
 def with_gradients(
@@ -273,13 +285,14 @@ def steps(rank: int, count: int) -> None:
         parallel.connect(mine, UNEVEN, top_k=2, order="exact"),
         parallel.connect(mine, UNEVEN, top_k=2, way="gathered", max_tokens=12),
         parallel.connect(mine, UNEVEN, top_k=2, way="all_to_all"),
+        parallel.connect(mine, UNEVEN, top_k=2, way="symmetric", max_tokens=12),
     ]
     dice = random.Random(rank)
     seen, early = [], max(1, count // 4)
     for step in range(count):
         tokens = dice.randrange(13)
         rows, routing = torch.randn(tokens, 16), draw_routing(tokens, 10, 2, "independent")
-        answer = parallel.fused_experts(rows, routing, mine, ways[step % 3], impl="torch")
+        answer = parallel.fused_experts(rows, routing, mine, ways[step % 4], impl="torch")
         if step % 10 == 0:
             wanted = moeyard.fused_experts(rows, routing, whole, impl="torch")
             torch.testing.assert_close(answer, wanted, rtol=0, atol=1e-5)

@@ -188,7 +188,11 @@ def test_explanations_say_which_way_and_why() -> None:
     told = parallel.explain(plan, top_k=8, hidden_size=4096)
     assert told.chosen == "all_to_all" and "max_tokens" in told.reasons["gathered"]
     few = parallel.explain(plan, top_k=8, hidden_size=4096, max_tokens=64, scheme=FP8_BLOCK)
-    assert few.chosen == "gathered" and "e4m3 with a float32 scale per 128 columns" in str(few)
+    assert (
+        few.chosen == "gathered"
+        and "only chosen by name" in few.reasons["symmetric"]
+        and "e4m3 with a float32 scale per 128 columns" in str(few)
+    )
     many = parallel.explain(plan, top_k=2, hidden_size=4096, max_tokens=4096)
     assert many.chosen == "all_to_all" and "MB per rank" in many.reasons["gathered"]
     assert (
@@ -203,6 +207,8 @@ def test_explanations_say_which_way_and_why() -> None:
         assert words in parallel.explain(plan, top_k=2, hidden_size=256, scheme=scheme).rows
     with pytest.raises(ValueError, match="way: 'gathered' needs the most tokens"):
         parallel.explain(plan, top_k=2, hidden_size=64, way="gathered")
+    asked = parallel.explain(plan, top_k=8, hidden_size=4096, max_tokens=64, way="symmetric")
+    assert asked.chosen == "symmetric" and asked.reasons["gathered"] == "not asked for"
     with pytest.raises(ValueError, match="way: expected one of"):
         parallel.explain(plan, top_k=2, hidden_size=64, way="nvlink")
     with pytest.raises(ValueError, match="order: expected one of"):

@@ -74,6 +74,7 @@ def sums_are_those_of_one_gpu(rank: int, ranks: int) -> None:
             whole, plan = draw_weights(16, 512, 256, dtype, device="cuda"), plan_of(16, ranks)
             for options, order in (
                 ({"way": "all_to_all"}, "grouped"), ({"way": "gathered", "max_tokens": max(counts)}, "grouped"),
+                ({"way": "symmetric", "max_tokens": max(counts)}, "grouped"),
                 ({"order": "exact"}, "exact"),
             ):  # fmt: skip
                 told = {"tokens_per_rank": counts, "order": order, "max_tokens": options.get("max_tokens")}
@@ -104,7 +105,10 @@ def quantised_rows_cross(rank: int, ranks: int) -> None:
             counts = counts_of(ranks, tokens)
             rows, routing = drawn(counts, 8, 512, 4, torch.bfloat16)
             whole, plan = moved_to(draw_quantised(8, 512, 256, scheme), torch.device("cuda")), plan_of(8, ranks)
-            for options in ({"way": "all_to_all"}, {"way": "gathered", "max_tokens": max(counts)}):
+            for options in (
+                {"way": "all_to_all"}, {"way": "gathered", "max_tokens": max(counts)},
+                {"way": "symmetric", "max_tokens": max(counts)},
+            ):  # fmt: skip
                 told = {"tokens_per_rank": counts, "max_tokens": options.get("max_tokens")}
                 wanted = parallel.experts_in_order(rows, routing, whole, plan, **told)
                 mine, connection = held_by(rank, whole, plan, **options)
@@ -139,11 +143,20 @@ def gradients_are_those_of_one_gpu(rank: int, ranks: int) -> None:
 
 @check
 def graphs_replay_on_all_ranks(rank: int, ranks: int) -> None:
-    """A gathered call reads nothing back, so that it is captured; a replay has the bits of an eager call."""
+    replays(rank, ranks, "gathered")
+
+
+@check
+def graphs_replay_over_symmetric_memory(rank: int, ranks: int) -> None:
+    replays(rank, ranks, "symmetric")
+
+
+def replays(rank: int, ranks: int, way: str) -> None:
+    """Such a call reads nothing back, so that it is captured; a replay has the bits of an eager call."""
     counts = [64] * ranks
     rows, routing = drawn(counts, 16, 512, 4, torch.bfloat16)
     whole, plan = draw_weights(16, 512, 256, torch.bfloat16, device="cuda"), plan_of(16, ranks)
-    mine, connection = held_by(rank, whole, plan, way="gathered", max_tokens=64)
+    mine, connection = held_by(rank, whole, plan, way=way, max_tokens=64)
     my_rows, my_routing = own(rank, counts, rows, routing)
     held = my_rows.clone(), Routing(my_routing.topk_weights.clone(), my_routing.topk_ids.clone())
     stream = torch.cuda.Stream()
@@ -198,7 +211,7 @@ def run(rank: int, folder: Path, ranks: int, names: list[str]) -> None:
 
 def main() -> None:
     folder, ranks, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(CHECKS)
-    os.environ["NCCL_NVLS_ENABLE"] = "0"  # no multicast
+    os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "0", "1"
     children = []
     for rank in range(ranks):
         child = os.fork()

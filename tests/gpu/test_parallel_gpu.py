@@ -15,7 +15,8 @@ CARDS = torch.cuda.device_count()
 pytestmark = pytest.mark.skipif(CARDS < 2, reason=f"needs 2 NVIDIA GPUs: torch sees {CARDS}")
 NAMES = (
     "sums_are_those_of_one_gpu", "exact_sums_are_those_of_fused_experts", "quantised_rows_cross",
-    "gradients_are_those_of_one_gpu", "graphs_replay_on_all_ranks", "differences_are_refused",
+    "gradients_are_those_of_one_gpu", "graphs_replay_on_all_ranks", "graphs_replay_over_symmetric_memory",
+    "differences_are_refused",
 )  # fmt: skip
 RANKS = Path(__file__).with_name("parallel_cards.py")
 

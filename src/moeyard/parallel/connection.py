@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeyard.dispatch.checks import check_flag, check_int, check_tensor
 from moeyard.parallel.plan import Plan, Tables, map_of, tables_of
+from moeyard.parallel.symmetric import Part, Window, open_window
 from moeyard.parallel.ways import ORDERS, RowFormat, Sizes, WayExplanation, bytes_of_row, choose_way, format_of_rows
 from moeyard.parallel.weights import refuse_sharded, slots_agree
 from moeyard.parallel.wire import gather, on_host
@@ -44,10 +45,12 @@ class Connection:
     tables: Tables
     expert_map: Tensor
     """[num_slots] int32: the local expert of each slot on this rank, -1 for slots of other ranks."""
+    window: Window | None
+    """Of the symmetric way."""
 
     @property
     def way(self) -> str:
-        """Of the two ways, the one that calls take."""
+        """Of `WAYS`, the one that calls take."""
         return self.explanation.chosen
 
     @property
@@ -128,7 +131,7 @@ def connect(
         order: "grouped": each rank adds up its own rows of a token, as `fused_experts` does, rounded to the dtype; then
             ranks are added in rank order, in float32. "exact": every route's row comes back, rounded to the dtype, and
             is weighted and added in k order, in float32, as `combine` does: the plan changes nothing.
-        way: "gathered", "all_to_all", or "auto"; `explain` says which that is.
+        way: "symmetric" (one host), "gathered", "all_to_all", or "auto"; `explain` says which that is, and why.
         training: whether gradients flow to hidden states, router weights and weights. Then all ranks run the backward.
         apply_router_weight_on_input: as in `fused_experts`.
 
@@ -166,11 +169,23 @@ def connect(
     _refuse_differences(found)
     assert dtype is not None
     rank, form = group.rank(), format_of_rows(weights.scheme, weights.hidden_size, dtype, apply_router_weight_on_input)
+    window = None
+    if explanation.chosen == "symmetric":
+        assert max_tokens is not None
+        parts = _parts(form, weights.hidden_size, dtype, top_k)
+        window = open_window(parts, max_tokens, group, weights.w13.device)
     return Connection(
         group, rank, plan, top_k, weights.hidden_size, dtype, weights.w13.device, weights.scheme, order, max_tokens,
         training, apply_router_weight_on_input, form, explanation, tables_of(plan, weights.w13.device),
-        map_of(plan, rank, weights.w13.device),
+        map_of(plan, rank, weights.w13.device), window,
     )  # fmt: skip
+
+
+def _parts(form: RowFormat, hidden_size: int, dtype: torch.dtype, top_k: int) -> list[Part]:
+    """What is dispatched: codes and scales or rows, then slots with router weights; and what comes back."""
+    rows = [Part((hidden_size,), dtype)]
+    coded = [Part((hidden_size,), torch.uint8), Part((hidden_size // form.group,), torch.float32)]
+    return [*(coded if form.quantised else rows), Part((2 * top_k,), torch.int32), *rows]
 
 
 def _check_own(weights: ExpertWeights, plan: Plan, group: dist.ProcessGroup) -> None:

@@ -44,14 +44,15 @@ class Dispatched:
 
     connection: Connection
     rows: Tensor
-    """[num_received, hidden_size] of the connection's dtype: by the rank that they came from, in its order. gathered:
-    the tokens of all ranks, [ranks * max_tokens, hidden_size], zeros where a rank has fewer."""
+    """[num_received, hidden_size] of the connection's dtype: by the rank that they came from, in its order. gathered
+    and symmetric: the tokens of all ranks, [ranks * max_tokens, hidden_size]; past the tokens of a rank they mean
+    nothing. symmetric: in memory that the next dispatch of the connection writes."""
     routing: Routing
     """Of these rows. Ids [num_received, top_k] int32 are slots, which `connection.expert_map` maps to local experts."""
     num_tokens: int
     """Tokens of this rank."""
     home: Home | None
-    """None of a gathered call."""
+    """None of ways other than all_to_all."""
 
 
 def dispatch(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:
@@ -67,7 +68,7 @@ def dispatch(hidden_states: Tensor, routing: Routing, connection: Connection) ->
     arrives is quantised to just these again. Raises TypeError or ValueError naming the argument; all_to_all: on every
     rank, before rows move.
     """
-    if connection.way == "gathered":
+    if connection.max_tokens is not None and connection.way != "all_to_all":
         _check(hidden_states, routing, connection)
         return _gathered(hidden_states, routing, connection)
     try:
@@ -133,21 +134,24 @@ def _quantised(hidden_states: Tensor, tokens: Layout, connection: Connection) ->
 
 
 def _gathered(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:
-    num_tokens, most = hidden_states.shape[0], connection.max_tokens
+    most, window = connection.max_tokens, connection.window
     assert most is not None
-    group, num_ranks = connection.group, connection.ranks
     slots = slots_of_routes(narrow_ids(routing.topk_ids), connection.tables, connection.rank)
-    packed = pack(slots, routing.topk_weights)
-    filled = _filled(packed, most, -1)
+    parts = [hidden_states.detach()]
     if connection.rows.quantised:
-        everyone = _by_rank(torch.zeros_like(slots[:, :1]), 1)
-        codes, scales = _quantised(hidden_states, everyone, connection)
-        of_all = gather(_filled(codes.view(torch.uint8), most, 0), num_ranks, group).view(codes.dtype)
-        rows = restore(of_all, gather(_filled(scales, most, 1), num_ranks, group), connection.dtype)
+        codes, scales = _quantised(hidden_states, _by_rank(torch.zeros_like(slots[:, :1]), 1), connection)
+        parts = [codes.view(torch.uint8), scales]
+    packed = _filled(pack(slots, routing.topk_weights), most, -1)
+    if window is not None:
+        *parts, packed = window.spread([*parts, packed])
     else:
-        rows = gather(_filled(hidden_states.detach(), most, 0), num_ranks, group)
-    theirs, weights = unpack(gather(filled, num_ranks, group))
-    return Dispatched(connection, rows, Routing(weights, theirs), num_tokens, None)
+        filled = [_filled(part, most, 0) for part in parts]
+        *parts, packed = (gather(part, connection.ranks, connection.group) for part in (*filled, packed))
+    rows = parts[0]
+    if connection.rows.quantised:
+        rows = restore(rows.view(torch.float8_e4m3fn), parts[1], connection.dtype)
+    theirs, weights = unpack(packed)
+    return Dispatched(connection, rows, Routing(weights, theirs), hidden_states.shape[0], None)
 
 
 def _filled(rows: Tensor, length: int, value: float) -> Tensor:
@@ -242,7 +246,8 @@ def combine(rows: Tensor, sent: Dispatched, *, out: Tensor | None = None) -> Ten
     if home is None:
         assert connection.max_tokens is not None
         parts = rows.detach().view(connection.ranks, connection.max_tokens, connection.hidden_size)
-        theirs = exchange_evenly(parts, connection.group)
+        window = connection.window
+        theirs = exchange_evenly(parts, connection.group) if window is None else window.bring(parts)
         return moe_sum(theirs[:, : sent.num_tokens].transpose(0, 1), out=out)
     theirs = exchange(rows, home.taken, home.given, connection.group, training=connection.training)
     return combine_routes(theirs, home.route_rows, home.factors, home.width, out=out, impl="auto")

@@ -44,7 +44,7 @@ class WayExplanation(NamedTuple):
         return "\n".join([*lines, f"  rows: {self.rows}"])
 
 
-def _gathered(sizes: Sizes) -> str | None:
+def _of_fixed_sizes(sizes: Sizes) -> str | None:
     if sizes.order == "exact":
         return "has one row per token and rank, order='exact' needs one per route"
     if sizes.training:
@@ -66,26 +66,29 @@ def _too_wasteful(sizes: Sizes) -> str | None:
 
 
 def choose_way(sizes: Sizes, way: str, rows: str) -> WayExplanation:
-    """The way of a call: "gathered", "all_to_all", or of the two the one that "auto" takes.
+    """The way of a call: one of `WAYS`, or the one of these that "auto" takes.
 
+    symmetric: every rank copies its tokens into memory of all ranks, which are of one host; sizes are fixed.
     gathered: every rank gets all tokens of all ranks; nothing is read back, and all shapes are fixed by `max_tokens`.
     all_to_all: a token goes to the ranks that have one of its experts; the host waits for the counts of each call.
     Raises ValueError for a way that refuses.
     """
     if way not in ("auto", *WAYS):
         raise ValueError(f"way: expected one of {('auto', *WAYS)}, got {way!r}")
-    refused = _gathered(sizes)
-    if way == "gathered" and refused:
-        raise ValueError(f"way: 'gathered' {refused}")
+    fixed = _of_fixed_sizes(sizes)
+    if way in ("symmetric", "gathered") and fixed:
+        raise ValueError(f"way: {way!r} {fixed}")
     if way != "auto":
         return WayExplanation(way, {name: "asked for" if name == way else "not asked for" for name in WAYS}, rows)
-    refused = refused or _too_wasteful(sizes)
+    by_name = fixed or "only chosen by name: it is for ranks of one host, and was not timed yet"
+    refused = fixed or _too_wasteful(sizes)
+    reasons = {"symmetric": by_name, "gathered": refused or "chosen"}
     if refused:
-        return WayExplanation("all_to_all", {"gathered": refused, "all_to_all": "chosen"}, rows)
-    return WayExplanation("gathered", {"gathered": "chosen", "all_to_all": "comes after gathered"}, rows)
+        return WayExplanation("all_to_all", {**reasons, "all_to_all": "chosen"}, rows)
+    return WayExplanation("gathered", {**reasons, "all_to_all": "comes after gathered"}, rows)
 
 
-WAYS = ("gathered", "all_to_all")
+WAYS = ("symmetric", "gathered", "all_to_all")
 
 
 class RowFormat(NamedTuple):
