@@ -305,7 +305,7 @@ def steps(rank: int, count: int) -> None:
 
 @check
 def steps_of_random_counts(rank: int) -> None:
-    steps(rank, 45)
+    steps(rank, 24)
 
 
 @check
