@@ -194,6 +194,26 @@ def weights_on_the_input(rank: int) -> None:
 
 
 @check
+def shared_experts_run_meanwhile(rank: int) -> None:
+    """Their rows are added, whichever way tokens take; gradients flow to both."""
+    rows, routing = drawn(10, 24, 3, torch.float32)
+    whole = draw_weights(10, 24, 20, torch.float32)
+    mine = parallel.slice_experts(whole, UNEVEN, rank)
+    my_rows, my_routing = own(rank, rows, routing)
+    shared = torch.randn(24, 24)
+    for way in ("all_to_all", "gathered", "symmetric"):
+        connection = parallel.connect(mine, UNEVEN, top_k=3, way=way, max_tokens=17)
+        apart = parallel.fused_experts(my_rows, my_routing, mine, connection) + my_rows @ shared
+        got = parallel.fused_experts(my_rows, my_routing, mine, connection, meanwhile=lambda: my_rows @ shared)
+        assert same_bits(got, apart)
+    training = parallel.connect(mine, UNEVEN, top_k=3, training=True)
+    shared.requires_grad_()
+    answer = parallel.fused_experts(my_rows, my_routing, mine, training, meanwhile=lambda: my_rows @ shared)
+    answer.sum().backward()
+    torch.testing.assert_close(shared.grad, my_rows.sum(0).unsqueeze(1).expand(24, 24))
+
+
+@check
 def differences_are_refused_on_every_rank(rank: int) -> None:
     """One rank's other top_k, dtype, size, plan or wrong weights: all ranks raise before any row moves."""
     whole = draw_weights(10, 24, 20, torch.float32)

@@ -4,10 +4,12 @@ Ranks take the place of experts. A layout of the ranks of each token says where 
 rank. `combine` adds what comes back, in rank order. So no sum depends on an order of arrival.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moeyard import experts
@@ -55,7 +57,13 @@ class Dispatched:
     """None of ways other than all_to_all."""
 
 
-def dispatch(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:
+def dispatch(
+    hidden_states: Tensor,
+    routing: Routing,
+    connection: Connection,
+    *,
+    meanwhile: Callable[[], object] | None = None,
+) -> Dispatched:
     """Sends each token to the ranks that hold one of its experts, once to each; all ranks call it.
 
     Args:
@@ -63,6 +71,7 @@ def dispatch(hidden_states: Tensor, routing: Routing, connection: Connection) ->
         routing: of these tokens: weights [num_tokens, top_k] float32, ids int32, int64 or uint32 of global experts. Ids
             below 0 and of num_experts and above are dropped.
         connection: made by `connect`.
+        meanwhile: called once rows are under way, and before they are waited for.
 
     Returns `Dispatched`. Where the scheme quantises rows alike for all experts, they are sent as codes and scales; what
     arrives is quantised to just these again. Raises TypeError or ValueError naming the argument; all_to_all: on every
@@ -70,13 +79,20 @@ def dispatch(hidden_states: Tensor, routing: Routing, connection: Connection) ->
     """
     if connection.max_tokens is not None and connection.way != "all_to_all":
         _check(hidden_states, routing, connection)
-        return _gathered(hidden_states, routing, connection)
+        return _gathered(hidden_states, routing, connection, meanwhile)
     try:
         _check(hidden_states, routing, connection)
     except (TypeError, ValueError):
         host_counts(torch.full((connection.ranks, 2), -1, device=connection.device), connection.group)
         raise
-    return _all_to_all(hidden_states, routing, connection)
+    return _all_to_all(hidden_states, routing, connection, meanwhile)
+
+
+def _await(works: list[dist.Work], meanwhile: Callable[[], object] | None) -> None:
+    if meanwhile is not None:
+        meanwhile()
+    for work in works:
+        work.wait()
 
 
 def _check(hidden_states: object, routing: object, connection: Connection) -> None:
@@ -90,7 +106,9 @@ def _by_rank(ranks: Tensor, num_ranks: int) -> Layout:
     return moe_align_block_size(ranks, num_experts=num_ranks, block_size=1)
 
 
-def _all_to_all(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:
+def _all_to_all(
+    hidden_states: Tensor, routing: Routing, connection: Connection, meanwhile: Callable[[], object] | None
+) -> Dispatched:
     plan, tables, num_ranks = connection.plan, connection.tables, connection.ranks
     slots = slots_of_routes(narrow_ids(routing.topk_ids), tables, connection.rank)
     tokens = _by_rank(ranks_of_tokens(slots, tables, plan), num_ranks)
@@ -106,15 +124,17 @@ def _all_to_all(hidden_states: Tensor, routing: Routing, connection: Connection)
             raise ValueError(f"rank {rank} of the group refuses its arguments of this call")
     given, taken = [row[0] for row in to_ranks], [row[0] for row in from_ranks]
     group, training = connection.group, connection.training
-    if connection.rows.quantised:
-        codes, scales = _quantised(hidden_states, tokens, connection)
-        rows = restore(
-            exchange(codes, given, taken, group), exchange(scales, given, taken, group), connection.dtype
-        )  # fmt: skip
-    else:
-        rows = exchange(permute(hidden_states, tokens).rows, given, taken, group, training=training)
+    works: list[dist.Work] = []
     moved = permute(pack(slots, routing.topk_weights), tokens).rows
-    theirs, weights = unpack(exchange(moved, given, taken, group))
+    packed = exchange(moved, given, taken, group, works=works)
+    if connection.rows.quantised:
+        parts = [exchange(p, given, taken, group, works=works) for p in _quantised(hidden_states, tokens, connection)]
+    else:
+        rows = permute(hidden_states, tokens).rows
+        parts = [exchange(rows, given, taken, group, training=training, works=works)]
+    _await(works, meanwhile)
+    theirs, weights = unpack(packed)
+    rows = restore(parts[0], parts[1], connection.dtype) if connection.rows.quantised else parts[0]
     if training and torch.is_grad_enabled():  # bits carry no gradient
         sent = permute(routing.topk_weights, tokens).rows
         weights = exchange(sent, given, taken, group, training=True)
@@ -133,20 +153,25 @@ def _quantised(hidden_states: Tensor, tokens: Layout, connection: Connection) ->
     return moved.rows, moved.scales.view(moved.rows.shape[0], connection.hidden_size // group)
 
 
-def _gathered(hidden_states: Tensor, routing: Routing, connection: Connection) -> Dispatched:
-    most, window = connection.max_tokens, connection.window
+def _gathered(
+    hidden_states: Tensor, routing: Routing, connection: Connection, meanwhile: Callable[[], object] | None
+) -> Dispatched:
+    most, window, ids = connection.max_tokens, connection.window, narrow_ids(routing.topk_ids)
     assert most is not None
-    slots = slots_of_routes(narrow_ids(routing.topk_ids), connection.tables, connection.rank)
+    as_they_are = connection.tables.identity and ids.dtype == torch.int32  # experts drop what is out of range
+    slots = ids if as_they_are else slots_of_routes(ids, connection.tables, connection.rank)
     parts = [hidden_states.detach()]
     if connection.rows.quantised:
         codes, scales = _quantised(hidden_states, _by_rank(torch.zeros_like(slots[:, :1]), 1), connection)
         parts = [codes.view(torch.uint8), scales]
     packed = _filled(pack(slots, routing.topk_weights), most, -1)
+    works: list[dist.Work] = []
     if window is not None:
         *parts, packed = window.spread([*parts, packed])
     else:
-        filled = [_filled(part, most, 0) for part in parts]
-        *parts, packed = (gather(part, connection.ranks, connection.group) for part in (*filled, packed))
+        filled = (*(_filled(part, most, 0) for part in parts), packed)
+        *parts, packed = (gather(part, connection.ranks, connection.group, works) for part in filled)
+    _await(works, meanwhile)
     rows = parts[0]
     if connection.rows.quantised:
         rows = restore(rows.view(torch.float8_e4m3fn), parts[1], connection.dtype)
@@ -260,6 +285,7 @@ def fused_experts(
     connection: Connection,
     *,
     activation: Activation | None = None,
+    meanwhile: Callable[[], Tensor] | None = None,
     save: str = "product",
     out: Tensor | None = None,
     impl: str = "auto",
@@ -271,11 +297,16 @@ def fused_experts(
         weights: of this rank, as in `connect`.
         connection: made by `connect`.
         activation, save, out, impl: as in `moeyard.fused_experts`.
+        meanwhile: computes [num_tokens, hidden_size] while rows are under way (shared experts), which the result is
+            added to.
 
     Returns [num_tokens, hidden_size]. The sum has the order of the connection; `experts_in_order` gives the same on one
     device. Gradients flow where the connection is for training. All ranks call it; one that does not ends in an error
     on the others after the timeout of the group. Raises TypeError or ValueError naming the argument.
     """
-    sent = dispatch(hidden_states, routing, connection)
+    beside: list[Tensor] = []
+    call = None if meanwhile is None else lambda: beside.append(meanwhile())
+    sent = dispatch(hidden_states, routing, connection, meanwhile=call)
     rows = local_experts(sent, weights, activation=activation, save=save, impl=impl)
-    return combine(rows, sent, out=out)
+    result = combine(rows, sent, out=out)
+    return result.add_(beside[0]) if beside else result

@@ -202,6 +202,9 @@ class Tables(NamedTuple):
     shares: Tensor
     """[num_slots] int64: the share of each slot."""
 
+    identity: bool
+    """Whether slots are numbered as experts are."""
+
     @property
     def replicated(self) -> bool:
         """Whether an expert has more than one slot."""
@@ -219,7 +222,9 @@ def tables_of(plan: Plan, device: torch.device) -> Tables:
     most = max(map(len, found))
     rows = [slots + slots[:1] * (most - len(slots)) for slots in found]
     counts = torch.tensor(plan.replicas, device=device)
-    return Tables(torch.tensor(rows, dtype=torch.int32, device=device), counts, torch.tensor(shares, device=device))
+    slots = torch.tensor(rows, dtype=torch.int32, device=device)
+    identity = rows == [[slot] for slot in range(plan.num_experts)]
+    return Tables(slots, counts, torch.tensor(shares, device=device), identity)
 
 
 def map_of(plan: Plan, rank: int, device: torch.device) -> Tensor:

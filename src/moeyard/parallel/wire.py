@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
 
+from moeyard.dispatch.op import Gradient, Op, ops
 from moeyard.quant import LEAST_MAGNITUDE
 
 _LARGEST_CODE = 448.0
@@ -17,7 +18,13 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 def exchange(
-    rows: Tensor, given: Sequence[int], taken: Sequence[int], group: dist.ProcessGroup, *, training: bool = False
+    rows: Tensor,
+    given: Sequence[int],
+    taken: Sequence[int],
+    group: dist.ProcessGroup,
+    *,
+    training: bool = False,
+    works: list[dist.Work] | None = None,
 ) -> Tensor:
     """Sends the first `given[0]` rows to rank 0, the next ones to rank 1, and so on.
 
@@ -27,44 +34,56 @@ def exchange(
         group: of as many ranks.
         training: whether the backward is an exchange, too. All ranks take part in it if one does. So rows that need no
             gradient get one here, which is dropped.
+        works: where to put what is to be waited for; without it, and with a gradient, it is waited for here.
 
     Returns [sum(taken), ...]: what rank 0 sent, then what rank 1 sent, and so on.
     """
     sent = rows[: sum(given)]
     if training and torch.is_grad_enabled():
         sent = sent if sent.requires_grad else sent.detach().requires_grad_()
-        result: Tensor = _EXCHANGE(sent, list(given), list(taken), group.group_name)
+        result: Tensor = _EXCHANGE((sent, list(given), list(taken), group.group_name), "auto")
         return result
-    return _exchange(sent.detach(), given, taken, group)
+    return _exchange(sent.detach(), given, taken, group, works)
 
 
-def _exchange(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    got = sent.new_empty((sum(taken), *sent.shape[1:]))
-    dist.all_to_all_single(_plain(got), _plain(sent), list(taken), list(given), group)
+def _exchange(
+    sent: Tensor,
+    given: Sequence[int],
+    taken: Sequence[int],
+    group: dist.ProcessGroup,
+    works: list[dist.Work] | None = None,
+) -> Tensor:
+    got, later = sent.new_empty((sum(taken), *sent.shape[1:])), works is not None
+    work = dist.all_to_all_single(_plain(got), _plain(sent), list(taken), list(given), group, async_op=later)
+    if works is not None and work is not None:
+        works.append(work)
     return got
 
 
-def _registered(sent: Tensor, given: Sequence[int], taken: Sequence[int], group: Any) -> Tensor:
-    return _exchange(sent.contiguous(), given, taken, _resolve_process_group(group))
+def _allocate(sent: Tensor, _given: Sequence[int], taken: Sequence[int], _group: str) -> Tensor:
+    return sent.new_empty((sum(taken), *sent.shape[1:]))
+
+
+def _launch(_: str, out: Tensor, sent: Tensor, given: Sequence[int], taken: Sequence[int], group: Any) -> None:
+    dist.all_to_all_single(out, sent.contiguous(), list(taken), list(given), _resolve_process_group(group))
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    _, ctx.given, ctx.taken, ctx.group = inputs
+    _, ctx.given, ctx.taken, ctx.group, _ = inputs
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """What was sent is returned."""
-    return _EXCHANGE(grad, ctx.taken, ctx.given, ctx.group), None, None, None
+    return ops.exchange_rows(grad, ctx.taken, ctx.given, ctx.group, "auto"), None, None, None, None
 
 
-_EXCHANGE: Any = torch.library.custom_op(
-    "moeyard::exchange_rows",
-    _registered,
-    mutates_args=(),
-    schema="(Tensor sent, SymInt[] given, SymInt[] taken, str group) -> Tensor",
+_EXCHANGE = Op(
+    "exchange_rows(Tensor sent, SymInt[] given, SymInt[] taken, str group, str impl) -> Tensor",
+    allocate=_allocate,
+    launch=_launch,
+    gradient=Gradient(("sent",), _setup, _backward),
+    composed=True,
 )
-_EXCHANGE.register_fake(lambda sent, given, taken, group: sent.new_empty((sum(taken), *sent.shape[1:])))
-_EXCHANGE.register_autograd(_backward, setup_context=_setup)
 
 
 def exchange_evenly(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -74,10 +93,12 @@ def exchange_evenly(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
     return got
 
 
-def gather(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
-    """The rows [n, ...] of all ranks, [ranks * n, ...]."""
+def gather(rows: Tensor, ranks: int, group: dist.ProcessGroup, works: list[dist.Work] | None = None) -> Tensor:
+    """The rows [n, ...] of all ranks, [ranks * n, ...]; `works` as in `exchange`."""
     got = rows.new_empty((ranks * rows.shape[0], *rows.shape[1:]))
-    _all_gather(_plain(got), _plain(rows), group=group)
+    work = _all_gather(_plain(got), _plain(rows), group=group, async_op=works is not None)
+    if works is not None and work is not None:
+        works.append(work)
     return got
 
 
