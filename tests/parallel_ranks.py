@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 import moeyard
 from moeyard import ExpertWeights, Routing, parallel
@@ -127,6 +127,7 @@ def exact_sums_are_those_of_any_plan(rank: int) -> None:
 def replicas_share_tokens(rank: int) -> None:
     """A plan from load with replicas: the same bits; replicas take turns; every answer is near the plain one."""
     rows, routing = drawn(6, 24, 2, torch.float64, routing="zipf")
+    routing = Routing(routing.topk_weights, routing.topk_ids.long())
     whole = draw_weights(6, 24, 16, torch.float64, bias=True)
     load = torch.bincount(routing.topk_ids.flatten(), minlength=6)
     plan = parallel.plan_experts(load, 4, slots=[3, 2, 2, 3])
@@ -182,7 +183,7 @@ def quantised_rows_cross(rank: int) -> None:
 @check
 def weights_on_the_input(rank: int) -> None:
     rows, routing = drawn(10, 24, 3, torch.bfloat16)
-    routing = Routing(routing.topk_weights, routing.topk_ids.long())
+    routing = Routing(routing.topk_weights, routing.topk_ids.view(torch.uint32))
     whole = draw_weights(10, 24, 20, torch.bfloat16)
     options = {"apply_router_weight_on_input": True}
     for order in ("grouped", "exact"):
@@ -191,6 +192,35 @@ def weights_on_the_input(rank: int) -> None:
         )  # fmt: skip
         got, _ = answers(rank, whole, UNEVEN, rows, routing, order=order, **options)
         assert same_bits(got, part(rank, wanted))
+
+
+@check
+def batches_have_the_rows_of_each_expert(rank: int) -> None:
+    """Products of batches give what local experts give, in every way; a token that crowds an expert is NaN."""
+    rows, routing = drawn(10, 24, 3, torch.float64, routing="uniform")
+    whole = draw_weights(10, 24, 20, torch.float64)
+    mine = parallel.slice_experts(whole, UNEVEN, rank)
+    my_rows, my_routing = own(rank, rows, routing)
+    for way in ("all_to_all", "gathered", "symmetric"):
+        connection = parallel.connect(mine, UNEVEN, top_k=3, way=way, max_tokens=17)
+        sent = parallel.dispatch(my_rows, my_routing, connection)
+        batches = parallel.to_batches(sent)
+        held = torch.tensor(UNEVEN.experts_of(rank))
+        assert torch.equal(batches.counts.long(), (routing.topk_ids.view(1, -1) == held.view(-1, 1)).sum(1))
+        first = moeyard.grouped_gemm(batches.rows, mine.w13, expert_num_tokens=batches.counts)
+        middle = moeyard.activate(first.flatten(0, 1)).view(*first.shape[:2], -1)
+        second = moeyard.grouped_gemm(middle, mine.w2, expert_num_tokens=batches.counts)
+        unread = torch.arange(second.shape[1]).view(1, -1, 1) >= batches.counts.view(-1, 1, 1)
+        total = parallel.from_batches(second.masked_fill(unread, torch.nan), batches)
+        torch.testing.assert_close(total, parallel.local_experts(sent, mine), rtol=0, atol=1e-12)
+        parallel.combine(total, sent)
+    same = Routing(my_routing.topk_weights, torch.zeros_like(my_routing.topk_ids))
+    connection = parallel.connect(mine, UNEVEN, top_k=3)
+    sent = parallel.dispatch(my_rows, same, connection)
+    answer = parallel.combine(parallel.from_batches(parallel.to_batches(sent).rows, parallel.to_batches(sent)), sent)
+    assert bool(answer.isnan().any()) == (rank >= 2) and not bool(answer[:5].isnan().any() and rank == 2)
+    refused(lambda: parallel.to_batches(sent.rows), "sent")
+    refused(lambda: parallel.from_batches(sent.rows, sent), "batches")
 
 
 @check
@@ -235,9 +265,10 @@ def differences_are_refused_on_every_rank(rank: int) -> None:
     refused(connecting(whole if odd else mine), "weights", "expected 2 experts", told)
     refused(connecting(None if odd else mine), "weights", "got NoneType", told)
     refused(connecting(order="any" if odd else "grouped"), "order", told)
-    mesh = init_device_mesh("cpu", (4,))
-    sharded = distribute_tensor(whole.w13[:8], mesh, [Shard(0)])
-    refused(connecting(ExpertWeights(sharded, whole.w2)), "weights.w13", "DTensor", "Shard")
+    if odd:
+        sharded = DTensor.from_local(mine.w13, init_device_mesh("cpu", (4,)), [Shard(0)], run_check=False)
+        mine_sharded = ExpertWeights(sharded, mine.w2)
+    refused(connecting(mine_sharded if odd else mine), "weights.w13", "DTensor", "Shard", told)
     rows, routing = own(rank, *drawn(10, 24, 3, torch.float32))
     connection = parallel.connect(mine, UNEVEN, top_k=3)
     wrong = rows.double() if odd else rows
@@ -251,6 +282,10 @@ def differences_are_refused_on_every_rank(rank: int) -> None:
     with torch.no_grad():
         sent = parallel.dispatch(rows, routing, shared)
         refused(lambda: parallel.dispatch(rows, routing, shared), "connection", "combine after each dispatch")
+        refused(lambda: parallel.combine(sent.rows[1:], sent), "rows: expected shape")
+        refused(lambda: parallel.combine(sent.rows.double(), sent), "rows: expected dtype")
+        refused(lambda: parallel.combine(sent.rows, sent.rows), "sent: expected what dispatch returned")
+        refused(lambda: parallel.combine(sent.rows, sent, out=rows[:, :3]), "out: expected shape")
         parallel.combine(parallel.local_experts(sent, mine), sent)
 
 

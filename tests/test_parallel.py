@@ -23,6 +23,7 @@ RANKS = Path(__file__).with_name("parallel_ranks.py")
 QUICK = (
     "sums_are_those_of_one_process", "exact_sums_are_those_of_any_plan", "replicas_share_tokens",
     "ranks_split_experts", "quantised_rows_cross", "weights_on_the_input", "shared_experts_run_meanwhile",
+    "batches_have_the_rows_of_each_expert",
     "differences_are_refused_on_every_rank", "gradients_are_those_of_one_process", "steps_of_random_counts",
 )  # fmt: skip
 MODEL = ("a_model_is_sharded",) if table.installed("transformers") else ()

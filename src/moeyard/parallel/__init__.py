@@ -9,6 +9,7 @@ The last line is `dispatch`, `local_experts` and `combine`. `experts_in_order` c
 Importing moeyard does not import this.
 """
 
+from moeyard.parallel.batches import Batches, from_batches, to_batches
 from moeyard.parallel.connection import Connection, connect, explain
 from moeyard.parallel.layer import Dispatched, combine, dispatch, fused_experts, local_experts
 from moeyard.parallel.model import shard_model
@@ -17,6 +18,7 @@ from moeyard.parallel.plan import Plan, contiguous_plan, plan_experts
 from moeyard.parallel.weights import slice_experts
 
 __all__ = [
+    "Batches",
     "Connection",
     "Dispatched",
     "Plan",
@@ -26,9 +28,11 @@ __all__ = [
     "dispatch",
     "experts_in_order",
     "explain",
+    "from_batches",
     "fused_experts",
     "local_experts",
     "plan_experts",
     "shard_model",
     "slice_experts",
+    "to_batches",
 ]

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moeyard.dispatch.checks import check_flag, check_int, check_tensor
+from moeyard.dispatch.checks import FLOATS, ID_DTYPES, check_flag, check_int, check_tensor
 from moeyard.parallel.plan import Plan, Tables, map_of, tables_of
 from moeyard.parallel.symmetric import Part, Window, open_window
 from moeyard.parallel.ways import ORDERS, RowFormat, Sizes, WayExplanation, bytes_of_row, choose_way, format_of_rows
@@ -16,7 +16,6 @@ from moeyard.parallel.wire import gather, on_host
 from moeyard.quant import QuantScheme
 from moeyard.values import ExpertWeights
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BYTES = 4096
 """Of a rank's description. All ranks send as many."""
 
@@ -83,8 +82,8 @@ def explain(
     check_int("hidden_size", hidden_size, low=1)
     if max_tokens is not None:
         check_int("max_tokens", max_tokens, low=1)
-    if dtype not in DTYPES:
-        raise TypeError(f"dtype: expected one of {DTYPES}, got {dtype!r}")
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype: expected one of {FLOATS}, got {dtype!r}")
     if order not in ORDERS:
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     check_flag("training", training)
@@ -141,7 +140,10 @@ def connect(
     """
     group = dist.group.WORLD if group is None else group
     if group is None or not isinstance(group, dist.ProcessGroup):
-        raise ValueError("group: expected a process group (torch.distributed.init_process_group makes one), got none")
+        raise ValueError(
+            "group: expected a process group of this rank (torch.distributed.init_process_group makes one), got "
+            f"{group!r}"
+        )
     problem: Exception | None = None
     description: dict[str, str] = {}
     try:
@@ -197,11 +199,12 @@ def _check_own(weights: ExpertWeights, plan: Plan, group: dist.ProcessGroup) -> 
 
 
 def _device_of(weights: object, group: dist.ProcessGroup) -> torch.device:
-    """Where the ranks exchange what they agree on: a device that the group's backend reaches."""
+    """Where ranks exchange what they agree on, whatever their arguments: on the CPU if a backend of it is there."""
+    if torch.device("cpu") in group._device_types:
+        return torch.device("cpu")
     if isinstance(weights, ExpertWeights) and isinstance(weights.w13, Tensor) and weights.w13.is_cuda:
         return weights.w13.device
-    on_gpu = dist.get_backend(group) == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _exchange(description: dict[str, str], group: dist.ProcessGroup, device: torch.device) -> list[dict[str, str]]:
@@ -230,7 +233,7 @@ def check_call(connection: Connection, hidden_states: object, topk_weights: obje
     """Tokens and their routing fit a connection."""
     device = connection.device
     check_tensor("hidden_states", hidden_states, dtypes=(connection.dtype,), ndim=(2,), device=device)
-    check_tensor("routing.topk_ids", topk_ids, dtypes=(torch.int32, torch.int64), ndim=(2,), device=device)
+    check_tensor("routing.topk_ids", topk_ids, dtypes=ID_DTYPES, ndim=(2,), device=device)
     check_tensor("routing.topk_weights", topk_weights, dtypes=(torch.float32,), ndim=(2,), device=device)
     assert isinstance(hidden_states, Tensor) and isinstance(topk_ids, Tensor) and isinstance(topk_weights, Tensor)
     tokens, size = hidden_states.shape

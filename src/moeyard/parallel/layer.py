@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moeyard import experts
 from moeyard.combine import combine_routes, moe_sum
+from moeyard.dispatch.checks import check_out, check_shape, check_tensor
 from moeyard.dispatch.ids import local_expert_ids, narrow_ids
 from moeyard.dispatch.op import needs_gradient
 from moeyard.layout import moe_align_block_size
@@ -265,9 +266,17 @@ def combine(rows: Tensor, sent: Dispatched, *, out: Tensor | None = None) -> Ten
         out: [num_tokens, hidden_size], to overwrite.
 
     Returns [num_tokens, hidden_size] of the connection's dtype, summed in float32 (float64 rows: in float64) in the
-    order of the connection, rounded once. A token without experts gets zeros.
+    order of the connection, rounded once. A token without experts gets zeros. Raises TypeError or ValueError naming the
+    argument, on this rank alone: the others then wait until the timeout of the group.
     """
+    if not isinstance(sent, Dispatched):
+        raise TypeError(f"sent: expected what dispatch returned, got {type(sent).__name__}")
     connection, home = sent.connection, sent.home
+    check_tensor("rows", rows, dtypes=(connection.dtype,), ndim=(2,), device=connection.device)
+    count = sent.rows.shape[0] if home is None else sum(home.taken)
+    check_shape("rows", rows, (count, connection.hidden_size), "what local_experts returns")
+    if out is not None:
+        check_out("out", out, (sent.num_tokens, connection.hidden_size), connection.dtype, connection.device)
     if home is None:
         assert connection.max_tokens is not None
         parts = rows.detach().view(connection.ranks, connection.max_tokens, connection.hidden_size)

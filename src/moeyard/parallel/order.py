@@ -56,6 +56,7 @@ def experts_in_order(
     if weights.num_local_experts != plan.num_experts:
         raise ValueError(f"weights: expected all {plan.num_experts} experts of plan, got {weights.num_local_experts}")
     device, ids, factors = hidden_states.device, narrow_ids(routing.topk_ids), routing.topk_weights
+    routing = Routing(factors, ids)
     options: dict[str, Any] = {
         "activation": activation, "apply_router_weight_on_input": apply_router_weight_on_input, "save": save,
         "impl": impl,
