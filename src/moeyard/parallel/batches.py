@@ -1,7 +1,7 @@
 """What was dispatched as one batch per local expert: the format of kernels that take experts with counts.
 
-DeepEP's low-latency dispatch hands out such batches. Here they are made where rows have arrived, so that what crosses
-between ranks is each token once, not room for every token at every expert.
+DeepEP's low-latency dispatch hands out such batches. Here they are made where rows have arrived. So each token crosses
+once, not room for every token at every expert.
 """
 
 from dataclasses import dataclass

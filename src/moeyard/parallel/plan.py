@@ -139,8 +139,8 @@ def plan_experts(
             Unless given, as few as hold every expert, the first shares one more where it does not divide.
         tensor: as in `Plan`.
 
-    Returns a `Plan` in which every expert has a slot, no share has two replicas of one expert unless nothing else fits,
-    and the largest load of a share is at most that of the contiguous placement without replicas, which is returned
+    Returns a `Plan` in which every expert has a slot. No share has two replicas of one expert unless nothing else fits.
+    The largest load of a share is at most that of the contiguous placement without replicas. That placement is returned
     where it is better. The same arguments give the same plan. Raises TypeError or ValueError naming the argument.
     Follows DeepSeek's EPLB (github.com/deepseek-ai/EPLB), its global policy.
     """
