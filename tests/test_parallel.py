@@ -17,7 +17,7 @@ from moeyard.parallel.scaling import LAYERS, Machine, main, predict
 from moeyard.parallel.wire import pack, restore, unpack
 from moeyard.quant import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR_STATIC, INT8_CHANNEL
 from moeyard.reference.quant import quantise_rows
-from moeyard.testing import SOURCE, draw_weights, same_bits
+from moeyard.testing import SOURCE, draw_weights, python, same_bits
 
 RANKS = Path(__file__).with_name("parallel_ranks.py")
 QUICK = (
@@ -72,6 +72,23 @@ def test_ten_thousand_steps_leave_nothing(tmp_path: Path) -> None:
 def test_a_lost_rank_is_an_error_on_the_others(tmp_path: Path, name: str) -> None:
     said = in_processes(tmp_path, name, seconds=90)
     assert said[0] == said[2] == said[3] == {name: ""} and (said[1] == {}) == (name == "a_rank_dies")
+
+
+@pytest.mark.full
+def test_the_benchmark_measures_what_is_right(tmp_path: Path) -> None:
+    script, out = Path(__file__).parents[1] / "benchmarks" / "parallel.py", tmp_path / "parallel.json"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    environment = {"MOEYARD_IMPL": "torch", "GLOO_SOCKET_IFNAME": "lo"}
+    done = python(*launch, "--device", "cpu", "--small", "--out", str(out), environment=environment)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    names = {row["name"] for row in content["rows"]}
+    wanted = {"one GPU", "all_to_all", "gathered", "symmetric", "dispatch, gathered", "combine, exact"}
+    assert content["left_out"] == [] and content["machine"] == "cpu x 2" and wanted <= names
+    assert all(row["time_us"] > 0 for row in content["rows"]) and not any("wrong" in name for name in names)
+    done = python(*launch, "--device", "cpu", "--small", "--seconds", "0", "--out", str(out), environment=environment)
+    content = json.loads(out.read_text())
+    assert done.returncode == 0 and content["rows"] == [] and len(content["left_out"]) == 6
 
 
 def naive(load: list[float], ranks: int) -> float:
