@@ -302,7 +302,7 @@ def with_gradients(
 @check
 def gradients_are_those_of_one_process(rank: int) -> None:
     """Of hidden states, router weights, weights and biases; also of a rank without tokens."""
-    for order in ("grouped", "exact"):
+    for order, way in (("grouped", "all_to_all"), ("grouped", "gathered"), ("exact", "all_to_all")):
         rows, routing = drawn(10, 24, 3, torch.float32)
         whole = draw_weights(10, 24, 20, torch.float32, bias=True)
         upstream = torch.randn_like(rows)
@@ -314,7 +314,7 @@ def gradients_are_those_of_one_process(rank: int) -> None:
         )  # fmt: skip
         wanted = torch.autograd.grad(answer, given, upstream)
         mine = parallel.slice_experts(whole, UNEVEN, rank)
-        connection = parallel.connect(mine, UNEVEN, top_k=3, order=order, training=True)
+        connection = parallel.connect(mine, UNEVEN, top_k=3, order=order, way=way, max_tokens=17, training=True)
         my_rows, my_routing = own(rank, rows, routing)
         tensors = (my_rows, my_routing.topk_weights, mine.w13, mine.w2, mine.w13_bias, mine.w2_bias)
 

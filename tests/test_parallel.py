@@ -213,10 +213,10 @@ def test_explanations_say_which_way_and_why() -> None:
     )
     many = parallel.explain(plan, top_k=2, hidden_size=4096, max_tokens=4096)
     assert many.chosen == "all_to_all" and "MB per rank" in many.reasons["gathered"]
-    assert (
-        "no gradients"
-        in parallel.explain(plan, top_k=2, hidden_size=64, max_tokens=4, training=True).reasons["gathered"]
-    )
+    trained = parallel.explain(plan, top_k=2, hidden_size=64, max_tokens=4, training=True)
+    assert "no gradients" in trained.reasons["symmetric"] and trained.chosen == "gathered"
+    with pytest.raises(ValueError, match="way: 'symmetric' has no gradients"):
+        parallel.explain(plan, top_k=2, hidden_size=64, max_tokens=4, training=True, way="symmetric")
     assert (
         "one per route"
         in parallel.explain(plan, top_k=2, hidden_size=64, max_tokens=4, order="exact").reasons["gathered"]

@@ -21,7 +21,16 @@ from moeyard.layout import moe_align_block_size
 from moeyard.parallel.connection import Connection, check_call
 from moeyard.parallel.plan import ranks_of_tokens, slots_of_routes
 from moeyard.parallel.weights import refuse_sharded, slots_agree
-from moeyard.parallel.wire import exchange, exchange_evenly, gather, host_counts, pack, restore, unpack
+from moeyard.parallel.wire import (
+    exchange,
+    exchange_evenly,
+    gather,
+    gather_with_gradient,
+    host_counts,
+    pack,
+    restore,
+    unpack,
+)
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.values import Activation, ExpertWeights, Layout, Routing
 
@@ -169,6 +178,9 @@ def _gathered(
     works: list[dist.Work] = []
     if window is not None:
         *parts, packed = window.spread([*parts, packed])
+    elif connection.training and torch.is_grad_enabled():
+        parts = [gather_with_gradient(_filled(hidden_states, most, 0), connection.ranks, connection.group)]
+        packed = gather(packed, connection.ranks, connection.group, works)
     else:
         filled = (*(_filled(part, most, 0) for part in parts), packed)
         *parts, packed = (gather(part, connection.ranks, connection.group, works) for part in filled)
@@ -177,6 +189,9 @@ def _gathered(
     if connection.rows.quantised:
         rows = restore(rows.view(torch.float8_e4m3fn), parts[1], connection.dtype)
     theirs, weights = unpack(packed)
+    if connection.training and torch.is_grad_enabled():  # bits carry no gradient
+        factors = _filled(routing.topk_weights, most, 0)
+        weights = gather_with_gradient(factors, connection.ranks, connection.group)
     return Dispatched(connection, rows, Routing(weights, theirs), hidden_states.shape[0], None)
 
 
@@ -279,9 +294,14 @@ def combine(rows: Tensor, sent: Dispatched, *, out: Tensor | None = None) -> Ten
         check_out("out", out, (sent.num_tokens, connection.hidden_size), connection.dtype, connection.device)
     if home is None:
         assert connection.max_tokens is not None
-        parts = rows.detach().view(connection.ranks, connection.max_tokens, connection.hidden_size)
-        window = connection.window
-        theirs = exchange_evenly(parts, connection.group) if window is None else window.bring(parts)
+        shape, window = (connection.ranks, connection.max_tokens, connection.hidden_size), connection.window
+        if connection.training:
+            even = [connection.max_tokens] * connection.ranks
+            theirs = exchange(rows, even, even, connection.group, training=True).view(shape)
+        elif window is not None:
+            theirs = window.bring(rows.detach().view(shape))
+        else:
+            theirs = exchange_evenly(rows.detach().view(shape), connection.group)
         return moe_sum(theirs[:, : sent.num_tokens].transpose(0, 1), out=out)
     theirs = exchange(rows, home.taken, home.given, connection.group, training=connection.training)
     return combine_routes(theirs, home.route_rows, home.factors, home.width, out=out, impl="auto")

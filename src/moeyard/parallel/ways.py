@@ -47,8 +47,6 @@ class WayExplanation(NamedTuple):
 def _of_fixed_sizes(sizes: Sizes) -> str | None:
     if sizes.order == "exact":
         return "has one row per token and rank, order='exact' needs one per route"
-    if sizes.training:
-        return "has no gradients (training=True)"
     if sizes.max_tokens is None:
         return "needs the most tokens of a rank ahead (max_tokens)"
     return None
@@ -76,11 +74,13 @@ def choose_way(sizes: Sizes, way: str, rows: str) -> WayExplanation:
     if way not in ("auto", *WAYS):
         raise ValueError(f"way: expected one of {('auto', *WAYS)}, got {way!r}")
     fixed = _of_fixed_sizes(sizes)
-    if way in ("symmetric", "gathered") and fixed:
-        raise ValueError(f"way: {way!r} {fixed}")
+    shared = fixed or ("has no gradients (training=True)" if sizes.training else None)
+    refused = {"symmetric": shared, "gathered": fixed}.get(way)
+    if refused:
+        raise ValueError(f"way: {way!r} {refused}")
     if way != "auto":
         return WayExplanation(way, {name: "asked for" if name == way else "not asked for" for name in WAYS}, rows)
-    by_name = fixed or "only chosen by name: it is for ranks of one host, and was not timed yet"
+    by_name = shared or "only chosen by name: it is for ranks of one host, and was not timed yet"
     refused = fixed or _too_wasteful(sizes)
     reasons = {"symmetric": by_name, "gathered": refused or "chosen"}
     if refused:

@@ -102,6 +102,12 @@ def gather(rows: Tensor, ranks: int, group: dist.ProcessGroup, works: list[dist.
     return got
 
 
+def gather_with_gradient(rows: Tensor, ranks: int, group: dist.ProcessGroup) -> Tensor:
+    """`gather` whose backward sends each rank's gradients home, where they are added."""
+    even = [rows.shape[0]] * ranks
+    return exchange(rows.expand(ranks, *rows.shape).flatten(0, 1), even, even, group, training=True)
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """The same memory as bytes where collectives do not know the dtype."""
     return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
