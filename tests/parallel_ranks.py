@@ -385,7 +385,13 @@ def a_model_is_sharded(rank: int) -> None:
     groups = [dist.new_group([0, 1], timeout=TIMEOUT), dist.new_group([2, 3], timeout=TIMEOUT)]
     tokens = torch.randint(64, (rank + 1, 11), generator=torch.Generator().manual_seed(rank))
     whole, model = model_of(), model_of()
+    other = {"model.layers.1.mlp.experts": Plan(6, ((0, 1, 2), (5, 4, 3)))}
+    refused(
+        lambda: parallel.shard_model(model, groups[rank // 2], plans=other if rank % 2 else None), "plans", "rank 1"
+    )
+    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 6  # nothing was changed
     found = parallel.shard_model(model, groups[rank // 2], training=rank >= 2)
+    assert found[0].connection is found[1].connection
     assert len(found) == 2 and "3 of 6 experts" in str(found[0]), list(map(str, found))
     experts = model.model.layers[0].mlp.experts
     assert experts.gate_up_proj.shape[0] == 3 == experts.down_proj.shape[0]

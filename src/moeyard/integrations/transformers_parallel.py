@@ -12,6 +12,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moeyard import parallel
 from moeyard.integrations.transformers import _gate, _has_norm, _matrices
 from moeyard.parallel import Connection, Plan
+from moeyard.parallel.connection import agree, device_of, digest
 from moeyard.values import Activation, ExpertWeights, Routing
 
 NAME = "moeyard-parallel"
@@ -81,15 +82,22 @@ def shard(
     if group is None:
         raise ValueError("group: expected a process group (torch.distributed.init_process_group makes one), got none")
     ranks, rank = group.size(), group.rank()
-    found = []
+    chosen = {}
+    for name, module in modules.items():  # all, before one is changed
+        _activation_of(name, module)
+        experts = _matrices(module)[0].shape[0]
+        chosen[name] = plans.get(name) or parallel.contiguous_plan(experts, ranks)
+    agree({"plans": digest(chosen)}, group, device_of(None, group))
+    found, connections = [], {}
     for name, module in modules.items():
-        activation, whole = _taken_apart(name, module)
-        plan = plans.get(name, None) or parallel.contiguous_plan(whole.num_local_experts, ranks)
+        activation, plan = _activation_of(name, module), chosen[name]
         with torch.no_grad():
-            mine = parallel.slice_experts(whole, plan, rank)
-        connection = parallel.connect(mine, plan, top_k=top_k, group=group, **options)
+            mine = parallel.slice_experts(_halves_first(module), plan, rank)
+        same = (plan, mine.w13.shape[1:], mine.gated, mine.w13.dtype, mine.w13.device)
+        if same not in connections:  # layers take turns, and share what a connection holds
+            connections[same] = parallel.connect(mine, plan, top_k=top_k, group=group, **options)
         _replace(module, mine)
-        vars(module)[_SHARD] = Sharded(name, connection, activation)
+        vars(module)[_SHARD] = Sharded(name, connections[same], activation)
         found.append(vars(module)[_SHARD])
     model.set_experts_implementation(NAME)  # type: ignore[operator]
     return found
@@ -103,8 +111,8 @@ def _top_k(model: Any) -> int:
     return int(found)
 
 
-def _taken_apart(name: str, module: Any) -> tuple[Activation, ExpertWeights]:
-    """The activation and all experts of a module, the gate half of the first matrix first."""
+def _activation_of(name: str, module: Any) -> Activation:
+    """The activation of a module that can be sharded."""
     kind = f"{name} ({type(module).__name__})"
     if _SHARD in vars(module):
         raise ValueError(f"{kind}: expected experts that are whole, got ones that are sharded already")
@@ -113,15 +121,20 @@ def _taken_apart(name: str, module: Any) -> tuple[Activation, ExpertWeights]:
         raise ValueError(f"{kind}: expected a gate that is one of moeyard's activations ({Activation.NAMES})")
     if _has_norm(module):
         raise ValueError(f"{kind}: expected no norm behind the second product, which ranks would have to share")
+    return gate.activation
+
+
+def _halves_first(module: Any) -> ExpertWeights:
+    """All experts of a module, the gate half of the first matrix first."""
     weights = _held(module)
-    if gate.in_turn:
+    if _gate(module).in_turn:
         first, bias = weights.w13, weights.w13_bias
         weights = replace(
             weights,
             w13=torch.cat((first[:, 0::2], first[:, 1::2]), 1),
             w13_bias=None if bias is None else torch.cat((bias[:, 0::2], bias[:, 1::2]), 1),
         )
-    return gate.activation, weights
+    return weights
 
 
 def _replace(module: Any, mine: ExpertWeights) -> None:

@@ -156,7 +156,7 @@ def connect(
         )  # fmt: skip
         _check_own(weights, plan, group)
         description = {
-            "plan": hashlib.sha256(repr(plan).encode()).hexdigest()[:16],
+            "plan": digest(plan),
             "hidden_size": str(weights.hidden_size), "intermediate_size": str(weights.intermediate_size),
             "gated": str(weights.gated), "scheme": str(weights.scheme), "dtype": str(dtype), "top_k": str(top_k),
             "max_tokens": str(max_tokens), "order": order, "way": explanation.chosen, "training": str(training),
@@ -164,11 +164,10 @@ def connect(
         }  # fmt: skip
     except (TypeError, ValueError) as error:
         problem = error
-    device = _device_of(weights, group)
-    found = _exchange(description if problem is None else {"error": str(problem)}, group, device)
-    if problem is not None:
-        raise problem
-    _refuse_differences(found)
+    try:
+        agree(description if problem is None else {"error": str(problem)}, group, device_of(weights, group))
+    except ValueError as error:
+        raise problem or error from None
     assert dtype is not None
     rank, form = group.rank(), format_of_rows(weights.scheme, weights.hidden_size, dtype, apply_router_weight_on_input)
     window = None
@@ -198,7 +197,7 @@ def _check_own(weights: ExpertWeights, plan: Plan, group: dist.ProcessGroup) -> 
         raise ValueError(disagreement)
 
 
-def _device_of(weights: object, group: dist.ProcessGroup) -> torch.device:
+def device_of(weights: object, group: dist.ProcessGroup) -> torch.device:
     """Where ranks exchange what they agree on, whatever their arguments: on the CPU if a backend of it is there."""
     if torch.device("cpu") in group._device_types:
         return torch.device("cpu")
@@ -207,18 +206,20 @@ def _device_of(weights: object, group: dist.ProcessGroup) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _exchange(description: dict[str, str], group: dist.ProcessGroup, device: torch.device) -> list[dict[str, str]]:
-    """The descriptions of all ranks."""
+def digest(value: object) -> str:
+    """A short word that differs where the `repr` of values does."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def agree(description: dict[str, str], group: dist.ProcessGroup, device: torch.device) -> None:
+    """ValueError on all ranks of a group where descriptions differ, or where one says "error"; all ranks call it."""
     lines = "\n".join(f"{name}\t{' '.join(value.split())[:1000]}" for name, value in description.items())
     mine = torch.zeros(_BYTES, dtype=torch.uint8)
     text = lines.encode()[:_BYTES]
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    found = on_host(gather(mine.to(device), group.size(), group).view(-1, _BYTES))
-    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in found]
-    return [{line.partition("\t")[0]: line.partition("\t")[2] for line in text.split("\n")} for text in texts]
-
-
-def _refuse_differences(found: list[dict[str, str]]) -> None:
+    rows = on_host(gather(mine.to(device), group.size(), group).view(-1, _BYTES))
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    found = [{line.partition("\t")[0]: line.partition("\t")[2] for line in text.split("\n")} for text in texts]
     for rank, theirs in enumerate(found):
         if "error" in theirs:
             raise ValueError(f"rank {rank} of the group refuses its arguments: {theirs['error']}")
