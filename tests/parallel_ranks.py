@@ -6,6 +6,7 @@ Torch is imported once, then the process forks. Rank r leaves FOLDER/r.json: for
 rank that fails ends, and so do then the others, whose connections close.
 """
 
+import copy
 import datetime
 import gc
 import json
@@ -407,6 +408,26 @@ def a_model_is_sharded(rank: int) -> None:
 
 
 @check
+def a_model_whose_rows_take_turns_is_sharded(rank: int) -> None:
+    """gpt-oss: transposed weights with gate and up rows in turn, biases, a clamped gate; five experts on four ranks."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=5, num_experts_per_tok=2, sliding_window=16,
+    )  # fmt: skip
+    whole, model = GptOssForCausalLM(copy.deepcopy(config)).eval(), GptOssForCausalLM(config).eval()
+    for name, parameter in whole.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    model.load_state_dict(whole.state_dict())
+    tokens = torch.randint(64, (1, 9 + rank), generator=torch.Generator().manual_seed(rank))
+    parallel.shard_model(model, way="symmetric", max_tokens=12)
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape == (2 if rank == 0 else 1, 32, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, whole(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+@check
 def a_rank_dies(rank: int) -> None:
     """Rank 1 is killed in its 20th step: the others get an error, and soon."""
     endless(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -459,8 +480,9 @@ def run(rank: int, folder: Path, ranks: int, names: list[str]) -> None:
 def main() -> None:
     folder, ranks, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if "a_model_is_sharded" in names:
-        import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401 - once for all ranks
+    if "a_model_is_sharded" in names:  # once for all ranks
+        import transformers.models.gpt_oss.modeling_gpt_oss
+        import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
     children = []
     for rank in range(ranks):
         child = os.fork()

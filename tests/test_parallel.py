@@ -26,7 +26,8 @@ QUICK = (
     "batches_have_the_rows_of_each_expert",
     "differences_are_refused_on_every_rank", "gradients_are_those_of_one_process", "steps_of_random_counts",
 )  # fmt: skip
-MODEL = ("a_model_is_sharded",) if table.installed("transformers") else ()
+MODELS = ("a_model_is_sharded", "a_model_whose_rows_take_turns_is_sharded")
+MODEL = MODELS if table.installed("transformers") else ()
 
 
 def in_processes(folder: Path, *names: str, impl: str = "torch", seconds: int = 200) -> list[dict[str, str]]:
