@@ -87,7 +87,7 @@ def dispatch(
     arrives is quantised to just these again. Raises TypeError or ValueError naming the argument; all_to_all: on every
     rank, before rows move.
     """
-    if connection.max_tokens is not None and connection.way != "all_to_all":
+    if connection.way != "all_to_all":
         _check(hidden_states, routing, connection)
         return _gathered(hidden_states, routing, connection, meanwhile)
     try:

@@ -106,9 +106,10 @@ def open_window(parts: Sequence[Part], max_tokens: int, group: dist.ProcessGroup
     ]
     for own in views:
         own[group.rank()].zero_()
-    peers.barrier(1)
     backend: Any = group._get_backend(device)
-    return Window(peers, group.rank(), views, int(backend.options._timeout.total_seconds() * 1000))
+    timeout_ms = int(backend.options._timeout.total_seconds() * 1000)
+    peers.barrier(1, timeout_ms)
+    return Window(peers, group.rank(), views, timeout_ms)
 
 
 def _card_peers(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Peers:
