@@ -13,7 +13,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,12 +72,20 @@ class Bench(NamedTuple):
             times.append(float(slowest))
         return statistics.median(times)
 
-    def note(self, section: str, name: str, time_us: float, **more: Any) -> None:
+    def note(self, section: str, name: str, time_us: float | None, **more: Any) -> None:
         """One row of the result."""
-        row = {"section": section, "name": name, "time_us": round(time_us, 2), **more}
+        row = {"section": section, "name": name, "time_us": None if time_us is None else round(time_us, 2), **more}
         self.rows.append(row)
         if self.rank == 0:
-            print(f"{section}: {name}: {time_us:.1f} us {more or ''}", flush=True)
+            print(f"{section}: {name}: {row['time_us']} us {more or ''}", flush=True)
+
+    @contextmanager
+    def said(self, section: str, name: str) -> Iterator[None]:
+        """Notes what could not be measured, which is then so on every rank, and goes on."""
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError) as error:
+            self.note(section, f"{name}: failed", None, error=str(error)[:500])
 
 
 def captured(call: Callable[[], object]) -> Callable[[], object]:
@@ -136,6 +145,16 @@ def dispatch(rows: Tensor, routing: Routing, connection: parallel.Connection) ->
     return parallel.dispatch(rows, routing, connection)
 
 
+def ways(tokens: int) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Ways by name, with what `connect` is told."""
+    fixed = {"max_tokens": tokens}
+    return (
+        ("all_to_all", {"way": "all_to_all"}),
+        ("gathered", {"way": "gathered", **fixed}),
+        ("symmetric", {"way": "symmetric", **fixed}),
+    )
+
+
 def movement(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
     """Dispatch and combine without experts, and torch's collectives that move as many bytes."""
     section = f"{tokens} tokens x {layer.hidden} bf16, top_k {layer.top_k}"
@@ -150,22 +169,19 @@ def movement(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
     wide = rows.new_empty((bench.ranks * tokens, layer.hidden))
     bench.note(section, "torch: all_gather of the rows", bench.time_us(
         lambda: dist.all_gather_into_tensor(wide, rows), calls))  # fmt: skip
-    for name, options in (
-        ("all_to_all", {"way": "all_to_all"}), ("gathered", {"way": "gathered", "max_tokens": tokens}),
-        ("symmetric", {"way": "symmetric", "max_tokens": tokens}), ("exact", {"order": "exact"}),
-    ):  # fmt: skip
-        connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
-        send = partial(dispatch, rows, routing, connection)
-        sent = send()
-        back = torch.randn(sum(sent.home.taken) if sent.home else len(sent.rows), layer.hidden, device=bench.device)
-        back = back.to(torch.bfloat16)
-        fetch = lambda back=back, sent=sent: parallel.combine(back, sent)  # noqa: E731
-        if name != "exact":
-            bench.note(section, f"dispatch, {name}", bench.time_us(send, calls))
-        bench.note(section, f"combine, {name}", bench.time_us(fetch, calls))
-        if name in ("gathered", "symmetric") and bench.device.type == "cuda":
-            bench.note(section, f"dispatch, {name}, graph", bench.time_us(captured(send), calls))
-            bench.note(section, f"combine, {name}, graph", bench.time_us(captured(fetch), calls))
+    for name, options in (*ways(tokens), ("exact", {"order": "exact"})):
+        with bench.said(section, name):
+            connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
+            send = partial(dispatch, rows, routing, connection)
+            sent = send()
+            back = torch.randn(sum(sent.home.taken) if sent.home else len(sent.rows), layer.hidden, device=bench.device)
+            fetch = partial(parallel.combine, back.to(torch.bfloat16), sent)
+            if name != "exact":
+                bench.note(section, f"dispatch, {name}", bench.time_us(send, calls))
+            bench.note(section, f"combine, {name}", bench.time_us(fetch, calls))
+            if "max_tokens" in options and bench.device.type == "cuda":
+                bench.note(section, f"dispatch, {name}, graph", bench.time_us(captured(send), calls))
+                bench.note(section, f"combine, {name}, graph", bench.time_us(captured(fetch), calls))
 
 
 def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
@@ -177,37 +193,47 @@ def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
         moeyard.fused_experts, rows, routing, draw_experts(layer, tuple(range(layer.experts)), bench.device)
     )
     plain, alone = call_alone(), bench.time_us(call_alone, calls)
+    bench.note(section, "one GPU", alone)
+    in_graph = alone
+    if bench.device.type == "cuda":
+        in_graph = bench.time_us(captured(call_alone), calls)
+        bench.note(section, "one GPU, graph", in_graph)
     del call_alone  # and with it all weights
     mine = draw_experts(layer, plan.experts_of(bench.rank), bench.device)
     my_rows, my_routing = own(bench, tokens, rows, routing)
     wanted = plain[bench.rank * tokens : (bench.rank + 1) * tokens].float()
-    bench.note(section, "one GPU", alone)
-    for name, options in (
-        ("all_to_all", {"way": "all_to_all"}), ("gathered", {"way": "gathered", "max_tokens": tokens}),
-        ("symmetric", {"way": "symmetric", "max_tokens": tokens}),
-    ):  # fmt: skip
-        connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
-        call = lambda connection=connection: parallel.fused_experts(  # noqa: E731
-            my_rows, my_routing, mine, connection
-        )
-        error = float((call().float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
-        worst = torch.tensor([error], device=bench.device)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
-        if float(worst) > 0.02:
-            bench.note(section, f"{name}: wrong", float("nan"), relative_error=float(worst))
-            continue
-        sent = dispatch(my_rows, my_routing, connection)
-        local = bench.time_us(lambda sent=sent: parallel.local_experts(sent, mine), calls)
-        parallel.combine(parallel.local_experts(sent, mine), sent)
-        spent = bench.time_us(call, calls)
-        more = {"experts_us": round(local, 2), "over_one_gpu": round(alone / spent, 3),
-                "relative_error": float(worst)}  # fmt: skip
-        bench.note(section, name, spent, **more)
-        if name != "all_to_all" and bench.device.type == "cuda":
-            spent = bench.time_us(captured(call), calls)
-            bench.note(section, f"{name}, graph", spent, over_one_gpu=round(alone / spent, 3))
+    for name, options in ways(tokens):
+        with bench.said(section, name):
+            connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
+            call = partial(parallel.fused_experts, my_rows, my_routing, mine, connection)
+            error = (call().float() - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()
+            dist.all_reduce(error, dist.ReduceOp.MAX)
+            if not float(error) < 0.02:
+                raise ValueError(f"wrong: relative error {float(error):.3f}")
+            sent = dispatch(my_rows, my_routing, connection)
+            local = bench.time_us(partial(parallel.local_experts, sent, mine), calls)
+            parallel.combine(parallel.local_experts(sent, mine), sent)
+            spent = bench.time_us(call, calls)
+            more = {"experts_us": round(local, 2), "relative_error": float(error)}
+            bench.note(section, name, spent, over_one_gpu=round(alone / spent, 3), **more)
+            if "max_tokens" in options and bench.device.type == "cuda":
+                spent = bench.time_us(captured(call), calls)
+                bench.note(section, f"{name}, graph", spent, over_one_gpu=round(in_graph / spent, 3))
     told = predict(layer, bench.ranks, tokens)
     bench.note(section, "predicted, nothing overlaps", told.total_us, over_one_gpu=round(told.speedup, 3))
+
+
+def write(bench: Bench, out: Path | None, left_out: list[str]) -> None:
+    """The file of rank 0, with what was measured so far."""
+    if bench.rank or out is None:
+        return
+    kind = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
+    content = {
+        "schema": 1, "machine": f"{kind} x {bench.ranks}", "torch": torch.__version__,
+        "commit": commit_of(Path(moeyard.__file__).parent / "bench"), "rounds": ROUNDS, "rows": bench.rows,
+        "left_out": left_out,
+    }  # fmt: skip
+    out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def main() -> None:
@@ -239,24 +265,18 @@ def main() -> None:
         for layer in layers:
             todo.append((f"{layer.name}, {tokens} tokens", lambda layer=layer, tokens=tokens: whole_layer(
                 bench, layer, tokens, 10)))  # fmt: skip
-    left_out = []
+    left_out: list[str] = []
     for name, section in todo:
         if bench.over():
             left_out.append(name)
-        else:
-            section()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            continue
+        section()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        write(bench, given.out, left_out)
+    write(bench, given.out, left_out)
     if bench.rank == 0:
-        kind = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        content = {
-            "schema": 1, "machine": f"{kind} x {bench.ranks}", "torch": torch.__version__,
-            "commit": commit_of(Path(moeyard.__file__).parent / "bench"), "rounds": ROUNDS, "rows": bench.rows,
-            "left_out": left_out,
-        }  # fmt: skip
         print(f"left out: {left_out or 'nothing'}")
-        if given.out is not None:
-            given.out.write_text(json.dumps(content, indent=1) + "\n")
     dist.destroy_process_group()
 
 
