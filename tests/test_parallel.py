@@ -110,7 +110,7 @@ def test_plans_from_load_hold_every_expert_and_are_no_worse() -> None:
         assert all(1 <= len(part) <= most for part, most in zip(plan.experts, room, strict=True))
         if slots is None:
             assert plan.num_slots == experts and max(map(len, plan.experts)) == least
-            assert max(plan.loads(load)) <= naive(load, shares)
+        assert max(plan.loads(load)) <= naive(load, shares)
         assert plan == parallel.plan_experts(torch.tensor(load, dtype=torch.float64), shares * tensor, slots=slots,
                                              tensor=tensor)  # fmt: skip
         assert sum(plan.loads(load)) == pytest.approx(sum(load))
@@ -123,6 +123,17 @@ def test_replicas_halve_the_load_of_a_hot_expert() -> None:
     assert more.replicas[0] == 4 and all(0 in part for part in more.experts)
     one = parallel.plan_experts([5.0, 1.0], 4, slots=1)  # fewer experts than ranks
     assert sorted(one.experts) == [(0,), (0,), (0,), (1,)]
+
+
+def test_a_spare_slot_per_rank_evens_out_zipf_loads() -> None:
+    """256 experts on 64 ranks: the busiest rank over the mean, as docs/notes/parallel.md has it."""
+    order = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    load = (1 / torch.arange(1, 257, dtype=torch.float64) ** 0.8)[order]
+    mean = float(load.sum()) / 64
+    plans = [parallel.plan_experts(load, 64, slots=slots) for slots in (4, 5)]
+    assert naive(load.tolist(), 64) / mean == pytest.approx(7.3, abs=0.15)
+    assert max(plans[0].loads(load)) / mean == pytest.approx(6.2, abs=0.1)
+    assert max(plans[1].loads(load)) / mean < 1.02
 
 
 @pytest.mark.parametrize(
