@@ -131,8 +131,8 @@ def test_a_spare_slot_per_rank_evens_out_zipf_loads() -> None:
     load = (1 / torch.arange(1, 257, dtype=torch.float64) ** 0.8)[order]
     mean = float(load.sum()) / 64
     plans = [parallel.plan_experts(load, 64, slots=slots) for slots in (4, 5)]
-    assert naive(load.tolist(), 64) / mean == pytest.approx(7.3, abs=0.15)
-    assert max(plans[0].loads(load)) / mean == pytest.approx(6.2, abs=0.1)
+    assert naive(load.tolist(), 64) / mean == pytest.approx(6.27, abs=0.01)
+    assert max(plans[0].loads(load)) / mean == pytest.approx(6.18, abs=0.01)
     assert max(plans[1].loads(load)) / mean < 1.02
 
 
