@@ -202,7 +202,8 @@ def whole_layer(bench: Bench, layer: Layer, tokens: int, calls: int) -> None:
     mine = draw_experts(layer, plan.experts_of(bench.rank), bench.device)
     my_rows, my_routing = own(bench, tokens, rows, routing)
     wanted = plain[bench.rank * tokens : (bench.rank + 1) * tokens].float()
-    for name, options in ways(tokens):
+    plainly = ("gathered, rows as bf16", {"way": "gathered", "max_tokens": tokens, "send_codes": False})
+    for name, options in (*ways(tokens), *([plainly] if layer.fp8 else [])):
         with bench.said(section, name):
             connection = parallel.connect(mine, plan, top_k=layer.top_k, dtype=torch.bfloat16, **options)
             call = partial(parallel.fused_experts, my_rows, my_routing, mine, connection)

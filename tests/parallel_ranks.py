@@ -174,10 +174,11 @@ def quantised_rows_cross(rank: int) -> None:
         whole = draw_quantised(6, 256, 128, scheme, dtype)
         wanted = parallel.experts_in_order(rows, routing, whole, plan, tokens_per_rank=COUNTS)
         ways = [{"way": way, "max_tokens": 17} for way in ("all_to_all", "gathered", "symmetric")]
-        for options in ways if dtype == torch.float32 else ways[:2]:
+        plain = {"way": "all_to_all", "send_codes": False}
+        for options in [*ways, plain] if dtype == torch.float32 else ways[:2]:
             got, connection = answers(rank, whole, plan, rows, routing, **options)
             assert same_bits(got, part(rank, wanted)), (scheme, dtype, options)
-            assert connection.rows.quantised == crosses
+            assert connection.rows.quantised == (crosses and options != plain)
     refused(lambda: answers(rank, whole, plan, rows, routing, training=True), "training", "gradients")
 
 

@@ -70,6 +70,7 @@ def explain(
     way: str = "auto",
     training: bool = False,
     apply_router_weight_on_input: bool = False,
+    send_codes: bool = True,
 ) -> WayExplanation:
     """Which way rows take between the ranks of a plan, why, and as what; printing it gives one line per way.
 
@@ -88,6 +89,7 @@ def explain(
         raise ValueError(f"order: expected one of {ORDERS}, got {order!r}")
     check_flag("training", training)
     check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
+    check_flag("send_codes", send_codes)
     if order == "exact" and plan.tensor > 1:
         raise ValueError(
             f"order: 'exact' adds rows of whole experts: expected a plan with tensor=1, got tensor={plan.tensor}"
@@ -99,7 +101,7 @@ def explain(
             f"training: expected a plan without replicas ({plan.num_experts} slots), whose gradients nothing adds up, "
             f"got {plan.num_slots} slots"
         )
-    form = format_of_rows(scheme, hidden_size, dtype, apply_router_weight_on_input)
+    form = format_of_rows(scheme, hidden_size, dtype, apply_router_weight_on_input, send_codes)
     size = bytes_of_row(form, hidden_size, top_k, dtype)
     sizes = Sizes(plan.ranks, len(plan.experts), top_k, size, order, max_tokens, training)
     return choose_way(sizes, way, form.words)
@@ -117,6 +119,7 @@ def connect(
     way: str = "auto",
     training: bool = False,
     apply_router_weight_on_input: bool = False,
+    send_codes: bool = True,
 ) -> Connection:
     """Makes the ranks of a group agree on one configuration of experts, before any row moves; all ranks call it.
 
@@ -133,6 +136,8 @@ def connect(
         way: "symmetric" (one host), "gathered", "all_to_all", or "auto"; `explain` says which that is, and why.
         training: whether gradients flow to hidden states, router weights and weights. Then all ranks run the backward.
         apply_router_weight_on_input: as in `fused_experts`.
+        send_codes: whether rows cross as codes and scales where all experts would quantise them alike. Results are the
+            same bit by bit; codes take half the wire, and a pass over the rows that arrive.
 
     Returns a `Connection`. Raises TypeError or ValueError on every rank if arguments of one rank are wrong, or differ
     from those of rank 0. The error names argument and rank. If a rank does not call, the others get an error of the
@@ -152,7 +157,7 @@ def connect(
         explanation = explain(
             plan, top_k=top_k, hidden_size=weights.hidden_size, dtype=dtype, scheme=weights.scheme,
             max_tokens=max_tokens, order=order, way=way, training=training,
-            apply_router_weight_on_input=apply_router_weight_on_input,
+            apply_router_weight_on_input=apply_router_weight_on_input, send_codes=send_codes,
         )  # fmt: skip
         _check_own(weights, plan, group)
         description = {
@@ -160,7 +165,7 @@ def connect(
             "hidden_size": str(weights.hidden_size), "intermediate_size": str(weights.intermediate_size),
             "gated": str(weights.gated), "scheme": str(weights.scheme), "dtype": str(dtype), "top_k": str(top_k),
             "max_tokens": str(max_tokens), "order": order, "way": explanation.chosen, "training": str(training),
-            "apply_router_weight_on_input": str(apply_router_weight_on_input),
+            "apply_router_weight_on_input": str(apply_router_weight_on_input), "send_codes": str(send_codes),
         }  # fmt: skip
     except (TypeError, ValueError) as error:
         problem = error
@@ -169,7 +174,8 @@ def connect(
     except ValueError as error:
         raise problem or error from None
     assert dtype is not None
-    rank, form = group.rank(), format_of_rows(weights.scheme, weights.hidden_size, dtype, apply_router_weight_on_input)
+    rank = group.rank()
+    form = format_of_rows(weights.scheme, weights.hidden_size, dtype, apply_router_weight_on_input, send_codes)
     window = None
     if explanation.chosen == "symmetric":
         assert max_tokens is not None

@@ -102,12 +102,14 @@ class RowFormat(NamedTuple):
 
 
 def format_of_rows(
-    scheme: QuantScheme | None, hidden_size: int, dtype: torch.dtype, weight_on_input: bool
+    scheme: QuantScheme | None, hidden_size: int, dtype: torch.dtype, weight_on_input: bool, send_codes: bool
 ) -> RowFormat:
     """How rows are sent: quantised where every expert would quantise them alike, by e4m3 per row or per 128 columns."""
     name = str(dtype).removeprefix("torch.")
     if scheme is None or scheme.activations == "none":
         return RowFormat(False, hidden_size, f"as {name}, which experts take")
+    if not send_codes:
+        return RowFormat(False, hidden_size, f"as {name}: asked for (send_codes=False)")
     group = scheme.activation_group or hidden_size
     if scheme.activations != "e4m3" or scheme.activation_group not in (0, 128) or hidden_size % group:
         return RowFormat(False, hidden_size, f"as {name}: nothing here quantises rows by {str(scheme)!r} as they move")

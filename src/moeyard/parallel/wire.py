@@ -150,7 +150,12 @@ def restore(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     num_rows, groups = scales.shape
     if not codes.numel():
         return codes.new_empty(codes.shape, dtype=dtype)
-    wide, factors = codes.view(num_rows, groups, -1).float(), scales.unsqueeze(2)
+    factors = scales.unsqueeze(2)
+    if dtype == torch.bfloat16:  # which holds every code: fewer passes over the rows
+        limits = _largest(scales, dtype).unsqueeze(2)
+        values = codes.view(num_rows, groups, -1).to(dtype)
+        return torch.mul(values, factors, out=torch.empty_like(values)).clamp_(-limits, limits).view(num_rows, -1)
+    wide = codes.view(num_rows, groups, -1).float()
     values = (wide * factors).to(dtype)
     if dtype == torch.float16:  # whose small numbers lie evenly: their neighbour towards code times scale may be meant
         quotients = (values.float() / factors).clamp(-_LARGEST_CODE, _LARGEST_CODE)
