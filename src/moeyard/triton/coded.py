@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import expected_routes
+from moeyard.dispatch.sizes import expected_routes, power
 from moeyard.quant import QuantScheme, blocks_of
 from moeyard.triton import coded_kernels
 from moeyard.triton.launch import Step, card
@@ -18,7 +18,6 @@ from moeyard.triton.steps import (
     combine_step,
     dense_rows,
     layout_steps,
-    power,
     prepared,
     programmatic_on,
     weigh_step,
