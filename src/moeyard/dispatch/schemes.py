@@ -7,12 +7,8 @@ from moeyard.quant import QuantScheme
 _KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
 
 
-def _known(scheme: QuantScheme) -> bool:
-    return scheme.weights in _KNOWN
-
-
-def _every(_: QuantScheme) -> bool:
-    return True
+def _in_rows(scheme: QuantScheme) -> bool:
+    return scheme.weights in _KNOWN and not scheme.tiled
 
 
 def _coded(scheme: QuantScheme) -> bool:
@@ -31,12 +27,12 @@ def _eight_bits(scheme: QuantScheme) -> bool:
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
-    "cpu": _known,
+    "cpu": _in_rows,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
     "triton": _eight_bits,
-    "torch": _known,
-    "reference": _every,
+    "torch": _in_rows,
+    "reference": _in_rows,
 }
 """By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""
 
