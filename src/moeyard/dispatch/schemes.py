@@ -26,10 +26,16 @@ def _eight_bits(scheme: QuantScheme) -> bool:
     return plain and rows and scheme.block in ((0, 0), (1, 0), (128, 128))
 
 
+def _tiles(scheme: QuantScheme) -> bool:
+    """Weights of 4 bits in tiles (`pack_experts`)."""
+    return scheme.tiled
+
+
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cpu": _in_rows,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
+    "cuda (few tokens of 4 bits)": _tiles,
     "triton": _eight_bits,
     "torch": _in_rows,
     "reference": _in_rows,

@@ -185,6 +185,7 @@ def _gradient(target: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_FOUR_BITS = "moeyard.cuda.experts.four_bits"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -237,6 +238,13 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             _cuda_products,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+        ),
+        Impl(
+            "cuda",
+            f"{_FOUR_BITS}:fused_experts_launch",
+            _cuda_products,
+            way="few tokens of 4 bits",
+            unfit=f"{_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
