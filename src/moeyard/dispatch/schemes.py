@@ -31,12 +31,16 @@ def _tiles(scheme: QuantScheme) -> bool:
     return scheme.tiled
 
 
+def _eight_bits_or_tiles(scheme: QuantScheme) -> bool:
+    return _eight_bits(scheme) or _tiles(scheme)
+
+
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cpu": _in_rows,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
     "cuda (few tokens of 4 bits)": _tiles,
-    "triton": _eight_bits,
+    "triton": _eight_bits_or_tiles,
     "torch": _in_rows,
     "reference": _in_rows,
 }

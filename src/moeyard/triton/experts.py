@@ -11,6 +11,7 @@ from torch import Tensor
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.coded import fused_coded_experts_launch
+from moeyard.triton.four_bits import fused_four_bit_experts_launch
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.triton.steps import (
@@ -75,6 +76,9 @@ def fused_experts_launch(
     if not out.numel():
         return
     weights = call.weights
+    if weights.scheme is not None and weights.scheme.tiled:
+        fused_four_bit_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
+        return
     if weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
         return

@@ -101,6 +101,22 @@ def coded_tile(
     return Tile(like.rows, own, depth, like.warps, stages, like.swapped and own >= 64)
 
 
+@cache
+def four_bit_tile(
+    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, scaled: bool, itemsize: int, card: Card
+) -> Tile:
+    """The tile of weights of 4 bits: as of codes that are widened, 64 columns a step.
+
+    Where weights are not `scaled` before they are multiplied, a group's sums stand beside the others.
+    """
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=itemsize, card=card)
+    full = like.rows >= 64 and not (scaled and card.capability[0] == 9)
+    width = min(like.columns * (2 if gated else 1), 64 if full else 128)
+    stages = _stages((2 * like.rows * itemsize + width) * 32, card.shared_bytes)
+    own = width // 2 if gated else width
+    return Tile(like.rows, own, 64, like.warps, stages, like.swapped and own >= 64)
+
+
 def _stages(step_bytes: int, shared_bytes: int) -> int:
     """Steps in shared memory: one in use, one just used, and 32 KB or two of those on their way, as far as they fit.
 
