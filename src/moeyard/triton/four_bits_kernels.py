@@ -46,12 +46,70 @@ def scale_of(stored, KIND: tl.constexpr):
 
 
 @triton.jit
-def weight_of(words, zero, scale, S: tl.constexpr, E2M1: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr):
+def piece_of(words, zero, scale, S: tl.constexpr, E2M1: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr):
     """Weights [COLUMNS, 16] of a type; unscaled unless SCALED."""
-    value = codes_of(words, zero, S, E2M1)
+    value = codes_of(words, zero[:, None], S, E2M1)
     if SCALED:
         value = value.to(tl.float32) * (16384.0 if E2M1 else 1.0) * scale[:, None]
     return value.to(TYPE)
+
+
+@triton.jit
+def scale_at(scales_ptr, at, PART: tl.constexpr, KIND: tl.constexpr):
+    """The scale of a part of a step, by rows."""
+    return scale_of(tl.load(scales_ptr + at + PART * 16), KIND)
+
+
+@triton.jit
+def zero_at(zeros_ptr, at, PART: tl.constexpr, COLUMNS: tl.constexpr):
+    """The zero point of a part of a step, by rows; 8 where there are none."""
+    if zeros_ptr is not None:
+        zero = tl.load(zeros_ptr + at + PART * 16).to(tl.float32)
+    else:
+        zero = tl.full((COLUMNS,), 8.0, tl.float32)
+    return zero
+
+
+@triton.jit
+def side_by_side(left, right):
+    """[R, C] twice -> [R, 2C]."""
+    joined = tl.permute(tl.join(left, right), (0, 2, 1))
+    return tl.reshape(joined, (left.shape[0], 2 * left.shape[1]))
+
+
+@triton.jit
+def part_of_sum(
+    words, rows, total, scales_ptr, zeros_ptr, at, PART: tl.constexpr, PARTS: tl.constexpr, E2M1: tl.constexpr,
+    KIND: tl.constexpr, SCALED: tl.constexpr, COLUMNS: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """`total` plus the product of a step (SCALED), or of its part and that part's scale."""
+    kind: tl.constexpr = rows.dtype
+    zero = zero_at(zeros_ptr, at, PART, COLUMNS)
+    scale = scale_at(scales_ptr, at, PART, KIND)
+    if SCALED:
+        second = scale_at(scales_ptr, at, 1, KIND) if PARTS == 4 else scale
+        third = scale_at(scales_ptr, at, PARTS // 2, KIND) if PARTS > 1 else scale
+        fourth = scale_at(scales_ptr, at, 3, KIND) if PARTS == 4 else third
+        low = side_by_side(
+            piece_of(words, zero, scale, 0, E2M1, True, kind), piece_of(words, zero, second, 1, E2M1, True, kind)
+        )
+        high = side_by_side(
+            piece_of(words, zero, third, 2, E2M1, True, kind), piece_of(words, zero, fourth, 3, E2M1, True, kind)
+        )
+        total = summed(side_by_side(low, high), rows, total, SWAPPED)
+    else:
+        first: tl.constexpr = PART * (4 // PARTS)
+        weight = piece_of(words, zero, scale, first, E2M1, False, kind)
+        if PARTS < 4:
+            weight = side_by_side(weight, piece_of(words, zero, scale, first + 1, E2M1, False, kind))
+        if PARTS == 1:
+            high = side_by_side(
+                piece_of(words, zero, scale, 2, E2M1, False, kind), piece_of(words, zero, scale, 3, E2M1, False, kind)
+            )
+            weight = side_by_side(weight, high)
+        own = summed(weight, rows, tl.zeros(total.shape, dtype=tl.float32), SWAPPED)
+        total += own * (scale[:, None] if SWAPPED else scale[None, :])
+    return total
 
 
 @triton.jit(do_not_specialize=["most_tiles", "divisor"])
@@ -95,9 +153,8 @@ def four_bits_product_kernel(
     expert, first, count, column = tile_of_program(tiles_ptr, most_tiles, columns, COLUMNS, GROUP)
     if expert >= 0:
         parts: tl.constexpr = 64 // WIDE if WIDE != 0 and WIDE < 64 else 1
-        products: tl.constexpr = 4 // parts
+        dots: tl.constexpr = 1 if SCALED else parts
         shape: tl.constexpr = (COLUMNS, ROWS) if SWAPPED else (ROWS, COLUMNS)
-        operand: tl.constexpr = rows_ptr.dtype.element_ty
         place = tl.arange(0, ROWS)
         slots = first + tl.minimum(place, count - 1)
         targets = slots
@@ -105,59 +162,35 @@ def four_bits_product_kernel(
             targets = tl.load(routes_ptr + slots)
         sources = (targets // divisor if GATHER else slots).to(tl.int64)
         held = (place < count)[:, None]
-        within = tl.arange(0, 16)
-        row_at = rows_ptr + (sources * row_stride)[:, None] + within[None, :]
+        row_at = rows_ptr + (sources * row_stride)[:, None] + tl.arange(0, 64 // dots)[None, :]
         weight_row = tl.minimum(column, columns - 1)
         in_tile: tl.constexpr = 8 if GATED else 16
         tile = expert.to(tl.int64) * (columns // in_tile) + weight_row // in_tile
         eighth = weight_row % 8
         half = weight_row % in_tile // 8
+        within = tl.arange(0, 16)
         word = (within // 4 * 8 + within % 4)[None, :]
         gate_at = weight_ptr + (tile * (size * 4) + eighth * 32 + half * 4)[:, None] + word
-        scale_at = tile * groups * 16 + eighth * 2 + half
+        first_at = tile * groups * 16 + eighth * 2 + half
         gate = tl.zeros(shape, dtype=tl.float32)
         up = gate
-        zero = tl.full((COLUMNS,), 8.0, tl.float32)
-        up_zero = zero
-        scale = zero
-        up_scale = zero
         for step in range(0, size // 64):
             words = tl.load(gate_at + step * 256)
             up_words = tl.load(gate_at + 4 + step * 256) if GATED else words
-            gate_part = gate
-            up_part = up
-            for s in tl.static_range(4):
-                rows = tl.load(row_at + (step * 64 + s * 16), mask=held, other=0.0)
-                if s % products == 0:
-                    group = step * parts + s // products
-                    if parts == 1:
-                        group = step * 64 // WIDE if WIDE != 0 else 0
-                    at = scale_at + group * 16
-                    scale = scale_of(tl.load(scales_ptr + at), KIND)
-                    if zeros_ptr is not None:
-                        zero = tl.load(zeros_ptr + at).to(tl.float32)
-                    if GATED:
-                        up_scale = scale_of(tl.load(scales_ptr + at + 1), KIND)
-                        if zeros_ptr is not None:
-                            up_zero = tl.load(zeros_ptr + at + 1).to(tl.float32)
-                    if not SCALED:
-                        gate_part = tl.zeros(shape, dtype=tl.float32)
-                        up_part = gate_part
-                weight = weight_of(words, zero[:, None], scale, s, E2M1, SCALED, operand)
-                if SCALED:
-                    gate = summed(weight, rows, gate, SWAPPED)
-                else:
-                    gate_part = summed(weight, rows, gate_part, SWAPPED)
+            group = step * parts
+            if parts == 1:
+                group = step * 64 // WIDE if WIDE != 0 else 0
+            at = first_at + group * 16
+            for part in tl.static_range(dots):
+                rows = tl.load(row_at + (step * 64 + part * (64 // dots)), mask=held, other=0.0)
+                gate = part_of_sum(
+                    words, rows, gate, scales_ptr, zeros_ptr, at, part, parts, E2M1, KIND, SCALED, COLUMNS, SWAPPED
+                )
                 if GATED:
-                    weight = weight_of(up_words, up_zero[:, None], up_scale, s, E2M1, SCALED, operand)
-                    if SCALED:
-                        up = summed(weight, rows, up, SWAPPED)
-                    else:
-                        up_part = summed(weight, rows, up_part, SWAPPED)
-                if not SCALED and s % products == products - 1:
-                    gate += gate_part * (scale[:, None] if SWAPPED else scale[None, :])
-                    if GATED:
-                        up += up_part * (up_scale[:, None] if SWAPPED else up_scale[None, :])
+                    up = part_of_sum(
+                        up_words, rows, up, scales_ptr, zeros_ptr, at + 1, part, parts, E2M1, KIND, SCALED, COLUMNS,
+                        SWAPPED,
+                    )  # fmt: skip
         if E2M1 and not SCALED:
             gate *= 16384.0
             up *= 16384.0
