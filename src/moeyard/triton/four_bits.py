@@ -86,7 +86,7 @@ def _plan(
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
     expected = expected_routes(n, local, num_experts)
     scaled = scales_weights(scheme, dtype)
-    how: dict[str, Any] = {"itemsize": dtype.itemsize, "card": here}
+    how: dict[str, Any] = {"scaled": scaled, "itemsize": dtype.itemsize, "card": here}
     first_tile = four_bit_tile(expected, local, size, hidden, gated=gated, **how)
     second_tile = four_bit_tile(expected, local, hidden, size, gated=False, **how)
     assert second_tile.rows == first_tile.rows  # one list of tiles serves both

@@ -121,6 +121,7 @@ __device__ __forceinline__ void multiply_units(u8* shared, const Routes& routes,
   float* wide_scales = reinterpret_cast<float*>(shared + P::WIDE_SCALES) + warp * P::SLOT_GROUPS * 16;
   float4* partial = reinterpret_cast<float4*>(shared + P::PARTIAL);
   const u64 policy = weight_policy();
+  const Masks masks = {unknown(0x000f000f), unknown(0x00f000f0)};
 
   const u32 total = routes.groups * P::TILES;
   Round<P> round = {first_unit(total, blockIdx.x), 0, first_unit(total, blockIdx.x + 1)};
@@ -169,8 +170,8 @@ __device__ __forceinline__ void multiply_units(u8* shared, const Routes& routes,
       for (u32 i = 0; i < count; ++i) {
         const u32 own = P::group_of(step + i) - P::group_of(step);
         const u16* zeros = reinterpret_cast<const u16*>(codes + P::SLOT_ZEROS) + own * 8 + g;
-        add_step(sums, reinterpret_cast<const uint4*>(codes)[i * 32 + lane], reinterpret_cast<const uint4*>(x + i * 128),
-                 reinterpret_cast<const float2*>(wide_scales) + own * 8 + g, zeros);
+        add_step(sums, reinterpret_cast<const uint4*>(codes)[i * 32 + lane], masks,
+                 reinterpret_cast<const uint4*>(x + i * 128), reinterpret_cast<const float2*>(wide_scales) + own * 8 + g, zeros);
       }
       __syncwarp();  // all lanes have read the slot, and the scales
       fill(slot);

@@ -113,9 +113,21 @@ __device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
 #endif
 }
 
+// Constants. If the compiler knew them, every use would have an instruction of its own that makes them.
+struct Masks {
+  u32 ones, sixteens;
+};
+
+__device__ __forceinline__ u32 unknown(u32 value) {
+#if __CUDA_ARCH__
+  value += blockIdx.y;  // 0
+#endif
+  return value;
+}
+
 // The codes s of a word's halves as two float16: of e2m1 times 2^-14, of int4 less `zero`.
 template <u32 S>
-__device__ __forceinline__ u32 widen_pair(u32 word, u32 zero) {
+__device__ __forceinline__ u32 widen_pair(u32 word, u32 zero, const Masks& masks) {
   if constexpr (E2M1) {
     constexpr u32 SIZES = 0x0e000e00, SIGNS = 0x80008000;
     if constexpr (S == 0) return word & (SIZES | SIGNS);
@@ -124,8 +136,8 @@ __device__ __forceinline__ u32 widen_pair(u32 word, u32 zero) {
     return (word << 9 & SIZES) | (word << 2 & SIGNS);
   } else {  // 0x6400 is 1024: the last four bits count ones, the four before them sixteens
     const u32 own = S < 2 ? word : word >> 8;
-    if constexpr (S % 2 == 0) return subtract_halves((own & 0x000f000f) | 0x64006400, 0x64006400 + zero * 0x10001);
-    return fma_halves((own & 0x00f000f0) | 0x64006400, 0x2c002c00, 0xd400d400 + zero * 0x100010);  // / 16 - 64 - zero
+    if constexpr (S % 2 == 0) return subtract_halves((own & masks.ones) | 0x64006400, 0x64006400 + zero * 0x10001);
+    return fma_halves((own & masks.sixteens) | 0x64006400, 0x2c002c00, 0xd400d400 + zero * 0x100010);  // / 16 - 64 - zero
   }
 }
 
@@ -166,27 +178,27 @@ __device__ __forceinline__ void widen_scales(const u8* from, float* to, u32 coun
 
 // One product of 16 x 16 codes: those s of the words of rows g (x, y) and g + 8 (z, w).
 template <u32 S>
-__device__ __forceinline__ void add_product(float (&sums)[4], const uint4& codes, u32 zero, u32 lower_zero, u32 x0,
-                                            u32 x1) {
-  const u32 row[2] = {widen_pair<S>(codes.x, zero), widen_pair<S>(codes.y, zero)};
-  const u32 lower[2] = {widen_pair<S>(codes.z, lower_zero), widen_pair<S>(codes.w, lower_zero)};
+__device__ __forceinline__ void add_product(float (&sums)[4], const uint4& codes, const Masks& masks, u32 zero, u32 lower_zero,
+                                            u32 x0, u32 x1) {
+  const u32 row[2] = {widen_pair<S>(codes.x, zero, masks), widen_pair<S>(codes.y, zero, masks)};
+  const u32 lower[2] = {widen_pair<S>(codes.z, lower_zero, masks), widen_pair<S>(codes.w, lower_zero, masks)};
   multiply_tile<FLOAT16>(sums, row, lower, x0, x1);
 }
 
 // Adds a step. `x` are this lane's 16 values of its token, `scales` and `zeros` those of the first group of the step and
 // of rows g and g + 8. Lane 4g + t has sums of rows g, then g + 8, of tokens 2t and 2t + 1.
-__device__ __forceinline__ void add_step(float (&sums)[4], const uint4& codes, const uint4* x, const float2* scales,
-                                         const u16* zeros) {
+__device__ __forceinline__ void add_step(float (&sums)[4], const uint4& codes, const Masks& masks, const uint4* x,
+                                         const float2* scales, const u16* zeros) {
   const uint4 first = x[0], second = x[1];
 #pragma unroll
   for (u32 part = 0; part < PARTS; ++part) {
     const u32 both = ZEROS ? zeros[part * 8] : 0x0808, zero = both & 0xff, lower_zero = both >> 8;
     float own[4] = {};
     const u32 s = part * PRODUCTS;
-    if (s <= 0) add_product<0>(own, codes, zero, lower_zero, first.x, first.y);
-    if (s <= 1 && 1 < s + PRODUCTS) add_product<1>(own, codes, zero, lower_zero, first.z, first.w);
-    if (s <= 2 && 2 < s + PRODUCTS) add_product<2>(own, codes, zero, lower_zero, second.x, second.y);
-    if (3 < s + PRODUCTS) add_product<3>(own, codes, zero, lower_zero, second.z, second.w);
+    if (s <= 0) add_product<0>(own, codes, masks, zero, lower_zero, first.x, first.y);
+    if (s <= 1 && 1 < s + PRODUCTS) add_product<1>(own, codes, masks, zero, lower_zero, first.z, first.w);
+    if (s <= 2 && 2 < s + PRODUCTS) add_product<2>(own, codes, masks, zero, lower_zero, second.x, second.y);
+    if (3 < s + PRODUCTS) add_product<3>(own, codes, masks, zero, lower_zero, second.z, second.w);
     const float2 scale = scales[part * 8];
     sums[0] = __fmaf_rn(own[0], scale.x, sums[0]);
     sums[1] = __fmaf_rn(own[1], scale.x, sums[1]);
