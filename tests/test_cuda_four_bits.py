@@ -82,7 +82,9 @@ def test_who_takes_what(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-COMPILED: list[tuple[Any, ...]] = [  # model, tokens, scheme, dtype; instructions per code in the loop of the first launch
+COMPILED: list[
+    tuple[Any, ...]
+] = [  # model, tokens, scheme, dtype; instructions per code in the loop of the first launch
     ("gpt-oss-120b", 1, MXFP4, torch.bfloat16, 2.1),
     ("Qwen3-30B", 8, int4_scheme(), torch.bfloat16, 1.9),
     ("Qwen3-30B", 64, int4_scheme(32, zero_points=True), torch.float16, 2.9),
@@ -118,9 +120,7 @@ def test_kernels_spill_nothing_and_take_few_instructions(case: tuple[Any, ...], 
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", up)
     places = {int(at, 16): words for at, words in lines}
     products = [at for at, words in places.items() if "HMMA.16816.F32 " in words]
-    loops = [
-        (int(back[1], 16), at) for at, words in places.items() if (back := re.search(r"BRA 0x([0-9a-f]+)", words))
-    ]
+    loops = [(int(back[1], 16), at) for at, words in places.items() if (back := re.search(r"BRA 0x([0-9a-f]+)", words))]
     first, last = min((loop for loop in loops if loop[0] <= products[0] <= loop[1]), key=lambda loop: loop[1] - loop[0])
     inside = [words for at, words in places.items() if first <= at <= last]
     per_code = len(inside) / (8 * sum("HMMA" in words for words in inside))

@@ -124,7 +124,9 @@ def wrong(library: Any, case: dict[str, Any], at_once: bool, given: tuple[Any, .
 
 
 ALL = [(name, scheme) for name in CASES for scheme in SCHEMES]
-FEW = [("1 token", scheme) for scheme in SCHEMES[:2]] + [("7 tokens, shared experts", scheme) for scheme in SCHEMES[2:4]]
+FEW = [("1 token", scheme) for scheme in SCHEMES[:2]] + [
+    ("7 tokens, shared experts", scheme) for scheme in SCHEMES[2:4]
+]
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _by_tiles(rows: Tensor, halves: int) -> Tensor:
     """[R, ...] -> [R / 16, 2, 8, ...]: of two halves 8 rows of each, else 16 rows."""
-    if halves == 2:
-        return rows.unflatten(0, (2, -1, _HALF)).transpose(0, 1)
-    return rows.unflatten(0, (-1, 2, _HALF))
+    tiles: Tensor = rows.unflatten(0, (2, -1, _HALF) if halves == 2 else (-1, 2, _HALF))
+    return tiles.transpose(0, 1) if halves == 2 else tiles
 
 
 def _by_rows(tiles: Tensor, halves: int) -> Tensor:
@@ -154,5 +153,5 @@ def _scales_of_rows(scales: Tensor, halves: int) -> Tensor:
 
 def _rows_of_scales(scales: Tensor, halves: int) -> Tensor:
     """The inverse."""
-    tiles = scales.reshape(-1, scales.shape[1], _HALF, 2).permute(0, 3, 2, 1)
+    tiles: Tensor = scales.reshape(-1, scales.shape[1], _HALF, 2).permute(0, 3, 2, 1)
     return _by_rows(tiles, halves).reshape(scales.shape)

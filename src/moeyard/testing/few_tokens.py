@@ -1,4 +1,4 @@
-"""The kernels of few_tokens.cu and four_bits.cu without a GPU: built for a host, lane by lane, or as machine code to look at.
+"""The kernels of few_tokens.cu and four_bits.cu without a GPU: for a host, lane by lane, or as machine code to look at.
 
 A C++ compiler builds the very source with other headers, from a folder, in place of those that hold machine
 instructions. Copies into shared memory arrive at once, which shows who overwrites what is still read, or as late as
@@ -59,7 +59,7 @@ def build(
 def launch(
     library: Any, number: int, blocks: int, at_once: bool, tensors: list[torch.Tensor | None], *sizes: int
 ) -> str | None:
-    """The launch of a number, from 0; what went wrong, or None. `tensors` are the kernel's, and after them those of scales."""
+    """The launch of a number, from 0, with its tensors and sizes; what went wrong, or None."""
     given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     pointers = (ctypes.c_void_p * 10)(*given, *(0,) * (10 - len(given)))
     numbers = (ctypes.c_int64 * 8)(*sizes, *(0,) * (8 - len(sizes)))

@@ -74,7 +74,9 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 def scales_weights(scheme: QuantScheme, dtype: torch.dtype) -> bool:
     """Whether a code times its scale is a value of a dtype: then weights are scaled, not sums."""
-    return scheme.weights == "e2m1" and (scheme.scales == "e4m3" or dtype != torch.float16 and scheme.scales == "e8m0")
+    return scheme.weights == "e2m1" and (
+        scheme.scales == "e4m3" or (dtype != torch.float16 and scheme.scales == "e8m0")
+    )
 
 
 @lru_cache(MOST_PLANS)

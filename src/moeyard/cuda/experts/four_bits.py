@@ -112,8 +112,8 @@ def _prepare(
     plan = four_bit_plan(sizes, card)
     if plan is None:
         raise ValueError(
-            "weights: expected sides that are multiples of 64 and fit shared memory, on compute capability 9.0 or later, "
-            f"got {sizes} on {card}"
+            "weights: expected sides that are multiples of 64 and fit shared memory, on compute capability 9.0 or "
+            f"later, got {sizes} on {card}"
         )
     defines = four_bit_defines(
         sizes, plan, dtype, id_type(id_dtype), mapped, (up_biased, down_biased), activation, weight_on_input,

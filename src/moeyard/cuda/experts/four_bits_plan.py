@@ -46,15 +46,15 @@ class FourBitPlan:
 
     def up_bytes(self, sizes: FourBitSizes) -> int:
         """Shared memory of a block of the first launch, as four_bits.cu counts."""
-        return _fixed(sizes, sizes.hidden_size, self.up_steps, self.held_rows, self.warps) + self.up_stages * (
-            self.warps * (slot_bytes(sizes, sizes.hidden_size, self.up_steps) + 8)
-        )
+        return self._bytes(sizes, sizes.hidden_size, self.up_steps, self.up_stages)
 
     def down_bytes(self, sizes: FourBitSizes) -> int:
         """The same of the second."""
-        return _fixed(sizes, sizes.intermediate_size, self.down_steps, self.held_rows, self.warps) + self.down_stages * (
-            self.warps * (slot_bytes(sizes, sizes.intermediate_size, self.down_steps) + 8)
-        )
+        return self._bytes(sizes, sizes.intermediate_size, self.down_steps, self.down_stages)
+
+    def _bytes(self, sizes: FourBitSizes, columns: int, steps: int, stages: int) -> int:
+        ring = stages * self.warps * (slot_bytes(sizes, columns, steps) + 8)
+        return ring + _fixed(sizes, columns, steps, self.held_rows, self.warps)
 
 
 def slot_groups(sizes: FourBitSizes, columns: int, steps: int) -> int:
@@ -93,29 +93,29 @@ def four_bit_plan(sizes: FourBitSizes, card: Card) -> FourBitPlan | None:
     sides = sizes.hidden_size, sizes.intermediate_size
     if not card.clusters or any(side % TILE_COLUMNS for side in sides):
         return None
-    both = card.shared_limit - RESERVED
-    if sizes.most_routes <= _BESIDE_ROUTES:
-        plan = _cut(sizes, TOGETHER, both, _LEAST_RING_BYTES)
-        if plan is not None:
-            return plan
-    for held in (2 * TOGETHER, TOGETHER):
-        plan = _cut(sizes, held, 2 * card.shared_limit, 0)
-        if plan is not None and max(plan.up_bytes(sizes), plan.down_bytes(sizes)) <= card.shared_limit:
-            return plan
-    return None
+    ways = [(TOGETHER, True)] if sizes.most_routes <= _BESIDE_ROUTES else []
+    ways += [(2 * TOGETHER, False), (TOGETHER, False)]
+    plans = (_cut(sizes, held, card, beside=beside) for held, beside in ways)
+    return next((plan for plan in plans if plan is not None), None)
 
 
-def _cut(sizes: FourBitSizes, held: int, room: int, least: int) -> FourBitPlan | None:
-    """Rings of both launches, of `least` bytes at least, that fit `room` with all that is beside them."""
+def _cut(sizes: FourBitSizes, held: int, card: Card, *, beside: bool) -> FourBitPlan | None:
+    """Rings that fit with all that is in shared memory with them; None for less than three slots of three steps.
+
+    Blocks `beside` each other share the memory of a multiprocessor, and have rings of 48 KB at least.
+    """
     held, sides = min(held, sizes.most_routes), (sizes.hidden_size, sizes.intermediate_size)
     for steps in _STEPS:
         plan = FourBitPlan(held, steps, 0, steps, 0, _WARPS)
-        left = (room - plan.up_bytes(sizes) - plan.down_bytes(sizes)) // 2
+        fixed = plan.up_bytes(sizes), plan.down_bytes(sizes)
+        left = [card.shared_limit - some for some in fixed]
+        if beside:
+            left = [(card.shared_limit - RESERVED - sum(fixed)) // 2] * 2
         stages = [
-            min(_MOST_SLOTS, min(left, _RING_BYTES) // (_WARPS * (slot_bytes(sizes, side, steps) + 8)))
-            for side in sides
+            min(_MOST_SLOTS, min(room, _RING_BYTES) // (_WARPS * (slot_bytes(sizes, side, steps) + 8)))
+            for room, side in zip(left, sides, strict=True)
         ]
-        if left >= least and min(stages) >= _LEAST_SLOTS:
+        if min(left) >= (_LEAST_RING_BYTES if beside else 0) and min(stages) >= _LEAST_SLOTS:
             return replace(plan, up_stages=stages[0], down_stages=stages[1])
     return None
 
@@ -133,5 +133,7 @@ def four_bits_are_few(sizes: FourBitSizes, num_tokens: int, num_experts: int, ca
     if mean > _MOST_MEAN:
         return f"takes up to {_MOST_MEAN} routes per expert on average, got {mean:.0f}"
     if four_bit_plan(sizes, card) is None:
-        return f"takes what fits shared memory, got {sizes.hidden_size} and {sizes.intermediate_size} columns of weights"
+        return (
+            f"takes what fits shared memory, got {sizes.hidden_size} and {sizes.intermediate_size} columns of weights"
+        )
     return None
