@@ -62,8 +62,12 @@ def test_plans_hold(model: str) -> None:
 def test_who_takes_what(monkeypatch: pytest.MonkeyPatch) -> None:
     for scheme in SCHEMES:
         assert refusal_of("cuda (few tokens of 4 bits)", replace(scheme, tiled=True)) is None
-    for scheme in (FP8_CHANNEL, *SCHEMES):
-        assert refusal_of("cuda (few tokens of 4 bits)", scheme) == f"takes no weights of scheme {str(scheme)!r}"
+    assert (
+        refusal_of("cuda (few tokens of 4 bits)", FP8_CHANNEL) == "takes no weights of scheme 'e4m3 1x*, e4m3 per row'"
+    )
+    for label in ("cuda (few tokens of 4 bits)", "triton"):
+        wanted = "takes weights of scheme 'e2m1 1x32 e8m0 scales' in tiles alone (pack_experts)"
+        assert refusal_of(label, MXFP4) == wanted
     monkeypatch.setattr(four_bits, "card_of", lambda _: H200)
 
     def said(tokens: int, model: str = "gpt-oss-120b") -> str | None:

@@ -50,12 +50,11 @@ CASES = [
     )
     for tokens, model in ((8, "gpt-oss-120b"), (256, "Qwen3-30B"), (4096, "Mixtral"))
 ]  # fmt: skip
-FEW = (CASES[2], CASES[9])
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(one, marks=() if one in FEW else pytest.mark.full) for one in CASES],
+    [pytest.param(one, marks=pytest.mark.full) for one in CASES],
     ids=lambda case: f"{case[0].capability} {case[1]} {case[2]} {case[3:]}",
 )
 def test_products_compile(case: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -82,4 +81,4 @@ def test_under_the_interpreter(which: str) -> None:
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "src"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 10
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > (0 if which == "not full" else 20)

@@ -1,8 +1,9 @@
 """Which rows of the table take which quantised weights. A row without an entry refuses every scheme in words."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from moeyard.quant import QuantScheme
+from moeyard.quant import QuantScheme, groups_fit_tiles
 
 _KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
 
@@ -51,4 +52,7 @@ def refusal_of(label: str, scheme: QuantScheme | None) -> str | None:
     """Why a row of the table takes no weights of a scheme, in words; None if it does."""
     if scheme is None or (label in TAKES and TAKES[label](scheme)):
         return None
+    plain = scheme.per_byte == 2 and scheme.activations == "none" and groups_fit_tiles(scheme.block)
+    if plain and not scheme.tiled and label in TAKES and TAKES[label](replace(scheme, tiled=True)):
+        return f"takes weights of scheme {str(scheme)!r} in tiles alone (pack_experts)"
     return f"takes no weights of scheme {str(scheme)!r}"

@@ -190,7 +190,7 @@ __device__ __forceinline__ void multiply_units(u8* shared, const Routes& routes,
         for (float& sum : sums) sum = 0.0f;
       }
     }
-    __syncthreads();
+    __syncthreads();  // all sums are there, and rows were read; `bring` meets before it writes what `finish` reads
     const u32 of_round = here.stop;  // the unit that this warp began last may be ended by others
     if (begin < of_round && of_round % P::STEPS && begin <= of_round / P::STEPS * P::STEPS) {
       const u32 unit_end = (of_round / P::STEPS + 1) * P::STEPS;
@@ -207,7 +207,6 @@ __device__ __forceinline__ void multiply_units(u8* shared, const Routes& routes,
       }
       finish(round.first + of_round / P::STEPS, first_place, all);
     }
-    __syncthreads();  // rows and sums of this round were read
   }
 }
 
