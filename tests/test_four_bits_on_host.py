@@ -153,6 +153,21 @@ def test_codes_of_4_bits_are_multiplied_by_the_rule(name: str, scheme: QuantSche
         assert place % 8 or wrong(library, case, True, (strange.nan_to_num(1, 1, 1), *rest)) is None
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("scheme", "bytes_"), [(MXFP4, (0, 20, 200, 255)), (NVFP4, (0xB8, 0x00, 0x01, 0x7F, 0x80))], ids=["e8m0", "e4m3"]
+)
+def test_scales_at_their_ends(scheme: QuantScheme, bytes_: tuple[int, ...], tmp_path: Path) -> None:
+    """e8m0 of 0, a subnormal, and of 255, NaN; e4m3 scales that are negative, zero, subnormal or NaN."""
+    case, defines = prepared("1 token", scheme)
+    library = build(HERE, tmp_path, defines, names=FOUR_BITS)
+    for byte in bytes_:
+        for name in ("w13", "w2"):
+            given = drawn(case, scheme)
+            getattr(given[2].scales, name).view(torch.uint8)[:, 9, 1] = byte
+            assert wrong(library, case, True, given) is None, f"{name}: {byte}"
+
+
 MUTANTS: dict[str, tuple[QuantScheme, str, tuple[str, str]]] = {
     "lower rows with the upper rows' scale": (MXFP4, "1 token", ("own[2], scale.y", "own[2], scale.x")),
     "the first group's scale for all": (MXFP4, "1 token", ("scales[part * 8];", "scales[0];")),

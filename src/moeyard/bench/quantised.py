@@ -57,7 +57,10 @@ def weights_of(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(11)
-        return draw_quantised(experts, hidden_size, size, scheme, dtype, bias=bias)
+        weights = draw_quantised(experts, hidden_size, size, scheme, dtype, bias=bias)
+    if weights.scales is not None and weights.scales.w13_global is not None:
+        weights.scales.w13_global.copy_(weights.scales.w13_global[:, :1])  # peers have one for gate and up
+    return weights
 
 
 def as_kernels_read(weights: ExpertWeights) -> ExpertWeights:
