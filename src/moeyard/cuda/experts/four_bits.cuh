@@ -144,8 +144,10 @@ __device__ __forceinline__ u32 widen_pair(u32 word, u32 zero, const Masks& masks
 // What is left of the weights' scale for the end: e2m1 was taken times 2^-14.
 constexpr float FOLDED = E2M1 ? 16384.0f : 1.0f;
 
-__device__ __forceinline__ float power_of_byte(u32 byte) {  // e8m0; 0 is a subnormal, 255 NaN
-  return __uint_as_float(byte == 0 ? 0x00400000 : byte == 255 ? 0x7fc00000 : byte << 23);
+// e8m0, from where the byte lies as the exponent of a float32: 0 is a subnormal, 255 NaN, which infinity times 0 makes.
+__device__ __forceinline__ float power_of_byte(u32 shifted) {
+  const float power = __uint_as_float(max(shifted & 0x7f800000, 0x00400000u));
+  return __fmaf_rn(power, 0.0f, power);
 }
 
 // `count` scales, a multiple of 16, of shared memory as float32 there, by a warp.
@@ -157,8 +159,8 @@ __device__ __forceinline__ void widen_scales(const u8* from, float* to, u32 coun
       const u32 four = reinterpret_cast<const u32*>(from)[i];
       uint4 wide;
       if constexpr (KIND_OF_SCALES == E8M0_SCALES) {
-        wide = {__float_as_uint(power_of_byte(four & 0xff)), __float_as_uint(power_of_byte(four >> 8 & 0xff)),
-                __float_as_uint(power_of_byte(four >> 16 & 0xff)), __float_as_uint(power_of_byte(four >> 24))};
+        wide = {__float_as_uint(power_of_byte(four << 23)), __float_as_uint(power_of_byte(four << 15)),
+                __float_as_uint(power_of_byte(four << 7)), __float_as_uint(power_of_byte(four >> 1))};
       } else {
         u32 low, high;
         halves_of_e4m3(four, low, high);

@@ -77,12 +77,13 @@ def _fixed(sizes: FourBitSizes, columns: int, steps: int, held: int, warps: int)
     return rows + scales + warps * 2 * 4 * 4 * WARP + routes
 
 
-_RING_BYTES, _LEAST_RING_BYTES = 96 << 10, 48 << 10
+_RING_BYTES, _LEAST_RING_BYTES = 128 << 10, 48 << 10
 """In flight of a multiprocessor: 4.5 TB/s at 1.2 us are 41 KB on 132 of them, and some of a ring is being read."""
-_STEPS = (6, 5, 4, 3)
+_STEPS = (8, 6, 5, 4, 3)
+"""Tiles of a slot: the more, the fewer instructions its copies and scales take per code."""
 _LEAST_SLOTS, _MOST_SLOTS = 3, 16
 _WARPS = 8
-_BESIDE_ROUTES = 64
+_BESIDE_ROUTES = 16
 """Up to so many routes a launch is short, and blocks of both launches stand beside each other on a multiprocessor."""
 _LEAST_ROUTES = 4
 
