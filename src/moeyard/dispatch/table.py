@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, facts_of_experts
-from moeyard.dispatch.invariance import VARIES, batch_invariance
+from moeyard.dispatch.invariance import batch_invariance, dependence
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -187,6 +187,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_FOUR_BITS = "moeyard.cuda.experts.four_bits"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -240,6 +241,13 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             _cuda_products,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+        ),
+        Impl(
+            "cuda",
+            f"{_FOUR_BITS}:fused_experts_launch",
+            _cuda_products,
+            way="few tokens of 4 bits",
+            unfit=f"{_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
@@ -318,8 +326,10 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call) or (VARIES.get(row.label) if call.batch_invariant else None)
+    scheme = None if call.weights is None else call.weights.scheme
+    reason = refusal_of(row.label, scheme) or row.refusal(call)
+    if reason is None and call.batch_invariant:
+        reason = dependence(row.label, scheme)
     if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason
