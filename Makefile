@@ -66,8 +66,9 @@ lint: .venv/ready ## ruff and strict mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: .venv/ready ## regenerate README's tables and pictures from benchmarks/results
-	$(BIN)/python -m moeyard.bench.docs README.md
+docs: .venv/ready ## regenerate tables, numbers and pictures of README and docs from benchmarks/results
+	$(BIN)/python -m moeyard.bench.docs .
+	$(BIN)/python docs/assay_report.py .
 
 bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/results/<machine>
 	$(BIN)/python -m moeyard.bench.suite cpu

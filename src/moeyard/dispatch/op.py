@@ -130,6 +130,12 @@ class Op:
                 f"moeyard::{self.name}", gradient.backward, setup_context=gradient.setup, lib=_LIBRARY
             )
         self._registered = getattr(ops, self.name)
+        REGISTERED[self.name] = self
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The arguments that have a gradient."""
+        return () if self._gradient is None else self._gradient.inputs
 
     def __call__(self, arguments: tuple[Any, ...], impl: str, out: Any = None, apart: bool = False) -> Any:
         """The outputs: `out` with its contents if one is given, which was checked against shapes and dtypes.
@@ -222,6 +228,10 @@ class Op:
     def _fake(self, *flat_and_impl: Any) -> Any:
         flat = flat_and_impl[:-1]
         return _fields(self._allocate(*(flat if self._gather is None else self._gather(*flat))))
+
+
+REGISTERED: dict[str, Op] = {}
+"""Name -> operator, of all `torch.ops.moeyard` that are there."""
 
 
 def _named(outputs: Any) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.call import Call, Explanation, facts_of_experts
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -41,30 +41,6 @@ class Impl:
     def label(self) -> str:
         """The name, and which way."""
         return f"{self.name} ({self.way})" if self.way else self.name
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What `auto` would choose for a call, and why the others are not chosen."""
-
-    op: str
-    call: Call
-    chosen: str
-    """The implementation; "none" where all refuse."""
-    reasons: dict[str, str]
-    """By row of the table: an implementation, and which way where it has several."""
-
-    @property
-    def able(self) -> tuple[str, ...]:
-        """The implementations that "auto" may choose for such a call, the preferred one first."""
-        rows = [row for row, reason in self.reasons.items() if reason.startswith(("chosen", "comes after"))]
-        return tuple(dict.fromkeys(row.partition(" (")[0] for row in rows))
-
-    def __str__(self) -> str:
-        dtype = str(self.call.dtype).removeprefix("torch.")
-        lines = [f"{self.op} on {self.call.device.type} ({dtype}): {self.chosen}"]
-        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
 
 
 @cache
@@ -96,9 +72,17 @@ def _cuda(call: Call) -> str | None:
         return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
     if not installed("cuda.core") or not installed("cuda.bindings"):
         return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
+    if call.capability is not None:
+        return _too_old(call.capability)
     if torch.cuda.is_available():
         reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(call.device.index)
         return reason
+    return None
+
+
+def _too_old(capability: tuple[int, int] | None) -> str | None:
+    if capability is not None and capability < (8, 0):
+        return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
     return None
 
 
@@ -119,7 +103,7 @@ def _cuda_sums(call: Call) -> str | None:
 def _cuda_products(call: Call) -> str | None:
     if call.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    reason, capability = _cuda(call), capability_of(call.device)
+    reason, capability = _cuda(call), _capability(call)
     if reason is None and capability not in (None, (9, 0)):
         return f"is written for compute capability 9.0, got {'.'.join(map(str, capability or ()))}"
     return reason
@@ -132,15 +116,16 @@ def _triton(call: Call) -> str | None:
         return "takes tensors of NVIDIA GPUs, got cpu (which it takes under TRITON_INTERPRET=1, to be tested)"
     if call.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
-    capability = capability_of(call.device)
-    if capability is not None and capability < (8, 0):
-        return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
-    return _sums(call)
+    return _too_old(_capability(call)) or _sums(call)
+
+
+def _capability(call: Call) -> tuple[int, int] | None:
+    """The compute capability that a call names or its device has; None for other devices, and with no GPU to ask."""
+    return call.capability or _capability_of(call.device)
 
 
 @cache
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of an NVIDIA GPU; None for other devices, and where there is none to ask."""
+def _capability_of(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
 
 
@@ -312,7 +297,10 @@ def _load(target: str) -> Callable[..., Any]:
 def _refusal(row: Impl, call: Call) -> str | None:
     reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
     reason = reason or row.refusal(call)
-    if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
+    if reason is None and row.unfit and call.capability is not None:
+        with _load("moeyard.cuda.ahead:planning_on")(call.capability):
+            reason = _load(row.unfit)(call)
+    elif reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason
 
@@ -352,6 +340,7 @@ def explain(
     num_tokens: int | None = None,
     top_k: int = 1,
     weights: ExpertWeights | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Explanation:
     """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
 
@@ -361,8 +350,14 @@ def explain(
         dtype: that of the ids (layout; int32 by default) or of the rows (all others; bfloat16 by default).
         num_tokens, top_k, weights: of a call of `fused_experts`, whose choice depends on sizes; of any size unless
             given.
+        capability: the compute capability of a GPU that need not be there, such as (9, 0); None asks the device.
 
-    Printing the result gives one line per implementation. Raises ValueError for an unknown op.
+    Printing the result gives one line per implementation. Raises ValueError for an unknown op, and for a compute
+    capability that is not known. Without a GPU and a capability, what depends on a card's sizes is not asked.
+
+    Example:
+        >>> print(moeyard.explain("fused_experts", "cuda", capability=(9, 0)).chosen)
+        cuda
     """
     if op not in TABLE:
         raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
@@ -371,9 +366,11 @@ def explain(
     facts = None if weights is None else facts_of_experts(weights)
     experts = 0 if weights is None else weights.num_local_experts
     place = torch.device(device)
-    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+    if capability is not None and (place.type != "cuda" or place.index is not None):
+        raise ValueError(f"capability: expected None beside device {str(device)!r} (it needs 'cuda'), got {capability}")
+    if place.type == "cuda" and place.index is None and capability is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    call = Call(place, dtype, facts, num_tokens, top_k, experts)
+    call = Call(place, dtype, facts, num_tokens, top_k, experts, capability=capability)
     forced = _OVERRIDE.get(op)
     chosen, reasons = "", {}
     for row in TABLE[op]:
