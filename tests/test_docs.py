@@ -1,15 +1,20 @@
 """README and docs: tables, numbers and pictures follow from files; links lead somewhere; code blocks run."""
 
+import os
 import re
 import runpy
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from moeyard.bench import claims, docs, drawings, results, support
 from moeyard.dispatch import schemes, table
+from moeyard.testing import SOURCE
 from moeyard.values import Layout
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +124,95 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         if "://" not in link and not link.startswith("#"):
             assert (page.parent / link.partition("#")[0]).exists(), link
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    language: str
+    title: str
+    """The file that it is, if it is one."""
+    test: str
+    """"": in every run; "full"; or "no" and why."""
+    text: str
+
+
+_FENCE = re.compile(r'(?:<!-- test: (.+?) -->\n)?```(\w*)(?: title="(\S+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[Block]:
+    found = [Block(language, title, test, text) for test, language, title, text in _FENCE.findall(page.read_text())]
+    assert page.read_text().count("```") == 2 * len(found), f"{page}: expected blocks that are fenced alone"
+    return found
+
+
+WITH_BLOCKS = [page for page in PAGES if blocks(page)]
+
+
+def a_model() -> Any:
+    """A model of transformers, small: what pages call `model`."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=32, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config).eval()
+
+
+def run(page: Path, folder: Path, full: bool) -> int:
+    """Runs the blocks of a page one after the other, as a reader would in an empty folder; returns how many."""
+    given, done = {"__name__": "page"}, 0
+    path = folder / "bin"
+    path.mkdir()
+    (path / "moeyard").write_text(f'#!/bin/sh\nexec {sys.executable} -m moeyard "$@"\n')
+    (path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for command in path.iterdir():
+        command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{path}:{os.environ['PATH']}", "PYTHONPATH": f"{SOURCE}:{folder}"}
+    for block in blocks(page):
+        if block.title:
+            (folder / block.title).write_text(block.text)
+        elif block.test.startswith("no") or ((block.test == "full" or block.language == "bash") and not full):
+            continue
+        elif block.language == "bash":
+            ended = subprocess.run(
+                ["bash", "-ec", block.text], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+            assert ended.returncode == 0, f"{block.text}{ended.stdout}{ended.stderr}"
+        else:
+            if re.search(r"\bmodel\.", block.text) and "model" not in given:
+                given["model"] = a_model()
+            exec(compile(block.text, str(page), "exec"), given)
+        done += 1
+    return done
+
+
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=named)
+def test_blocks_of_python_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quick = [b for b in blocks(page) if b.language == "python" and not b.test and not b.title]
+    assert run(page, tmp_path, full=False) >= len(quick)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=named)
+@pytest.mark.filterwarnings("ignore")  # of packages that blocks import
+def test_all_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    left = [block for block in blocks(page) if block.test.startswith("no")]
+    assert run(page, tmp_path, full=True) == len(blocks(page)) - len(left) > 0 or left
+
+
+def test_every_block_says_what_it_is() -> None:
+    for page in WITH_BLOCKS:
+        for block in blocks(page):
+            assert block.language in ("python", "bash", "toml"), f"{page}: {block.text}"
+            assert block.language != "toml" or block.title, page
+            assert re.fullmatch(r"|full|no, \w.{10,}", block.test), page
+
+
+def test_a_block_that_fails_is_seen(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        run(page, tmp_path, full=False)

@@ -117,7 +117,7 @@ def test_sources_of_cuda_include_one_way() -> None:
 def test_every_room_has_its_arrows() -> None:
     rooms = {path.stem if path.suffix else path.name for path in SOURCE.iterdir() if path.name != "py.typed"}
     inner = {f"dispatch.{path.stem}" for path in (SOURCE / "dispatch").glob("*.py") if path.stem != "__init__"}
-    assert (rooms | inner) - {"__init__", "__main__", "__pycache__", "bench", "cli", "dispatch"} == set(ARROWS)
+    assert (rooms | inner) - {"__init__", "__main__", "__pycache__", "bench", "dispatch"} == set(ARROWS)
     folders = {path.name for path in (SOURCE / "cuda").iterdir() if path.is_dir()}
     assert folders - {"__pycache__", "device"} == set(CUDA_ARROWS)
 
@@ -144,7 +144,7 @@ def test_tests_of_assay_import_no_tests() -> None:
 OPTIONAL = {"numpy", "numba", "typer", "rich", "matplotlib", "triton", "cuda", "transformers", "vllm"}
 OPTIONAL |= {"safetensors", "compressed_tensors"}
 MAY_IMPORT = {"cpu": {"numba", "numpy"}, "triton": {"triton"}, "cuda": {"cuda"}}
-MAY_IMPORT |= {"cli": {"typer", "rich"}, "bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
+MAY_IMPORT |= {"bench": {"typer", "rich", "numba", "numpy"}, "testing": {"numpy", "triton"}}
 MAY_IMPORT |= {"integrations": {"transformers"}}
 
 
