@@ -1,16 +1,22 @@
 """The laws of the house: who imports whom, what importing costs, what is public, how long a file may be."""
 
 import ast
+import dataclasses
+import doctest
 import inspect
+import io
 import json
+import pydoc
 import re
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 import moeyard
+from moeyard import helptexts
 from moeyard.dispatch import table
 from moeyard.testing import python
 
@@ -39,6 +45,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "grouped_gemm": ROOM | {"combine"},
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
+    "helptexts": set(),
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
@@ -172,6 +179,21 @@ def test_public_names() -> None:
     assert sorted(moeyard.__all__) == sorted(PUBLIC)
     for name in PUBLIC:
         assert inspect.getdoc(getattr(moeyard, name)), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"GPT_OSS_ACTIVATION"}))
+def test_help_shows_fields_and_an_example_that_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert set(helptexts.EXAMPLES) < set(PUBLIC)
+    found = getattr(moeyard, name)
+    shown = pydoc.render_doc(found, renderer=pydoc.plaintext)
+    for field in dataclasses.fields(found) if dataclasses.is_dataclass(found) else ():
+        assert not field.init or f"{field.name}: " in shown.partition("Example:")[0], f"{name}.{field.name}"
+    names = {"moeyard": moeyard, "torch": torch}
+    (example,) = doctest.DocTestFinder(recurse=False).find(found, name, globs=names)
+    assert example.examples and "Example:" in shown, name
+    words = io.StringIO()
+    assert doctest.DocTestRunner().run(example, out=words.write).failed == 0, words.getvalue()
 
 
 def in_fresh_process(code: str) -> str:

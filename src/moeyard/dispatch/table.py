@@ -354,10 +354,6 @@ def explain(
 
     Printing the result gives one line per implementation. Raises ValueError for an unknown op, and for a compute
     capability that is not known. Without a GPU and a capability, what depends on a card's sizes is not asked.
-
-    Example:
-        >>> print(moeyard.explain("fused_experts", "cuda", capability=(9, 0)).chosen)
-        cuda
     """
     if op not in TABLE:
         raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
