@@ -17,7 +17,7 @@ _PLACES: dict[str, tuple[str, tuple[int, int] | None]] = {
     "CPU": ("cpu", None), "NVIDIA GPU, 8.0 and later": ("cuda", (8, 0)), "Hopper": ("cuda", (9, 0)),
 }  # fmt: skip
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_INSIDE = ("grouped_outer", "activate_backward")
+_INSIDE = ("grouped_outer", "activate_backward", "weighted_activate_backward")
 """Operators that only backwards call."""
 _SCHEMES = {
     "FP8 per tensor": quant.FP8_TENSOR, "FP8 per channel": quant.FP8_CHANNEL, "FP8 blocks": quant.FP8_BLOCK,

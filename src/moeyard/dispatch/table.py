@@ -162,11 +162,12 @@ def _no_kernel(gradient: str) -> Callable[[Call], str | None]:
     return lambda _: f"has no kernel for {gradient} yet: the next row computes it"
 
 
-def _gradient(target: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
+def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
     """The rows of what a backward is made of; who has no kernel says so."""
     have = {row.name for row in first}
-    none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda", "triton") if name not in have]
-    return (*first, *none, *_everywhere(target))
+    none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda") if name not in have]
+    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", _triton)
+    return (*first, *none, by_triton, *_everywhere(f"gradients:{launcher}"))
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
@@ -209,11 +210,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     ),
     "activate": _layer("activate_launch"),
     "grouped_outer": _gradient(
-        "gradients:grouped_outer_launch",
+        "grouped_outer_launch",
         "the gradients of weights",
         Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", _cpu_sums),
     ),
-    "activate_backward": _gradient("gradients:activate_backward_launch", "the derivative of activations"),
+    "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
+    "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
@@ -260,8 +262,13 @@ _OVERRIDE = _read_override(os.environ.get("MOEYARD_IMPL", ""))  # once: a read o
 
 
 def for_gradients(impl: str) -> str:
-    """What computes the backward of an operator that `impl` answered: the same where it has all of it, else "auto"."""
-    return impl if impl in ("torch", "reference") else "auto"
+    """What computes the backward of what `impl` answered: itself where it has all kernels for it, else "auto"."""
+    return impl if impl in ("torch", "reference", "triton") else "auto"
+
+
+def among(op: str, impl: str) -> str:
+    """`impl` for an operator that has it, else "auto": not every implementation has all operators."""
+    return impl if impl in impl_names(op) else "auto"
 
 
 def impl_names(op: str) -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import round_up
+from moeyard.dispatch.call import lies_turned
+from moeyard.dispatch.sizes import power, round_up
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.launch import Step, card
 
@@ -84,9 +85,21 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
-def power(value: int, least: int) -> int:
-    """The smallest power of two of at least `value` and `least`."""
-    return max(least, 1 << max(0, value - 1).bit_length())
+class Lies(NamedTuple):
+    """How matrices [experts, columns, size] lie in memory, in elements."""
+
+    strides: tuple[int, int]
+    """From expert to expert, and from column to column; where they are turned, from element to element of a sum."""
+    turned: bool
+    """Whether columns are side by side: the matrices lie transposed."""
+
+
+def readable(weight: Tensor) -> tuple[Tensor, Lies]:
+    """What products read in place, and how it lies: the weights themselves wherever an axis is contiguous."""
+    if lies_turned(weight):
+        return weight, Lies((weight.stride(0), weight.stride(2)), True)
+    weight = dense_rows(weight)
+    return weight, Lies((weight.stride(0), weight.stride(1)), False)
 
 
 def programmatic_on(device: torch.device) -> bool:
