@@ -23,7 +23,7 @@ from moeyard.testing import python
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
-ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
+ROOM = {"values"} | {f"dispatch.{name}" for name in ("call", "checks", "ids", "invariance", "op", "sizes", "table")}
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.processes", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
@@ -31,12 +31,13 @@ ARROWS = {  # module -> what of moeyard it may import
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
+    "dispatch.invariance": set(),
     "dispatch.sizes": {"values"},
     "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
     "dispatch.checks": {"values", "quant"},
     "dispatch.call": {"values", "quant"},
-    "dispatch.table": {"values", "dispatch.call", "dispatch.schemes"},
+    "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -47,14 +48,14 @@ ARROWS = {  # module -> what of moeyard it may import
     "losses": ROOM,
     "helptexts": set(),
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "activation", "training", "dispatch"},
+    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
-    "warmup": {"values", "dispatch.call", "dispatch.checks", "dispatch.table", "cuda", "triton", *OPS},
+    "warmup": ROOM | {"dispatch.schemes", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
-    "cuda": IMPLEMENTATION | {"cuda"},
+    "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations"},

@@ -46,6 +46,8 @@ class Call(NamedTuple):
     weight_on_input: bool = False
     capability: tuple[int, int] | None = None
     """The compute capability of a GPU that need not be there, which `explain` asks about; None: that of the device."""
+    batch_invariant: bool = False
+    """Whether a token's result may not depend on the batch around it (`invariance.py`)."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class LayerFacts(NamedTuple):
     """One expert that every token goes through."""
     block_sizes: tuple[int, ...] = (1, 16)
     """Of alignments."""
+    batch_invariant: bool = False
+    """Of calls of experts and layers."""
 
 
 def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:

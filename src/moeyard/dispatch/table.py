@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, Explanation, facts_of_experts
+from moeyard.dispatch.invariance import VARIES, batch_invariance
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -303,7 +304,7 @@ def _load(target: str) -> Callable[..., Any]:
 
 def _refusal(row: Impl, call: Call) -> str | None:
     reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call)
+    reason = reason or row.refusal(call) or (VARIES.get(row.label) if call.batch_invariant else None)
     if reason is None and row.unfit and call.capability is not None:
         with _load("moeyard.cuda.ahead:planning_on")(call.capability):
             reason = _load(row.unfit)(call)

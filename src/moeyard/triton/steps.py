@@ -102,6 +102,16 @@ def readable(weight: Tensor) -> tuple[Tensor, Lies]:
     return weight, Lies((weight.stride(0), weight.stride(1)), False)
 
 
+def placed_alike(tensor: Tensor) -> Tensor:
+    """The matrix itself if it is dense and begins at a multiple of 16 bytes, otherwise such a copy.
+
+    Triton compiles a kernel for what addresses and strides are multiples of. So one kernel serves a token wherever it
+    lies.
+    """
+    dense = tensor.stride() == (tensor.shape[1], 1)
+    return tensor if dense and not tensor.data_ptr() % 16 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def programmatic_on(device: torch.device) -> bool:
     """Whether a kernel may be placed while the one before drains: it waits for that one's writes itself."""
     return device.type in ("cuda", "meta") and card(device).capability >= (9, 0)
