@@ -65,13 +65,16 @@ def _gradients(op: str) -> str:
     return ", ".join(f"`{name}`" for name in names) if names else "none"
 
 
+def _mark(label: str, scheme: quant.QuantScheme) -> str:
+    return "yes" if label in TAKES and TAKES[label](scheme) else ""
+
+
 def schemes() -> str:
     """One line per scheme in use: which implementations of `fused_experts` take it, as it is or in tiles."""
     labels = [row.label for row in TABLE["fused_experts"]]
     lines = [f"| weights of experts | {' | '.join(labels)} |", "|---|" + ":-:|" * len(labels)]
     for name, scheme in _SCHEMES.items():
-        takes = [TAKES.get(label, lambda _: False) for label in labels]
         tiled = replace(scheme, tiled=True) if scheme.per_byte == 2 else scheme
-        marks = ["yes" if one(scheme) else "tiles" if one(tiled) else "" for one in takes]
+        marks = [_mark(label, scheme) or ("tiles" if _mark(label, tiled) else "") for label in labels]
         lines.append(f"| {name}: `{scheme}` | {' | '.join(marks)} |")
     return "\n".join([*lines, ""])
