@@ -17,7 +17,7 @@ from moeyard.testing import python
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
-ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
+ROOM = {"values"} | {f"dispatch.{name}" for name in ("call", "checks", "ids", "invariance", "op", "sizes", "table")}
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.processes", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
@@ -25,12 +25,13 @@ ARROWS = {  # module -> what of moeyard it may import
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
+    "dispatch.invariance": {"quant"},
     "dispatch.sizes": {"values"},
     "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
     "dispatch.checks": {"values", "quant"},
     "dispatch.call": {"values", "quant"},
-    "dispatch.table": {"values", "dispatch.call", "dispatch.schemes"},
+    "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -40,14 +41,15 @@ ARROWS = {  # module -> what of moeyard it may import
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "activation", "training", "dispatch"},
+    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
-    "warmup": {"values", "dispatch.call", "dispatch.checks", "dispatch.table", "cuda", "triton", *OPS},
+    "pack": {"values", "quant", "dispatch.checks"},
+    "warmup": ROOM | {"dispatch.schemes", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
-    "cuda": IMPLEMENTATION | {"cuda"},
+    "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
@@ -67,9 +69,9 @@ PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
     "fused_experts grouped_gemm load_balancing_loss load_experts moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute "
+    "moe_lora_align_block_size moe_sum pack_experts permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "update_selection_bias warmup"
+    "unpack_experts update_selection_bias warmup"
 ).split()
 
 
