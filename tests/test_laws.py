@@ -17,7 +17,7 @@ from moeyard.testing import python
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
-ROOM = {"values", "dispatch.call", "dispatch.checks", "dispatch.ids", "dispatch.op", "dispatch.sizes", "dispatch.table"}
+ROOM = {"values"} | {f"dispatch.{name}" for name in ("call", "checks", "ids", "invariance", "op", "sizes", "table")}
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.processes", "dispatch.sizes"}
 ARROWS = {  # module -> what of moeyard it may import
@@ -25,12 +25,13 @@ ARROWS = {  # module -> what of moeyard it may import
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
+    "dispatch.invariance": {"quant"},
     "dispatch.sizes": {"values"},
     "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
     "dispatch.checks": {"values", "quant"},
     "dispatch.call": {"values", "quant"},
-    "dispatch.table": {"values", "dispatch.call", "dispatch.schemes"},
+    "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -40,18 +41,19 @@ ARROWS = {  # module -> what of moeyard it may import
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "activation", "training", "dispatch"},
+    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},
-    "warmup": {"values", "dispatch.call", "dispatch.checks", "dispatch.table", "cuda", "triton", *OPS},
+    "warmup": ROOM | {"dispatch.schemes", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
-    "cuda": IMPLEMENTATION | {"cuda"},
+    "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
-    "integrations": ROOM | {"", "quant", "combine", "integrations"},
+    "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
+    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -60,7 +62,9 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
 }
-ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
+ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
+READS = {"parallel/wire.py": "tolist"}
+"""The one place of a room that may wait for a device: an all-to-all needs its counts on the host."""
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
@@ -166,7 +170,7 @@ def test_no_host_reads_of_device_values() -> None:
     for room in ON_DEVICE:
         for path in list((SOURCE / room).rglob("*.py")) or [SOURCE / f"{room}.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute):
+                if isinstance(node, ast.Attribute) and node.attr != READS.get(str(path.relative_to(SOURCE))):
                     assert node.attr not in ("item", "tolist", "nonzero", "cpu"), f"{path}:{node.lineno}"
 
 

@@ -43,6 +43,8 @@ class Call(NamedTuple):
     num_experts: int = 0
     """Global number of experts, of an alignment the local one; 0 where it is unknown."""
     weight_on_input: bool = False
+    batch_invariant: bool = False
+    """Whether a token's result may not depend on the batch around it (`invariance.py`)."""
 
 
 class LayerFacts(NamedTuple):
@@ -62,6 +64,8 @@ class LayerFacts(NamedTuple):
     """One expert that every token goes through."""
     block_sizes: tuple[int, ...] = (1, 16)
     """Of alignments."""
+    batch_invariant: bool = False
+    """Of calls of experts and layers."""
 
 
 def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.invariance import batch_invariance, dependence
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -325,8 +326,10 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call)
+    scheme = None if call.weights is None else call.weights.scheme
+    reason = refusal_of(row.label, scheme) or row.refusal(call)
+    if reason is None and call.batch_invariant:
+        reason = dependence(row.label, scheme)
     if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason
@@ -367,6 +370,7 @@ def explain(
     num_tokens: int | None = None,
     top_k: int = 1,
     weights: ExpertWeights | None = None,
+    batch_invariant: bool | None = None,
 ) -> Explanation:
     """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
 
@@ -376,8 +380,10 @@ def explain(
         dtype: that of the ids (layout; int32 by default) or of the rows (all others; bfloat16 by default).
         num_tokens, top_k, weights: of a call of `fused_experts`, whose choice depends on sizes; of any size unless
             given.
+        batch_invariant: as in `fused_experts`.
 
-    Printing the result gives one line per implementation. Raises ValueError for an unknown op.
+    Printing the result gives one line per implementation. Raises ValueError for an unknown op, and for
+    `batch_invariant` of one without.
     """
     if op not in TABLE:
         raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
@@ -388,7 +394,8 @@ def explain(
     place = torch.device(device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    call = Call(place, dtype, facts, num_tokens, top_k, experts)
+    invariant = batch_invariance(batch_invariant, op)
+    call = Call(place, dtype, facts, num_tokens, top_k, experts, batch_invariant=invariant)
     forced = _OVERRIDE.get(op)
     chosen, reasons = "", {}
     for row in TABLE[op]:

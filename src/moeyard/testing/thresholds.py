@@ -271,6 +271,7 @@ EXEMPT = {
     "vectorised.quant:code_values:7": "a code of e2m1",
     "vectorised.router:_LEAST": "a key below all others",
     "triton.steps:MOST_PLANS": "the length of a cache",
+    "triton.plan:PINNED_ROWS": "a tile's rows, whatever the sizes",
     "triton.launch:_kind:2147483648": "the width of an integer",
     "triton.plan:product_tile:9": "a compute capability",
     "triton.plan:outer_tile:9": "a compute capability",

@@ -9,7 +9,7 @@ from torch import Tensor
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.quant import QuantScheme, blocks_of
 from moeyard.triton import four_bits_kernels
-from moeyard.triton.launch import Step, card
+from moeyard.triton.launch import Step, card, dtypes_of
 from moeyard.triton.plan import Tile, four_bit_tile, most_row_tiles
 from moeyard.triton.steps import (
     MOST_PLANS,
@@ -20,6 +20,7 @@ from moeyard.triton.steps import (
     layout_steps,
     prepared,
     programmatic_on,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import Activation, ExpertCall
@@ -52,7 +53,7 @@ def fused_four_bit_experts_launch(
     plan: _Plan = prepared(
         _plan, out.device, out.dtype, ids.dtype, *ids.shape, weights.num_local_experts, weights.hidden_size,
         weights.intermediate_size, call.num_experts, call.activation, weights.gated, call.weight_on_input, scheme,
-        hidden.stride(0), 0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
+        hidden.stride(0), stride_of(b13), stride_of(b2), dtypes_of((s13, s2)),
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:
@@ -83,7 +84,7 @@ def scales_weights(scheme: QuantScheme, dtype: torch.dtype) -> bool:
 def _plan(
     device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int, local: int, hidden: int,
     size: int, num_experts: int, activation: Activation, gated: bool, weight_on_input: bool, scheme: QuantScheme,
-    row_stride: int, b13_stride: int, b2_stride: int,
+    row_stride: int, b13_stride: int, b2_stride: int, _scales: tuple[torch.dtype | None, ...] = (),
 ) -> _Plan:  # fmt: skip
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
     expected = expected_routes(n, local, num_experts)

@@ -44,7 +44,7 @@ def fused_experts_launch(
     bfloat16 become float16 times a power of two of the row. Sums are float32, in a fixed order. Allocates [T * K, I] of
     the dtype and [T * K, H] float32. Raises ValueError for sizes that `four_bit_plan` has no plan for.
     """
-    weights, activation, num_experts, expert_map, weight_on_input = call
+    weights, activation, num_experts, expert_map, weight_on_input, _ = call
     scales, scheme = weights.scales, weights.scheme
     assert scales is not None and scheme is not None
     num_tokens, top_k = topk_ids.shape
