@@ -77,7 +77,8 @@ PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
     "fused_experts grouped_gemm load_balancing_loss load_experts moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum pack_experts permute "
+    "pack_experts "
+    "moe_lora_align_block_size moe_sum permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
     "unpack_experts update_selection_bias warmup"
 ).split()
