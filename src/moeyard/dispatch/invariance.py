@@ -15,7 +15,8 @@ VARIES = {
     "reference": _OF_TORCH,
     "cuda (few tokens)": "promises no batch-invariant result: its sums have another order than those of more tokens",
 }
-"""By the labels of rows: why a token's result may depend on the batch, in words. All other rows promise that not."""
+"""By the labels of rows: why a token's result may depend on the batch, in words. All others promise that it does not.
+"""
 
 
 def _read(text: str) -> bool:
