@@ -1,16 +1,21 @@
-"""Trains a small language model on the bytes of Python's manual, twice: experts by moeyard, and eager ones.
+"""Trains a small language model on the bytes of Python's manual with experts by moeyard, and with eager ones.
 
-    python examples/train_moe.py --steps 300 --out build/train_moe.svg
+    python examples/train_moe.py --steps 300 --out build/train_moe.svg [--data FILE] [--device cuda] [--autocast]
 
-The picture shows the loss of both runs, and which share of the routes each expert gets over time. Both runs begin with
-the same weights and see the same bytes. The load-balancing loss and the z-loss are added to that of the bytes, and the
-selection bias moves after each step. Needs matplotlib for the picture (pip install 'moeyard[plot]').
+All runs begin with the same weights and see the same bytes. moeyard's run is made twice and has to end in the same
+bits. The picture shows the losses, how far they are apart, and which share of the routes each expert gets over time.
+What is noise is shown by a second eager run whose first weights are moved by a millionth. The load-balancing loss and
+the z-loss are added to that of the bytes, and the selection bias moves after each step. With --autocast products are
+bfloat16 and weights float32. Needs matplotlib for the picture (pip install 'moeyard[plot]').
 """
 
 import argparse
+import json
+import os
+import platform
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +43,8 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[tokens, WIDTH] -> [tokens, WIDTH]; `extra` is what is added to the loss, `ids` which experts were chosen."""
         logits = self.router(rows)
+        if torch.is_autocast_enabled(rows.device.type):
+            rows = rows.to(torch.get_autocast_dtype(rows.device.type))
         if self.eager:
             routing = plain_route(logits, self.bias)
             result = plain_experts(rows, routing, self.w13, self.w2)
@@ -65,7 +72,7 @@ def plain_experts(rows: Tensor, routing: moeyard.Routing, w13: Tensor, w2: Tenso
         token, k = torch.where(routing.topk_ids == expert)
         gate, up = functional.linear(rows[token], w13[expert]).chunk(2, 1)
         row = functional.linear(functional.silu(gate) * up, w2[expert])
-        result = result.index_add(0, token, row * routing.topk_weights[token, k, None])
+        result = result.index_add(0, token, (row * routing.topk_weights[token, k, None]).to(rows.dtype))
     return result
 
 
@@ -117,10 +124,13 @@ class Run(NamedTuple):
     """In the end."""
 
 
-def train(steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0, batch: int = BATCH) -> Run:
-    """One run on the CPU. `nudge` is how far, relative to each, the first weights are moved."""
+def train(
+    steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0, batch: int = BATCH, device: str = "cpu",
+    autocast: bool = False,
+) -> Run:  # fmt: skip
+    """One run. `nudge` is how far, relative to each, the first weights are moved."""
     torch.manual_seed(seed)
-    model, text = Model(eager), torch.tensor(list("\n".join(topics.values()).encode()))
+    model, text = Model(eager).to(device), torch.tensor(list("\n".join(topics.values()).encode()))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + nudge)
@@ -128,55 +138,92 @@ def train(steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0,
     generator, losses, shares = torch.Generator().manual_seed(seed), [], []
     for _ in range(steps):
         starts = torch.randint(0, len(text) - LENGTH - 1, (batch, 1), generator=generator)
-        taken = text[starts + torch.arange(LENGTH + 1)]
-        logits = model(taken[:, :-1])
-        loss = functional.cross_entropy(logits.reshape(-1, 256), taken[:, 1:].reshape(-1))
+        taken = text[starts + torch.arange(LENGTH + 1)].to(device)
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            logits = model(taken[:, :-1])
+        loss = functional.cross_entropy(logits.float().reshape(-1, 256), taken[:, 1:].reshape(-1))
         (loss + sum(block.experts.extra for block in model.blocks)).backward()
         optimizer.step()
         optimizer.zero_grad()
         for block in model.blocks:
             moeyard.update_selection_bias(block.experts.bias, block.experts.ids, rate=1e-3)
         losses.append(loss.item())
-        ids = model.blocks[0].experts.ids
+        ids = model.blocks[0].experts.ids.cpu()
         shares.append(torch.bincount(ids.flatten().long(), minlength=EXPERTS) / ids.numel())
     return Run(losses, torch.stack(shares), [parameter.detach() for parameter in model.parameters()])
 
 
-def plot(mine: Run, eager: Run, out: Path) -> None:
-    """Both losses, and the shares of moeyard's run, into a PNG or SVG."""
+def apart(one: Run, other: Run) -> float:
+    """The mean distance of two loss curves, in nats per byte."""
+    return sum(abs(a - b) for a, b in zip(one.losses, other.losses, strict=True)) / len(one.losses)
+
+
+def plot(mine: Run, eager: Run, moved: Run, out: Path, where: str = "float32 on a CPU") -> None:
+    """The losses, their distances, and the shares of moeyard's run, into a PNG or SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     steps = range(1, len(mine.losses) + 1)
     left.plot(steps, eager.losses, label="eager", color="C0", linewidth=2.5, alpha=0.5)
     left.plot(steps, mine.losses, label="moeyard", color="C1", linewidth=0.8)
     left.set(xlabel="step", ylabel="loss, nats per byte")
-    left.legend(fontsize="small")
-    left.grid(alpha=0.3)
+    for run, label, colour in (
+        (moved, "eager, first weights moved by 1e-6", "C0"), (mine, "moeyard", "C1")
+    ):  # fmt: skip
+        distances = [abs(a - b) for a, b in zip(run.losses, eager.losses, strict=True)]
+        middle.plot(steps, distances, label=label, color=colour, linewidth=0.8)
+    middle.set(xlabel="step", ylabel="distance to eager's loss, nats per byte", yscale="log")
     right.stackplot(steps, mine.shares.T.numpy(), labels=[f"expert {i}" for i in range(EXPERTS)])
-    right.set(xlabel="step", ylabel="share of routes, first layer", ylim=(0, 1))
+    right.set(xlabel="step", ylabel="share of routes, first layer", ylim=(0, 1), xlim=(1, len(steps)))
     right.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"{EXPERTS} experts, top {TOP_K}, bytes of Python's manual, float32 on a CPU", fontsize="medium")
+    left.legend(fontsize="small")
+    middle.legend(fontsize="small", loc="upper left")
+    for axes in (left, middle):
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{EXPERTS} experts, top {TOP_K}, bytes of Python's manual, {where}", fontsize="medium")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
     pyplot.close(figure)
 
 
 def main() -> None:
-    """Trains twice and draws."""
+    """Trains four times, compares and draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("build/train_moe.svg"))
-    arguments = parser.parse_args()
-    mine, eager = train(arguments.steps), train(arguments.steps, eager=True)
+    parser.add_argument("--data", type=Path, help="a JSON file for losses and shares")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--autocast", action="store_true")
+    given = parser.parse_args()
+    if given.device == "cuda":  # what surrounds the experts has to repeat its bits, too
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    options: dict[str, Any] = {"device": given.device, "autocast": given.autocast}
+    mine, again = (train(given.steps, **options) for _ in range(2))
+    eager, moved = (train(given.steps, eager=True, nudge=nudge, **options) for nudge in (0.0, 1e-6))
     print(f"{'step':>6} {'moeyard':>9} {'eager':>9}")
-    for step in sorted({*range(0, arguments.steps, 50), arguments.steps - 1}):
+    for step in sorted({*range(0, given.steps, 50), given.steps - 1}):
         print(f"{step + 1:6} {mine.losses[step]:9.4f} {eager.losses[step]:9.4f}")
-    plot(mine, eager, arguments.out)
-    print(arguments.out)
+    equal = all(torch.equal(a, b) for a, b in zip(mine.weights, again.weights, strict=True))
+    found = {"same_bits": equal, "from_eager": apart(mine, eager), "eager_from_moved_eager": apart(moved, eager)}
+    print(found)
+    gpu = torch.cuda.get_device_name() if given.device == "cuda" else None
+    where = f"{'bfloat16 by autocast' if given.autocast else 'float32'} on {gpu or 'a CPU'}"
+    if given.data is not None:
+        machine = {"gpu": gpu, "cores": os.cpu_count(), "system": platform.system(), "torch": str(torch.__version__)}
+        curves = {"moeyard": mine, "eager": eager, "eager moved": moved}
+        content = {
+            "machine": machine, "steps": given.steps, "batch": BATCH, "autocast": given.autocast, **found,
+            "losses": {name: [round(loss, 9) for loss in run.losses] for name, run in curves.items()},
+            "shares": [[round(share, 4) for share in step] for step in mine.shares.tolist()],
+        }  # fmt: skip
+        given.data.parent.mkdir(parents=True, exist_ok=True)
+        given.data.write_text(json.dumps(content) + "\n")
+    plot(mine, eager, moved, given.out, where)
+    print(given.out)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import torch
 import batch_invariant
 import experts_goals
 import experts_variants
+import training
 from moeyard.bench import experts_cells, layers, results, run, timing
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider
+from moeyard.bench.training import TrainingStep
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import table
@@ -187,3 +189,30 @@ def test_vllms_tests_are_run_against_moeyard(tmp_path: Path) -> None:
     assert "left out: 1 tests (needs a GPU's streams)" in done.stdout
     assert "left out: 2 tests (larger than 2e+08)" in done.stdout and done.returncode == 1
     assert "expected a folder with one of" in python(script, str(tmp_path / "absent")).stderr
+
+
+@pytest.mark.parametrize("of_parts", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_steps_of_training_are_judged_before_they_are_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_parts: bool
+) -> None:
+    chosen = training.ours
+    monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
+    ours = training.ours()
+    off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}
+    providers, step = training.providers(), TrainingStep(tokens=64, top_k=2, experts=4, hidden=64, inside=32)
+    monkeypatch.setattr(
+        training, "providers", lambda: {**providers, **{(name, ""): call for name, call in off.items()}}
+    )
+    cell = training.Cell("none", step, timing.Rates(1.0, 1.0, 1.0, "bfloat16"))
+    rows = training.measure(cell, CPU, 0.0, of_parts=of_parts)
+    results.write(tmp_path / "training.json", results.document(rows, {}, {}))
+    assert results.read(tmp_path / "training.json")["rows"] == rows
+    found = {row["provider"] + row["impl"]: row for row in rows if row["op"] == "training step"}
+    assert {name for name, row in found.items() if not row["correct"]} == {"wrong", "raises"}
+    assert "err more than" in found["wrong"]["wrong"] and found["raises"]["wrong"].startswith("TypeError")
+    assert {"moeyardauto", "torchgrouped_mm", "right"} <= {name for name, row in found.items() if row["correct"]}
+    assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
+    of_part = {row["op"] for row in rows if row["op"].startswith("part")}
+    assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    mine = found["moeyardauto"]
+    assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]

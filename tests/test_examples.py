@@ -44,6 +44,16 @@ def test_examples_say_how_they_are_used(name: str) -> None:
     assert done.returncode == 0 and "--tokens" in done.stdout, done.stderr
 
 
+@pytest.mark.full
+def test_expert_parallel_has_the_bits_of_one_process() -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {"MOEYARD_IMPL": "torch", "GLOO_SOCKET_IFNAME": "lo"}
+    done = python(*launch, str(EXAMPLES / "expert_parallel.py"), "--tokens", "20", environment=environment)
+    assert done.returncode == 0 and "same bits as one process in that order: True" in done.stdout, done.stderr
+    if table.installed("transformers"):
+        assert "4 of 8 experts" in done.stdout and float(done.stdout.split()[-1]) < 1e-5
+
+
 @pytest.mark.skipif(not table.installed("transformers"), reason="transformers is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_generate_times_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

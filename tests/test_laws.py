@@ -25,7 +25,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
-    "dispatch.invariance": set(),
+    "dispatch.invariance": {"quant"},
     "dispatch.sizes": {"values"},
     "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
@@ -44,6 +44,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
+    "pack": {"values", "quant", "dispatch.checks"},
     "warmup": ROOM | {"dispatch.schemes", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
@@ -51,7 +52,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
-    "integrations": ROOM | {"", "quant", "combine", "integrations"},
+    "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
+    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -60,14 +62,16 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
 }
-ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations")
+ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
+READS = {"parallel/wire.py": "tolist"}
+"""The one place of a room that may wait for a device: an all-to-all needs its counts on the host."""
 PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
     "fused_experts grouped_gemm load_balancing_loss load_experts moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute "
+    "moe_lora_align_block_size moe_sum pack_experts permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "update_selection_bias warmup"
+    "unpack_experts update_selection_bias warmup"
 ).split()
 
 
@@ -165,7 +169,7 @@ def test_no_host_reads_of_device_values() -> None:
     for room in ON_DEVICE:
         for path in list((SOURCE / room).rglob("*.py")) or [SOURCE / f"{room}.py"]:
             for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute):
+                if isinstance(node, ast.Attribute) and node.attr != READS.get(str(path.relative_to(SOURCE))):
                     assert node.attr not in ("item", "tolist", "nonzero", "cpu"), f"{path}:{node.lineno}"
 
 

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import moeyard
 from moeyard import ExpertWeights, Routing
+from moeyard.bench.training import TrainingStep
+from moeyard.bench.training import kept_bytes as bytes_by_hand
 from moeyard.dispatch import table
 from moeyard.testing import python, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts, wide_weights
@@ -130,19 +132,15 @@ def kept_bytes(save: str, *given: torch.Tensor, routing: Routing) -> int:
 
 @pytest.mark.parametrize("save", ["product", "inputs"])
 def test_what_is_kept_has_the_bytes_counted_by_hand(save: str) -> None:
-    tokens, top_k, experts, hidden, inside, two = 512, 4, 8, 512, 96, 2
-    weights = draw_weights(experts, hidden, inside, torch.bfloat16, bias=True)
-    routing = Routing(torch.rand(tokens, top_k, requires_grad=True), draw_routing(tokens, experts, top_k).topk_ids)
-    rows = torch.randn(tokens, hidden).bfloat16().requires_grad_()
-    routes = tokens * top_k
-    by_hand = tokens * hidden * two + routes * 4  # hidden states and router weights
-    if save == "product":
-        by_hand += routes * 2 * inside * two + 3 * routes * 4 + 4 * experts * 4  # it, and the layout with block_size 1
-    else:
-        by_hand += routes * 4  # ids
+    step = TrainingStep(tokens=512, top_k=4, experts=8, hidden=512, inside=96)
+    weights = draw_weights(step.experts, step.hidden, step.inside, torch.bfloat16, bias=True)
+    ids = draw_routing(step.tokens, step.experts, step.top_k).topk_ids
+    routing = Routing(torch.rand(step.tokens, step.top_k, requires_grad=True), ids)
+    rows = torch.randn(step.tokens, step.hidden).bfloat16().requires_grad_()
+    by_hand = bytes_by_hand(step, save)
     found = kept_bytes(save, rows, *leaves(weights), routing=routing)
     assert abs(found - by_hand) <= 0.05 * by_hand, (found, by_hand)
-    assert found < routes * hidden * two, "nothing is kept that has a row of hidden_size per route"
+    assert found < step.routes * step.hidden * step.itemsize, "nothing is kept that has a row of hidden_size per route"
 
 
 def test_masters_in_float32_take_float32_gradients_into_given_buffers() -> None:
@@ -204,7 +202,7 @@ def test_the_backward_is_in_the_graph(save: str) -> None:
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, found, strict=True))
     forward, backward = graphs
     assert ("finish_experts" if save == "product" else "fused_experts") in forward
-    assert {"grouped_outer", "activate_backward", "grouped_gemm"} <= backward
+    assert {"grouped_outer", "weighted_activate_backward", "grouped_gemm"} <= backward
 
 
 @pytest.mark.parametrize("impl", ["auto", "torch"])
@@ -222,6 +220,9 @@ def test_opcheck_of_what_a_backward_is_made_of(impl: str) -> None:
         ops.grouped_outer.default, (need(12, 6), need(6, 8), slots, 1, 2, firsts, counts, False, impl)
     )
     torch.library.opcheck(ops.activate_backward.default, (torch.randn(5, 8), torch.randn(5, 4), *curve, impl))
+    torch.library.opcheck(
+        ops.weighted_activate_backward.default, (torch.randn(5, 8), torch.randn(5, 4), torch.rand(5), *curve, impl)
+    )
     torch.library.opcheck(ops.activate.default, (need(5, 8), *curve, impl))
     torch.library.opcheck(
         ops.finish_experts.default,
@@ -353,19 +354,17 @@ def example() -> Any:
     return module
 
 
-def apart(a: Any, b: Any) -> float:
-    """The mean distance of two loss curves."""
-    return sum(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True)) / len(a.losses)
-
-
-def trained(example: Any, steps: int, batch: int, last_loss: float) -> None:
+def trained(example: Any, steps: int, batch: int, last_loss: float) -> Any:
+    """Holds moeyard's run against eager's, and the mean of its last 20 losses against a bound."""
+    apart = example.apart
     mine, again, eager = (example.train(steps, batch=batch, eager=eager) for eager in (False, False, True))
     assert mine.losses == again.losses
     assert all(same_bits(a, b) for a, b in zip(mine.weights, again.weights, strict=True))
     noise = apart(eager, example.train(steps, eager=True, nudge=1e-6, batch=batch))
     assert apart(mine, eager) <= 3 * noise + 1e-4, (apart(mine, eager), noise)
-    assert mine.losses[-1] < last_loss < mine.losses[0]
+    assert sum(mine.losses[-20:]) / 20 < last_loss < mine.losses[0]
     assert apart(mine, mine._replace(losses=[loss * 1.01 for loss in mine.losses])) > 3 * noise + 1e-4, "all is noise"
+    return mine, eager
 
 
 def test_a_model_trains_as_eager_does(example: Any) -> None:
@@ -374,8 +373,8 @@ def test_a_model_trains_as_eager_does(example: Any) -> None:
 
 @pytest.mark.full
 def test_a_model_trains_as_eager_does_for_300_steps(example: Any, tmp_path: Path) -> None:
-    trained(example, 300, 8, 3.0)
+    """Runs with three seeds end at 2.44 to 2.50."""
+    mine, eager = trained(example, 300, 8, 2.6)
     if table.installed("matplotlib"):
-        run = example.train(5)
-        example.plot(run, run, tmp_path / "run.svg")
+        example.plot(mine, eager, eager, tmp_path / "run.svg")
         assert (tmp_path / "run.svg").stat().st_size > 10_000

@@ -291,30 +291,51 @@ def test_inference_mode() -> None:
     assert close(ask(module), wanted)
 
 
-@pytest.mark.parametrize("name", [QWEN, GPT_OSS])
-def test_gradients_are_those_of_transformers(name: str) -> None:
-    module = module_of(name).train()
-    rows, ids, weights = torch.randn(9, 16), torch.arange(18).view(9, 2) % 5, torch.rand(9, 2)
-    found = {}
-    ours._warn.cache_clear()
-    for implementation in ("grouped_mm", "moeyard"):
+@pytest.mark.parametrize("name", [QWEN, GPT_OSS, "muse_spark:MuseSparkExperts", slow(ARIA)])
+def test_gradients_are_those_of_eager_experts(name: str) -> None:
+    module, found = module_of(name).train(), {}
+    ids, upstream = torch.arange(18).view(9, 2) % 5, torch.randn(9, 16)
+    rows, weights = torch.randn(9, 16, requires_grad=True), torch.rand(9, 2, requires_grad=True)
+    for implementation in ("eager", "moeyard"):
         module.config._experts_implementation = implementation
-        module.zero_grad()
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            for _ in range(2):
-                module(rows, ids, weights).square().sum().backward()
-        words = [str(one.message) for one in said if "has no gradients: transformers" in str(one.message)]
-        assert len(words) == (implementation == "moeyard"), "once"
-        found[implementation] = [parameter.grad.clone() for parameter in module.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
-    for parameter in module.requires_grad_(False).parameters():
-        parameter.grad = None
-    module.eval()
-    assert not module(rows, ids, weights).requires_grad
-    given = rows.clone().requires_grad_()
-    module(given, ids, weights).sum().backward()
-    assert given.grad is not None
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            answer = module(rows, ids, weights)
+        found[implementation] = torch.autograd.grad(answer, (rows, weights, *module.parameters()), upstream)
+    for wanted, got in zip(*found.values(), strict=True):
+        assert float((got - wanted).abs().max()) <= 4e-6 * float(wanted.abs().max())
+    module.requires_grad_(False)
+    assert not module(rows.detach(), ids, weights.detach()).requires_grad
+
+
+def test_a_copy_in_halves_serves_no_call_that_is_trained() -> None:
+    module, ids = module_of(GPT_OSS), torch.arange(18).view(9, 2) % 5
+    ours.prepare(module, copies=True)
+    module(torch.randn(9, 16), ids, torch.rand(9, 2)).sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in module.parameters())
+
+
+def test_autocast_has_masters_where_gradients_are_wanted() -> None:
+    module, ids = module_of(QWEN).train(), torch.arange(18).view(9, 2) % 5
+    rows, weights = torch.randn(9, 16), torch.rand(9, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = module(rows, ids, weights)
+    half = module_of(QWEN, torch.bfloat16)
+    half.load_state_dict(module.state_dict())
+    assert answer.dtype == torch.float32 and torch.equal(answer, half(rows.bfloat16(), ids, weights).float())
+    answer.sum().backward()
+    assert module.gate_up_proj.grad.dtype == torch.float32
+
+
+def test_derivatives_by_torch_func_go_to_transformers() -> None:
+    module, ids = module_of(QWEN).train(), torch.arange(18).view(9, 2) % 5
+    rows, weights = torch.randn(9, 16), torch.rand(9, 2)
+    ours._warn.cache_clear()
+    with pytest.warns(UserWarning, match="has no derivatives by torch.func: transformers' grouped_mm takes calls"):
+        found = torch.func.grad(lambda rows: module(rows, ids, weights).sum())(rows)
+    needy = rows.clone().requires_grad_()
+    module(needy, ids, weights).sum().backward()
+    assert float((found.detach() - needy.grad).abs().max()) <= 4e-6 * float(found.detach().abs().max())
 
 
 def test_what_cannot_be_taken_is_refused_by_name() -> None:

@@ -90,6 +90,19 @@ def test_models_answer_as_with_eager_experts(architecture: str) -> None:
     assert float((got - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.full)])
+def test_models_have_the_gradients_of_eager_experts(architecture: str) -> None:
+    model = model_of(architecture).train()
+    tokens = torch.randint(3, 99, (2, 11), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for implementation in ("eager", "moeyard"):
+        model.set_experts_implementation(implementation)
+        loss = model(tokens, labels=tokens, use_cache=False).loss
+        found[implementation] = torch.autograd.grad(loss, [*model.parameters()])
+    for wanted, got in zip(*found.values(), strict=True):
+        assert float((got - wanted).abs().max()) <= 2e-5 * float(wanted.abs().max())
+
+
 def test_the_config_and_from_pretrained_take_the_name(tmp_path: Path) -> None:
     model_of("qwen3_moe").save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="moeyard")

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from moeyard.testing.compiled_triton import built
 from moeyard.triton import experts, launch
 from moeyard.triton.plan import Card, Tile, most_row_tiles, product_tile
+from moeyard.triton.steps import Lies
 from moeyard.values import ExpertCall
 
 H200, A100, L4 = Card((9, 0), 132, 232448), Card((8, 0), 108, 166912), Card((8, 9), 58, 101376)
@@ -86,7 +87,7 @@ def plan_of(
     return experts._experts_plan.__wrapped__(
         torch.device("cpu"), dtype, torch.int32, tokens, top_k, (count, hidden, size), count,
         activation or Activation(), True, True,
-        hidden, (2 * size * hidden, hidden), (hidden * size, size), 2 * size, hidden,
+        hidden, Lies((2 * size * hidden, hidden), False), Lies((hidden * size, size), False), 2 * size, hidden,
     )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def test_products_under_expert_parallelism_take_the_tiles_of_their_share(
     def plan(num_rows: int, num_experts: int) -> tuple[dict[str, Any], int]:
         _, product, most = experts._gemm_plan.__wrapped__(
             torch.device("cpu"), torch.bfloat16, num_rows, num_experts, local, size, hidden, hidden,
-            (size * hidden, hidden), 0, top_k,
+            Lies((size * hidden, hidden), False), 0, top_k,
         )  # fmt: skip
         return product.constants, most
 
@@ -174,12 +175,12 @@ def test_the_rest_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card
         for step, dtypes in others:
             assert built(step, dtypes, card, tmp_path)["spilled"] == 0
     cut, product, _ = experts._gemm_plan.__wrapped__(
-        torch.device("cpu"), kind, 8192, 128, 128, 1536, 2048, 2048, (1536 * 2048, 2048), 0, 8
+        torch.device("cpu"), kind, 8192, 128, 128, 1536, 2048, 2048, Lies((1536 * 2048, 2048), False), 0, 8
     )
     assert built(cut, (torch.int64, integer, integer), card, tmp_path)["spilled"] == 0
     assert built(product, (kind, kind, None, torch.float32, integer, integer, kind), card, tmp_path)["spilled"] == 0
     for activation in (Activation("gelu"), Activation("gelu_tanh"), Activation("relu2", limit=2.0)):
-        step = experts._activate_step.__wrapped__(300, 704, 1408, True, activation)
+        step = experts._activate_step.__wrapped__(torch.bfloat16, 300, 704, 1408, True, activation)
         assert built(step, (kind, kind), card, tmp_path)["spilled"] == 0
 
 
@@ -241,7 +242,7 @@ def test_launches_pass_what_kernels_take(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_under_the_interpreter() -> None:
-    """The tests of every implementation, and those of interpreted_triton.py, with Triton's interpreter on the CPU."""
+    """The tests of every implementation, and those of interpreted_*.py, with Triton's interpreter on the CPU."""
     here = Path(__file__).parent
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": "src"}
     chosen = (
@@ -249,7 +250,8 @@ def test_under_the_interpreter() -> None:
     )
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "moeyard.testing.interpreted", "-k", chosen,
-         "-W", "ignore::RuntimeWarning", str(here / "test_experts.py"), str(here / "interpreted_triton.py")],
+         "-m", "not full", "-W", "ignore::RuntimeWarning", str(here / "test_experts.py"),
+         str(here / "interpreted_triton.py"), str(here / "interpreted_triton_gradients.py")],
         capture_output=True, text=True, check=False, cwd=here.parent, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]

@@ -16,6 +16,7 @@ from moeyard.layout import (
     moe_lora_align_block_size,
 )
 from moeyard.losses import load_balancing_loss, router_z_loss, update_selection_bias
+from moeyard.pack import pack_experts, unpack_experts
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
@@ -49,6 +50,7 @@ __all__ = [
     "moe_layer",
     "moe_lora_align_block_size",
     "moe_sum",
+    "pack_experts",
     "permute",
     "permute_to_fp8",
     "quantize_experts",
@@ -57,6 +59,7 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "unpack_experts",
     "update_selection_bias",
     "warmup",
 ]

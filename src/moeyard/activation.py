@@ -8,7 +8,7 @@ from torch import Tensor
 from moeyard.dispatch.checks import FLOATS, check_activation, check_out, check_tensor
 from moeyard.dispatch.op import Gradient, Op
 from moeyard.dispatch.table import for_gradients
-from moeyard.values import Activation
+from moeyard.values import Activation, WeightedGradients
 
 ACTIVATION = "bool gated, str name, float alpha, float beta, float? limit"
 """An activation in the schema of a registered operator."""
@@ -28,6 +28,24 @@ def activation_gradient(rows: Tensor, grad: Tensor, gated: bool, activation: Act
     result = ACTIVATE_BACKWARD((rows, grad, gated, activation), for_gradients(impl))
     assert isinstance(result, Tensor)
     return result
+
+
+def weighted_gradients(
+    rows: Tensor, grad: Tensor, factors: Tensor | None, gated: bool, activation: Activation, impl: str
+) -> WeightedGradients:
+    """Of `factors * activate(rows)`, factors [num_rows] or None for ones: its gradients where its own is `grad`, and
+    itself.
+    """
+    if not torch.is_grad_enabled():
+        arguments = (rows, grad, factors, gated, activation)
+        result: WeightedGradients = WEIGHTED_ACTIVATE_BACKWARD(arguments, for_gradients(impl))
+        return result
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    level = _in_plain_torch(rows, gated, activation)
+    column = None if factors is None else factors.reshape(-1, 1)
+    upstream, weighted = (grad, level) if column is None else (grad * column, level * column)
+    of_rows = activation_gradient(rows, upstream, gated, activation, impl)
+    return WeightedGradients(of_rows, weighted.to(rows.dtype), (level * grad.to(wide)).sum(1))
 
 
 def _in_plain_torch(rows: Tensor, gated: bool, activation: Activation) -> Tensor:
@@ -63,6 +81,26 @@ ACTIVATE_BACKWARD = Op(
     seen=lambda rows, grad, *_: (rows, grad),
     allocate=lambda rows, *_: rows.new_empty(rows.shape),
     launch=lambda launch, out, rows, grad, gated, activation: launch(rows, grad, activation, gated=gated, out=out),
+)
+
+
+def _allocate_weighted(rows: Tensor, grad: Tensor, *_: Any) -> WeightedGradients:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    dots = rows.new_empty(rows.shape[0], dtype=wide)
+    return WeightedGradients(rows.new_empty(rows.shape), rows.new_empty(grad.shape), dots)
+
+
+WEIGHTED_ACTIVATE_BACKWARD = Op(
+    f"weighted_activate_backward(Tensor rows, Tensor grad, Tensor? factors, {ACTIVATION}, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
+    flatten=lambda rows, grad, factors, gated, curve: (rows, grad, factors, gated, *flatten_activation(curve)),
+    gather=lambda rows, grad, factors, gated, *curve: (rows, grad, factors, gated, Activation(*curve)),
+    seen=lambda rows, grad, factors, *_: (rows, grad, factors),
+    allocate=_allocate_weighted,
+    launch=lambda launch, out, rows, grad, factors, gated, activation: launch(
+        rows, grad, factors, activation, gated=gated, out=out
+    ),
+    assemble=lambda fields, *_: WeightedGradients(*fields),
 )
 ACTIVATE = Op(
     f"activate(Tensor rows, {ACTIVATION}, str impl) -> Tensor",

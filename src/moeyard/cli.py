@@ -190,10 +190,11 @@ def experts(
     name: Annotated[str, typer.Option(help="The result file's name without .json.")] = "experts_bf16",
     models: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(experts_cells.MODELS),
     tokens: Annotated[str, typer.Option(help="Comma-separated; what each part is made for unless given.")] = "",
-    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted.")] = ",".join(experts_cells.PARTS),
+    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted.")] = ",".join(experts_cells.USUAL),
     providers: Annotated[str, typer.Option(help="Comma-separated; only these: vllm, moeyard:cuda, ...")] = "",
     all_: Annotated[bool, typer.Option("--all", help="All of moeyard's implementations but torch's.")] = False,
     variants: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (label, run) pairs for a case.")] = "",
+    others: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (name, version, run) of more peers.")] = "",
     cell_seconds: Annotated[float, typer.Option(help="About how long a case's rounds last.")] = 0.8,
     rounds: Annotated[int, typer.Option(help="At most so many rounds per case.")] = timing.MOST_ROUNDS,
     shares: Annotated[int, typer.Option(help="Processes per model that compile ahead; 0 for none.")] = 2,
@@ -205,8 +206,8 @@ def experts(
     try:
         wanted = experts_gpu.Options(
             out, seconds, name, _names(models) or (), _numbers(tokens),
-            _names(parts) or (), _names(providers), all_, variants, cell_seconds, rounds, shares, seed, scale,
-            _device(device).type,
+            _names(parts) or (), _names(providers), all_, variants, others, cell_seconds, rounds, shares, seed,
+            scale, _device(device).type,
         )  # fmt: skip
         if not experts_gpu.measure(wanted):
             raise typer.Exit(1)

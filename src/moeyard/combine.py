@@ -8,7 +8,8 @@ from torch import Tensor
 from moeyard.dispatch.checks import FLOATS, ID_DTYPES, check_layout, check_out, check_shape, check_tensor
 from moeyard.dispatch.ids import local_expert_ids, narrow_ids
 from moeyard.dispatch.op import Gradient, Op
-from moeyard.values import Layout
+from moeyard.dispatch.table import among
+from moeyard.values import Layout, Segments
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -108,6 +109,26 @@ def combine_routes(
         check_out("out", out, shape, rows.dtype, rows.device)
     result: Tensor = COMBINE((rows, route_rows, topk_weights, top_k), impl, out)
     return result
+
+
+def held_results(segments: Segments, num_results: int) -> Tensor:
+    """[num_results] bool: whether an expert has a row of the result."""
+    first_rows, row_counts, slots, *_ = segments
+    if slots is not None:
+        held = torch.zeros(num_results + 1, dtype=torch.bool, device=slots.device)
+        return held.scatter(0, slots.long().clamp(0, num_results), True)[:-1]
+    row = torch.arange(num_results, device=first_rows.device)
+    expert = torch.searchsorted(first_rows, row, right=True) - 1
+    inside = row < (first_rows + row_counts)[expert.clamp(min=0)]
+    return inside & (expert >= 0)
+
+
+def sum_neighbours(rows: Tensor, held: Tensor, divisor: int, impl: str) -> Tensor:
+    """Every `divisor` rows added up in float32, in their order; those that are not held count as zero."""
+    if divisor == 1:
+        return rows.masked_fill(~held.unsqueeze(1), 0)
+    where = torch.where(held, torch.arange(rows.shape[0], device=rows.device), -1).int()
+    return combine_routes(rows, where, None, divisor, out=None, impl=among("combine", impl))
 
 
 def moe_sum(

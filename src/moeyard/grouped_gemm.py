@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.combine import combine_routes
-from moeyard.dispatch.call import Call, WeightFacts, unreadable
+from moeyard.combine import held_results, sum_neighbours
+from moeyard.dispatch.call import Call, WeightFacts, lies_turned, unreadable
 from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor, dtypes_of_weights
 from moeyard.dispatch.op import Gradient, Op
 from moeyard.dispatch.table import for_gradients
@@ -14,13 +14,8 @@ from moeyard.values import Layout, Segments
 
 
 def _flatten(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    segments: Segments,
-    num_results: int,
-) -> tuple[Any, ...]:
+    rows: Tensor, weight: Tensor, bias: Tensor | None, topk_weights: Tensor | None, segments: Segments, num_results: int
+) -> tuple[Any, ...]:  # fmt: skip
     first_rows, row_counts, slots, divisor, num_experts, invariant = segments
     where = (slots, divisor, first_rows, row_counts, num_experts)
     return rows, weight, bias, topk_weights, *where, num_results, invariant
@@ -36,7 +31,9 @@ def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
     if rows.is_cpu and not invariant:  # where no implementation looks at sizes
         return None
     experts, columns, size = weight.shape
-    facts = WeightFacts(rows.dtype, None, experts, columns, size, False, unreadable(weight, "weight"))
+    turned = lies_turned(weight)
+    readable = "" if turned else unreadable(weight, "weight")
+    facts = WeightFacts(rows.dtype, None, experts, columns, size, False, readable, turned=turned)
     return Call(rows.device, rows.dtype, facts, rest[-1], batch_invariant=invariant)
 
 
@@ -85,9 +82,8 @@ def product_gradients(
     one_to_one, held = segments._replace(divisor=1), held_results(segments, num_results)
     if needs[0]:
         assert weight is not None
-        transposed = weight.to(grad.dtype).transpose(1, 2).contiguous()
-        spread = GROUPED_GEMM((weighted, transposed, None, None, one_to_one, num_results), impl)
-        found[0] = _sum_neighbours(spread, held, segments.divisor, impl)
+        turned = weight.to(grad.dtype).transpose(1, 2)
+        found[0] = _spread_sums(weighted, turned, one_to_one, held, segments.divisor, impl)
     if needs[1]:
         assert rows is not None and weight is not None
         found[1] = outer_sums(weighted, rows, one_to_one, segments.divisor, weight.dtype, impl)
@@ -103,24 +99,31 @@ def product_gradients(
     return tuple(found)
 
 
-def held_results(segments: Segments, num_results: int) -> Tensor:
-    """[num_results] bool: whether an expert has a row of the result."""
-    first_rows, row_counts, slots, *_ = segments
-    if slots is not None:
-        held = torch.zeros(num_results + 1, dtype=torch.bool, device=slots.device)
-        return held.scatter(0, slots.long().clamp(0, num_results), True)[:-1]
-    row = torch.arange(num_results, device=first_rows.device)
-    expert = torch.searchsorted(first_rows, row, right=True) - 1
-    inside = row < (first_rows + row_counts)[expert.clamp(min=0)]
-    return inside & (expert >= 0)
+_MOST_SPREAD_BYTES = 1 << 28
+"""Of rows that a product leaves before neighbours are added up: wider ones are made in parts of columns."""
+_COLUMNS_OF_A_PART = 256
+"""Columns of parts are a multiple of these."""
 
 
-def _sum_neighbours(rows: Tensor, held: Tensor, divisor: int, impl: str) -> Tensor:
-    """Every `divisor` rows added up in float32, in their order; those that are not held count as zero."""
-    if divisor == 1:
-        return rows.masked_fill(~held.unsqueeze(1), 0)
-    where = torch.where(held, torch.arange(rows.shape[0], device=rows.device), -1).int()
-    return combine_routes(rows, where, None, divisor, out=None, impl=impl)
+def width_of_parts(num_results: int, columns: int, itemsize: int, divisor: int) -> int:
+    """Columns of results that are made at a time, where every `divisor` of them are added up."""
+    if divisor == 1 or num_results * columns * itemsize <= _MOST_SPREAD_BYTES:
+        return max(columns, 1)
+    fitting = _MOST_SPREAD_BYTES // (num_results * itemsize)
+    return max(fitting // _COLUMNS_OF_A_PART, 1) * _COLUMNS_OF_A_PART
+
+
+def _spread_sums(rows: Tensor, matrices: Tensor, segments: Segments, held: Tensor, divisor: int, impl: str) -> Tensor:
+    """[num_results / divisor, columns]: products of rows [num_results, _], every `divisor` of them added up.
+
+    No column meets another, so that parts of columns give the bits of the whole, and take less memory.
+    """
+    num_results, parts = rows.shape[0], []
+    for part in matrices.split(width_of_parts(num_results, matrices.shape[1], rows.itemsize, divisor), 1):
+        spread = GROUPED_GEMM((rows, part, None, None, segments, num_results), impl)
+        parts.append(sum_neighbours(spread, held, divisor, impl))
+        del spread  # before the next one is made
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def outer_sums(
@@ -186,8 +189,8 @@ def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if ctx.needs_input_grad[i]:
             num_results = ctx.divisor * grads.shape[0]
             apart = segments._replace(divisor=from_divisor)
-            spread = GROUPED_GEMM((source, matrices.contiguous(), None, None, apart, num_results), ctx.impl)
-            found[i] = _sum_neighbours(spread, held_results(segments, num_results), to_divisor, ctx.impl)
+            spread = GROUPED_GEMM((source, matrices, None, None, apart, num_results), ctx.impl)
+            found[i] = sum_neighbours(spread, held_results(segments, num_results), to_divisor, ctx.impl)
     return *found, *(None,) * 7
 
 

@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.activation import ACTIVATE, ACTIVATION, activation_gradient, flatten_activation
-from moeyard.combine import COMBINE
+from moeyard.activation import (
+    ACTIVATE,
+    ACTIVATION,
+    activation_gradient,
+    flatten_activation,
+    weighted_gradients,
+)
+from moeyard.combine import COMBINE, held_results
 from moeyard.dispatch.op import Gradient, Op
-from moeyard.dispatch.table import for_gradients, impl_names
-from moeyard.grouped_gemm import GROUPED_GEMM, held_results, outer_sums, product_gradients, row_sums
+from moeyard.dispatch.table import among, for_gradients
+from moeyard.grouped_gemm import GROUPED_GEMM, outer_sums, product_gradients, row_sums
 from moeyard.layout import moe_align_block_size
 from moeyard.values import Activation, ExpertCall, Segments
 
@@ -48,16 +54,11 @@ def routes_of(topk_ids: Tensor, call: ExpertCall, impl: str) -> Routes:
         block_size=1,
         expert_map=call.expert_map,
         num_local_experts=call.weights.num_local_experts,
-        impl=_among("moe_align_block_size", impl),
+        impl=among("moe_align_block_size", impl),
     )
     firsts, slots = layout.expert_offsets[:-1], layout.sorted_token_ids
     segments = Segments(firsts, layout.expert_counts, slots, layout.top_k, call.num_experts)
     return Routes(segments, layout.route_rows)
-
-
-def _among(op: str, impl: str) -> str:
-    """`impl` for an operator that has it, else "auto": not every implementation has all operators."""
-    return impl if impl in impl_names(op) else "auto"
 
 
 # The first product
@@ -131,11 +132,11 @@ def _launch(
     impl: str, out: Tensor, product: Tensor, factors: Tensor | None, w2: Tensor, bias: Tensor | None, routes: Routes,
     gated: bool, activation: Activation,
 ) -> None:  # fmt: skip
-    middle = ACTIVATE((product, gated, activation), _among("activate", impl))
+    middle = ACTIVATE((product, gated, activation), among("activate", impl))
     apart, route_rows = routes.segments._replace(divisor=1), routes.route_rows
     rows = _product((middle, w2, bias, factors, apart, route_rows.shape[0]), impl)
     where = torch.where(route_rows >= 0, torch.arange(rows.shape[0], device=rows.device), -1).int()
-    COMBINE((rows, where, None, routes.segments.divisor), _among("combine", impl), out, apart=True)
+    COMBINE((rows, where, None, routes.segments.divisor), among("combine", impl), out, apart=True)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -168,23 +169,21 @@ def finish_gradients(
     (product, factors, w2, bias), impl = operands, for_gradients(impl)
     segments, num_routes = routes.segments, product.shape[0]
     found: list[Tensor | None] = [None] * 4
-    dtype, wide = product.dtype, torch.promote_types(product.dtype, torch.float32)
-    column = None if factors is None else factors.reshape(-1, 1)
-    if needs[0] or needs[1]:
-        back = _by_route(grad, w2.to(dtype).transpose(1, 2).contiguous(), routes, num_routes, impl)
-    if needs[0]:
-        weighted = back if column is None else (back * column).to(dtype)
-        found[0] = activation_gradient(product, weighted, *curve, impl)
+    dtype, column = product.dtype, None if factors is None else factors.reshape(-1, 1)
     if needs[1] or needs[2]:
-        middle = ACTIVATE((product, *curve), _among("activate", impl))
+        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl)
+        del back  # of [num_routes, intermediate_size]: gone before the next sums
+        found[0] = of_product if needs[0] else None
+    elif needs[0]:
+        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        found[0] = activation_gradient(product, back if column is None else back * column, *curve, impl)
     if needs[1]:
-        dots = (middle.to(wide) * back).sum(1)
         if bias is not None:
             dots = dots + _by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
         dots = torch.where(held_results(segments, num_routes), dots, 0)
         found[1] = dots.to(factors.dtype).view_as(factors)
     if needs[2]:
-        weighted = middle if column is None else (middle * column).to(dtype)
         found[2] = outer_sums(grad, weighted, segments, 1, w2.dtype, impl)
     if needs[3]:
         if column is None:
@@ -228,11 +227,15 @@ def experts_gradients(
     """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again."""
     impl, weights, on_input = for_gradients(impl), call.weights, call.weight_on_input
     routes = routes_of(topk_ids, call, impl)
-    product = first_product(hidden_states, factors, routes, call, impl)
     before = needs.hidden_states or needs.w13 or needs.w13_bias or (needs.factors and on_input)
     of_product, of_factors, second, second_bias = finish_gradients(
-        grad, (product, None if on_input else factors, weights.w2, weights.w2_bias), routes,
-        (weights.gated, call.activation), (before, needs.factors and not on_input, needs.w2, needs.w2_bias), impl,
+        grad,
+        (  # no name holds the product, so that it is gone when this returns
+            first_product(hidden_states, factors, routes, call, impl), None if on_input else factors, weights.w2,
+            weights.w2_bias,
+        ),
+        routes, (weights.gated, call.activation),
+        (before, needs.factors and not on_input, needs.w2, needs.w2_bias), impl,
     )  # fmt: skip
     hidden = first = first_bias = None
     if of_product is not None:

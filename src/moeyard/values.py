@@ -206,6 +206,17 @@ class Segments(NamedTuple):
     """Whether a row of the result may not depend on the others."""
 
 
+class WeightedGradients(NamedTuple):
+    """What a backward of `factors * activate(rows)` needs, where `grad` is the gradient of that."""
+
+    rows: Tensor
+    """[num_rows, 2 * intermediate_size] (without a gate intermediate_size): the gradient of the rows."""
+    weighted: Tensor
+    """[num_rows, intermediate_size]: `factors * activate(rows)`, dtype of the rows."""
+    dots: Tensor
+    """[num_rows]: the gradient of the factors, float32 (float64 rows: float64)."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
     """The weights of the experts of one layer on one rank, as model files that fuse gate and up have them.

@@ -1,17 +1,25 @@
 """Gradients of experts on a GPU: errors of an honest computation, the same bits every time, what is kept."""
 
+import sys
+
 import pytest
 import torch
 
 import moeyard
 from moeyard import ExpertWeights, Routing
-from moeyard.testing import impls_on, same_bits
+from moeyard.dispatch.table import launcher
+from moeyard.reference.gradients import weighted_activate_backward
+from moeyard.testing import guard_broken, impls_on, poisoned, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts
+from moeyard.values import Activation, Segments, WeightedGradients
 
 CUDA = torch.device("cuda")
 IMPLS = [name for name in impls_on("fused_experts", CUDA) if name != "reference"]
+OUTERS = [name for name in impls_on("grouped_outer", CUDA) if name != "reference"]
 SHAPES = {"several rows": (256, 8, 2, 256, 128), "odd": (130, 5, 3, 100, 36), "decode": (3, 16, 4, 512, 256)}
 """Tokens, experts, top_k, hidden_size, intermediate_size."""
+FEW = 100
+"""Values whose errors' mean square says little: two honest computations differ twofold."""
 
 
 def drawn(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, Routing, list[torch.Tensor]]:
@@ -45,8 +53,9 @@ def test_gradients_are_honest_and_repeatable(name: str, dtype: torch.dtype, impl
         pytest.skip(str(refusal))
     assert all(same_bits(a, b) for a, b in zip(found, gradients(None), strict=True))
     wide, honest = gradients(torch.float64), gradients(dtype)
-    times = 1.1 if dtype.itemsize == 2 else 2
+    times = 2.0 if dtype.itemsize == 4 else 1.5 if name == "decode" else 1.1
     for ours, theirs, exact in zip(found, honest, wide, strict=True):
+        times = max(times, 3.0) if exact.numel() < FEW else times
         of_ours, of_theirs = ((t.double() - exact).square().mean().sqrt() for t in (ours, theirs))
         assert float(of_ours) <= times * float(of_theirs) + 1e-6 * float(exact.abs().max())
 
@@ -62,3 +71,101 @@ def test_a_backward_waits_for_no_device_value() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(t.grad is not None for t in given)
+
+
+ROWS = {  # of each expert
+    "even": [512] * 8,
+    "ragged": [1, 0, 2047, 64, 65, 3, 700, 0],
+    "one expert": [0, 0, 4096, 0],
+    "no rows": [0, 0],
+}
+SIDES = {"wide": (1536, 2048), "odd": (100, 36), "narrow": (24, 200), "biases": (768, 1)}
+"""Columns and size."""
+
+
+@pytest.mark.parametrize("impl", OUTERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("name", ROWS)
+def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl: str) -> None:
+    """Rows of tokens and of routes, through slots in any order; honest at the dtype, and equal bits each time."""
+    counts, (columns, size), top_k = ROWS[name], SIDES[sides], 4
+    routes = max(sum(counts), top_k)
+    slots = torch.randperm(routes, device=CUDA).int()
+    firsts = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=CUDA)
+    segments = Segments(firsts, torch.tensor(counts, dtype=torch.int32, device=CUDA), slots)
+    grads = torch.randn(routes, columns, device=CUDA).to(dtype)
+    rows = torch.randn(-(-routes // top_k), size, device=CUDA).to(dtype)
+    for kind in dict.fromkeys((dtype, torch.float32)):
+        exact = torch.zeros(len(counts), columns, size, dtype=torch.float64, device=CUDA)
+        honest = torch.zeros(len(counts), columns, size, dtype=kind, device=CUDA)
+        for expert, (first, count) in enumerate(zip(firsts.tolist(), counts, strict=True)):
+            mine = slots[first : first + count].long()
+            left, right = grads[mine], rows[mine // top_k]
+            exact[expert] = left.double().t() @ right.double()
+            honest[expert] = left.to(kind).t() @ right.to(kind)
+        out = poisoned(tuple(exact.shape), kind, CUDA)
+        again = poisoned(tuple(exact.shape), kind, CUDA)
+        for result in (out, again):
+            launcher("grouped_outer", impl, CUDA, dtype)(grads, rows, segments, top_k, out=result)
+        assert same_bits(out, again) and not guard_broken(out)
+        of_ours, of_honest = ((t.double() - exact).square().mean().sqrt() for t in (out, honest))
+        times = 1.1 if kind.itemsize == 2 else 6  # float32 sums in the order of slots, beside sums of parts
+        assert float(of_ours) <= times * float(of_honest) + 1e-6
+        for expert, count in enumerate(counts):
+            assert count or not bool(out[expert].any()), "experts without rows have zeros"
+
+
+@pytest.mark.parametrize("impl", [name for name in OUTERS if name in ("triton", "torch")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", Activation.NAMES)
+def test_derivatives_of_activations(name: str, dtype: torch.dtype, impl: str) -> None:
+    for gated, limit, columns in ((True, None, 768), (False, 0.7, 1000), (True, 0.7, 36)):
+        curve = Activation(name, beta=0.5 if gated else 0.0, limit=limit)
+        rows = (torch.randn(300, columns * (1 + gated), device=CUDA) * 2).to(dtype)
+        grad, factors = torch.randn(300, columns, device=CUDA).to(dtype), torch.rand(300, device=CUDA)
+        shapes = ((tuple(rows.shape), dtype), (tuple(grad.shape), dtype), ((300,), torch.float32))
+        out = WeightedGradients(*(poisoned(shape, kind, CUDA) for shape, kind in shapes))
+        launcher("weighted_activate_backward", impl, CUDA, dtype)(rows, grad, factors, curve, gated=gated, out=out)
+        given = (rows.cpu().double(), grad.cpu().double(), factors.cpu())
+        wanted = weighted_activate_backward(*given, curve, gated=gated)
+        for mine, exact in zip(out, wanted, strict=True):
+            assert not guard_broken(mine)
+            rounding = 4 * torch.finfo(mine.dtype).eps
+            assert torch.allclose(mine.cpu().double(), exact, rtol=rounding, atol=1e-4)
+        single = poisoned(tuple(rows.shape), dtype, CUDA)
+        launcher("activate_backward", impl, CUDA, dtype)(rows, grad, curve, gated=gated, out=single)
+        plain = weighted_activate_backward(given[0], given[1], None, curve, gated=gated).rows
+        assert torch.allclose(single.cpu().double(), plain, rtol=4 * torch.finfo(dtype).eps, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["one expert", "no routes"])
+def test_gradients_of_uneven_routings(name: str) -> None:
+    tokens, experts, hidden, size = 600, 8, 512, 256
+    weights = draw_weights(experts, hidden, size, torch.bfloat16, device=CUDA)
+    ids = torch.full((tokens, 1), 5 if name == "one expert" else -1, dtype=torch.int32, device=CUDA)
+    factors, upstream = torch.rand(tokens, 1, device=CUDA), torch.randn(tokens, hidden, device=CUDA)
+    rows = torch.randn(tokens, hidden, device=CUDA)
+
+    def gradients(kind: torch.dtype, ours: bool) -> list[torch.Tensor]:
+        mine = [t.to(torch.bfloat16).to(kind).requires_grad_() for t in (rows, weights.w13, weights.w2)]
+        call = mine[0], Routing(factors, ids), ExpertWeights(*mine[1:])
+        answer = moeyard.fused_experts(*call) if ours else plain_experts(*call)
+        return [*torch.autograd.grad(answer, mine, upstream.to(kind), materialize_grads=True)]
+
+    found, honest = gradients(torch.bfloat16, True), gradients(torch.bfloat16, False)
+    for ours, theirs, exact in zip(found, honest, gradients(torch.float64, False), strict=True):
+        of_ours, of_theirs = ((t.double() - exact).square().mean().sqrt() for t in (ours, theirs))
+        assert float(of_ours) <= 1.1 * float(of_theirs)
+
+
+def test_parts_of_columns_change_no_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, routing, _ = drawn("several rows", torch.bfloat16)
+    rows = torch.randn(256, 512, device=CUDA).bfloat16().requires_grad_()
+    weights = draw_weights(8, 512, 128, torch.bfloat16, device=CUDA)
+    found = []
+    for most in (1 << 28, 1):
+        monkeypatch.setattr(sys.modules["moeyard.grouped_gemm"], "_MOST_SPREAD_BYTES", most)
+        answer = moeyard.fused_experts(rows, routing, weights)
+        found.append(torch.autograd.grad(answer.square().sum(), rows)[0])
+    assert same_bits(*found)

@@ -25,6 +25,8 @@ class WeightFacts(NamedTuple):
     """Why kernels that read 16 bytes at once cannot read them as they lie, in words; "" if they can."""
     block_start: int = 0
     """Where in a block of a scheme the first rows of w13 lie (`ExpertScales`)."""
+    turned: bool = False
+    """Whether matrices of a product lie transposed (`lies_turned`)."""
 
 
 class Call(NamedTuple):
@@ -86,6 +88,11 @@ def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     return WeightFacts(
         first.dtype, weights.scheme, experts, columns, weights.hidden_size, weights.gated, readable, start
     )
+
+
+def lies_turned(weight: Tensor) -> bool:
+    """Whether matrices [experts, columns, size] lie as [experts, size, columns], so that columns are side by side."""
+    return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1 and weight.shape[2] > 1
 
 
 def unreadable(weight: Tensor, name: str) -> str:

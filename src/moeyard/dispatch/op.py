@@ -85,7 +85,8 @@ class Op:
     Args:
         schema: of the registered operator. The tensors that callers give come first, `impl` comes last. Only what an
             operator took on later follows it, with a default, so that older calls stay valid.
-        allocate: (*arguments) -> outputs: a tensor, Layout, Permuted or Routing, uninitialised.
+        allocate: (*arguments) -> outputs: a tensor, Layout, Permuted or Routing, uninitialised; or a NamedTuple of
+            tensors, for operators without `out=`.
         launch: (launcher, outputs, *arguments) fills them.
         allocate_eagerly: `allocate` where outputs may share an allocation, which registered operators may not.
         flatten: (*arguments) -> what the schema lists beside `impl`; the arguments themselves unless given.
@@ -246,6 +247,8 @@ def _named(outputs: Any) -> list[tuple[str, Tensor]]:
 def _tensors(outputs: Any) -> tuple[Tensor, ...]:
     if isinstance(outputs, Layout):
         return outputs.tensors
+    if isinstance(outputs, tuple):
+        return outputs
     return tuple(tensor for _, tensor in _named(outputs))
 
 

@@ -17,6 +17,11 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def power(value: int, least: int) -> int:
+    """The smallest power of two of at least `value` and `least`."""
+    return max(least, 1 << max(0, value - 1).bit_length())
+
+
 def layout_capacity(
     num_routes: int, num_local_experts: int, block_size: int, smaller: Callable[[int, int], int] = min
 ) -> int:

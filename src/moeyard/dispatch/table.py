@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, facts_of_experts
-from moeyard.dispatch.invariance import VARIES, batch_invariance
+from moeyard.dispatch.invariance import batch_invariance, dependence
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -178,14 +178,16 @@ def _no_kernel(gradient: str) -> Callable[[Call], str | None]:
     return lambda _: f"has no kernel for {gradient} yet: the next row computes it"
 
 
-def _gradient(target: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
+def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
     """The rows of what a backward is made of; who has no kernel says so."""
     have = {row.name for row in first}
-    none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda", "triton") if name not in have]
-    return (*first, *none, *_everywhere(target))
+    none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda") if name not in have]
+    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", _triton)
+    return (*first, *none, by_triton, *_everywhere(f"gradients:{launcher}"))
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_FOUR_BITS = "moeyard.cuda.experts.four_bits"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -225,11 +227,12 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     ),
     "activate": _layer("activate_launch"),
     "grouped_outer": _gradient(
-        "gradients:grouped_outer_launch",
+        "grouped_outer_launch",
         "the gradients of weights",
         Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", _cpu_sums),
     ),
-    "activate_backward": _gradient("gradients:activate_backward_launch", "the derivative of activations"),
+    "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
+    "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
@@ -238,6 +241,13 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             _cuda_products,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+        ),
+        Impl(
+            "cuda",
+            f"{_FOUR_BITS}:fused_experts_launch",
+            _cuda_products,
+            way="few tokens of 4 bits",
+            unfit=f"{_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
@@ -276,8 +286,13 @@ _OVERRIDE = _read_override(os.environ.get("MOEYARD_IMPL", ""))  # once: a read o
 
 
 def for_gradients(impl: str) -> str:
-    """What computes the backward of an operator that `impl` answered: the same where it has all of it, else "auto"."""
-    return impl if impl in ("torch", "reference") else "auto"
+    """What computes the backward of what `impl` answered: itself where it has all kernels for it, else "auto"."""
+    return impl if impl in ("torch", "reference", "triton") else "auto"
+
+
+def among(op: str, impl: str) -> str:
+    """`impl` for an operator that has it, else "auto": not every implementation has all operators."""
+    return impl if impl in impl_names(op) else "auto"
 
 
 def impl_names(op: str) -> tuple[str, ...]:
@@ -311,8 +326,10 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call) or (VARIES.get(row.label) if call.batch_invariant else None)
+    scheme = None if call.weights is None else call.weights.scheme
+    reason = refusal_of(row.label, scheme) or row.refusal(call)
+    if reason is None and call.batch_invariant:
+        reason = dependence(row.label, scheme)
     if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
         reason = _load(row.unfit)(call)
     return reason

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -65,19 +66,22 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         top_k_weights: [num_tokens, top_k] of a floating-point dtype.
 
     Returns [num_tokens, hidden_size] of the dtype of `hidden_states`, computed in the dtype of the weights with float32
-    sums. Where a gradient is wanted, transformers' "grouped_mm" takes the call, which a warning says once. Raises
-    TypeError or ValueError naming class and parameter where weights are no plain tensors of a floating-point dtype.
+    sums. Gradients flow to hidden states, router weights and parameters. Where they are wanted under torch.autocast,
+    float32 parameters are masters: rows have autocast's dtype. Raises TypeError or ValueError naming class and
+    parameter where weights are no plain tensors of a floating-point dtype.
+
+    transformers' "grouped_mm" takes the call where torch.func or forward-mode derivatives are wanted, and a warning
+    says so once.
     """
-    if _wants_gradient(self, hidden_states, top_k_weights):
-        _say(
-            "the experts implementation 'moeyard' has no gradients: transformers' grouped_mm takes calls that want "
-            "them (torch.no_grad() says that none are wanted)"
-        )
+    trained = _wants_gradient(self, hidden_states, top_k_weights)
+    refused = _refused_derivatives() if trained else ""
+    if refused:
+        _say(f"the experts implementation 'moeyard' has no {refused}: transformers' grouped_mm takes calls under them")
         result: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](self, hidden_states, top_k_index, top_k_weights)
         return result
     gate = _gate(self)
-    weights, fused = _weights(self, gate, top_k_weights)
-    rows = hidden_states.to(weights.w13.dtype)
+    weights, fused = _weights(self, gate, top_k_weights, trained)
+    rows = hidden_states.to(_dtype_of_rows(weights.w13) if trained else weights.w13.dtype)
     if fused:
         routing = Routing(top_k_weights.float(), top_k_index)
         return moeyard.fused_experts(rows, routing, weights, activation=gate.activation).to(hidden_states.dtype)
@@ -156,6 +160,21 @@ def _wants_gradient(module: nn.Module, *given: Tensor) -> bool:
     return any(t.requires_grad for t in given) or any(p.requires_grad for p in module.parameters())
 
 
+def _refused_derivatives() -> str:
+    """Which derivatives a caller asks for that operators do not have, in words; "" if it asks for none."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "derivatives by torch.func"
+    return "forward-mode derivatives" if forward_ad._current_level >= 0 else ""
+
+
+def _dtype_of_rows(weight: Tensor) -> torch.dtype:
+    """That of the weights, or autocast's where float32 weights are its masters."""
+    kind = weight.device.type
+    if weight.dtype != torch.float32 or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def _gate(module: nn.Module) -> Gate:
     """The module's gate, looked for where its facts are new; there, weights are checked and moved, too."""
     if torch.compiler.is_compiling():
@@ -196,12 +215,15 @@ def _matrices(module: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None
     return w13, w2, getattr(module, f"{first}_bias"), module.down_proj_bias
 
 
-def _weights(module: Any, gate: Gate, factors: Tensor) -> tuple[ExpertWeights, bool]:
-    """The weights, and whether one call of `fused_experts` takes them with these router weights."""
+def _weights(module: Any, gate: Gate, factors: Tensor, trained: bool) -> tuple[ExpertWeights, bool]:
+    """The weights, and whether one call of `fused_experts` takes them with these router weights.
+
+    A copy in halves serves no call that is `trained`: the gradient is the parameter's.
+    """
     w13, w2, b13, b2 = _matrices(module)
     fused = gate.activation is not None and not _has_norm(module) and not _keeps_float64(w13, factors)
     if gate.in_turn and fused:
-        halves = None if torch.compiler.is_compiling() else vars(module).get(_HALVES)
+        halves = None if trained or torch.compiler.is_compiling() else vars(module).get(_HALVES)
         if halves is None:
             fused = False
         else:

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
+from moeyard.reference.experts import activate
 from moeyard.reference.layout import host
-from moeyard.values import Activation, Segments
+from moeyard.values import Activation, Segments, WeightedGradients
 
 
 def activate_backward(rows: Tensor, grad: Tensor, activation: Activation, *, gated: bool = True) -> Tensor:
@@ -36,6 +37,26 @@ def activate_backward(rows: Tensor, grad: Tensor, activation: Activation, *, gat
 
 def activate_backward_launch(rows: Tensor, grad: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
     out.copy_(activate_backward(rows.detach().cpu(), grad.detach().cpu(), activation, gated=gated))
+
+
+def weighted_activate_backward(
+    rows: Tensor, grad: Tensor, factors: Tensor | None, activation: Activation, *, gated: bool = True
+) -> WeightedGradients:
+    """Gradients and value of `factors * activate(rows)`, in float64, each rounded once."""
+    wide, grad = rows.double(), grad.double()
+    column = torch.ones(rows.shape[0], 1, dtype=torch.float64) if factors is None else factors.double().reshape(-1, 1)
+    level = activate(wide, activation, gated=gated)
+    of_rows = activate_backward(wide, grad * column, activation, gated=gated)
+    dots = (level * grad).sum(1).to(torch.promote_types(rows.dtype, torch.float32))
+    return WeightedGradients(of_rows.to(rows.dtype), (level * column).to(rows.dtype), dots)
+
+
+def weighted_activate_backward_launch(
+    rows: Tensor, grad: Tensor, factors: Tensor | None, activation: Activation, *, gated: bool, out: WeightedGradients
+) -> None:
+    given = (rows.detach().cpu(), grad.detach().cpu(), None if factors is None else factors.detach().cpu())
+    for mine, found in zip(out, weighted_activate_backward(*given, activation, gated=gated), strict=True):
+        mine.copy_(found)
 
 
 def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_divisor: int, *, out: Tensor) -> None:

@@ -8,22 +8,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import expected_routes
+from moeyard.dispatch.sizes import expected_routes, power
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.coded import fused_coded_experts_launch
+from moeyard.triton.four_bits import fused_four_bit_experts_launch
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.triton.steps import (
     MOST_PLANS,
     SIDE_BY_SIDE,
     LayoutSteps,
+    Lies,
     combine_step,
     dense_rows,
     layout_steps,
     placed_alike,
-    power,
     prepared,
     programmatic_on,
+    readable,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
@@ -35,7 +38,7 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     if not out.numel():
         return
     rows = dense_rows(rows)
-    _activate_step(*out.shape, rows.stride(0), gated, activation)(rows, out)
+    _activate_step(out.dtype, *out.shape, rows.stride(0), gated, activation)(rows, out)
 
 
 @on_its_device
@@ -54,12 +57,13 @@ def grouped_gemm_launch(
     if out.shape[0] > INT32_MAX:
         raise ValueError(f"rows: expected at most {INT32_MAX} rows of the result, got {out.shape[0]}")
     rows = placed_alike(rows) if segments.batch_invariant else dense_rows(rows)
-    weight, bias = dense_rows(weight), None if bias is None else dense_rows(bias)
+    bias = None if bias is None else dense_rows(bias)
+    weight, lies = readable(weight)
     factors = None if topk_weights is None else topk_weights.contiguous()
     cut, product, most_tiles = prepared(
         _gemm_plan,
-        out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), weight.stride()[:2],
-        0 if bias is None else bias.stride(0), segments.divisor, segments.batch_invariant,
+        out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), lies,
+        stride_of(bias), segments.divisor, segments.batch_invariant,
     )  # fmt: skip
     tiles = torch.empty(3 * most_tiles, dtype=torch.int32, device=out.device)
     cut(segments.first_rows.contiguous(), segments.row_counts.contiguous(), tiles)
@@ -77,18 +81,21 @@ def fused_experts_launch(
     if not out.numel():
         return
     weights = call.weights
+    if weights.scheme is not None and weights.scheme.tiled:
+        fused_four_bit_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
+        return
     if weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
         return
     hidden, ids, factors = dense_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
     if call.batch_invariant:
         hidden, ids, factors = map(placed_alike, (hidden, ids, factors))
-    w13, w2 = dense_rows(weights.w13), dense_rows(weights.w2)
+    (w13, w13_lies), (w2, w2_lies) = readable(weights.w13), readable(weights.w2)
     b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     plan = prepared(
         _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
-        weights.gated, call.weight_on_input, hidden.stride(0), w13.stride()[:2], w2.stride()[:2],
-        0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0), call.batch_invariant,
+        weights.gated, call.weight_on_input, hidden.stride(0), w13_lies, w2_lies,
+        stride_of(b13), stride_of(b2), call.batch_invariant,
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:
@@ -117,8 +124,7 @@ class _ExpertsPlan(NamedTuple):
 def _experts_plan(
     device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
-    row_stride: int, w13_strides: tuple[int, int], w2_strides: tuple[int, int], b13_stride: int, b2_stride: int,
-    pinned: bool = False,
+    row_stride: int, w13_lies: Lies, w2_lies: Lies, b13_stride: int, b2_stride: int, pinned: bool = False,
 ) -> _ExpertsPlan:  # fmt: skip
     local, hidden, size = w2_shape
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
@@ -133,17 +139,18 @@ def _experts_plan(
     weigh = weigh_step(n, hidden, row_stride, top_k, programmatic=programmatic) if weight_on_input else None
     source_stride, divisor = (hidden, 1) if weight_on_input else (row_stride, top_k)
     gate_up = _product(
-        first_tile, most_tiles, size, hidden, (source_stride, *w13_strides, b13_stride, size, divisor),
-        programmatic=programmatic, gated=gated, activation=activation,
+        first_tile, most_tiles, size, hidden, (source_stride, *w13_lies.strides, b13_stride, size, divisor),
+        programmatic=programmatic, gated=gated, activation=activation, turned=w13_lies.turned,
     )  # fmt: skip
     down = _product(
         second_tile,
         most_tiles,
         hidden,
         size,
-        (size, *w2_strides, b2_stride, hidden, 1),
+        (size, *w2_lies.strides, b2_stride, hidden, 1),
         programmatic=programmatic,
         gather=False,
+        turned=w2_lies.turned,
     )
     combine = combine_step(tokens, hidden, top_k, programmatic=programmatic)
     return _ExpertsPlan(layout, weigh, gate_up, down, combine)
@@ -152,7 +159,7 @@ def _experts_plan(
 @lru_cache(MOST_PLANS)
 def _gemm_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, experts: int, columns: int, size: int,
-    row_stride: int, strides: tuple[int, int], bias_stride: int, divisor: int, pinned: bool = False,
+    row_stride: int, lies: Lies, bias_stride: int, divisor: int, pinned: bool = False,
 ) -> tuple[Step, Step, int]:  # fmt: skip
     expected = expected_routes(num_rows, experts, num_experts)
     tile = product_tile(
@@ -164,8 +171,8 @@ def _gemm_plan(
         PDL=programmatic,
     )  # fmt: skip
     product = _product(
-        tile, most_tiles, columns, size, (row_stride, *strides, bias_stride, columns, divisor),
-        programmatic=programmatic, scatter=True,
+        tile, most_tiles, columns, size, (row_stride, *lies.strides, bias_stride, columns, divisor),
+        programmatic=programmatic, scatter=True, turned=lies.turned,
     )  # fmt: skip
     return cut, product, most_tiles
 
@@ -173,6 +180,7 @@ def _gemm_plan(
 def _product(
     tile: Tile, most_tiles: int, columns: int, size: int, strides_and_divisor: tuple[int, ...], *, programmatic: bool,
     gated: bool = False, activation: Activation | None = None, gather: bool = True, scatter: bool = False,
+    turned: bool = False,
 ) -> Step:  # fmt: skip
     a = activation or Activation()
     return Step(
@@ -193,13 +201,16 @@ def _product(
         COLUMNS=tile.columns,
         DEPTH=tile.depth,
         SWAPPED=tile.swapped,
+        TURNED=turned,
         GROUP=SIDE_BY_SIDE,
         PDL=programmatic,
     )
 
 
 @lru_cache(MOST_PLANS)
-def _activate_step(num_rows: int, columns: int, row_stride: int, gated: bool, activation: Activation) -> Step:
+def _activate_step(
+    _dtype: torch.dtype, num_rows: int, columns: int, row_stride: int, gated: bool, activation: Activation
+) -> Step:
     wide = power(min(columns, 512), 16)
     tall = 2048 // wide
     return Step(

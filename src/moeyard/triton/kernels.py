@@ -36,13 +36,32 @@ def activated(gate, up, NAME: tl.constexpr, ALPHA: tl.constexpr, BETA: tl.conste
 
 
 @triton.jit
-def multiplied(weight, rows, total, SWAPPED: tl.constexpr):
-    """`total` plus the product of [COLUMNS, DEPTH] and [ROWS, DEPTH], which is [COLUMNS, ROWS] if swapped."""
+def multiplied(weight, rows, total, SWAPPED: tl.constexpr, TURNED: tl.constexpr):
+    """`total` plus the product of [COLUMNS, DEPTH] and [ROWS, DEPTH], which is [COLUMNS, ROWS] if swapped; if turned of
+    weights [DEPTH, COLUMNS].
+    """
     if SWAPPED:
-        total = tl.dot(weight, tl.trans(rows), total, input_precision="ieee")
+        total = tl.dot(tl.trans(weight) if TURNED else weight, tl.trans(rows), total, input_precision="ieee")
     else:
-        total = tl.dot(rows, tl.trans(weight), total, input_precision="ieee")
+        total = tl.dot(rows, weight if TURNED else tl.trans(weight), total, input_precision="ieee")
     return total
+
+
+@triton.jit
+def weight_tile(at, column, columns, depth, left, TURNED: tl.constexpr, EVEN: tl.constexpr):
+    """Weights at `at`, [COLUMNS, DEPTH]; if turned [DEPTH, COLUMNS], zero past the last column. Of the sum's elements
+    `left` are left; past them it is zero.
+    """
+    if TURNED:
+        inside = (column < columns)[None, :]
+        if not EVEN:
+            inside = inside & (depth < left)[:, None]
+        tile = tl.load(at, mask=inside, other=0.0)
+    elif EVEN:
+        tile = tl.load(at)
+    else:
+        tile = tl.load(at, mask=(depth < left)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -75,7 +94,7 @@ def product_kernel(
     size,
     row_stride,
     expert_stride,
-    column_stride,
+    column_stride,  # from column to column of weights, or where they are turned from element to element of a sum
     bias_stride,
     out_stride,
     divisor,
@@ -91,6 +110,7 @@ def product_kernel(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
     SWAPPED: tl.constexpr,
+    TURNED: tl.constexpr,  # weights lie as [experts, size, columns]
     GROUP: tl.constexpr,  # row tiles whose programs run side by side, to meet the same weights in L2
     PDL: tl.constexpr,
 ):
@@ -109,30 +129,32 @@ def product_kernel(
         row_at = rows_ptr + (sources.to(tl.int64) * row_stride)[:, None] + depth[None, :]
         weight_row = tl.minimum(column, columns - 1).to(tl.int64)
         weight_ptr += expert.to(tl.int64) * expert_stride
-        gate_at = weight_ptr + (weight_row * column_stride)[:, None] + depth[None, :]
+        if TURNED:
+            gate_at = weight_ptr + (depth.to(tl.int64) * column_stride)[:, None] + column[None, :]
+        else:
+            gate_at = weight_ptr + (weight_row * column_stride)[:, None] + depth[None, :]
         if SWAPPED:
             gate = tl.zeros((COLUMNS, ROWS), dtype=tl.float32)
         else:
             gate = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
         if GATED:
-            up_at = weight_ptr + ((weight_row + columns) * column_stride)[:, None] + depth[None, :]
+            if TURNED:
+                up_at = gate_at + columns
+            else:
+                up_at = weight_ptr + ((weight_row + columns) * column_stride)[:, None] + depth[None, :]
             up = gate
         for begin in range(0, size, DEPTH):
-            if EVEN:
-                rows = tl.load(row_at, mask=held, other=0.0)
-                gate = multiplied(tl.load(gate_at), rows, gate, SWAPPED)
-                if GATED:
-                    up = multiplied(tl.load(up_at), rows, up, SWAPPED)
-            else:
-                inside = (depth < size - begin)[None, :]
-                rows = tl.load(row_at, mask=held & inside, other=0.0)
-                gate = multiplied(tl.load(gate_at, mask=inside, other=0.0), rows, gate, SWAPPED)
-                if GATED:
-                    up = multiplied(tl.load(up_at, mask=inside, other=0.0), rows, up, SWAPPED)
-            row_at += DEPTH
-            gate_at += DEPTH
+            left = size - begin
+            rows = tl.load(row_at, mask=held if EVEN else held & (depth < left)[None, :], other=0.0)
+            tile = weight_tile(gate_at, column, columns, depth, left, TURNED, EVEN)
+            gate = multiplied(tile, rows, gate, SWAPPED, TURNED)
             if GATED:
-                up_at += DEPTH
+                tile = weight_tile(up_at, column, columns, depth, left, TURNED, EVEN)
+                up = multiplied(tile, rows, up, SWAPPED, TURNED)
+            row_at += DEPTH
+            gate_at += DEPTH * column_stride if TURNED else DEPTH
+            if GATED:
+                up_at += DEPTH * column_stride if TURNED else DEPTH
         if bias_ptr is not None:
             bias_at = bias_ptr + expert.to(tl.int64) * bias_stride + weight_row
             bias = tl.load(bias_at).to(tl.float32)

@@ -3,6 +3,8 @@
 from functools import cache
 from typing import NamedTuple
 
+from moeyard.dispatch.sizes import power
+
 
 class Card(NamedTuple):
     """What a plan needs to know of a GPU."""
@@ -123,6 +125,70 @@ def coded_tile(
     stages = _stages((like.rows + width) * depth, card.shared_bytes)
     own = width // 2 if gated else width
     return Tile(like.rows, own, depth, like.warps, stages, like.swapped and own >= 64)
+
+
+@cache
+def four_bit_tile(
+    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, scaled: bool, itemsize: int, card: Card
+) -> Tile:
+    """The tile of weights of 4 bits: as of 16-bit weights, but 64 columns a step.
+
+    At most 128 weight rows, gate and up together. Tall tiles have half as many where both operands lie in registers. On
+    compute capability 9.0 weights are the long side of wgmma, which takes that from registers, where they are widened:
+    256 rows then, unless a group's sums stand beside the others since weights are not `scaled`.
+    """
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=itemsize, card=card)
+    hopper = card.capability[0] == 9 and itemsize == 2
+    most = 64 if like.rows >= 64 and not hopper else 256 if hopper and scaled else 128
+    width = min(like.columns * (2 if gated else 1), most)
+    stages = _stages((2 * like.rows * itemsize + width) * 32, card.shared_bytes)
+    own = width // 2 if gated else width
+    return Tile(like.rows, own, 64, like.warps, stages, hopper and own >= 64)
+
+
+class OuterTile(NamedTuple):
+    """What one program of a sum of outer products computes, and with what."""
+
+    columns: int
+    """Columns of the first operand: rows of the result."""
+    sizes: int
+    """Columns of the second operand."""
+    depth: int
+    """Rows of an expert at a time."""
+    warps: int
+    stages: int
+    """Of Triton's pipeline."""
+
+
+_BUFFERS = 4
+"""Steps of outer products whose rows are on their way or in use."""
+_LARGE = 128 * 128
+"""Results of a tile whose sums take the registers of two warpgroups."""
+
+
+@cache
+def outer_tile(experts: int, columns: int, size: int, *, itemsize: int, gathered: bool, card: Card) -> OuterTile:
+    """The tile for `experts` sums of [columns, size]; `gathered` rows are found through slots.
+
+    - On compute capability 9.0 128 x 256, whose operands pass shared memory least often, where every multiprocessor
+      has two programs, one after the other; else 128 x 128. Other cards hold operands in registers, too: 64 x 128.
+    - Narrow results, of biases, have tiles as narrow.
+    - float32 is multiplied without matrix instructions, in tiles whose sums fit into registers.
+
+    Triton's pipeline counts a stage for the slots and one for the rows that they lead to: so gathered rows take twice
+    as many for as many buffers.
+    """
+    hopper = card.capability[0] == 9
+    tall, wide, depth = (64, 64, 32) if itemsize > 2 else (128 if hopper else 64, 128, 64)
+    programs = experts * -(-columns // tall) * -(-size // (2 * wide))
+    if hopper and itemsize == 2 and size > wide and programs >= 2 * card.multiprocessors:
+        wide *= 2
+    wide = min(wide, power(size, 16))
+    if columns < tall:
+        tall = power(columns, 64 if itemsize == 2 else 16)
+    warps = 8 if tall * wide >= _LARGE else 4
+    buffers = max(2, min(_BUFFERS, (card.shared_bytes - 4096) // ((tall + wide) * depth * itemsize)))
+    return OuterTile(tall, wide, depth, warps, 2 * buffers - 1 if gathered else buffers)
 
 
 def _stages(step_bytes: int, shared_bytes: int) -> int:

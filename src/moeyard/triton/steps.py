@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moeyard.dispatch.sizes import round_up
+from moeyard.dispatch.call import lies_turned
+from moeyard.dispatch.sizes import power, round_up
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.launch import Step, card
 
@@ -84,6 +85,28 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
+def stride_of(bias: Tensor | None) -> int:
+    """Elements from expert to expert; -1 without a bias, for which a step is another."""
+    return -1 if bias is None else bias.stride(0)
+
+
+class Lies(NamedTuple):
+    """How matrices [experts, columns, size] lie in memory, in elements."""
+
+    strides: tuple[int, int]
+    """From expert to expert, and from column to column; where they are turned, from element to element of a sum."""
+    turned: bool
+    """Whether columns are side by side: the matrices lie transposed."""
+
+
+def readable(weight: Tensor) -> tuple[Tensor, Lies]:
+    """What products read in place, and how it lies: the weights themselves wherever an axis is contiguous."""
+    if lies_turned(weight):
+        return weight, Lies((weight.stride(0), weight.stride(2)), True)
+    weight = dense_rows(weight)
+    return weight, Lies((weight.stride(0), weight.stride(1)), False)
+
+
 def placed_alike(tensor: Tensor) -> Tensor:
     """The matrix itself if it is dense and begins at a multiple of 16 bytes, otherwise such a copy.
 
@@ -92,11 +115,6 @@ def placed_alike(tensor: Tensor) -> Tensor:
     """
     dense = tensor.stride() == (tensor.shape[1], 1)
     return tensor if dense and not tensor.data_ptr() % 16 else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def power(value: int, least: int) -> int:
-    """The smallest power of two of at least `value` and `least`."""
-    return max(least, 1 << max(0, value - 1).bit_length())
 
 
 def programmatic_on(device: torch.device) -> bool:

@@ -26,6 +26,8 @@ def unfit_for_products(call: Call) -> str | None:
     for name, size in (("columns", weights.columns // (1 + weights.gated)), ("hidden_size", weights.size)):
         if size % _UNIT or not size:
             return f"weights: expected {name} that are a positive multiple of {_UNIT}, got {size}"
+    if weights.turned:
+        return "reads rows of weights, got transposed ones"
     return weights.readable or None
 
 
