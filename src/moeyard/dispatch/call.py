@@ -91,6 +91,17 @@ def lies_turned(weight: Tensor) -> bool:
     return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1 and weight.shape[2] > 1
 
 
+def unreadable_turned(weight: Tensor, name: str, alone: bool) -> str:
+    """Why such a kernel cannot read transposed matrices in place, in words; "" if it can. `alone`: without a bias and
+    without router weights.
+    """
+    if not alone:
+        return f"{name}: expected a contiguous tensor beside bias or topk_weights, got a transposed one"
+    if weight.data_ptr() % 16 or any(weight.stride(i) * weight.itemsize % 16 for i in (0, 2)):
+        return f"{name}: expected a transposed tensor whose address and strides are multiples of 16 bytes"
+    return ""
+
+
 def unreadable(weight: Tensor, name: str) -> str:
     """Why a kernel that reads 16 bytes of a dense matrix at once cannot read `weight`, in words; "" if it can."""
     if not weight.is_contiguous():

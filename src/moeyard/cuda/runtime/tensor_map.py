@@ -5,6 +5,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moeyard.cuda.runtime.launch import MAP_BYTES
 from moeyard.cuda.runtime.planning import current_plan
@@ -24,6 +25,23 @@ def weight_map(
     `ahead` lets the L2 cache bring the next 128 bytes of a row with them.
     """
     return _encode(address, dtype, *weight_boxes(experts, rows, size, dtype.itemsize, box, turn), ahead)
+
+
+@lru_cache(maxsize=4096)
+def turned_map(address: int, boxes: tuple[tuple[int, ...], ...], dtype: torch.dtype, ahead: bool) -> bytes:
+    """Of weights that lie transposed, in boxes of `turned_boxes`."""
+    return _encode(address, dtype, *boxes, ahead)
+
+
+def turned_boxes(weight: Tensor, box: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """As `weight_boxes`, of [experts, rows, size] whose rows, a multiple of 64, lie side by side.
+
+    The dimensions are 64 rows, size, blocks of 64 rows, expert, and one more of 1.
+    """
+    experts, rows, size = weight.shape
+    item, side = weight.element_size(), STEP_BYTES // weight.element_size()
+    strides = (weight.stride(2) * item, STEP_BYTES, weight.stride(0) * item, weight.stride(0) * item)
+    return (side, size, rows // side, experts, 1), strides, (side, side, box // side, 1, 1)
 
 
 @lru_cache(maxsize=4096)
