@@ -86,6 +86,14 @@ def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     )
 
 
+def facts_of_matrices(weight: Tensor, dtype: torch.dtype, *, alone: bool) -> WeightFacts:
+    """The facts of matrices [experts, columns, size] that rows of `dtype` meet, `alone` without bias and weights."""
+    experts, columns, size = weight.shape
+    turned = lies_turned(weight)
+    readable = unreadable_turned(weight, "weight", alone) if turned else unreadable(weight, "weight")
+    return WeightFacts(dtype, None, experts, columns, size, False, readable, turned=turned)
+
+
 def lies_turned(weight: Tensor) -> bool:
     """Whether matrices [experts, columns, size] lie as [experts, size, columns], so that columns are side by side."""
     return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1 and weight.shape[2] > 1
