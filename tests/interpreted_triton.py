@@ -133,3 +133,22 @@ def test_ids_of_both_widths_in_turn() -> None:
         routing = moeyard.Routing(torch.rand(9, 2), given)
         got = moeyard.fused_experts(rows, routing, weights, impl="triton")
         assert torch.allclose(got, moeyard.fused_experts(rows, routing, weights, impl="torch"), atol=1e-5)
+
+
+def test_a_step_takes_the_dtypes_of_its_first_call() -> None:
+    """It is compiled for them, and looks at none afterwards. Under the interpreter it refuses others."""
+    step = experts._activate_step.__wrapped__(torch.float32, 4, 16, 16, False, Activation())
+    rows, out = torch.randn(4, 16), torch.empty(4, 16)
+    step(rows, out)
+    with pytest.raises(ValueError, match=r"step: expected the dtypes \(torch.float32, torch.float32\)"):
+        step(rows.half(), out.half())
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_of_each_dtype_have_a_step_of_their_own(gated: bool) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rows = torch.randn(4, 32).to(dtype)
+        got = moeyard.activate(rows, gated=gated, impl="triton")
+        assert torch.allclose(
+            got.float(), moeyard.activate(rows.float(), gated=gated, impl="torch"), rtol=2e-2, atol=2e-2
+        )

@@ -54,6 +54,17 @@ def test_sums_of_outer_products(name: str, dtype: torch.dtype) -> None:
             assert count or not bool(out[expert].any()), "experts without rows have zeros"
 
 
+def test_each_kind_of_tensors_has_a_step_of_its_own() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for wide in (False, True):
+            sums([3, 5], dtype, 16, 8, 1, wide)
+        rows, grad, factors = torch.randn(6, 32).to(dtype), torch.randn(6, 16).to(dtype), torch.rand(6)
+        for given in (factors, None):
+            out = WeightedGradients(torch.empty_like(rows), torch.empty_like(grad), torch.empty(6))
+            gradients.weighted_activate_backward_launch(rows, grad, given, Activation(), gated=True, out=out)
+        gradients.activate_backward_launch(rows, grad, Activation(), gated=True, out=torch.empty_like(rows))
+
+
 def test_sums_of_rows_as_they_lie() -> None:
     """Without slots: the rows of batches, of which only the first are valid."""
     grads, rows = torch.randn(12, 20), torch.randn(12, 18)

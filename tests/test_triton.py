@@ -180,7 +180,7 @@ def test_the_rest_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card
     assert built(cut, (torch.int64, integer, integer), card, tmp_path)["spilled"] == 0
     assert built(product, (kind, kind, None, torch.float32, integer, integer, kind), card, tmp_path)["spilled"] == 0
     for activation in (Activation("gelu"), Activation("gelu_tanh"), Activation("relu2", limit=2.0)):
-        step = experts._activate_step.__wrapped__(300, 704, 1408, True, activation)
+        step = experts._activate_step.__wrapped__(torch.bfloat16, 300, 704, 1408, True, activation)
         assert built(step, (kind, kind), card, tmp_path)["spilled"] == 0
 
 

@@ -27,7 +27,10 @@ MODELS = {  # hidden, size, experts, top_k
 }
 
 
-def plan_of(monkeypatch: pytest.MonkeyPatch, card: Card, tokens: int, model: str, scheme: QuantScheme) -> Any:
+def plan_of(
+    monkeypatch: pytest.MonkeyPatch, card: Card, tokens: int, model: str, scheme: QuantScheme,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Any:  # fmt: skip
     hidden, size, count, top_k = MODELS[model]
     monkeypatch.setattr(coded, "card", lambda _: card)
     monkeypatch.setattr(coded, "programmatic_on", lambda _: card.capability >= (9, 0))
@@ -39,7 +42,7 @@ def plan_of(monkeypatch: pytest.MonkeyPatch, card: Card, tokens: int, model: str
     ]
     strides = coded._Strides(hidden, (2 * size * hidden, hidden), (hidden * size, size), 0, 0, tuple(blocks))
     return coded._plan.__wrapped__(
-        torch.device("cpu"), torch.bfloat16, torch.int32, tokens, top_k, (count, hidden, size), count, Activation(),
+        torch.device("cpu"), dtype, torch.int32, tokens, top_k, (count, hidden, size), count, Activation(),
         True, False, scheme, 0, strides,
     )  # fmt: skip
 
@@ -71,6 +74,22 @@ def test_products_compile(
                 step, (kind, None, None, None, codes if codes == torch.int8 else torch.uint8, scale), card, tmp_path
             )
             assert seen["spilled"] == 0
+
+
+WEIGHTS_IN_BLOCKS = QuantScheme("e4m3", block=(128, 128))
+
+
+@pytest.mark.parametrize("card", [H200, pytest.param(L4, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("scheme", [WEIGHTS_IN_BLOCKS, pytest.param(FP8_WEIGHTS, marks=pytest.mark.full)], ids=str)
+def test_float32_rows_beside_codes_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, card: Card, scheme: QuantScheme
+) -> None:
+    """Rows of four bytes fill shared memory and registers four times as fast as codes."""
+    plan = plan_of(monkeypatch, card, 1500, "uneven", scheme, torch.float32)
+    codes, wide, integer = torch.float8_e4m3fn if plan.native else torch.uint8, torch.float32, torch.int32
+    for step, routes in ((plan.gate_up, integer), (plan.down, None)):
+        seen = built(step, (wide, codes, None, None, routes, integer, None, wide, wide), card, tmp_path)
+        assert seen["shared"] <= card.shared_bytes and seen["spilled"] < 4096
 
 
 def test_static_scales_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

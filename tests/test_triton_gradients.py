@@ -38,7 +38,7 @@ def of(monkeypatch: pytest.MonkeyPatch, card: Card) -> None:
 def outer_step(name: str, dtype: torch.dtype) -> Any:
     count, columns, size, gathered = SUMS[name]
     return gradients._outer_step.__wrapped__(
-        torch.device("cpu"), dtype, (count, columns, size), columns, size, 1, 8, gathered
+        torch.device("cpu"), (dtype, dtype), (count, columns, size), columns, size, 1, 8, gathered
     )
 
 
@@ -132,7 +132,7 @@ def test_derivatives_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
     kind, wide = torch.bfloat16, torch.float32
     for name in Activation.NAMES:
         step = gradients._backward_step.__wrapped__(
-            torch.device("cpu"), 262144, 768, 1536, 768, True, Activation(name, limit=7.0)
+            torch.device("cpu"), (), 262144, 768, 1536, 768, True, Activation(name, limit=7.0)
         )
         for dtypes in ((kind, kind, wide, kind, kind, wide), (kind, kind, None, kind, None, None)):
             seen = built(step, dtypes, card, tmp_path)

@@ -51,3 +51,16 @@ def test_without_a_driver_nobody_is_foreign() -> None:
     if gpu.states():
         pytest.skip("there is a GPU")
     assert gpu.foreign() == []
+
+
+def test_strangers_on_gpus_that_the_arms_cannot_reach_do_not_count(child: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_listed", lambda: [[child, 1], [child]])
+    assert gpu.foreign(frozenset({1}), patience_s=0.0) == []
+    assert len(gpu.foreign(frozenset({0}), patience_s=0.0)) == len(gpu.foreign(None, patience_s=0.0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"), [(None, None), ("", None), ("1", {1}), ("0,3", {0, 3}), ("GPU-8932f937", None), ("-1", None)]
+)
+def test_arms_reach_the_gpus_that_are_visible_by_number(given: str | None, seen: set[int] | None) -> None:
+    assert gpu.visible({} if given is None else {"CUDA_VISIBLE_DEVICES": given}) == seen

@@ -1,11 +1,16 @@
 """These tests need an NVIDIA GPU; elsewhere each one is skipped with that reason."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+if WORKERS > 1:  # oracles in float64 run on the processor, where threads of all workers would wait for each other
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // WORKERS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -129,7 +129,7 @@ def _room(out: Tensor, scheme: QuantScheme, rows: int, groups: int, columns: int
 
 @lru_cache(MOST_PLANS)
 def _plan(
-    device: torch.device, _dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
+    device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
     scheme: QuantScheme, block_start: int, strides: _Strides,
 ) -> _Plan:  # fmt: skip
@@ -138,7 +138,9 @@ def _plan(
     expected = expected_routes(n, local, num_experts)
     coded, stepwise = scheme.activations != "none", bool(scheme.activation_group or scheme.block[1])
     native = coded and (scheme.weights == "int8" or _multiplies_e4m3(device))
-    how: dict[str, Any] = {"stepwise": stepwise, "native": native, "card": here}
+    how: dict[str, Any] = {
+        "stepwise": stepwise, "native": native, "wide": not coded and dtype.itemsize > 2, "card": here,
+    }  # fmt: skip
     first_tile = coded_tile(expected, local, size, hidden, gated=gated, **how)
     second_tile = coded_tile(expected, local, hidden, size, gated=False, **how)
     most_tiles = most_row_tiles(n, local, first_tile.rows)
@@ -232,6 +234,7 @@ def _product(
         GROUPED=bool(scheme.activation_group),
         BLOCK=scheme.block[0],
         BLOCKED=scheme.block[1] != 0,
+        STEPS=max(1, GROUP // tile.depth),
         ROWS=tile.rows,
         COLUMNS=tile.columns,
         DEPTH=tile.depth,

@@ -168,9 +168,10 @@ def coded_product_kernel(
     LIMIT: tl.constexpr,
     E4M3: tl.constexpr,
     NATIVE: tl.constexpr,  # codes meet codes in matrix instructions of 8 bits
-    GROUPED: tl.constexpr,  # rows have a scale per DEPTH columns
+    GROUPED: tl.constexpr,  # rows have a scale per STEPS * DEPTH columns
     BLOCK: tl.constexpr,  # weight rows that share a scale; 0: all of a matrix
-    BLOCKED: tl.constexpr,  # weights have a scale per DEPTH columns
+    BLOCKED: tl.constexpr,  # weights have a scale per STEPS * DEPTH columns
+    STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -215,8 +216,8 @@ def coded_product_kernel(
             if stepwise:
                 factor = tl.full((ROWS,), 1.0, tl.float32)
                 if GROUPED:
-                    factor = tl.load(row_scales_ptr + sources * groups + step)
-                scale = tl.load(scale_at + step) if BLOCKED else tl.full((COLUMNS,), 1.0, tl.float32)
+                    factor = tl.load(row_scales_ptr + sources * groups + step // STEPS)
+                scale = tl.load(scale_at + step // STEPS) if BLOCKED else tl.full((COLUMNS,), 1.0, tl.float32)
                 both = scale[:, None] * factor[None, :] if SWAPPED else factor[:, None] * scale[None, :]
                 gate += summed(weight, rows, tl.zeros(shape, dtype=kind), SWAPPED).to(tl.float32) * both
             else:
@@ -226,7 +227,7 @@ def coded_product_kernel(
                 if not NATIVE:
                     weight = widened(weight, E4M3, operand)
                 if stepwise:
-                    scale = tl.load(up_scale_at + step) if BLOCKED else tl.full((COLUMNS,), 1.0, tl.float32)
+                    scale = tl.load(up_scale_at + step // STEPS) if BLOCKED else tl.full((COLUMNS,), 1.0, tl.float32)
                     both = scale[:, None] * factor[None, :] if SWAPPED else factor[:, None] * scale[None, :]
                     up += summed(weight, rows, tl.zeros(shape, dtype=kind), SWAPPED).to(tl.float32) * both
                 else:

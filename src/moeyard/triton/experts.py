@@ -35,7 +35,7 @@ def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: T
     if not out.numel():
         return
     rows = dense_rows(rows)
-    _activate_step(*out.shape, rows.stride(0), gated, activation)(rows, out)
+    _activate_step(out.dtype, *out.shape, rows.stride(0), gated, activation)(rows, out)
 
 
 @on_its_device
@@ -198,7 +198,9 @@ def _product(
 
 
 @lru_cache(MOST_PLANS)
-def _activate_step(num_rows: int, columns: int, row_stride: int, gated: bool, activation: Activation) -> Step:
+def _activate_step(
+    _dtype: torch.dtype, num_rows: int, columns: int, row_stride: int, gated: bool, activation: Activation
+) -> Step:
     wide = power(min(columns, 512), 16)
     tall = 2048 // wide
     return Step(

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moeyard.dispatch.sizes import power
 from moeyard.triton import gradient_kernels
-from moeyard.triton.launch import Step, card, on_its_device
+from moeyard.triton.launch import Step, card, dtypes_of, on_its_device
 from moeyard.triton.plan import outer_tile
 from moeyard.triton.steps import MOST_PLANS, SIDE_BY_SIDE, dense_rows, prepared, programmatic_on
 from moeyard.values import Activation, Segments, WeightedGradients
@@ -24,8 +24,8 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
     grads, rows = dense_rows(grads), dense_rows(rows)
     slots = None if segments.slots is None else segments.slots.contiguous()
     step = prepared(
-        _outer_step, out.device, grads.dtype, tuple(out.shape), grads.stride(0), rows.stride(0), segments.divisor,
-        row_divisor, slots is not None,
+        _outer_step, out.device, (grads.dtype, out.dtype), tuple(out.shape), grads.stride(0), rows.stride(0),
+        segments.divisor, row_divisor, slots is not None,
     )  # fmt: skip
     step(grads, rows, slots, segments.first_rows.contiguous(), segments.row_counts.contiguous(), out)
 
@@ -53,17 +53,20 @@ def _launch_backward(
         return
     rows, grad = dense_rows(rows), dense_rows(grad)
     factors = None if factors is None else factors.contiguous()
-    step = prepared(_backward_step, rows.device, *grad.shape, rows.stride(0), grad.stride(0), gated, activation)
-    step(rows, grad, factors, of_rows, weighted, dots)
+    tensors = rows, grad, factors, of_rows, weighted, dots
+    step = prepared(
+        _backward_step, rows.device, dtypes_of(tensors), *grad.shape, rows.stride(0), grad.stride(0), gated, activation
+    )
+    step(*tensors)
 
 
 @lru_cache(MOST_PLANS)
 def _outer_step(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int, int], grad_stride: int, row_stride: int,
-    divisor: int, row_divisor: int, gathered: bool,
+    device: torch.device, dtypes: tuple[torch.dtype, torch.dtype], shape: tuple[int, int, int], grad_stride: int,
+    row_stride: int, divisor: int, row_divisor: int, gathered: bool,
 ) -> Step:  # fmt: skip
     experts, columns, size = shape
-    tile = outer_tile(experts, columns, size, itemsize=dtype.itemsize, gathered=gathered, card=card(device))
+    tile = outer_tile(experts, columns, size, itemsize=dtypes[0].itemsize, gathered=gathered, card=card(device))
     tiles = -(-columns // tile.columns) * -(-size // tile.sizes)
     return Step(
         gradient_kernels.outer_kernel, (experts * tiles, 1),
@@ -74,8 +77,8 @@ def _outer_step(
 
 @lru_cache(MOST_PLANS)
 def _backward_step(
-    device: torch.device, num_rows: int, columns: int, row_stride: int, grad_stride: int, gated: bool,
-    activation: Activation,
+    device: torch.device, _dtypes: tuple[torch.dtype | None, ...], num_rows: int, columns: int, row_stride: int,
+    grad_stride: int, gated: bool, activation: Activation,
 ) -> Step:  # fmt: skip
     wide = power(min(columns, 256), 16)
     tall = 2048 // wide

@@ -106,7 +106,8 @@ _STATE = threading.local()
 class Step:
     """A kernel with everything but its pointers.
 
-    A kernel's parameters are pointers, then sizes, then constants. The compiled kernel assumes that pointers are
+    A kernel's parameters are pointers, then sizes, then constants. A step takes pointers of the dtypes of its first
+    call; it looks at no dtype after that. The compiled kernel assumes that pointers are
     aligned to 16 bytes; a call with others goes through Triton's own launcher, which compiles for what it is given.
     """
 
@@ -124,15 +125,21 @@ class Step:
         self._compiled: dict[int, Any] = {}
         """By device: a kernel that is loaded on one device cannot run on another."""
         self._asked: Asked | None = None
+        self._kinds: tuple[torch.dtype | None, ...] | None = None
+        """Under the interpreter: of the first call. A compiled kernel would read others wrongly, and say nothing."""
         self._tail: tuple[Any, ...] = (*sizes, *constants.values())
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Starts the kernel on the current stream of the current device."""
         if self._interpreted:
+            kinds = dtypes_of(tensors)
+            if self._kinds not in (None, kinds):
+                raise ValueError(f"step: expected the dtypes {self._kinds} of its first call, got {kinds}")
+            self._kinds = kinds
             self.kernel[self.grid](*tensors, *self.sizes, **self.constants)
             return
         if tensors[0] is not None and tensors[0].is_meta:
-            planned().asked.setdefault(self.asked(*_dtypes(tensors)), self.sizes)
+            planned().asked.setdefault(self.asked(*dtypes_of(tensors)), self.sizes)
             return
         addresses: list[int | None] = []
         bits = 0
@@ -146,7 +153,7 @@ class Step:
         device = current_device()
         ready = self._compiled.get(device)
         if ready is None:
-            ready = self._compiled[device] = self._loaded(device, _dtypes(tensors))
+            ready = self._compiled[device] = self._loaded(device, dtypes_of(tensors))
         ready.run(
             *self.grid, current_stream(device), ready.function, ready.packed_metadata, None, None, None,
             *addresses, *self._tail,
@@ -181,7 +188,8 @@ class Step:
         return self.kernel.warmup(*pointers, *self.sizes, grid=self.grid, **self.constants, **self.options)
 
 
-def _dtypes(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+def dtypes_of(tensors: tuple[Tensor | None, ...]) -> tuple[torch.dtype | None, ...]:
+    """What a step is compiled for; what prepares a step has it among its arguments, or facts that it follows from."""
     return tuple(None if tensor is None else tensor.dtype for tensor in tensors)
 
 

@@ -85,15 +85,20 @@ def coded_tile(
     gated: bool,
     stepwise: bool,
     native: bool,
+    wide: bool,
     card: Card,
 ) -> Tile:
     """The tile of weights of 8-bit codes: as of 16-bit weights, but 128 codes a step, which is a block of scales.
+
+    `wide` rows are float32, which no matrix instruction multiplies: their tiles are those of float32 weights.
 
     Sums are at most 128 columns wide, gate and up together. Tall tiles are half as wide where scales count step by
     step, which needs a second sum beside the first. Without wgmma operands lie in registers, too: so are tiles of 64
     rows then, and tiles whose codes are widened before they are multiplied (`native` is False), 64 at a time.
     """
-    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=2, card=card)
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=4 if wide else 2, card=card)
+    if wide:
+        return like
     hopper = card.capability[0] == 9
     full = (like.rows >= 64 and not hopper and (stepwise or not native)) or (like.rows == 128 and stepwise)
     width = min(like.columns * (2 if gated else 1), 64 if full else 128)

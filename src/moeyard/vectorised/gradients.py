@@ -54,8 +54,8 @@ def weighted_activate_backward_launch(
 def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_divisor: int, *, out: Tensor) -> None:
     """Per expert one product whose sums go over its rows, in float32 (float64 rows: in float64).
 
-    A GPU has torch's grouped product for bfloat16. Of other dtypes it multiplies every row once per expert, times
-    zero where the row is of another: nothing is read back from the device. That is right, and slow.
+    A GPU has torch's grouped product for bfloat16 results of bfloat16 rows. Of other dtypes it multiplies every row
+    once per expert, times zero where the row is of another: nothing is read back. That is right, and slow.
     """
     first_rows, row_counts, slots, divisor, _ = segments
     num_entries = divisor * grads.shape[0]
@@ -78,7 +78,7 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
             for one, start, end in zip(out, starts, ends, strict=True):
                 mine, theirs = left[start:end].to(wide), right[start:end].to(wide)
                 one.copy_(mine.t() @ theirs if theirs.shape[1] > 1 else (mine * theirs).sum(0).unsqueeze(1))
-        elif _has_grouped_product(left, right):
+        elif _has_grouped_product(left, right, out):
             held = held.unsqueeze(1)
             left, right = left.masked_fill(~held, 0), right.masked_fill(~held, 0)
             out.copy_(torch.nn.functional.grouped_mm(left.t(), right, offs=ends.int()))
@@ -88,6 +88,6 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
                 one.copy_(torch.where(mine, left, 0).to(wide).t() @ torch.where(mine, right, 0).to(wide))
 
 
-def _has_grouped_product(left: Tensor, right: Tensor) -> bool:
+def _has_grouped_product(left: Tensor, right: Tensor, out: Tensor) -> bool:
     aligned = left.shape[1] % 8 == 0 and right.shape[1] % 8 == 0
-    return left.is_cuda and left.dtype == torch.bfloat16 and aligned
+    return left.is_cuda and left.dtype == out.dtype == torch.bfloat16 and aligned

@@ -4,7 +4,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import IO
@@ -108,7 +108,7 @@ def _run(
             raise ArmError(arm, f"{what}ended with status {ended.status}: {words}")
         printed = _printed(log)
     figures = {"wall": seconds, "memory": float(peak_kib), "processors": ended.cpu_s / seconds}
-    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states()), printed
+    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states(reached(trees))), printed
 
 
 def _printed(log: IO[bytes]) -> str:
@@ -156,7 +156,7 @@ def worker_samples(
                 _calls(exchange, workload, timed, asking, samples[arm], loops)
                 _echo(exchange, workload, inputs[-1], samples[arm], loops)
                 samples[arm].awake_s += time.perf_counter() - begun
-                _close(exchange.worker, samples[arm])
+                _close(exchange.worker, samples[arm], reached(trees))
     else:
         with ExitStack() as stack:
             exchanges: dict[str, Exchange] = {}
@@ -168,7 +168,7 @@ def worker_samples(
             timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
             _take_turns(exchanges, used, workload, order, timed, asking, samples, loops)
             for arm, exchange in exchanges.items():
-                _close(exchange.worker, samples[arm])
+                _close(exchange.worker, samples[arm], reached(trees))
     _figures(workload, samples)
     return samples
 
@@ -343,7 +343,12 @@ def compared(workload: Workload, base: Sample) -> int:
     return sum(one != nothing for one in base.outputs) if workload.compares else 0
 
 
-def _close(worker: Worker, sample: Sample) -> None:
+def reached(trees: Trees) -> Container[int] | None:
+    """Which GPUs the arms can reach; None: all."""
+    return gpu.visible(trees.environment("base", 0))
+
+
+def _close(worker: Worker, sample: Sample, gpus: Container[int] | None) -> None:
     worker.ask(b"p")  # the last call has not sent more than its reply
     worker.running.watch(now=True)
     if worker.running.woken:
@@ -351,7 +356,7 @@ def _close(worker: Worker, sample: Sample) -> None:
     sample.figures["memory"] = float(worker.running.peak_kib())
     sample.cpu_s = worker.running.cpu_seconds()
     sample.figures["processors"] = sample.cpu_s / sample.awake_s
-    sample.gpus = gpu.states()
+    sample.gpus = gpu.states(gpus)
 
 
 def differing(workload: Workload, base: Sample, other: Sample) -> list[int]:

@@ -30,7 +30,15 @@ from assay.experiment.copies import copied
 from assay.experiment.inputs import Inputs
 from assay.experiment.instructions import counted
 from assay.experiment.raw import verdict_row
-from assay.experiment.samples import Sample, command_sample, compared, differing, too_busy_while_frozen, worker_samples
+from assay.experiment.samples import (
+    Sample,
+    command_sample,
+    compared,
+    differing,
+    reached,
+    too_busy_while_frozen,
+    worker_samples,
+)
 from assay.machine import gpu, load
 from assay.machine.conditions import PATIENCE_S, Conditions
 from assay.machine.identity import machine
@@ -171,7 +179,7 @@ class _Series:
         """The next row of RAW."""
         self.caches.restore()
         drawn, hash_seed = seeds.order(self.plan.seed, self.number), seeds.hash_seed(self.plan.seed, self.number)
-        reasons = gpu.foreign()
+        reasons = gpu.foreign(reached(self.trees))
         if self.inputs is None:
             order = list(self.trees.trees)
             drawn.shuffle(order)

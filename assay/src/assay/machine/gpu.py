@@ -7,6 +7,7 @@ not: an arm reaches it by its own use, as the others do; it is written down.
 import ctypes
 import os
 import time
+from collections.abc import Container, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -62,28 +63,35 @@ def _library() -> Any:
     return library if library.nvmlInit_v2() == 0 else None
 
 
-def states() -> list[State]:
-    """The present state of every GPU; [] where there is none."""
+def states(visible: Container[int] | None = None) -> list[State]:
+    """The present state of every GPU, or of those that are `visible`; [] where there is none."""
     library = _library()
-    return [_state(library, index, device) for index, device in enumerate(_devices(library))]
+    devices = enumerate(_devices(library))
+    return [_state(library, index, device) for index, device in devices if visible is None or index in visible]
 
 
-def foreign(patience_s: float = 2.0) -> list[str]:
-    """Processes on GPUs that are not ours while no arm runs, in words.
+def visible(environment: Mapping[str, str]) -> frozenset[int] | None:
+    """The GPUs that arms with this environment can reach; None: all, or CUDA_VISIBLE_DEVICES does not number them."""
+    names = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return frozenset(map(int, names)) if all(name.isdecimal() for name in names) else None
+
+
+def foreign(visible: Container[int] | None = None, patience_s: float = 2.0) -> list[str]:
+    """Processes on GPUs that are not ours while no arm runs, in words; of those that are `visible`, None: of all.
 
     What makes inputs is ours: it keeps its context while it is frozen. Contexts of arms that have just ended get some
     time to go. In a container the driver's process numbers are not those seen here: then as many are taken for ours, on
     every GPU, as processes of ours have contexts and are not listed.
     """
     stop = time.monotonic() + patience_s
-    while found := _strangers():
+    while found := _strangers(visible):
         if time.monotonic() > stop:
             return [f"GPU {index}: foreign processes {_named(processes)}" for index, processes in found.items()]
         time.sleep(0.05)
     return []
 
 
-def _strangers() -> dict[int, list[int]]:
+def _strangers(visible: Container[int] | None) -> dict[int, list[int]]:
     """GPU -> process numbers that are not ours."""
     listed = _listed()
     if not any(listed):
@@ -92,7 +100,7 @@ def _strangers() -> dict[int, list[int]]:
     unlisted = ours.difference(*listed)
     hidden = sum(map(_has_context, unlisted))
     found = {index: [one for one in some if one not in ours][hidden:] for index, some in enumerate(listed)}
-    return {index: some for index, some in found.items() if some}
+    return {index: some for index, some in found.items() if some and (visible is None or index in visible)}
 
 
 def _has_context(process: int) -> bool:

@@ -35,7 +35,7 @@ def held(device: str, *, alone: bool, waiting: Callable[[str], None] = lambda _:
             places = [f"gpu{state.index}" for state in gpu.states()] or ["gpu"] if name == "gpu" else [name]
             taken = _first(folder, places, alone, stack, waiting)
             if name == "gpu" and taken != "gpu":
-                found["CUDA_VISIBLE_DEVICES"] = taken.removeprefix("gpu")
+                found |= {"CUDA_VISIBLE_DEVICES": taken.removeprefix("gpu"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         yield found
 
 
