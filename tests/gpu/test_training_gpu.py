@@ -111,7 +111,8 @@ def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl:
         assert same_bits(out, again) and not guard_broken(out)
         of_ours, of_honest = ((t.double() - exact).square().mean().sqrt() for t in (out, honest))
         times = 1.1 if kind.itemsize == 2 else 6  # float32 sums in the order of slots, beside sums of parts
-        assert float(of_ours) <= times * float(of_honest) + 1e-6
+        aligned = 2.0**-17 if dtype.itemsize == 2 else 2.0**-22  # what tensor cores cut off of a sum, as a share
+        assert float(of_ours) <= times * float(of_honest) + aligned * float(exact.square().mean().sqrt())
         for expert, count in enumerate(counts):
             assert count or not bool(out[expert].any()), "experts without rows have zeros"
 
@@ -151,6 +152,8 @@ def test_gradients_of_uneven_routings(name: str) -> None:
         mine = [t.to(torch.bfloat16).to(kind).requires_grad_() for t in (rows, weights.w13, weights.w2)]
         call = mine[0], Routing(factors, ids), ExpertWeights(*mine[1:])
         answer = moeyard.fused_experts(*call) if ours else plain_experts(*call)
+        if not answer.requires_grad:  # no expert has a row, which a loop over experts does not see
+            return [torch.zeros_like(t) for t in mine]
         return [*torch.autograd.grad(answer, mine, upstream.to(kind), materialize_grads=True)]
 
     found, honest = gradients(torch.bfloat16, True), gradients(torch.bfloat16, False)
@@ -202,7 +205,7 @@ def test_hopper_computes_a_backward_by_its_own_products() -> None:
     call = moeyard.grouped_gemm.__globals__["GROUPED_GEMM"]
     rows = torch.zeros(8, 64, dtype=torch.bfloat16, device=CUDA)
     segments = Segments(torch.arange(4, device=CUDA) * 2, torch.full((4,), 2, dtype=torch.int32, device=CUDA))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
         call((rows, weight, None, None, segments, 8), "auto")
         torch.cuda.synchronize()
     assert any("experts_kernel" in event.key for event in seen.key_averages())
