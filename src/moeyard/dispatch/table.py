@@ -186,6 +186,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -228,6 +229,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         "grouped_outer_launch",
         "the gradients of weights",
         Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", _cpu_sums),
+        Impl("cuda", f"{_OUTER}:grouped_outer_launch", _cuda_products, unfit=f"{_OUTER}:unfit"),
     ),
     "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
     "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
