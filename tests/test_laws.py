@@ -49,7 +49,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
-    "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
+    "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
