@@ -29,8 +29,8 @@ from moeyard.bench import (
 )
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider, operators
-from moeyard.cli import app
 from moeyard.testing import CPU, ROUTINGS, SOURCE, disagreement_error, plain_experts
+from moeyard_command.app import app
 
 RATES = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matrix_tflops": 0.1, "matrix_dtype": "bfloat16"}
 RATES_OF_ROWS = results.RATE_KEYS[results.SCHEMA]

@@ -430,7 +430,7 @@ def test_a_wheel_with_cubins_needs_no_compiler(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings")
     root, tree, target = Path(__file__).parents[1], tmp_path / "tree", tmp_path / "target"
     shutil.copytree(root / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "cubins"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(root / name, tree)
     environment = {"MOEYARD_CACHE": str(tmp_path / "cache")}
     cubins = tree / "src/moeyard/cuda/cubins"

@@ -9,6 +9,7 @@ from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
 from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
+from moeyard.helptexts import add_to as _add_helptexts_to
 from moeyard.layout import (
     batched_moe_align_block_size,
     empty_layout,
@@ -63,3 +64,5 @@ __all__ = [
     "update_selection_bias",
     "warmup",
 ]
+
+_add_helptexts_to(globals(), __all__)

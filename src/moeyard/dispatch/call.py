@@ -1,5 +1,6 @@
 """What a choice between implementations may depend on: plain values, so that a choice is made once per kind of call."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,32 @@ class Call(NamedTuple):
     weight_on_input: bool = False
     batch_invariant: bool = False
     """Whether a token's result may not depend on the batch around it (`invariance.py`)."""
+    capability: tuple[int, int] | None = None
+    """The compute capability of a GPU that need not be there, which `explain` asks about; None: that of the device."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` would choose for a call, and why the others are not chosen."""
+
+    op: str
+    call: Call
+    chosen: str
+    """The implementation; "none" where all refuse."""
+    reasons: dict[str, str]
+    """By row of the table: an implementation, and which way where it has several."""
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """The implementations that "auto" may choose for such a call, the preferred one first."""
+        rows = [row for row, reason in self.reasons.items() if reason.startswith(("chosen", "comes after"))]
+        return tuple(dict.fromkeys(row.partition(" (")[0] for row in rows))
+
+    def __str__(self) -> str:
+        dtype = str(self.call.dtype).removeprefix("torch.")
+        lines = [f"{self.op} on {self.call.device.type} ({dtype}): {self.chosen}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
 
 
 class LayerFacts(NamedTuple):
@@ -90,9 +117,28 @@ def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     )
 
 
+def facts_of_matrices(weight: Tensor, dtype: torch.dtype, *, alone: bool) -> WeightFacts:
+    """The facts of matrices [experts, columns, size] that rows of `dtype` meet, `alone` without bias and weights."""
+    experts, columns, size = weight.shape
+    turned = lies_turned(weight)
+    readable = unreadable_turned(weight, "weight", alone) if turned else unreadable(weight, "weight")
+    return WeightFacts(dtype, None, experts, columns, size, False, readable, turned=turned)
+
+
 def lies_turned(weight: Tensor) -> bool:
     """Whether matrices [experts, columns, size] lie as [experts, size, columns], so that columns are side by side."""
     return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1 and weight.shape[2] > 1
+
+
+def unreadable_turned(weight: Tensor, name: str, alone: bool) -> str:
+    """Why such a kernel cannot read transposed matrices in place, in words; "" if it can. `alone`: without a bias and
+    without router weights.
+    """
+    if not alone:
+        return f"{name}: expected a contiguous tensor beside bias or topk_weights, got a transposed one"
+    if weight.data_ptr() % 16 or any(weight.stride(i) * weight.itemsize % 16 for i in (0, 2)):
+        return f"{name}: expected a transposed tensor whose address and strides are multiples of 16 bytes"
+    return ""
 
 
 def unreadable(weight: Tensor, name: str) -> str:

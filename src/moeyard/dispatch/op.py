@@ -135,6 +135,12 @@ class Op:
             )
         self._registered = getattr(ops, self.name)
         self._defaults = tuple(one.default_value for one in self._registered.default._schema.arguments)
+        REGISTERED[self.name] = self
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The arguments that have a gradient."""
+        return () if self._gradient is None else self._gradient.inputs
 
     def __call__(self, arguments: tuple[Any, ...], impl: str, out: Any = None, apart: bool = False) -> Any:
         """The outputs: `out` with its contents if one is given, which was checked against shapes and dtypes.
@@ -232,6 +238,10 @@ class Op:
     def _fake(self, *given: Any) -> Any:
         flat, _ = self._apart(given)
         return _fields(self._allocate(*(flat if self._gather is None else self._gather(*flat))))
+
+
+REGISTERED: dict[str, Op] = {}
+"""Name -> operator, of all `torch.ops.moeyard` that are there."""
 
 
 def _named(outputs: Any) -> list[tuple[str, Tensor]]:
