@@ -321,6 +321,17 @@ def test_rows_of_a_batch_lie_alike_for_triton() -> None:
         assert placed.stride() == (placed.shape[1], 1)
 
 
+def test_weights_of_4_bits_in_tiles_are_refused() -> None:
+    weights = moeyard.pack_experts(draw_quantised(4, 128, 128, MXFP4, torch.bfloat16))
+    said = moeyard.explain("fused_experts", "cuda", weights=weights, num_tokens=8, top_k=2, batch_invariant=True)
+    of_tiles = [words for label, words in said.reasons.items() if label.startswith(("triton", "cuda"))]
+    assert said.chosen == "none" and all("batch-invariant" in words or "takes no" in words for words in of_tiles), (
+        of_tiles
+    )
+    usual = moeyard.explain("fused_experts", "cuda", weights=weights, num_tokens=8, top_k=2)
+    assert usual.able
+
+
 def test_weights_of_a_scheme_are_taken_where_they_are_otherwise() -> None:
     weights = draw_quantised(8, 128, 128, FP8_CHANNEL)
     said = moeyard.explain("fused_experts", "cuda", weights=weights, batch_invariant=True)

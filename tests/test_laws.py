@@ -31,7 +31,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "values": {"quant"},
     "dispatch.memory": set(),
     "dispatch.ids": {"values"},
-    "dispatch.invariance": set(),
+    "dispatch.invariance": {"quant"},
     "dispatch.sizes": {"values"},
     "dispatch.processes": set(),
     "dispatch.schemes": {"quant"},
@@ -51,6 +51,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
+    "pack": {"values", "quant", "dispatch.checks"},
     "warmup": ROOM | {"dispatch.schemes", "cuda", "triton", *OPS},
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
@@ -75,9 +76,9 @@ PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
     "fused_experts grouped_gemm load_balancing_loss load_experts moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum permute "
+    "moe_lora_align_block_size moe_sum pack_experts permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "update_selection_bias warmup"
+    "unpack_experts update_selection_bias warmup"
 ).split()
 
 

@@ -17,6 +17,7 @@ from moeyard.layout import (
     moe_lora_align_block_size,
 )
 from moeyard.losses import load_balancing_loss, router_z_loss, update_selection_bias
+from moeyard.pack import pack_experts, unpack_experts
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
@@ -50,6 +51,7 @@ __all__ = [
     "moe_layer",
     "moe_lora_align_block_size",
     "moe_sum",
+    "pack_experts",
     "permute",
     "permute_to_fp8",
     "quantize_experts",
@@ -58,6 +60,7 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "unpack_experts",
     "update_selection_bias",
     "warmup",
 ]

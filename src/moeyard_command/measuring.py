@@ -104,10 +104,11 @@ def experts(
     name: Annotated[str, typer.Option(help="The result file's name without .json.")] = "experts_bf16",
     models: Annotated[str, typer.Option(help="Comma-separated; all unless given.")] = "",
     tokens: Annotated[str, typer.Option(help="Comma-separated; what each part is made for unless given.")] = "",
-    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted; all unless given.")] = "",
+    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted; the usual ones unless given.")] = "",
     providers: Annotated[str, typer.Option(help="Comma-separated; only these: vllm, moeyard:cuda, ...")] = "",
     all_: Annotated[bool, typer.Option("--all", help="All of moeyard's implementations but torch's.")] = False,
     variants: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (label, run) pairs for a case.")] = "",
+    others: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (name, version, run) of more peers.")] = "",
     cell_seconds: Annotated[float, typer.Option(help="About how long a case's rounds last.")] = 0.8,
     rounds: Annotated[int | None, typer.Option(help="At most so many rounds per case.")] = None,
     shares: Annotated[int, typer.Option(help="Processes per model that compile ahead; 0 for none.")] = 2,
@@ -121,7 +122,7 @@ def experts(
     try:
         wanted = experts_gpu.Options(
             out, seconds, name, _names(models) or tuple(experts_cells.MODELS), _numbers(tokens),
-            _names(parts) or tuple(experts_cells.PARTS), _names(providers), all_, variants, cell_seconds,
+            _names(parts) or tuple(experts_cells.USUAL), _names(providers), all_, variants, others, cell_seconds,
             timing.MOST_ROUNDS if rounds is None else rounds, shares, seed, scale, device_of(device).type,
         )  # fmt: skip
         if not experts_gpu.measure(wanted):

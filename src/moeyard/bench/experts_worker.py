@@ -48,17 +48,20 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
     """Who takes part: peers first, since the first right answer is what the others are compared with.
 
     Of our implementations it is the one that "auto" chooses; with `all`, all but torch's. `variants`,
-    "module:function", gives (label, run) pairs for a case that stand in their place. `grid` leaves out what the
+    "module:function", gives (label, run) pairs for a case that stand in their place. `others`, as well, gives more
+    peers as (name, version, run) for a case. `grid` leaves out what the
     comparison with vLLM does not need; `providers` names the wanted ones.
     """
     everyone = operators()[case.op].providers(case, device)
     found = [p for p in everyone if p.name != "moeyard"]
+    if request.get("others"):
+        found += [Provider(*one) for one in _named(request["others"])(case)]
     if request.get("variants"):
-        module, _, function = request["variants"].partition(":")
-        made = getattr(importlib.import_module(module), function)(case)
-        found += [Provider("moeyard", label, run) for label, run in made]
+        found += [Provider("moeyard", label, run) for label, run in _named(request["variants"])(case)]
     else:
         able = moeyard.explain(case.op, device, case.dtype).able
+        if "scheme" in dict(case.sizes):  # what takes its weights
+            able = tuple(p.impl.split()[0] for p in everyone if p.name == "moeyard")
         taken = set(able) - {"torch"} if request.get("all") else set(able[:1])
         found += [p for p in everyone if p.name == "moeyard" and p.impl.split()[0] in taken]
     if request.get("grid"):
@@ -66,6 +69,13 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
     wanted = request.get("providers")
     found = [p for p in found if not wanted or p.name in wanted or p.label in wanted]
     return sorted(found, key=lambda p: _PEERS_FIRST.get(p.name, 0))
+
+
+def _named(where: str) -> Callable[[Case], Any]:
+    """The function "module:function"."""
+    module, _, function = where.partition(":")
+    found: Callable[[Case], Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def compile_case(case: Case, device: torch.device, request: dict[str, Any], say: Say) -> dict[str, Any]:

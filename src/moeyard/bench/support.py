@@ -4,6 +4,8 @@ A cell asks the table as `moeyard.explain` does, for cards that need not be ther
 installed only if they are.
 """
 
+from dataclasses import replace
+
 import torch
 
 from moeyard import quant
@@ -63,10 +65,17 @@ def _gradients(op: str) -> str:
 
 
 def schemes() -> str:
-    """One line per scheme in use: which implementations of `fused_experts` take it."""
+    """One line per scheme in use: which implementations of `fused_experts` take it, as it is or in tiles."""
     labels = [row.label for row in TABLE["fused_experts"]]
     lines = [f"| weights of experts | {' | '.join(labels)} |", "|---|" + ":-:|" * len(labels)]
     for name, scheme in _SCHEMES.items():
-        marks = ["yes" if label in TAKES and TAKES[label](scheme) else "" for label in labels]
+        marks = [_mark(label, scheme) for label in labels]
         lines.append(f"| {name}: `{scheme}` | {' | '.join(marks)} |")
     return "\n".join([*lines, ""])
+
+
+def _mark(label: str, scheme: quant.QuantScheme) -> str:
+    takes = TAKES.get(label, lambda _: False)
+    if takes(scheme):
+        return "yes"
+    return "in tiles" if scheme.per_byte == 2 and takes(replace(scheme, tiled=True)) else ""

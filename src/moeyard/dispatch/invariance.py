@@ -6,6 +6,8 @@ Machines Lab, "Defeating Nondeterminism in LLM Inference", 2025; vLLM's `VLLM_BA
 
 import os
 
+from moeyard.quant import QuantScheme
+
 OPERATORS = ("fused_experts", "grouped_gemm", "route")
 """Those whose implementations may differ in it. The others move rows and integers, or add up a token's own rows."""
 
@@ -14,8 +16,17 @@ VARIES = {
     "torch": _OF_TORCH,
     "reference": _OF_TORCH,
     "cuda (few tokens)": "promises no batch-invariant result: its sums have another order than those of more tokens",
+    "cuda (few tokens of 4 bits)": "promises no batch-invariant result: more tokens than it takes go to another kernel",
 }
 """By the labels of rows: why a token's result may depend on the batch, in words. All other rows promise that not."""
+
+
+_OF_TILES = "promises no batch-invariant result for weights of 4 bits: tiles of other sizes sum in another order"
+
+
+def dependence(label: str, scheme: QuantScheme | None) -> str | None:
+    """Why a row of the table gives a token results that may depend on the batch, in words; None if they do not."""
+    return VARIES.get(label) or (_OF_TILES if scheme is not None and scheme.tiled else None)
 
 
 def _read(text: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from moeyard.dispatch.call import Call, Explanation, facts_of_experts
-from moeyard.dispatch.invariance import VARIES, batch_invariance
+from moeyard.dispatch.invariance import batch_invariance, dependence
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -158,6 +158,10 @@ def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
     )
 
 
+def _cuda_experts(module: str, way: str, unfit: str = "unfit") -> Impl:
+    return Impl("cuda", f"{module}:fused_experts_launch", _cuda_products, way=way, unfit=f"{module}:{unfit}")
+
+
 def _no_kernel(gradient: str) -> Callable[[Call], str | None]:
     """The refusal of an implementation whose forward has kernels, and whose backward goes through another."""
     return lambda _: f"has no kernel for {gradient} yet: the next row computes it"
@@ -172,6 +176,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_FOUR_BITS = "moeyard.cuda.experts.four_bits"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -219,20 +224,9 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
     "fused_experts": _layer(
         "fused_experts_launch",
-        Impl(
-            "cuda",
-            f"{_FEW_TOKENS}:fused_experts_launch",
-            _cuda_products,
-            way="few tokens",
-            unfit=f"{_FEW_TOKENS}:unfit",
-        ),
-        Impl(
-            "cuda",
-            f"{_PRODUCTS}:fused_experts_launch",
-            _cuda_products,
-            way="products",
-            unfit=f"{_PRODUCTS}:unfit_for_experts",
-        ),
+        _cuda_experts(_FEW_TOKENS, "few tokens"),
+        _cuda_experts(_FOUR_BITS, "few tokens of 4 bits"),
+        _cuda_experts(_PRODUCTS, "products", "unfit_for_experts"),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
     "permute_to_fp8": (
@@ -303,8 +297,10 @@ def _load(target: str) -> Callable[..., Any]:
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call) or (VARIES.get(row.label) if call.batch_invariant else None)
+    scheme = None if call.weights is None else call.weights.scheme
+    reason = refusal_of(row.label, scheme) or row.refusal(call)
+    if reason is None and call.batch_invariant:
+        reason = dependence(row.label, scheme)
     if reason is None and row.unfit and call.capability is not None:
         with _load("moeyard.cuda.ahead:planning_on")(call.capability):
             reason = _load(row.unfit)(call)
@@ -348,6 +344,7 @@ def explain(
     num_tokens: int | None = None,
     top_k: int = 1,
     weights: ExpertWeights | None = None,
+    batch_invariant: bool | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Explanation:
     """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
@@ -358,10 +355,12 @@ def explain(
         dtype: that of the ids (layout; int32 by default) or of the rows (all others; bfloat16 by default).
         num_tokens, top_k, weights: of a call of `fused_experts`, whose choice depends on sizes; of any size unless
             given.
+        batch_invariant: as in `fused_experts`.
         capability: the compute capability of a GPU that need not be there, such as (9, 0); None asks the device.
 
-    Printing the result gives one line per implementation. Raises ValueError for an unknown op, and for a compute
-    capability that is not known. Without a GPU and a capability, what depends on a card's sizes is not asked.
+    Printing the result gives one line per implementation. Raises ValueError for an unknown op, for `batch_invariant` of
+    one without, and for a compute capability that is not known. Without a GPU and a capability, what depends on a
+    card's sizes is not asked.
     """
     if op not in TABLE:
         raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
@@ -374,7 +373,8 @@ def explain(
         raise ValueError(f"capability: expected None beside device {str(device)!r} (it needs 'cuda'), got {capability}")
     if place.type == "cuda" and place.index is None and capability is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    call = Call(place, dtype, facts, num_tokens, top_k, experts, capability=capability)
+    invariant = batch_invariance(batch_invariant, op)
+    call = Call(place, dtype, facts, num_tokens, top_k, experts, batch_invariant=invariant, capability=capability)
     forced = _OVERRIDE.get(op)
     chosen, reasons = "", {}
     for row in TABLE[op]:

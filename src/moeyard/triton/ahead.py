@@ -11,12 +11,13 @@ from triton.runtime import driver
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.processes import in_processes
 from moeyard.dispatch.sizes import changes
-from moeyard.triton import align_kernels, coded_kernels, kernels
+from moeyard.triton import align_kernels, coded_kernels, four_bits_kernels, kernels
 from moeyard.triton.experts import fused_experts_launch, grouped_gemm_launch
 from moeyard.triton.launch import Asked, Step, planning
 from moeyard.triton.plan import Card
 from moeyard.values import ExpertCall, ExpertWeights, Segments
 
+_ROOMS = (align_kernels, kernels, coded_kernels, four_bits_kernels)
 CARDS = {
     (8, 0): Card((8, 0), 108, 166912),
     (8, 6): Card((8, 6), 84, 101376),
@@ -104,7 +105,7 @@ def compile_step(
     for its device from now on.
     """
     driver.set_active(_Target(GPUTarget("cuda", 10 * capability[0] + capability[1], 32)))
-    found = next(getattr(room, kernel) for room in (align_kernels, kernels, coded_kernels) if hasattr(room, kernel))
+    found = next(getattr(room, kernel) for room in _ROOMS if hasattr(room, kernel))
     step = Step(found, (1, 1), tuple(sizes), warps, stages, **dict(constants))
     step.compile(*(None if name is None else getattr(torch, name) for name in dtypes))
 

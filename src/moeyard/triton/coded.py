@@ -21,6 +21,7 @@ from moeyard.triton.steps import (
     placed_alike,
     prepared,
     programmatic_on,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import Activation, ExpertCall
@@ -74,8 +75,8 @@ def fused_coded_experts_launch(
     b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     first_scales, second_scales = scales.w13.float().contiguous(), scales.w2.float().contiguous()
     strides = _Strides(
-        hidden.stride(0), w13.stride()[:2], w2.stride()[:2], 0 if b13 is None else b13.stride(0),
-        0 if b2 is None else b2.stride(0), (tuple(first_scales.shape[1:]), tuple(second_scales.shape[1:])),
+        hidden.stride(0), w13.stride()[:2], w2.stride()[:2], stride_of(b13),
+        stride_of(b2), (tuple(first_scales.shape[1:]), tuple(second_scales.shape[1:])),
     )  # fmt: skip
     plan: _Plan = prepared(
         _plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,

@@ -11,6 +11,7 @@ from torch import Tensor
 from moeyard.dispatch.sizes import expected_routes, power
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.coded import fused_coded_experts_launch
+from moeyard.triton.four_bits import fused_four_bit_experts_launch
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.triton.steps import (
@@ -25,6 +26,7 @@ from moeyard.triton.steps import (
     prepared,
     programmatic_on,
     readable,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
@@ -61,7 +63,7 @@ def grouped_gemm_launch(
     cut, product, most_tiles = prepared(
         _gemm_plan,
         out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), lies,
-        0 if bias is None else bias.stride(0), segments.divisor, segments.batch_invariant,
+        stride_of(bias), segments.divisor, segments.batch_invariant,
     )  # fmt: skip
     tiles = torch.empty(3 * most_tiles, dtype=torch.int32, device=out.device)
     cut(segments.first_rows.contiguous(), segments.row_counts.contiguous(), tiles)
@@ -79,6 +81,9 @@ def fused_experts_launch(
     if not out.numel():
         return
     weights = call.weights
+    if weights.scheme is not None and weights.scheme.tiled:
+        fused_four_bit_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
+        return
     if weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
         return
@@ -90,7 +95,7 @@ def fused_experts_launch(
     plan = prepared(
         _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
         weights.gated, call.weight_on_input, hidden.stride(0), w13_lies, w2_lies,
-        0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0), call.batch_invariant,
+        stride_of(b13), stride_of(b2), call.batch_invariant,
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:

@@ -85,6 +85,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
+def stride_of(bias: Tensor | None) -> int:
+    """Elements from expert to expert; -1 without a bias, for which a step is another."""
+    return -1 if bias is None else bias.stride(0)
+
+
 class Lies(NamedTuple):
     """How matrices [experts, columns, size] lie in memory, in elements."""
 
