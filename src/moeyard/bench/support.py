@@ -75,7 +75,8 @@ def schemes() -> str:
 
 
 def _mark(label: str, scheme: quant.QuantScheme) -> str:
-    takes = TAKES.get(label, lambda _: False)
-    if takes(scheme):
-        return "yes"
-    return "in tiles" if scheme.per_byte == 2 and takes(replace(scheme, tiled=True)) else ""
+    if label not in TAKES:
+        return ""
+    takes = TAKES[label]
+    tiles = scheme.per_byte == 2 and takes(replace(scheme, tiled=True))
+    return "yes" if takes(scheme) else "in tiles" if tiles else ""

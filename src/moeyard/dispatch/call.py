@@ -44,10 +44,10 @@ class Call(NamedTuple):
     num_experts: int = 0
     """Global number of experts, of an alignment the local one; 0 where it is unknown."""
     weight_on_input: bool = False
-    capability: tuple[int, int] | None = None
-    """The compute capability of a GPU that need not be there, which `explain` asks about; None: that of the device."""
     batch_invariant: bool = False
     """Whether a token's result may not depend on the batch around it (`invariance.py`)."""
+    capability: tuple[int, int] | None = None
+    """The compute capability of a GPU that need not be there, which `explain` asks about; None: that of the device."""
 
 
 @dataclass(frozen=True)
