@@ -153,7 +153,11 @@ def cells(
             whole = case_of(model, given.whole, kind, given.scale)
             for impl in given.impls:
                 if given.warm:
-                    yield f"warm-up of {model} {kind} {impl}", partial(warm, case=whole, device=device, impl=impl)
+                    most = max(given.whole, *given.tokens)
+                    yield (
+                        f"warm-up of {model} {kind} {impl}",
+                        partial(warm, case=whole, device=device, impl=impl, most=most),
+                    )
                 for op in ("fused_experts", "moe_layer"):
                     if op in given.parts:
                         how = {"op": op, "impl": impl, "number": given.number, "seed": given.seed}
@@ -169,12 +173,12 @@ def cells(
                     )  # fmt: skip
 
 
-def warm(_: Found, case: Case, device: torch.device, impl: str) -> None:
-    """Compiles in processes what calls of both kinds need."""
+def warm(_: Found, case: Case, device: torch.device, impl: str, most: int) -> None:
+    """Compiles in processes what calls of both kinds need for up to so many tokens."""
     weights = layers.weights_of_case(case, device)
     for invariant in (False, True):
         moeyard.warmup(
-            weights, impl=impl, max_tokens=max(WHOLE, case["num_tokens"]), activation=layers.activation(case),
+            weights, impl=impl, max_tokens=most, activation=layers.activation(case), dtype=case.dtype,
             batch_invariant=invariant, **router_options(case, device),
         )  # fmt: skip
 

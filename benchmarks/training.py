@@ -265,6 +265,7 @@ def parts(given: Inputs, step: TrainingStep) -> dict[str, tuple[int, Callable[[]
             found[f"{name}: triton"] = (operations, lambda: by_triton(rows, turned, None, None, apart, out=out))
             if torch.cuda.get_device_capability(device) == (9, 0) and peers.installed("cuda.bindings"):
                 by_cuda = launcher("grouped_gemm", "cuda", device, kind)
+                found[f"{name}: cuda"] = (operations, lambda: by_cuda(rows, turned, None, None, apart, out=out))
                 found[f"{name}: cuda, weights copied"] = (
                     operations, lambda: by_cuda(rows, turned.contiguous(), None, None, apart, out=out)
                 )  # fmt: skip

@@ -362,7 +362,7 @@ def steps(rank: int, count: int) -> None:
 
 @check
 def steps_of_random_counts(rank: int) -> None:
-    steps(rank, 24)
+    steps(rank, 16)
 
 
 @check

@@ -16,7 +16,7 @@ from moeyard.bench.operators import Case, Provider
 from moeyard.bench.training import TrainingStep
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals, table
 from moeyard.testing import CPU, python
 
 LIMITS: dict[str, float | None] = {"copy_time_us": 100.0, "read_time_us": 90.0, "product_time_us": 50.0}
@@ -115,7 +115,7 @@ def test_cells_of_batch_invariance(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches of experts and layers; calls are made, and times that are given take the place of a GPU's."""
-    if not table.installed("numba"):
+    if not refusals.installed("numba"):
         pytest.skip("numba is not installed")
 
     def timed(runs: Any, inputs: Any, **_: Any) -> list[timing.Times]:

@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 import moeyard
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals, table
 from moeyard.testing import checkpoints, python
 from moeyard_command.app import app
 
@@ -136,7 +136,7 @@ def test_explain_says_what_a_call_takes_and_why() -> None:
     assert done.stdout == f"{moeyard.explain('permute', 'cpu', torch.float32)}\n", done.stderr
     hopper = ("explain", "fused_experts", "--device", "cuda", "--capability", "9.0", "--model", "qwen3-30b-a3b")
     few, many = (command(*hopper, "--tokens", count).stdout for count in ("1", "4096"))
-    if table.installed("cuda.core") and table.installed("cuda.bindings"):
+    if refusals.installed("cuda.core") and refusals.installed("cuda.bindings"):
         assert "cuda (few tokens): chosen" in few
         assert "cuda (few tokens): takes a few tokens, got 4096 of 8 experts each" in many
         assert "cuda (products): chosen" in many

@@ -22,8 +22,8 @@ from moeyard.cuda.experts.product import apart, compact_layout, lies_well, produ
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
-from moeyard.cuda.runtime.tensor_map import STEP_BYTES, weight_boxes
-from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.cuda.runtime.tensor_map import STEP_BYTES, turned_boxes, weight_boxes
+from moeyard.dispatch.call import Call, WeightFacts, facts_of_experts, lies_turned, unreadable_turned
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import Segments
 
@@ -301,6 +301,11 @@ def test_both_products_of_a_layer_are_wgmma_and_spill_nothing(rows: int, tmp_pat
             128, {"gated": True, "gather": True, "curve": "GELU_TANH", "dtype": torch.float16}, marks=pytest.mark.full
         ),
         pytest.param(8, {"biased": True, "dtype": torch.float16}, marks=pytest.mark.full),
+        *(
+            pytest.param(rows, {"gather": gather, "by_route": True, "turned": True}, marks=pytest.mark.full)
+            for rows in (8, 64, 128, 192)
+            for gather in (True, False)
+        ),
     ],
     ids=str,
 )
@@ -518,3 +523,19 @@ def test_no_product_of_codes_waits_for_the_one_before(
     heights = plan.rows // min(plan.rows, 16)
     assert products == 4 * plan.tall * heights
     assert waits == heights * (plan.tall if blocks else 2)
+
+
+def test_transposed_weights_are_taken_where_they_lie_well() -> None:
+    stored = torch.zeros(3, 80, 256, dtype=torch.bfloat16)
+    turned = stored.transpose(1, 2)
+    assert lies_turned(turned) and not lies_turned(stored)
+    assert unreadable_turned(turned, "weight", alone=True) == ""
+    assert "beside bias or topk_weights" in unreadable_turned(turned, "weight", alone=False)
+    assert "multiples of 16 bytes" in unreadable_turned(stored[:, :, 4:].transpose(1, 2), "weight", alone=True)
+    call = Call(torch.device("cuda"), torch.bfloat16, WeightFacts(torch.bfloat16, None, 3, 256, 80, False, "", 0, True))
+    assert launches.unfit_for_products(call) is None
+    assert call.weights is not None
+    narrow = call._replace(weights=call.weights._replace(columns=96))
+    assert "a multiple of 64, got 96" in (launches.unfit_for_products(narrow) or "")
+    part = stored[:, :, 64:192].transpose(1, 2)
+    assert turned_boxes(part, 128) == ((64, 80, 2, 3, 1), (512, 128, 80 * 512, 80 * 512), (64, 64, 2, 1, 1))

@@ -22,7 +22,8 @@ from moeyard.cuda.experts.product import product_defines
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
-from moeyard.cuda.runtime.tensor_map import STEP_BYTES, weight_boxes
+from moeyard.cuda.runtime.tensor_map import STEP_BYTES, turned_boxes, weight_boxes
+from moeyard.dispatch.call import lies_turned
 from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned, same_bits
 
 HERE, TEXTS = Path(__file__).parent / "host_experts", SOURCES | HEADERS
@@ -63,6 +64,7 @@ def map_of(address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: 
 PLAIN: dict[str, Any] = {
     "tiles": 16, "counts": [5, 0, 17, 1], "size": 80, "columns": 48, "gated": True, "gather": True, "by_route": False,
     "bias": False, "weighted": False, "activation": Activation(), "dtype": torch.bfloat16, "blocks": 3, "ready": False,
+    "turned": False,
     "plan": {"stages": 3},
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
@@ -126,6 +128,18 @@ CASES: dict[str, dict[str, Any]] = {
         "tiles": 32, "counts": [40, 0, 9], "size": 144, "gated": False, "gather": False, "activation": None,
         "columns": 144,
     },
+    "transposed": {
+        "tiles": 192, "counts": [200, 0, 33], "size": 176, "gated": False, "by_route": True, "activation": None,
+        "columns": 320, "blocks": 2, "turned": True,
+    },
+    "transposed, few rows": {
+        "tiles": 8, "counts": [20, 3, 0, 9], "size": 80, "gated": False, "activation": None, "columns": 128,
+        "turned": True, "dtype": torch.float16,
+    },
+    "transposed, ordered": {
+        "tiles": 64, "counts": [70, 5], "size": 144, "gated": False, "gather": False, "activation": None,
+        "columns": 192, "turned": True,
+    },
     "ordered, results by route": {
         "tiles": 64, "counts": [70, 5], "size": 144, "gated": False, "gather": False, "by_route": True, "bias": True,
         "weighted": True, "activation": None, "columns": 272,
@@ -154,6 +168,7 @@ def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
         planned(case), case["dtype"], "IDENTITY" if activation is None else activation.name.upper(),
         gated=case["gated"], clamped=activation is not None and activation.limit is not None, gather=case["gather"],
         by_route=case["by_route"], biased=case["bias"], weighted=case["weighted"], ready=case["ready"],
+        turned=case["turned"],
     )  # fmt: skip
 
 
@@ -174,6 +189,12 @@ def run(library: Any, case: dict[str, Any], at_once: bool, kept: list[torch.Tens
     turns = torch.zeros(2, dtype=torch.int32)
     out = poisoned((tokens * divisor if case["by_route"] else total, columns), dtype)
     boxes = weight_boxes(experts, wide, size, 2, plan.weight_rows, plan.turn)
+    if case["turned"]:  # a part of larger matrices
+        larger = torch.full((experts, size + 1, wide + 72), torch.nan, dtype=dtype)
+        larger[:, :size, 64 : wide + 64] = weight.transpose(1, 2)
+        weight = larger[:, :size, 64 : wide + 64].transpose(1, 2)
+        assert lies_turned(weight)
+        boxes = turned_boxes(weight, plan.weight_rows)
     maps = map_of(weight.data_ptr(), *boxes)
     maps += map_of(rows.data_ptr(), (size, len(rows)), (2 * size,), (STEP_BYTES // 2, plan.box))
     slots = routes if moved or case["by_route"] or case["weighted"] else None
@@ -228,7 +249,12 @@ def results(
     return rows if factors is None else (rows * factors[:, None]).to(rows.dtype)
 
 
-@pytest.mark.parametrize("name", CASES)
+LONGER = ("transposed", "transposed, ordered")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONGER else name for name in CASES]
+)
 def test_the_kernel(name: str, tmp_path: Path) -> None:
     case = {**PLAIN, **CASES[name]}
     library = build(tmp_path, defines_of(case))
@@ -305,6 +331,8 @@ MUTANTS = {
         "second product, few steps",
         "        await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n        load_w", "        load_w",
     ),
+    "columns that are not exchanged": ("transposed, few rows", "0x3276 : 0x5410", "0x5410 : 0x3276"),
+    "the next values of another column": ("transposed, few rows", "16 * 128 >> 4", "8 * 128 >> 4"),
     "weights of the last step missing": ("gpt-oss", "step < a.steps; ++step) {\n      await_phase(room.empty",
                                          "step < a.steps - 1; ++step) {\n      await_phase(room.empty"),
 }  # fmt: skip

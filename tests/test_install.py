@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import moeyard
-from moeyard.dispatch.table import installed
+from moeyard.dispatch.refusals import installed
 from moeyard.testing import SOURCE, python
 
 ROOT = Path(__file__).parents[1]

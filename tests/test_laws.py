@@ -17,7 +17,7 @@ import torch
 
 import moeyard
 from moeyard import helptexts
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals
 from moeyard.testing import python
 
 TESTS = Path(__file__).parent
@@ -37,7 +37,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.schemes": {"quant"},
     "dispatch.checks": {"values", "quant"},
     "dispatch.call": {"values", "quant"},
-    "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.schemes"},
+    "dispatch.refusals": {"dispatch.call"},
+    "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.refusals", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
@@ -76,7 +77,8 @@ PUBLIC = (
     "GPT_OSS_ACTIVATION Activation ExpertScales ExpertWeights Layout Permuted QuantScheme Routing activate "
     "batched_moe_align_block_size combine dequantize_experts empty_layout experts_from_interleaved explain "
     "fused_experts grouped_gemm load_balancing_loss load_experts moe_align_block_size moe_layer "
-    "moe_lora_align_block_size moe_sum pack_experts permute "
+    "pack_experts "
+    "moe_lora_align_block_size moe_sum permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
     "unpack_experts update_selection_bias warmup"
 ).split()
@@ -318,7 +320,7 @@ def test_works_without_numba() -> None:
     [("torch", "torch torch"), ("permute=torch", "cpu torch"), ("reference", "reference reference")],
 )
 def test_environment_overrides_the_choice(value: str, expected: str) -> None:
-    if not table.installed("numba"):
+    if not refusals.installed("numba"):
         pytest.skip("numba is not installed")
     code = (
         f"import os; os.environ['MOEYARD_IMPL'] = '{value}'\n"
@@ -358,7 +360,7 @@ def test_nothing_inherits_beyond_what_is_allowed() -> None:
 
 def test_explain_names_every_implementation() -> None:
     seen = moeyard.explain("combine", "cuda")
-    chosen = "cuda" if all(table.installed(name) for name in ("cuda.core", "cuda.bindings")) else "torch"
+    chosen = "cuda" if all(refusals.installed(name) for name in ("cuda.core", "cuda.bindings")) else "torch"
     assert seen.chosen == chosen
     assert seen.reasons["cpu"] == "takes CPU tensors, got cuda"
     assert str(seen).splitlines()[0] == f"combine on cuda (bfloat16): {chosen}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moeyard import Routing, parallel
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals
 from moeyard.parallel import Plan
 from moeyard.parallel.plan import map_of, ranks_of_tokens, slots_of_routes, tables_of
 from moeyard.parallel.scaling import LAYERS, Machine, main, predict
@@ -27,7 +27,7 @@ QUICK = (
     "differences_are_refused_on_every_rank", "gradients_are_those_of_one_process", "steps_of_random_counts",
 )  # fmt: skip
 MODELS = ("a_model_is_sharded", "a_model_whose_rows_take_turns_is_sharded")
-MODEL = MODELS if table.installed("transformers") else ()
+MODEL = MODELS if refusals.installed("transformers") else ()
 
 
 def in_processes(folder: Path, *names: str, impl: str = "torch", seconds: int = 200) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moeyard.combine import held_results, sum_neighbours
-from moeyard.dispatch.call import Call, WeightFacts, lies_turned, unreadable
+from moeyard.dispatch.call import Call, facts_of_matrices
 from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor, dtypes_of_weights
 from moeyard.dispatch.op import Gradient, Op
 from moeyard.dispatch.table import for_gradients
@@ -30,10 +30,7 @@ def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
     invariant = rest[-2].batch_invariant
     if rows.is_cpu and not invariant:  # where no implementation looks at sizes
         return None
-    experts, columns, size = weight.shape
-    turned = lies_turned(weight)
-    readable = "" if turned else unreadable(weight, "weight")
-    facts = WeightFacts(rows.dtype, None, experts, columns, size, False, readable, turned=turned)
+    facts = facts_of_matrices(weight, rows.dtype, alone=rest[0] is None and rest[1] is None)
     return Call(rows.device, rows.dtype, facts, rest[-1], batch_invariant=invariant)
 
 

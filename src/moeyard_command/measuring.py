@@ -104,7 +104,7 @@ def experts(
     name: Annotated[str, typer.Option(help="The result file's name without .json.")] = "experts_bf16",
     models: Annotated[str, typer.Option(help="Comma-separated; all unless given.")] = "",
     tokens: Annotated[str, typer.Option(help="Comma-separated; what each part is made for unless given.")] = "",
-    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted; the usual ones unless given.")] = "",
+    parts: Annotated[str, typer.Option(help="Comma-separated, in the order wanted; 16-bit weights unless given.")] = "",
     providers: Annotated[str, typer.Option(help="Comma-separated; only these: vllm, moeyard:cuda, ...")] = "",
     all_: Annotated[bool, typer.Option("--all", help="All of moeyard's implementations but torch's.")] = False,
     variants: Annotated[str, typer.Option(help="MODULE:FUNCTION; it gives (label, run) pairs for a case.")] = "",
@@ -122,7 +122,7 @@ def experts(
     try:
         wanted = experts_gpu.Options(
             out, seconds, name, _names(models) or tuple(experts_cells.MODELS), _numbers(tokens),
-            _names(parts) or tuple(experts_cells.USUAL), _names(providers), all_, variants, others, cell_seconds,
+            _names(parts) or experts_cells.USUAL, _names(providers), all_, variants, others, cell_seconds,
             timing.MOST_ROUNDS if rounds is None else rounds, shares, seed, scale, device_of(device).type,
         )  # fmt: skip
         if not experts_gpu.measure(wanted):

@@ -169,3 +169,40 @@ def test_parts_of_columns_change_no_bits(monkeypatch: pytest.MonkeyPatch) -> Non
         answer = moeyard.fused_experts(rows, routing, weights)
         found.append(torch.autograd.grad(answer.square().sum(), rows)[0])
     assert same_bits(*found)
+
+
+@pytest.mark.parametrize("impl", [name for name in impls_on("grouped_gemm", CUDA) if name in ("cuda", "triton")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [3, 100, 2000])
+def test_products_of_transposed_weights(tokens: int, dtype: torch.dtype, impl: str) -> None:
+    """Parts of larger matrices, read as they lie, are as good as copies of them, and give equal bits each time."""
+    experts, size, columns, top_k = 8, 336, 320, 2
+    larger = (torch.randn(experts, size, 64 + columns + 64, device=CUDA) / size**0.5).to(dtype)
+    weight = larger[:, :, 64 : 64 + columns].transpose(1, 2)
+    ids = draw_routing(tokens, experts, top_k, device=CUDA).topk_ids
+    layout = moeyard.moe_align_block_size(ids, num_experts=experts, block_size=1)
+    held = layout.route_rows >= 0
+    for count in (tokens, tokens * top_k):  # by token and by route
+        rows = torch.randn(count, size, device=CUDA).to(dtype)
+        try:
+            found, again = (moeyard.grouped_gemm(rows, weight, layout=layout, impl=impl)[held] for _ in range(2))
+        except ValueError as refusal:
+            if "refuses" not in str(refusal):
+                raise
+            pytest.skip(str(refusal))
+        plain = moeyard.grouped_gemm(rows, weight.contiguous(), layout=layout, impl=impl)[held]
+        exact = moeyard.grouped_gemm(rows.double(), weight.double(), layout=layout, impl="torch")[held]
+        of_ours, of_plain = ((t.double() - exact).square().mean().sqrt() for t in (found, plain))
+        assert same_bits(found, again) and float(of_ours) <= 1.02 * float(of_plain)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for Hopper")
+def test_hopper_computes_a_backward_by_its_own_products() -> None:
+    weight = torch.zeros(4, 64, 128, dtype=torch.bfloat16, device=CUDA).transpose(1, 2)
+    call = moeyard.grouped_gemm.__globals__["GROUPED_GEMM"]
+    rows = torch.zeros(8, 64, dtype=torch.bfloat16, device=CUDA)
+    segments = Segments(torch.arange(4, device=CUDA) * 2, torch.full((4,), 2, dtype=torch.int32, device=CUDA))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        call((rows, weight, None, None, segments, 8), "auto")
+        torch.cuda.synchronize()
+    assert any("experts_kernel" in event.key for event in seen.key_averages())

@@ -39,6 +39,13 @@ extern Index threadIdx, blockIdx, gridDim, blockDim;
 void __syncthreads();
 void __syncwarp();
 u32 atomicAdd(u32* word, u32 value);
+u32 __shfl_xor_sync(u32, u32 value, u32 mask);
+inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+  const u64 both = u64(y) << 32 | x;
+  u32 bytes = 0;
+  for (u32 i = 0; i < 4; ++i) bytes |= u32(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return bytes;
+}
 void wait_for_previous_launch();
 u32 scan_block(u32 value, u32* sums, u32& total);
 

@@ -60,6 +60,7 @@ bool hidden;         // and let others have it
 std::deque<std::vector<Product>> groups[MOST];  // committed
 std::vector<Product> open_group[MOST];
 u32 scanned[MOST], addresses[MOST], random_bits, idle_turns, waited;
+u32 exchanged[MOST];
 u32 begun;  // tiles whose first weights were asked for
 bool at_once;
 const char* failure;
@@ -158,11 +159,21 @@ float value_at(u64 descriptor, u32 row, u32 k) {
   return widen<KIND>(bits);
 }
 
+// Of an operand that lies transposed: 16 rows of 64 values, which are of its 64 rows.
+float turned_value_at(u64 descriptor, u32 row, u32 k) {
+  const u32 start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+  u16 bits;
+  std::memcpy(&bits, place(swizzled(start + k / 8 * group + k % 8 * 128 + row * 2)), 2);
+  return widen<KIND>(bits);
+}
+
 void compute(const Product& product) {
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   for (int half = 0; half < 2; ++half) {
     float of_row[16];
-    for (u32 k = 0; k < 16; ++k) of_row[k] = value_at(product.a, 16 * warp + lane / 4 + 8 * half, k);
+    for (u32 k = 0; k < 16; ++k) {
+      of_row[k] = (TURNED ? turned_value_at : value_at)(product.a, 16 * warp + lane / 4 + 8 * half, k);
+    }
     for (int column = 0; column < product.n / 4; ++column) {
       const int j = column / 2, odd = column % 2;
       float& sum = product.d[4 * j + 2 * half + odd];
@@ -249,6 +260,13 @@ void sync_loaders() {
 }
 void wait_for_previous_launch() { ++waited; }
 
+u32 __shfl_xor_sync(u32, u32 value, u32 mask) {
+  exchanged[threadIdx.x] = value;
+  meet(of_warp[threadIdx.x >> 5], 32);
+  const u32 other = exchanged[threadIdx.x ^ mask];
+  meet(of_warp[threadIdx.x >> 5], 32);
+  return other;
+}
 u32 scan_block(u32 value, u32* sums, u32& total) {
   for (u32 i = 0; i < 32; ++i) {
     if (sums[i] == 0xffffffffu) fail("sums are not cleared");
@@ -277,7 +295,7 @@ void await_phase(u32 barrier, u32 parity) {
   while (barrier_at(barrier).phase == parity) give_way();
 }
 void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w, u64) {
-  if (map.rank == 5) begun += x == 0;  // of weights
+  if (map.rank == 5) begun += (TURNED ? y : x) == 0;  // of weights
   else if (!waited) fail("rows are read before the launch before has ended");
   if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
   boxes.push_back({to, &map, barrier, {x, y, z, v, w}});

@@ -10,8 +10,9 @@ import torch
 
 from moeyard import quant
 from moeyard.dispatch.op import REGISTERED
+from moeyard.dispatch.refusals import installed
 from moeyard.dispatch.schemes import TAKES
-from moeyard.dispatch.table import TABLE, explain, installed
+from moeyard.dispatch.table import TABLE, explain
 
 PACKAGES = ("numba", "cuda.core", "cuda.bindings", "triton")
 """Without one of these the tables would say less than the library can do."""
@@ -64,19 +65,16 @@ def _gradients(op: str) -> str:
     return ", ".join(f"`{name}`" for name in names) if names else "none"
 
 
+def _mark(label: str, scheme: quant.QuantScheme) -> str:
+    return "yes" if label in TAKES and TAKES[label](scheme) else ""
+
+
 def schemes() -> str:
     """One line per scheme in use: which implementations of `fused_experts` take it, as it is or in tiles."""
     labels = [row.label for row in TABLE["fused_experts"]]
     lines = [f"| weights of experts | {' | '.join(labels)} |", "|---|" + ":-:|" * len(labels)]
     for name, scheme in _SCHEMES.items():
-        marks = [_mark(label, scheme) for label in labels]
+        tiled = replace(scheme, tiled=True) if scheme.per_byte == 2 else scheme
+        marks = [_mark(label, scheme) or ("tiles" if _mark(label, tiled) else "") for label in labels]
         lines.append(f"| {name}: `{scheme}` | {' | '.join(marks)} |")
     return "\n".join([*lines, ""])
-
-
-def _mark(label: str, scheme: quant.QuantScheme) -> str:
-    if label not in TAKES:
-        return ""
-    takes = TAKES[label]
-    tiles = scheme.per_byte == 2 and takes(replace(scheme, tiled=True))
-    return "yes" if takes(scheme) else "in tiles" if tiles else ""

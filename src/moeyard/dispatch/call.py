@@ -117,9 +117,28 @@ def facts_of_experts(weights: ExpertWeights) -> WeightFacts:
     )
 
 
+def facts_of_matrices(weight: Tensor, dtype: torch.dtype, *, alone: bool) -> WeightFacts:
+    """The facts of matrices [experts, columns, size] that rows of `dtype` meet, `alone` without bias and weights."""
+    experts, columns, size = weight.shape
+    turned = lies_turned(weight)
+    readable = unreadable_turned(weight, "weight", alone) if turned else unreadable(weight, "weight")
+    return WeightFacts(dtype, None, experts, columns, size, False, readable, turned=turned)
+
+
 def lies_turned(weight: Tensor) -> bool:
     """Whether matrices [experts, columns, size] lie as [experts, size, columns], so that columns are side by side."""
     return weight.stride(1) == 1 and weight.stride(2) >= weight.shape[1] > 1 and weight.shape[2] > 1
+
+
+def unreadable_turned(weight: Tensor, name: str, alone: bool) -> str:
+    """Why such a kernel cannot read transposed matrices in place, in words; "" if it can. `alone`: without a bias and
+    without router weights.
+    """
+    if not alone:
+        return f"{name}: expected a contiguous tensor beside bias or topk_weights, got a transposed one"
+    if weight.data_ptr() % 16 or any(weight.stride(i) * weight.itemsize % 16 for i in (0, 2)):
+        return f"{name}: expected a transposed tensor whose address and strides are multiples of 16 bytes"
+    return ""
 
 
 def unreadable(weight: Tensor, name: str) -> str:

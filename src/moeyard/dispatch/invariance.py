@@ -18,7 +18,8 @@ VARIES = {
     "cuda (few tokens)": "promises no batch-invariant result: its sums have another order than those of more tokens",
     "cuda (few tokens of 4 bits)": "promises no batch-invariant result: more tokens than it takes go to another kernel",
 }
-"""By the labels of rows: why a token's result may depend on the batch, in words. All other rows promise that not."""
+"""By the labels of rows: why a token's result may depend on the batch, in words. All others promise that it does not.
+"""
 
 
 _OF_TILES = "promises no batch-invariant result for weights of 4 bits: tiles of other sizes sum in another order"

@@ -8,8 +8,12 @@ from moeyard.quant import QuantScheme, groups_fit_tiles
 _KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
 
 
-def _in_rows(scheme: QuantScheme) -> bool:
+def _known(scheme: QuantScheme) -> bool:
     return scheme.weights in _KNOWN and not scheme.tiled
+
+
+def _in_rows(scheme: QuantScheme) -> bool:
+    return not scheme.tiled
 
 
 def _coded(scheme: QuantScheme) -> bool:
@@ -37,12 +41,12 @@ def _eight_bits_or_tiles(scheme: QuantScheme) -> bool:
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
-    "cpu": _in_rows,
+    "cpu": _known,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
     "cuda (few tokens of 4 bits)": _tiles,
     "triton": _eight_bits_or_tiles,
-    "torch": _in_rows,
+    "torch": _known,
     "reference": _in_rows,
 }
 """By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""

@@ -220,6 +220,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_MOST_IN_FEW": (("align",), _routes),
     "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
+    "cuda.experts.launchers:_BLOCK": (_PRODUCTS, _columns),
     "cuda.experts.plan:WARPGROUP": (_GEMM, _columns),
     "cuda.experts.plan:_WEIGHT_ROWS": (_GEMM, _columns),
     "cuda.experts.plan:_COPIED_ROWS": (_GEMM, _rows_of_an_expert),

@@ -16,7 +16,7 @@ class Card(NamedTuple):
 
 
 PINNED_ROWS = 64
-"""Of a tile where results are batch-invariant."""
+"""Of a tile where results are batch-invariant. Other heights were not timed."""
 
 
 class Tile(NamedTuple):
@@ -49,8 +49,8 @@ def product_tile(
 ) -> Tile:
     """The tile for `num_rows` rows on `experts` experts; `columns` of the result, `size` elements a sum.
 
-    `pinned` asks for a tile that does not depend on `num_rows`, so that every sum of a batch-invariant result is made
-    by one compiled kernel. It has 64 rows: fewer read weights as quickly, more multiply more rows that are not there.
+    `pinned` asks for a tile that does not depend on `num_rows`, so that one compiled kernel makes every sum of a
+    batch-invariant result.
 
     - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
       routing. So one row tile reads most weights. 16 to 128 is what the matrix instructions are good for.

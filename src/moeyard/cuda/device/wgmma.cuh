@@ -177,7 +177,8 @@ __device__ __forceinline__ void prefetch_line(const float* address) {
 // w holds rows 16 w + l / 4 (values 4 j, 4 j + 1) and 8 more (4 j + 2, 4 j + 3), columns 8 j + 2 (l % 4) and the next.
 
 // Where a tile begins (a multiple of 1024 bytes; 32 bytes more are 16 values along), 1024 bytes from group to group,
-// swizzle of 128 bytes.
+// swizzle of 128 bytes. With TURNED a lies as a[16, 64] in rows of 128 bytes, which are values of all its rows: 2048
+// bytes more are 16 values along.
 __device__ __forceinline__ u64 tile_descriptor(u32 address) {
   return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
 }
@@ -204,7 +205,11 @@ typedef float Sum;
 #define SIGNS ", 1, 1"
 #else
 #define SHAPE_AND_SUM "k16.f32."
+#if TURNED
+#define SIGNS ", 1, 1, 1, 0"  // a lies transposed
+#else
 #define SIGNS ", 1, 1, 0, 0"
+#endif
 #endif
 #endif
 

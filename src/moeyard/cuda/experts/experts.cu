@@ -15,7 +15,8 @@
 // up half that belong to them, in turn: a lane then holds a gate and its up in one fragment, and the activation needs
 // no exchange; results are transposed in shared memory, which for the largest tiles is the stage behind a tile's last
 // step. Without a gate a box takes 8 even and 8 odd rows: a lane then holds two columns side by side, and 8 lanes a
-// sector of a row of results, which goes straight to memory. Rows come by the copy engine too, or (GATHER) by cp.async
+// sector of a row of results, which goes straight to memory. Transposed weights (TURNED, of backward passes) come as 64
+// values of 64 columns, whose columns are side by side; lanes exchange results instead. Rows come by the copy engine too, or (GATHER) by cp.async
 // from wherever the tokens lie.
 //
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
@@ -53,7 +54,8 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     if constexpr (AS_CODES) write_codes(sums, bias, scaling, room, a, tile, turn);
     else
 #endif
-    if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
+    if constexpr (TURNS_WEIGHTS) write_exchanged_results(sums, room, a, tile, first_column);
+    else if constexpr (IN_STAGE) signals.held = send_gated_results(sums, bias, scaling, room, a, tile, first_column, stage);
     else if constexpr (IN_CHUNKS) write_gated_results(sums, bias, scaling, room, a, tile, first_column, turn);
     else write_results(sums, bias, scaling, room, a, tile, first_column + column_of(warp, lane));
   }

@@ -11,6 +11,12 @@ __device__ __forceinline__ void load_weights(const TensorMap& map, const Room& r
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
   arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * ITEM));
+  if constexpr (TURNS_WEIGHTS) {
+    const u32 blocks = tile.weight_tile * (BM / 64);
+    if constexpr (STREAMS) copy_box(to, map, barrier, 0, step * BK, blocks, tile.expert, 0, policy);
+    else copy_box(to, map, barrier, 0, step * BK, blocks, tile.expert, 0);
+    return;
+  }
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);
   if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
   else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);

@@ -132,6 +132,40 @@ __device__ __forceinline__ void write_results(const Sum (&sums)[TALL][BN / 2], c
   }
 }
 
+// The same of transposed weights, of which a lane has columns 8 apart, each of two rows. Lanes of neighbouring columns
+// exchange: then the even one has two columns side by side of the first row, and the odd one of the second. `halves` says
+// which of both lanes' values stay: 0x5410 the first, 0x3276 the second.
+__device__ __forceinline__ u32 exchanged_pair(const Sum* sums, u32 halves) {
+  const u32 own = narrow_pair<KIND>(float_of(sums[0]), float_of(sums[1]));
+  return __byte_perm(own, __shfl_xor_sync(ALL, own, 4), halves);
+}
+
+__device__ __forceinline__ void write_exchanged_results(const Sum (&sums)[TALL][BN / 2], const Room& room,
+                                                        const Arguments& a, const Tile& tile, u32 first_column) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
+  const u32 odd = lane >> 2 & 1, halves = odd ? 0x3276 : 0x5410;
+  const u32 column = first_column + warp * 16 + (lane / 8) * 2, first = 2 * (lane & 3) + odd;
+  const u32* routes = room.routes + group * BN + first;
+  const int left = static_cast<int>(tile.rows) - static_cast<int>(first);
+#pragma unroll
+  for (int start = 0; start < BN; start += 8) {
+    if (start >= tile.rows) continue;  // lanes that exchange may not leave a loop: they would meet again at its end
+    const bool there = start < left;
+    const u32 result = BY_ROUTE ? routes[start] : tile.first_row + first + start;  // of no use if not there
+    u16* to = a.out + static_cast<i64>(result) * a.columns + column;
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        const u32 pair = exchanged_pair(sums[m] + start / 2 + 2 * eight, halves);
+        if (there && column + m * COLUMNS_A_PRODUCT < a.columns) {  // columns are a multiple of 64
+          *reinterpret_cast<u32*>(to + m * COLUMNS_A_PRODUCT + 8 * eight) = pair;
+        }
+      }
+    }
+  }
+}
+
 // The column of the first of the two weight rows that a lane has in a product.
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
   return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);

@@ -12,6 +12,7 @@
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
 constexpr bool WEIGHS = WEIGHTED, READY_BEFORE = TABLE_READY, STREAMS = STREAMING;
+constexpr bool TURNS_WEIGHTS = TURNED;  // which lie as [experts, size, columns]
 constexpr bool KNOWS_ROUTES = BY_ROUTE || WEIGHS;
 constexpr int UNSCALED = 0, BY_ROWS = 1, BY_BLOCKS = 2;  // what scales codes have
 constexpr int TALL = PRODUCTS_A_GROUP;  // products of 64 weight rows in a warpgroup
@@ -48,6 +49,8 @@ static_assert(4 * DEPTH + 2 <= 64, "tiles lie where sums lay");
 static_assert(!(MANY_LOAD && READY_BEFORE), "one thread loads before the launch ahead has ended");
 static_assert(!BLOCK_SCALES || (ITEM == 1 && BN <= 128), "a second set of sums fits; a step is a block of 128 values");
 static_assert(!AS_CODES || (IN_CHUNKS && BLOCK_SCALES && BM == 256), "two warpgroups have the 128 columns of a scale");
+static_assert(!TURNS_WEIGHTS || (ITEM == 2 && !GATED_RESULT && !BIASES && !WEIGHS && CURVE == IDENTITY),
+              "products of transposed weights are no more than that");
 static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 

@@ -18,6 +18,9 @@ __device__ __forceinline__ void give_back(const Signals& signals) {
   if (signals.releases) arrive(signals.held);
 }
 
+// From 16 values of a tile of weights to the next 16, in a descriptor's units of 16 bytes.
+constexpr int ALONG = TURNS_WEIGHTS ? 16 * 128 >> 4 : 2;
+
 // All products of a tile for N of its rows.
 template <int N>
 __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const Room& room, Stage& stage, u32 steps,
@@ -34,7 +37,7 @@ __device__ __forceinline__ void multiply_tile(Sum (&sums)[TALL][BN / 2], const R
     for (int i = 0; i < BK * ITEM / 32; ++i) {
 #pragma unroll
       for (int m = 0; m < TALL; ++m) {
-        multiply<N>(sums[m], weights + m * (64 * BK * ITEM >> 4) + 2 * i, rows + 2 * i, step | i);
+        multiply<N>(sums[m], weights + m * (64 * BK * ITEM >> 4) + ALONG * i, rows + 2 * i, step | i);
       }
     }
     commit_products();

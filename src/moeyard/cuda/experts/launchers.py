@@ -10,12 +10,14 @@ from moeyard.cuda.experts.product import TURNS, apart, lies_well, product, turns
 from moeyard.cuda.rows.launchers import shuffle_rows_launch
 from moeyard.cuda.runtime.barriers import barrier_for
 from moeyard.cuda.runtime.tensor_map import row_map, weight_map
-from moeyard.dispatch.call import Call
+from moeyard.dispatch.call import Call, lies_turned
 from moeyard.dispatch.sizes import expected_routes
 from moeyard.values import ExpertCall, Segments
 
 _UNIT = 16
 """What sizes are multiples of, so that every row and every half of w13 begins where the copy engine can."""
+_BLOCK = 64
+"""Columns of transposed weights that come as one block."""
 
 
 def unfit_for_products(call: Call) -> str | None:
@@ -26,8 +28,8 @@ def unfit_for_products(call: Call) -> str | None:
     for name, size in (("columns", weights.columns // (1 + weights.gated)), ("hidden_size", weights.size)):
         if size % _UNIT or not size:
             return f"weights: expected {name} that are a positive multiple of {_UNIT}, got {size}"
-    if weights.turned:
-        return "reads rows of weights, got transposed ones"
+    if weights.turned and weights.columns % _BLOCK:
+        return f"weights: expected columns of transposed ones that are a multiple of {_BLOCK}, got {weights.columns}"
     return weights.readable or None
 
 
@@ -58,7 +60,8 @@ def grouped_gemm_launch(
     out: Tensor,
 ) -> None:
     """Results by route gather their rows through `sorted_token_ids`, or have them copied into that order first where
-    `way_of` says so; others are read and written where they lie.
+    `way_of` says so; others are read and written where they lie. Beside transposed weights, of backward passes, rows
+    are gathered: a backward has less memory to spare.
     """
     if not out.shape[0]:
         return
@@ -67,7 +70,7 @@ def grouped_gemm_launch(
     by_route = gather = sorted_token_ids is not None
     expected = expected_routes(out.shape[0], weight.shape[0], num_experts)
     way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
-    if sorted_token_ids is not None and way.copied:
+    if sorted_token_ids is not None and way.copied and not lies_turned(weight):
         gather = False
         source, rows = rows, rows.new_empty(sorted_token_ids.shape[0], rows.shape[1])
         shuffle_rows_launch(source, sorted_token_ids // row_divisor, out=rows)

@@ -113,7 +113,7 @@ def _prepare(sizes: LayerSizes) -> LayerLaunches:
     lent = sizes.out_lent and needed <= sizes.num_tokens * sizes.hidden_size * item
     table, exchange = None if lent else place(needed), place(4 * words)
     row_bytes = sizes.hidden_size * item
-    common = (way, expected, device, sizes.dtype, ("UNSCALED", False), False)
+    common = (way, expected, device, sizes.dtype, ("UNSCALED", False), False, False)
     first = prepare_product(
         (n, sizes.intermediate_size), sizes.experts, sizes.hidden_size, sizes.dtype, not way.copied,
         1 if way.copied else sizes.top_k, True, False, sizes.activation, sizes.gated, not sizes.biased[0], way.copied,

@@ -10,7 +10,8 @@ from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
-from moeyard.cuda.runtime.tensor_map import row_map, weight_map
+from moeyard.cuda.runtime.tensor_map import row_map, turned_boxes, turned_map, weight_map
+from moeyard.dispatch.call import lies_turned
 from moeyard.values import Activation, Layout
 
 _ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3", torch.int8: "s8"}
@@ -95,7 +96,7 @@ def product(
     rows that are likely to come, of as many as `out` has. `ready` says that the launch ahead did not write the
     layout. `turns` is the address of two words of zeros, which are left so.
     """
-    device = rows.get_device()
+    device, turned = rows.get_device(), lies_turned(weight)
     experts, weight_rows, size = weight.shape
     if bias is not None:
         bias = bias.contiguous()
@@ -105,12 +106,16 @@ def product(
         (out.shape[0], out.shape[1]), experts, size, dtype or out.dtype, gather, divisor, factors is None, by_route,
         activation, gated,
         bias is None, ready, way, expected, device, weight.dtype,
-        scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None,
+        scaling_of(weight_scales, row_scales, 1 + gated), result_scales is not None, turned,
     )  # fmt: skip
     launch, shape, plan = _READY.get(key) or _READY.add(key, prepare_product(*key))
-    weights = weight_map(
-        weight.data_ptr(), experts, weight_rows, size, weight.dtype, plan.weight_rows, plan.turn, not plan.streams
-    )
+    if turned:
+        boxes_of = turned_boxes(weight, plan.weight_rows)
+        weights = turned_map(weight.data_ptr(), boxes_of, weight.dtype, not plan.streams)
+    else:
+        weights = weight_map(
+            weight.data_ptr(), experts, weight_rows, size, weight.dtype, plan.weight_rows, plan.turn, not plan.streams
+        )
     boxes = weights  # where rows are gathered the second map is not read
     if not gather:
         boxes = row_map(rows.data_ptr(), rows.shape[0], size, rows.dtype, plan.box)
@@ -166,6 +171,7 @@ def prepare_product(
     element: torch.dtype,
     scaling: tuple[str, bool],
     as_codes: bool,
+    turned: bool,
 ) -> tuple[Launch | Noted, Shape, ProductPlan]:
     """The launch of such a product, its shape and its plan; nothing is kept but the launch."""
     routed = by_route or not unweighted
@@ -174,7 +180,7 @@ def prepare_product(
     defines = product_defines(
         plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready, element=element,
-        scaling=scaling, as_codes=as_codes,
+        scaling=scaling, as_codes=as_codes, turned=turned,
     )  # fmt: skip
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     sizes = (experts, shape[1], size, size * element.itemsize, divisor, *map(float_bits, curve))
@@ -198,6 +204,7 @@ def product_defines(
     element: torch.dtype | None = None,
     scaling: tuple[str, bool] = ("UNSCALED", False),
     as_codes: bool = False,
+    turned: bool = False,
 ) -> tuple[tuple[str, str], ...]:
     """What a product is compiled for: rows and weights of `element`, results of `dtype`."""
     element = element or dtype
@@ -205,6 +212,7 @@ def product_defines(
         "GATED": gated, "CLAMPED": clamped, "GATHER": gather, "RESULTS_BY_ROUTE": by_route, "BIASED": biased,
         "WEIGHTED": weighted, "TABLE_READY": ready, "STREAMING": plan.streams,
         "INTEGERS": element == torch.int8, "CHANNEL_SCALES": scaling[1], "RESULTS_AS_CODES": as_codes,
+        "TURNED": turned,
     }  # fmt: skip
     return (
         ("ROWS_A_TILE", str(plan.rows)),

@@ -5,6 +5,7 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moeyard.cuda.runtime.launch import MAP_BYTES
 from moeyard.cuda.runtime.planning import current_plan
@@ -12,6 +13,8 @@ from moeyard.cuda.runtime.planning import current_plan
 STEP_BYTES = 128
 """Of a row that a box has: what the swizzle spans."""
 _ALIGNMENT = 64
+Boxes = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+"""Sizes, strides in bytes of all but the first, and a box, the fastest dimension first."""
 
 
 @lru_cache(maxsize=4096)
@@ -27,16 +30,31 @@ def weight_map(
 
 
 @lru_cache(maxsize=4096)
+def turned_map(address: int, boxes: Boxes, dtype: torch.dtype, ahead: bool) -> bytes:
+    """Of weights that lie transposed, in boxes of `turned_boxes`."""
+    return _encode(address, dtype, *boxes, ahead)
+
+
+def turned_boxes(weight: Tensor, box: int) -> Boxes:
+    """As `weight_boxes`, of [experts, rows, size] whose rows, a multiple of 64, lie side by side.
+
+    The dimensions are 64 rows, size, blocks of 64 rows, expert, and one more of 1.
+    """
+    experts, rows, size = weight.shape
+    item, side = weight.element_size(), STEP_BYTES // weight.element_size()
+    strides = (weight.stride(2) * item, STEP_BYTES, weight.stride(0) * item, weight.stride(0) * item)
+    return (side, size, rows // side, experts, 1), strides, (side, side, box // side, 1, 1)
+
+
+@lru_cache(maxsize=4096)
 def row_map(address: int, rows: int, size: int, dtype: torch.dtype, box: int) -> bytes:
     """Of contiguous rows [rows, size] of 16-bit floats or 8-bit codes; a box is 128 bytes of `box` rows."""
     values = STEP_BYTES // dtype.itemsize
     return _encode(address, dtype, (size, rows), (size * dtype.itemsize,), (values, box), True)
 
 
-def weight_boxes(
-    experts: int, rows: int, size: int, item: int, box: int, turn: str
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """(sizes, strides in bytes of all but the first, box) of weights, the fastest dimension first.
+def weight_boxes(experts: int, rows: int, size: int, item: int, box: int, turn: str) -> Boxes:
+    """The boxes of weights.
 
     The rows of a box come by `turn`: 8 of the gate half and the same 8 of the up half ("halves"), or 8 even and 8 odd
     ones ("pairs"). The dimensions are size, 8 rows, which of the two, groups of 16, expert.
