@@ -94,8 +94,8 @@ def imports_of(path: Path, package: str = "moeyard") -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [node.module or ""]
-            if node.module == package:
-                names = [f"{package}.{alias.name}" for alias in node.names]
+            if node.module in (package, f"{package}.dispatch"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             if f"{name}.".startswith(f"{package}."):
                 room, module = [*name.removeprefix(package).split("."), "", ""][1:3]
