@@ -70,7 +70,8 @@ def cells(
 def quantised(case: Case, scheme: str) -> Case:
     """A case with weights of a scheme by its name in `bench.quantised`."""
     sizes = {**dict(case.sizes), "scheme": scheme}
-    return replace(case, workload=f"{case.workload} {scheme.removesuffix(' weights')}", sizes=tuple(sizes.items()))
+    short = scheme.removesuffix(" weights").replace("int8 channel", "int8")
+    return replace(case, workload=f"{case.workload} {short}", sizes=tuple(sizes.items()))
 
 
 def shard(case: Case, ranks: int) -> Case:

@@ -13,9 +13,19 @@ from typing import Any
 
 import torch
 
-from moeyard.dispatch import refusals
 from moeyard.dispatch.call import Call, Explanation, facts_of_experts
 from moeyard.dispatch.invariance import batch_invariance, dependence
+from moeyard.dispatch.refusals import (
+    NO_NUMBA,
+    anywhere,
+    in_triton,
+    load,
+    on_cpu,
+    on_cuda,
+    products_on_hopper,
+    sums_on_cpu,
+    sums_on_cuda,
+)
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -46,27 +56,27 @@ class Impl:
 def _everywhere(target: str) -> tuple[Impl, ...]:
     """The rows that every operator has: `torch`, and `reference` only by name."""
     return (
-        Impl("torch", f"moeyard.vectorised.{target}", refusals.anywhere),
-        Impl("reference", f"moeyard.reference.{target}", refusals.anywhere, by_name_only=True),
+        Impl("torch", f"moeyard.vectorised.{target}", anywhere),
+        Impl("reference", f"moeyard.reference.{target}", anywhere, by_name_only=True),
     )
 
 
-def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = refusals.on_cpu) -> tuple[Impl, ...]:
+def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = on_cpu) -> tuple[Impl, ...]:
     """The rows of what moves or sums rows."""
-    on_cpu = Impl("cpu", f"moeyard.cpu.rows:{launcher}", refusal)
-    return (on_cpu, cuda, *_everywhere(f"rows:{launcher}"))
+    by_cpu = Impl("cpu", f"moeyard.cpu.rows:{launcher}", refusal)
+    return (by_cpu, cuda, *_everywhere(f"rows:{launcher}"))
 
 
-def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = refusals.on_cuda) -> Impl:
+def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = on_cuda) -> Impl:
     return Impl("cuda", f"moeyard.cuda.rows.launchers:{launcher}", refusal)
 
 
 def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
     """The rows of products, activations and experts."""
     return (
-        Impl("cpu", f"moeyard.cpu.experts:{launcher}", refusals.sums_on_cpu),
+        Impl("cpu", f"moeyard.cpu.experts:{launcher}", sums_on_cpu),
         *cuda,
-        Impl("triton", f"moeyard.triton.experts:{launcher}", refusals.in_triton),
+        Impl("triton", f"moeyard.triton.experts:{launcher}", in_triton),
         *_everywhere(f"experts:{launcher}"),
     )
 
@@ -80,7 +90,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
     """The rows of what a backward is made of; who has no kernel says so."""
     have = {row.name for row in first}
     none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda") if name not in have]
-    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", refusals.in_triton)
+    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", in_triton)
     return (*first, *none, by_triton, *_everywhere(f"gradients:{launcher}"))
 
 
@@ -90,11 +100,11 @@ _FOUR_BITS = "moeyard.cuda.experts.four_bits"
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
     "moe_align_block_size": (
-        Impl("cpu", "moeyard.cpu.layout:align_launch", refusals.on_cpu),
+        Impl("cpu", "moeyard.cpu.layout:align_launch", on_cpu),
         Impl(
             "cuda",
             "moeyard.cuda.align.launchers:align_launch",
-            refusals.on_cuda,
+            on_cuda,
             unfit="moeyard.cuda.align.launchers:unfit_for_align",
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
@@ -104,17 +114,17 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         *_everywhere("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
-        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", refusals.on_cpu),
-        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", refusals.on_cuda),
+        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", on_cpu),
+        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", on_cuda),
         *_everywhere("layout:batched_align_launch"),
     ),
     "moe_lora_align_block_size": _everywhere("layout:lora_align_launch"),
     "route": (
-        Impl("cpu", "moeyard.cpu.router:route_launch", refusals.sums_on_cpu),
+        Impl("cpu", "moeyard.cpu.router:route_launch", sums_on_cpu),
         Impl(
             "cuda",
             "moeyard.cuda.route.launchers:route_launch",
-            refusals.sums_on_cuda,
+            sums_on_cuda,
             companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
         ),
         *_everywhere("router:route_launch"),
@@ -124,7 +134,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl(
             "cuda",
             f"{_PRODUCTS}:grouped_gemm_launch",
-            refusals.products_on_hopper,
+            products_on_hopper,
             unfit=f"{_PRODUCTS}:unfit_for_products",
         ),
     ),
@@ -132,7 +142,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
     "grouped_outer": _gradient(
         "grouped_outer_launch",
         "the gradients of weights",
-        Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", refusals.sums_on_cpu),
+        Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", sums_on_cpu),
     ),
     "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
     "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
@@ -141,33 +151,33 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl(
             "cuda",
             f"{_FEW_TOKENS}:fused_experts_launch",
-            refusals.products_on_hopper,
+            products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
         ),
         Impl(
             "cuda",
             f"{_FOUR_BITS}:fused_experts_launch",
-            refusals.products_on_hopper,
+            products_on_hopper,
             way="few tokens of 4 bits",
             unfit=f"{_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
             f"{_PRODUCTS}:fused_experts_launch",
-            refusals.products_on_hopper,
+            products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
     "permute_to_fp8": (
-        _cuda_rows("permute_to_fp8_launch", refusals.sums_on_cuda),
+        _cuda_rows("permute_to_fp8_launch", sums_on_cuda),
         *_everywhere("rows:permute_to_fp8_launch"),
     ),
     "shuffle_rows": _rows("shuffle_rows_launch", _cuda_rows("shuffle_rows_launch")),
-    "combine": _rows("combine_launch", _cuda_rows("combine_launch", refusals.sums_on_cuda), refusals.sums_on_cpu),
-    "moe_sum": _rows("moe_sum_launch", _cuda_rows("moe_sum_launch", refusals.sums_on_cuda), refusals.sums_on_cpu),
+    "combine": _rows("combine_launch", _cuda_rows("combine_launch", sums_on_cuda), sums_on_cpu),
+    "moe_sum": _rows("moe_sum_launch", _cuda_rows("moe_sum_launch", sums_on_cuda), sums_on_cpu),
 }
 
 
@@ -212,14 +222,14 @@ def launcher(
     An implementation asked for by name is met or refused with its reasons, never replaced (ValueError). `facts` is the
     whole call where more than device and dtype matters.
     """
-    return refusals.load(_choose(op, impl, facts or Call(device, dtype)).target)
+    return load(_choose(op, impl, facts or Call(device, dtype)).target)
 
 
 @lru_cache(maxsize=1024)
 def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
     target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
-    return refusals.load(target) if target else None
+    return load(target) if target else None
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
@@ -227,10 +237,10 @@ def _refusal(row: Impl, call: Call) -> str | None:
     reason = refusal_of(row.label, scheme) or row.refusal(call)
     reason = reason or (dependence(row.label, scheme) if call.batch_invariant else None)
     if reason is None and row.unfit and call.capability is not None:
-        with refusals.load("moeyard.cuda.ahead:planning_on")(call.capability):
-            reason = refusals.load(row.unfit)(call)
+        with load("moeyard.cuda.ahead:planning_on")(call.capability):
+            reason = load(row.unfit)(call)
     elif reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
-        reason = refusals.load(row.unfit)(call)
+        reason = load(row.unfit)(call)
     return reason
 
 
@@ -252,8 +262,8 @@ def _choose(op: str, impl: str, call: Call) -> Impl:
 
 def _say_slow(op: str, row: Impl, said: dict[str, str], call: Call) -> None:
     """Says once what keeps a quicker implementation away: a package that is not installed, weights that lie badly."""
-    if row.name == "torch" and said.get("cpu") == refusals.NO_NUMBA:
-        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {refusals.NO_NUMBA}", stacklevel=2)
+    if row.name == "torch" and said.get("cpu") == NO_NUMBA:
+        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {NO_NUMBA}", stacklevel=2)
     if call.weights is None or not call.weights.readable:
         return
     for label, reason in said.items():
