@@ -97,6 +97,19 @@ EXAMPLES: Mapping[str, str] = {
         >>> moeyard.dequantize_experts(codes, torch.float32).w13.dtype
         torch.float32
     """,
+    "pack_experts": """
+        >>> codes = moeyard.QuantScheme('e2m1', (1, 32), 'e8m0')  # MXFP4
+        >>> wide = moeyard.ExpertWeights(torch.randn(8, 2 * 64, 128), torch.randn(8, 128, 64))
+        >>> moeyard.pack_experts(moeyard.quantize_experts(wide, codes)).scheme.tiled
+        True
+    """,
+    "unpack_experts": """
+        >>> codes = moeyard.QuantScheme('e2m1', (1, 32), 'e8m0')
+        >>> wide = moeyard.ExpertWeights(torch.randn(8, 2 * 64, 128), torch.randn(8, 128, 64))
+        >>> packed = moeyard.pack_experts(moeyard.quantize_experts(wide, codes))
+        >>> moeyard.unpack_experts(packed).scheme.tiled
+        False
+    """,
     "load_experts": """
         >>> path = moeyard.save_experts(weights, 'checkpoint', 'mlp.experts')
         >>> moeyard.load_experts('checkpoint', 'mlp.experts', device='cpu').w13.shape
