@@ -97,6 +97,18 @@ EXAMPLES: Mapping[str, str] = {
         >>> moeyard.dequantize_experts(codes, torch.float32).w13.dtype
         torch.float32
     """,
+    "pack_experts": """
+        >>> wide = moeyard.ExpertWeights(torch.randn(2, 128, 64), torch.randn(2, 64, 64))
+        >>> codes = moeyard.quantize_experts(wide, moeyard.QuantScheme('e2m1', (1, 32), 'e8m0'))
+        >>> str(moeyard.pack_experts(codes).scheme)
+        'e2m1 1x32 e8m0 scales tiled'
+    """,
+    "unpack_experts": """
+        >>> wide = moeyard.ExpertWeights(torch.randn(2, 128, 64), torch.randn(2, 64, 64))
+        >>> codes = moeyard.quantize_experts(wide, moeyard.QuantScheme('int4', (1, 64)))
+        >>> torch.equal(moeyard.unpack_experts(moeyard.pack_experts(codes)).w13, codes.w13)
+        True
+    """,
     "load_experts": """
         >>> path = moeyard.save_experts(weights, 'checkpoint', 'mlp.experts')
         >>> moeyard.load_experts('checkpoint', 'mlp.experts', device='cpu').w13.shape
