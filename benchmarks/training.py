@@ -255,6 +255,7 @@ def parts(given: Inputs, step: TrainingStep) -> dict[str, tuple[int, Callable[[]
     upstream, w13, w2 = given.upstream, given.w13.detach(), given.w2.detach()
     found: dict[str, tuple[int, Callable[[], object]]] = {}
     impls = ("triton", "torch") if device.type == "cuda" else ("torch",)
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
     def gemm(name: str, rows: Tensor, weight: Tensor, divisor: int) -> None:
         operations = 2 * routes * weight.shape[1] * weight.shape[2]
@@ -263,7 +264,7 @@ def parts(given: Inputs, step: TrainingStep) -> dict[str, tuple[int, Callable[[]
         if device.type == "cuda":
             by_triton = launcher("grouped_gemm", "triton", device, kind)
             found[f"{name}: triton"] = (operations, lambda: by_triton(rows, turned, None, None, apart, out=out))
-            if torch.cuda.get_device_capability(device) == (9, 0) and peers.installed("cuda.bindings"):
+            if on_hopper:
                 by_cuda = launcher("grouped_gemm", "cuda", device, kind)
                 found[f"{name}: cuda"] = (operations, lambda: by_cuda(rows, turned, None, None, apart, out=out))
                 found[f"{name}: cuda, weights copied"] = (
@@ -274,7 +275,7 @@ def parts(given: Inputs, step: TrainingStep) -> dict[str, tuple[int, Callable[[]
         operations = 2 * routes * grads.shape[1] * rows.shape[1]
         out = torch.empty(step.experts, grads.shape[1], rows.shape[1], device=device, dtype=kind)
         apart = where._replace(divisor=grad_divisor)
-        for impl in impls:
+        for impl in (*(("cuda",) if on_hopper else ()), *impls):
             launch = launcher("grouped_outer", impl, device, kind)
             found[f"{name}: {impl}"] = operations, partial(launch, grads, rows, apart, row_divisor, out=out)
 

@@ -49,7 +49,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "losses": ROOM,
     "helptexts": set(),
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training", "dispatch"},
+    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},
@@ -57,7 +57,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "reference": {"values", "quant", "reference"},
     "vectorised": IMPLEMENTATION | {"vectorised"},
     "cpu": IMPLEMENTATION | {"cpu"},
-    "cuda": IMPLEMENTATION | {"dispatch.schemes", "cuda"},
+    "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
@@ -94,8 +94,8 @@ def imports_of(path: Path, package: str = "moeyard") -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             names = [node.module or ""]
-            if node.module == package:
-                names = [f"{package}.{alias.name}" for alias in node.names]
+            if node.module in (package, f"{package}.dispatch"):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             if f"{name}.".startswith(f"{package}."):
                 room, module = [*name.removeprefix(package).split("."), "", ""][1:3]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,17 @@ from moeyard.bench.served import models, options_of, served
 from moeyard.dispatch import processes
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.sizes import changes
-from moeyard.quant import FP8_BLOCK, FP8_CHANNEL, FP8_TENSOR_STATIC, FP8_WEIGHTS, INT8_CHANNEL, MXFP4, QuantScheme
+from moeyard.quant import (
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR_STATIC,
+    FP8_WEIGHTS,
+    INT8_CHANNEL,
+    MXFP4,
+    NVFP4,
+    QuantScheme,
+    int4_scheme,
+)
 from moeyard.testing import draw_quantised, python
 from moeyard.values import Router
 from moeyard.warmup import facts_of
@@ -185,19 +196,25 @@ def test_launches_are_noted_and_nothing_is_kept() -> None:
         planned()
 
 
-# Codes of 8 bits
+# Codes
 
 CODED = {  # scheme -> kernels of a layer on Hopper, and of its experts in Triton
     FP8_BLOCK: (42, 18), FP8_CHANNEL: (42, 18), INT8_CHANNEL: (42, 18), FP8_TENSOR_STATIC: (26, 18),
-    FP8_WEIGHTS: (26, 16),
+    FP8_WEIGHTS: (26, 16), replace(MXFP4, tiled=True): (30, 16), replace(NVFP4, tiled=True): (30, 16),
+    replace(int4_scheme(32, zero_points=True), tiled=True): (30, 16),
 }  # fmt: skip
-"""Static scales and weights alone are Triton's beyond a few tokens."""
+"""Static scales and weights alone are Triton's beyond a few tokens; 4 bits, too."""
 
 
 def coded(scheme: QuantScheme, experts: int = 128, hidden: int = 2048, size: int = 768) -> LayerFacts:
-    with torch.device("meta"):
-        weights = draw_quantised(experts, hidden, size, scheme, bias=experts < 128)
-    return facts_of(weights, top_k=min(8, experts), dtype=torch.bfloat16)
+    return facts_of(drawn(scheme, experts, hidden, size, "meta"), top_k=min(8, experts), dtype=torch.bfloat16)
+
+
+def drawn(scheme: QuantScheme, experts: int, hidden: int, size: int, device: str) -> ExpertWeights:
+    """Codes as a scheme has them. Tiles have shapes and dtypes of rows."""
+    with torch.device(device):
+        weights = draw_quantised(experts, hidden, size, replace(scheme, tiled=False), bias=experts < 128)
+    return replace(weights, scheme=scheme)
 
 
 @pytest.mark.parametrize("scheme", CODED, ids=str)
@@ -210,7 +227,8 @@ def test_codes_need_so_many_kernels_and_no_number_of_tokens_more(scheme: QuantSc
     walked = {recipe.compiled for recipe in all_recipes(given, hopper, MOST)}
     assert len(walked) <= CODED[scheme][0]
     sources = {source for source, _, _ in walked}
-    assert {"few_tokens.cu"} <= sources and ({"experts.cu", "quantize.cu"} <= sources) == (not products_refuse(given))
+    assert ("four_bits.cu" if scheme.tiled else "few_tokens.cu") in sources
+    assert ({"experts.cu", "quantize.cu"} <= sources) == (products_refuse(given) is None)
     for count in counts_of(15):
         asked = {recipe.compiled for recipe in recipes_of(given, hopper, count)}
         assert asked <= walked, (count, asked - walked)
@@ -238,7 +256,7 @@ def test_addresses_of_codes_ask_for_nothing_else(scheme: QuantScheme) -> None:
     from moeyard.cuda.walk import recipes_of
 
     given = coded(scheme, 8, 256, 128)
-    there = given._replace(weights=draw_quantised(8, 256, 128, scheme, bias=True))
+    there = given._replace(weights=drawn(scheme, 8, 256, 128, "cpu"))
     for count in (1, 15, 300, 3000):
         planned = recipes_of(given, CARDS[HOPPER], count)
         assert planned == recipes_of(there, CARDS[HOPPER], count, device="cpu"), count

@@ -15,7 +15,7 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench.training import TrainingStep
 from moeyard.bench.training import kept_bytes as bytes_by_hand
-from moeyard.dispatch import refusals
+from moeyard.dispatch import refusals, table
 from moeyard.testing import python, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts, wide_weights
 from moeyard.values import GPT_OSS_ACTIVATION, Activation
@@ -232,8 +232,9 @@ def test_opcheck_of_what_a_backward_is_made_of(impl: str) -> None:
 
 
 def test_explain_says_who_computes_gradients() -> None:
-    said = moeyard.explain("grouped_outer", "cuda").reasons
-    assert said["cuda"] == "has no kernel for the gradients of weights yet: the next row computes it"
+    said = moeyard.explain("activate_backward", "cuda").reasons
+    assert said["cuda"] == "has no kernel for the derivative of activations yet: the next row computes it"
+    assert [row.name for row in table.TABLE["grouped_outer"]] == ["cpu", "cuda", "triton", "torch", "reference"]
     assert "has no kernel" in moeyard.explain("activate_backward").reasons["cpu"]
     if refusals.installed("numba"):
         assert moeyard.explain("grouped_outer").chosen == "cpu"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moeyard.combine import held_results, sum_neighbours
-from moeyard.dispatch.call import Call, facts_of_matrices
+from moeyard.dispatch.call import Call, call_of_sums, facts_of_matrices
 from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor, dtypes_of_weights
 from moeyard.dispatch.op import Gradient, Op
 from moeyard.dispatch.table import for_gradients
@@ -195,6 +195,7 @@ GROUPED_OUTER = Op(
     "grouped_outer(Tensor grads, Tensor rows, Tensor? sorted_token_ids, SymInt grad_divisor, SymInt row_divisor, "
     "Tensor first_rows, Tensor row_counts, bool wide, str impl) -> Tensor",
     allocate=_allocate_outer,
+    call=call_of_sums,
     launch=_launch_outer,
     gradient=Gradient(("grads", "rows"), _outer_setup, _outer_backward),
 )

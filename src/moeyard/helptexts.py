@@ -98,16 +98,17 @@ EXAMPLES: Mapping[str, str] = {
         torch.float32
     """,
     "pack_experts": """
-        >>> wide = moeyard.ExpertWeights(torch.randn(2, 128, 64), torch.randn(2, 64, 64))
-        >>> codes = moeyard.quantize_experts(wide, moeyard.QuantScheme('e2m1', (1, 32), 'e8m0'))
-        >>> str(moeyard.pack_experts(codes).scheme)
-        'e2m1 1x32 e8m0 scales tiled'
+        >>> codes = moeyard.QuantScheme('e2m1', (1, 32), 'e8m0')  # MXFP4
+        >>> wide = moeyard.ExpertWeights(torch.randn(8, 2 * 64, 128), torch.randn(8, 128, 64))
+        >>> moeyard.pack_experts(moeyard.quantize_experts(wide, codes)).scheme.tiled
+        True
     """,
     "unpack_experts": """
-        >>> wide = moeyard.ExpertWeights(torch.randn(2, 128, 64), torch.randn(2, 64, 64))
-        >>> codes = moeyard.quantize_experts(wide, moeyard.QuantScheme('int4', (1, 64)))
-        >>> torch.equal(moeyard.unpack_experts(moeyard.pack_experts(codes)).w13, codes.w13)
-        True
+        >>> codes = moeyard.QuantScheme('e2m1', (1, 32), 'e8m0')
+        >>> wide = moeyard.ExpertWeights(torch.randn(8, 2 * 64, 128), torch.randn(8, 128, 64))
+        >>> packed = moeyard.pack_experts(moeyard.quantize_experts(wide, codes))
+        >>> moeyard.unpack_experts(packed).scheme.tiled
+        False
     """,
     "load_experts": """
         >>> path = moeyard.save_experts(weights, 'checkpoint', 'mlp.experts')

@@ -57,7 +57,7 @@ def warmup(
     int32 ids, and tensors that are dense and begin at multiples of 16 bytes. Without: one small call of every operator.
 
     Args:
-        weights: [num_local_experts, ...] as in `fused_experts`, of 16 bits, or codes of 8 bits with their scales. Only
+        weights: [num_local_experts, ...] as in `fused_experts`, of 16 bits, codes of 8 bits, or tiles of 4 bits. Only
             their sizes count, and meta tensors will do. Instead of weights a device may be given.
         device: without weights the device to warm up; the CPU, and CUDA where there is one, unless given.
         max_tokens: the most tokens of a call.

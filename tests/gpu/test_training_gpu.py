@@ -11,11 +11,11 @@ from moeyard.dispatch.table import launcher
 from moeyard.reference.gradients import weighted_activate_backward
 from moeyard.testing import guard_broken, impls_on, poisoned, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts
-from moeyard.values import Activation, Segments, WeightedGradients
+from moeyard.values import Activation, WeightedGradients
 
 CUDA = torch.device("cuda")
 IMPLS = [name for name in impls_on("fused_experts", CUDA) if name != "reference"]
-OUTERS = [name for name in impls_on("grouped_outer", CUDA) if name != "reference"]
+OUTERS = ["cuda", "triton", "torch"]
 SHAPES = {"several rows": (256, 8, 2, 256, 128), "odd": (130, 5, 3, 100, 36), "decode": (3, 16, 4, 512, 256)}
 """Tokens, experts, top_k, hidden_size, intermediate_size."""
 FEW = 100
@@ -93,7 +93,8 @@ def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl:
     routes = max(sum(counts), top_k)
     slots = torch.randperm(routes, device=CUDA).int()
     firsts = torch.tensor([sum(counts[:i]) for i in range(len(counts))], device=CUDA)
-    segments = Segments(firsts, torch.tensor(counts, dtype=torch.int32, device=CUDA), slots)
+    of_experts = torch.tensor(counts, dtype=torch.int32, device=CUDA)
+    call = sys.modules["moeyard.grouped_gemm"].GROUPED_OUTER
     grads = torch.randn(routes, columns, device=CUDA).to(dtype)
     rows = torch.randn(-(-routes // top_k), size, device=CUDA).to(dtype)
     for kind in dict.fromkeys((dtype, torch.float32)):
@@ -104,11 +105,15 @@ def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl:
             left, right = grads[mine], rows[mine // top_k]
             exact[expert] = left.double().t() @ right.double()
             honest[expert] = left.to(kind).t() @ right.to(kind)
-        out = poisoned(tuple(exact.shape), kind, CUDA)
-        again = poisoned(tuple(exact.shape), kind, CUDA)
-        for result in (out, again):
-            launcher("grouped_outer", impl, CUDA, dtype)(grads, rows, segments, top_k, out=result)
-        assert same_bits(out, again) and not guard_broken(out)
+        arguments = (grads, rows, slots, 1, top_k, firsts, of_experts, kind != dtype)
+        torch.full_like(exact, torch.nan)  # memory that was written is what results are allocated in
+        try:
+            out, again = call(arguments, impl), call(arguments, impl)
+        except ValueError as refusal:
+            if "refuses" not in str(refusal):
+                raise
+            pytest.skip(str(refusal))
+        assert same_bits(out, again) and out.dtype == kind
         of_ours, of_honest = ((t.double() - exact).square().mean().sqrt() for t in (out, honest))
         times = 1.1 if kind.itemsize == 2 else 6  # float32 sums in the order of slots, beside sums of parts
         aligned = 2.0**-17 if dtype.itemsize == 2 else 2.0**-22  # what tensor cores cut off of a sum, as a share
@@ -117,7 +122,7 @@ def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl:
             assert count or not bool(out[expert].any()), "experts without rows have zeros"
 
 
-@pytest.mark.parametrize("impl", [name for name in OUTERS if name in ("triton", "torch")])
+@pytest.mark.parametrize("impl", ["triton", "torch"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", Activation.NAMES)
 def test_derivatives_of_activations(name: str, dtype: torch.dtype, impl: str) -> None:
@@ -152,8 +157,7 @@ def test_gradients_of_uneven_routings(name: str) -> None:
         mine = [t.to(torch.bfloat16).to(kind).requires_grad_() for t in (rows, weights.w13, weights.w2)]
         call = mine[0], Routing(factors, ids), ExpertWeights(*mine[1:])
         answer = moeyard.fused_experts(*call) if ours else plain_experts(*call)
-        if not answer.requires_grad:  # no expert has a row, which a loop over experts does not see
-            return [torch.zeros_like(t) for t in mine]
+        answer = answer + 0 * mine[0]  # plain experts without routes have no gradient at all
         return [*torch.autograd.grad(answer, mine, upstream.to(kind), materialize_grads=True)]
 
     found, honest = gradients(torch.bfloat16, True), gradients(torch.bfloat16, False)
@@ -200,12 +204,13 @@ def test_products_of_transposed_weights(tokens: int, dtype: torch.dtype, impl: s
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for Hopper")
-def test_hopper_computes_a_backward_by_its_own_products() -> None:
-    weight = torch.zeros(4, 64, 128, dtype=torch.bfloat16, device=CUDA).transpose(1, 2)
-    call = moeyard.grouped_gemm.__globals__["GROUPED_GEMM"]
-    rows = torch.zeros(8, 64, dtype=torch.bfloat16, device=CUDA)
-    segments = Segments(torch.arange(4, device=CUDA) * 2, torch.full((4,), 2, dtype=torch.int32, device=CUDA))
+def test_hopper_computes_a_backward_by_its_own_kernels() -> None:
+    weights, routing = draw_weights(8, 256, 128, torch.bfloat16, device=CUDA), draw_routing(64, 8, 2, device=CUDA)
+    given = [t.requires_grad_() for t in (torch.randn(64, 256, device=CUDA).bfloat16(), weights.w13, weights.w2)]
+    answer = moeyard.fused_experts(given[0], routing, ExpertWeights(*given[1:]))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
-        call((rows, weight, None, None, segments, 8), "auto")
+        torch.autograd.grad(answer, given, torch.ones_like(answer))
         torch.cuda.synchronize()
-    assert any("experts_kernel" in event.key for event in seen.key_averages())
+    started = {event.key: event.count for event in seen.key_averages()}
+    assert started.get("experts_kernel") == 2 and started.get("outer_kernel") == 2
+    assert started.get("activate_backward_kernel") == 1

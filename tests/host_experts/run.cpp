@@ -1,7 +1,13 @@
-// Runs experts.cu on a host, block after block. Copies arrive at once or in a random order, as late as somebody waits;
+// Runs experts.cu, or outer.cu where OF_OUTER is defined, on a host, block after block. Copies arrive at once or in a random order, as late as somebody waits;
 // products are computed at once or as late as somebody waits.
 
+#ifdef OF_OUTER
+#include "outer.cu"
+#define TURNED true
+#else
 #include "experts.cu"
+#define OUTER false
+#endif
 
 #include <ucontext.h>
 
@@ -159,11 +165,12 @@ float value_at(u64 descriptor, u32 row, u32 k) {
   return widen<KIND>(bits);
 }
 
-// Of an operand that lies transposed: 16 rows of 64 values, which are of its 64 rows.
+// Of an operand that lies transposed: blocks of 16 rows of 64 values, which are of 64 of its rows.
 float turned_value_at(u64 descriptor, u32 row, u32 k) {
   const u32 start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+  const u32 block = row / 64 * ((descriptor >> 16 & 0x3fff) << 4);
   u16 bits;
-  std::memcpy(&bits, place(swizzled(start + k / 8 * group + k % 8 * 128 + row * 2)), 2);
+  std::memcpy(&bits, place(swizzled(start + block + k / 8 * group + k % 8 * 128 + row % 64 * 2)), 2);
   return widen<KIND>(bits);
 }
 
@@ -178,7 +185,9 @@ void compute(const Product& product) {
       const int j = column / 2, odd = column % 2;
       float& sum = product.d[4 * j + 2 * half + odd];
       float total = product.adds ? sum : 0.0f;
-      for (u32 k = 0; k < 16; ++k) total += of_row[k] * value_at(product.b, 8 * j + 2 * (lane % 4) + odd, k);
+      for (u32 k = 0; k < 16; ++k) {
+        total += of_row[k] * (OUTER ? turned_value_at : value_at)(product.b, 8 * j + 2 * (lane % 4) + odd, k);
+      }
       sum = total;
     }
   }
@@ -239,10 +248,16 @@ void* pointers[8];
 i64 sizes[8];
 
 void run_kernel() {
+#ifdef OF_OUTER
+  outer_kernel(static_cast<u8*>(pointers[0]), static_cast<u8*>(pointers[1]), static_cast<int*>(pointers[2]),
+               static_cast<i64*>(pointers[3]), static_cast<int*>(pointers[4]), static_cast<u8*>(pointers[5]), sizes[0],
+               sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]);
+#else
   experts_kernel(maps[0], maps[1], static_cast<u8*>(pointers[0]), static_cast<u16*>(pointers[1]),
                  static_cast<float*>(pointers[2]), static_cast<int*>(pointers[3]), static_cast<i64*>(pointers[4]),
                  static_cast<int*>(pointers[5]), static_cast<u16*>(pointers[6]), static_cast<u32*>(pointers[7]),
                  sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]);
+#endif
 }
 
 }  // namespace

@@ -44,6 +44,9 @@ inline void settle(float&) {}
 inline u64 tile_descriptor(u32 address) {
   return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
 }
+inline u64 blocks_descriptor(u32 address) {
+  return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(8192 >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
 template <int PENDING>
 void await_products() {
   await_products(PENDING);

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts import few_tokens, launchers
+from moeyard.cuda.experts import few_tokens, four_bits, launchers
 from moeyard.cuda.route.launchers import route_launch
 from moeyard.cuda.route.route_align import route_and_align_launch
 from moeyard.cuda.rows.launchers import combine_launch, moe_sum_launch, permute_launch
@@ -17,6 +17,7 @@ from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.planning import planning
 from moeyard.dispatch.call import Call, LayerFacts, WeightFacts, facts_of_experts
+from moeyard.dispatch.invariance import dependence
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
 from moeyard.values import ExpertCall, Layout, Routing, Segments
@@ -102,14 +103,17 @@ def _experts(hidden: Tensor, routing: Routing, call: ExpertCall) -> None:
     ids = routing.topk_ids
     tokens, top_k = ids.shape
     facts = Call(hidden.device, hidden.dtype, facts_of_experts(call.weights), tokens, top_k, call.num_experts)
-    for label, unfit, way in _WAYS[call.batch_invariant :]:  # the first promises no such result
-        if refusal_of(label, call.weights.scheme) is None and unfit(facts) is None:
+    scheme = call.weights.scheme
+    for label, unfit, way in _WAYS:
+        varies = dependence(label, scheme) if call.batch_invariant else None
+        if refusal_of(label, scheme) is None and varies is None and unfit(facts) is None:
             way.fused_experts_launch(hidden, routing.topk_weights, ids, call, out=torch.empty_like(hidden))
             return
 
 
 _WAYS: tuple[tuple[str, Callable[[Call], str | None], Any], ...] = (
     ("cuda (few tokens)", few_tokens.unfit, few_tokens),
+    ("cuda (few tokens of 4 bits)", four_bits.unfit, four_bits),
     ("cuda (products)", launchers.unfit_for_experts, launchers),
 )
 """The rows of the table, in their order."""

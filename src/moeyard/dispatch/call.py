@@ -1,7 +1,7 @@
 """What a choice between implementations may depend on: plain values, so that a choice is made once per kind of call."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,6 +123,15 @@ def facts_of_matrices(weight: Tensor, dtype: torch.dtype, *, alone: bool) -> Wei
     turned = lies_turned(weight)
     readable = unreadable_turned(weight, "weight", alone) if turned else unreadable(weight, "weight")
     return WeightFacts(dtype, None, experts, columns, size, False, readable, turned=turned)
+
+
+def call_of_sums(grads: Tensor, rows: Tensor, *rest: Any) -> Call | None:
+    """What sums of outer products are chosen by: the sizes of their matrices, but on a CPU."""
+    if grads.is_cpu:
+        return None
+    experts = rest[-2].shape[0]
+    facts = WeightFacts(grads.dtype, None, experts, grads.shape[1], rows.shape[1], False, "")
+    return Call(grads.device, grads.dtype, facts)
 
 
 def lies_turned(weight: Tensor) -> bool:

@@ -96,6 +96,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 _FOUR_BITS = "moeyard.cuda.experts.four_bits"
+_OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
@@ -143,6 +144,14 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         "grouped_outer_launch",
         "the gradients of weights",
         Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", sums_on_cpu),
+        # It runs lane by lane on a host, and has not run on a GPU yet.
+        Impl(
+            "cuda",
+            f"{_OUTER}:grouped_outer_launch",
+            products_on_hopper,
+            by_name_only=True,
+            unfit=f"{_OUTER}:unfit",
+        ),
     ),
     "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
     "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),

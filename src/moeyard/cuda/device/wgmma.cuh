@@ -183,6 +183,11 @@ __device__ __forceinline__ u64 tile_descriptor(u32 address) {
   return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
 }
 
+// The same of an operand that lies transposed, in blocks of 64 of its rows, 8192 bytes from block to block.
+__device__ __forceinline__ u64 blocks_descriptor(u32 address) {
+  return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(8192 >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Returns when all but the last PENDING groups of products have ended.
@@ -205,8 +210,10 @@ typedef float Sum;
 #define SIGNS ", 1, 1"
 #else
 #define SHAPE_AND_SUM "k16.f32."
-#if TURNED
-#define SIGNS ", 1, 1, 1, 0"  // a lies transposed
+#if OUTER
+#define SIGNS ", 1, 1, 1, 1"  // both lie transposed
+#elif TURNED
+#define SIGNS ", 1, 1, 1, 0"  // a does
 #else
 #define SIGNS ", 1, 1, 0, 0"
 #endif
