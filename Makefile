@@ -12,9 +12,10 @@ export ASSAY_AGENTS
 BIN := .venv/bin
 RUN = timeout --kill-after=15
 LOWEST := .venv-lowest
+SITE := .venv-site
 
 .DEFAULT_GOAL := help
-.PHONY: help demo agents test test-lowest test-full lint docs bench-cpu wheel gpu clean
+.PHONY: help demo agents test test-lowest test-full lint docs site bench-cpu wheel gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,8 +67,19 @@ lint: .venv/ready ## ruff and strict mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-docs: .venv/ready ## regenerate README's tables and pictures from benchmarks/results
-	$(BIN)/python -m moeyard.bench.docs README.md
+docs: .venv/ready ## regenerate tables, numbers and pictures of README and docs from benchmarks/results
+	$(BIN)/python -m moeyard.bench.docs .
+	$(BIN)/python docs/assay_report.py .
+
+# An environment of its own: the API is read from the sources, so nothing of moeyard is installed, not even torch.
+$(SITE)/ready: pyproject.toml Makefile
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet $$($(PYTHON) -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	touch $@
+
+site: $(SITE)/ready ## build docs into build/site, with the API and strict links
+	$(SITE)/bin/mkdocs build --quiet
 
 bench-cpu: .venv/ready ## measure this machine's CPU and write benchmarks/results/<machine>
 	$(BIN)/python -m moeyard.bench.suite cpu
@@ -88,4 +100,4 @@ wheel: .venv/ready ## build a wheel in dist; ARCHS="90a" adds cubins of named mo
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist . ; status=$$?; rm -rf $(CUBINS); exit $$status
 
 clean: ## remove virtual environments and build products
-	rm -rf .venv $(LOWEST) build dist
+	rm -rf .venv $(LOWEST) $(SITE) build dist

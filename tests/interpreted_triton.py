@@ -1,5 +1,6 @@
 """The triton implementation's layouts, and tensors with strides; test_triton.py runs this under the interpreter."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -7,7 +8,17 @@ import torch
 
 import moeyard
 from moeyard import reference
-from moeyard.testing import CPU, guard_broken, poisoned, same_bits
+from moeyard.testing import (
+    CPU,
+    differing,
+    draw_routing,
+    draw_weights,
+    guard_broken,
+    interpreted,
+    poisoned,
+    same_bits,
+    sub_batches,
+)
 from moeyard.triton import experts, steps
 from moeyard.values import Activation
 
@@ -152,3 +163,21 @@ def test_rows_of_each_dtype_have_a_step_of_their_own(gated: bool) -> None:
         assert torch.allclose(
             got.float(), moeyard.activate(rows.float(), gated=gated, impl="torch"), rtol=2e-2, atol=2e-2
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_no_token_depends_on_its_batch(dtype: torch.dtype) -> None:
+    """On either side of the tiles that calls of other sizes have; weights count before or after the experts."""
+    tokens, on_input = 70, dtype == torch.bfloat16
+    weights, routing = draw_weights(3, 64, 48, dtype, bias=True), draw_routing(tokens, 3, 2)
+
+    def call(rows: torch.Tensor, factors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        where = moeyard.Routing(factors, ids)
+        return moeyard.fused_experts(
+            rows, where, weights, batch_invariant=True, apply_router_weight_on_input=on_input, impl="triton"
+        )
+
+    tensors = (torch.randn(tokens, 64).to(dtype), routing.topk_weights, routing.topk_ids)
+    with interpreted.products_in_order():
+        count, wrong, first = differing(call, tensors, sub_batches(tokens, 4, Random(1)))
+    assert (count, wrong) == (4, 0), first

@@ -1,6 +1,7 @@
 """Triton's experts of 8-bit codes against the rule; test_triton_coded.py runs this under the interpreter."""
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -10,7 +11,17 @@ from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
 from moeyard.dispatch.schemes import TAKES
 from moeyard.quant import FP8_CHANNEL, INT8_CHANNEL, QuantScheme
 from moeyard.reference.quant import quantise_rows
-from moeyard.testing import draw_quantised, draw_routing, guard_broken, judged_experts, poisoned, same_bits
+from moeyard.testing import (
+    differing,
+    draw_quantised,
+    draw_routing,
+    guard_broken,
+    interpreted,
+    judged_experts,
+    poisoned,
+    same_bits,
+    sub_batches,
+)
 from moeyard.testing.quantised import SCHEMES
 from moeyard.triton import coded_kernels
 from moeyard.triton.launch import Step
@@ -70,6 +81,23 @@ def test_views_are_read_where_they_lie() -> None:
     hidden, routing = torch.randn(9, 200)[:, 3:99].bfloat16(), draw_routing(9, 4, 2)
     got = moeyard.fused_experts(hidden, routing, weights, impl="triton")
     assert same_bits(got, moeyard.fused_experts(hidden.contiguous(), routing, whole, impl="triton"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scheme", OURS, ids=str)
+def test_no_token_depends_on_its_batch(scheme: QuantScheme) -> None:
+    tokens, dtype = 70, torch.float16 if OURS.index(scheme) % 2 else torch.bfloat16
+    weights, routing = draw_quantised(3, 144, 48, scheme, dtype, bias=True), draw_routing(tokens, 3, 2)
+    if scheme.dynamic_second and weights.scales is not None:
+        weights = replace(weights, scales=replace(weights.scales, w2_input=None))
+
+    def call(rows: torch.Tensor, factors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return moeyard.fused_experts(rows, Routing(factors, ids), weights, batch_invariant=True, impl="triton")
+
+    tensors = (torch.randn(tokens, 144).to(dtype), routing.topk_weights, routing.topk_ids)
+    with interpreted.products_in_order():
+        count, wrong, first = differing(call, tensors, sub_batches(tokens, 4, Random(1)))
+    assert (count, wrong) == (4, 0), first
 
 
 @pytest.mark.parametrize("group", [0, 128])

@@ -16,8 +16,8 @@ from moeyard import Layout
 from moeyard.bench import cases, docs, results, run, timing, workloads
 from moeyard.bench.operators import Provider, operators
 from moeyard.bench.timing import Rates, Times, ratio_interval, summarise, time_in_turn
-from moeyard.cli import app
 from moeyard.testing import ROUTINGS, fp8_error, layout_error, rows_error, sum_error
+from moeyard_command.app import app
 
 CPU = torch.device("cpu")
 RATES = Rates(20.0, 30.0, 0.5, "bfloat16")

@@ -29,8 +29,8 @@ from moeyard.bench import (
 )
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider, operators
-from moeyard.cli import app
 from moeyard.testing import CPU, ROUTINGS, SOURCE, disagreement_error, plain_experts
+from moeyard_command.app import app
 
 RATES = {"copy_gb_s": 20.0, "read_gb_s": 30.0, "matrix_tflops": 0.1, "matrix_dtype": "bfloat16"}
 RATES_OF_ROWS = results.RATE_KEYS[results.SCHEMA]
@@ -62,6 +62,9 @@ def test_cells_are_those_of_the_issue() -> None:
     biased = list(experts_cells.cells("biased"))
     assert biased and all(layers.activation(c) == moeyard.GPT_OSS_ACTIVATION and c.model["bias"] for c in biased)
     assert {experts_gpu.model_of(c) for c in (*grid, *biased)} == set(experts_cells.MODELS)
+    four = list(experts_cells.cells("four bits", tokens=(8,)))
+    assert [c.workload for c in four] == ["gpt-oss-120b mxfp4", "qwen3-30b-a3b int4", "qwen3-30b-a3b nvfp4"]
+    assert layers.activation(four[0]) == moeyard.GPT_OSS_ACTIVATION and "four bits" not in experts_cells.USUAL
     with pytest.raises(ValueError, match="part: expected one of"):
         next(experts_cells.cells("everything"))
     assert {(*c.sizes, c.routing) for c in grouped} == {(*c.sizes, c.routing) for c in workloads.load("grouped-gemm")}

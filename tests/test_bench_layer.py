@@ -12,8 +12,8 @@ from moeyard import Routing
 from moeyard.bench import memory, results, workloads
 from moeyard.bench.operators import Provider, operators
 from moeyard.bench.peers import installed
-from moeyard.cli import app
 from moeyard.testing import CPU
+from moeyard_command.app import app
 
 MODELS = {
     "mixtral-8x7b": (8, 2, 4096, 14336), "qwen3-30b-a3b": (128, 8, 2048, 768), "qwen3-235b-a22b": (128, 8, 4096, 1536),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import batch_invariant
 import experts_goals
 import experts_variants
 import training
@@ -15,7 +16,7 @@ from moeyard.bench.operators import Case, Provider
 from moeyard.bench.training import TrainingStep
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals, table
 from moeyard.testing import CPU, python
 
 LIMITS: dict[str, float | None] = {"copy_time_us": 100.0, "read_time_us": 90.0, "product_time_us": 50.0}
@@ -98,6 +99,42 @@ def test_goals_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert experts_goals.main([str(tmp_path / "x.json")]) == 1
     assert "wanted a right answer, got hung\n1 of 2 goals met" in capsys.readouterr().out
     assert experts_goals.main([]) == 2
+
+
+def batches(with_option: int, without: int) -> list[dict[str, Any]]:
+    return [{"invariant": {"batches": 9, "differ": with_option}, "default": {"batches": 9, "differ": without}}]
+
+
+def test_batch_invariance_is_seen_and_so_is_its_control() -> None:
+    assert batch_invariant.verdict(batches(0, 4)) == (0, "0 of 9 batches differ; without the option 4")
+    assert batch_invariant.verdict(batches(1, 4))[0] == 1
+    assert batch_invariant.verdict(batches(0, 0))[0] == 2 and batch_invariant.verdict([])[0] == 0
+
+
+def test_cells_of_batch_invariance(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of experts and layers; calls are made, and times that are given take the place of a GPU's."""
+    if not refusals.installed("numba"):
+        pytest.skip("numba is not installed")
+
+    def timed(runs: Any, inputs: Any, **_: Any) -> list[timing.Times]:
+        return [timing.summarise([100.0 + i + 0 * len(run(inputs[0]))] * 6) for i, run in enumerate(runs)]
+
+    monkeypatch.setattr(timing, "rates", lambda _: timing.Rates(1.0, 1.0, 1.0, "bfloat16"))
+    monkeypatch.setattr(timing, "time_graphs_within", timed)
+    out, small = tmp_path / "x.json", ["--device", "cpu", "--scale", "64", "--number", "3", "--whole", "40"]
+    given = [*small, "--no-warm-up", "--models", "gpt-oss-120b", "--kinds", "bfloat16,fp8 block", "--tokens", "2"]
+    assert batch_invariant.main([*given, "--impls", "cpu", "--out", str(out)]) == 2, "nothing differs on a CPU at all"
+    content = results.read(out)
+    assert [row["impl"] for row in content["rows"]] == ["cpu", "cpu batch-invariant"]
+    assert content["rows"][1]["ratio_to"]["default"][0] == 1.01 and all(row["correct"] for row in content["rows"])
+    assert [row["op"] for row in content["batches"]] == ["fused_experts", "moe_layer"] * 2
+    assert all(row["invariant"] == {"batches": 3, "differ": 0, "first": ""} for row in content["batches"])
+    assert batch_invariant.main([*given, "--impls", "cpu", "--seconds", "0"]) == 0
+    assert "left out: batches of fused_experts" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'torch' refuses fused_experts"):
+        batch_invariant.main([*given, "--impls", "torch"])
 
 
 VLLM_TEST = """

@@ -1,12 +1,16 @@
-"""The command line as a subprocess."""
+"""The command line, in this process and as a subprocess."""
 
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner, Result
 
 import moeyard
+from moeyard.dispatch import refusals, table
 from moeyard.testing import checkpoints, python
+from moeyard_command.app import app
 
 TINY = """
 description = "tiny"
@@ -29,6 +33,11 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+def command(*arguments: str) -> Result:
+    """The command in this process, on a terminal of 160 columns."""
+    return CliRunner(env={"COLUMNS": "160", "NO_COLOR": "1"}).invoke(app, arguments, prog_name="moeyard")
+
+
 def test_help_and_version() -> None:
     for arguments in (
         ["--help"],
@@ -37,9 +46,10 @@ def test_help_and_version() -> None:
         ["plot", "--help"],
         ["doctor", "--help"],
         ["warmup", "--help"],
+        ["explain", "--help"],
     ):
-        done = python("-m", "moeyard", *arguments)
-        assert done.returncode == 0 and "Usage: moeyard" in done.stdout, done.stderr
+        done = command(*arguments)
+        assert done.exit_code == 0 and "Usage: moeyard" in done.stdout, done.stderr
     assert python("-m", "moeyard", "--version").stdout == f"moeyard {moeyard.__version__}\n"
 
 
@@ -85,6 +95,13 @@ def test_bench_lists_workloads() -> None:
         (["bench", "experts", "--device", "cpu", "--out", "x", "--parts", "all"], "part: expected one of"),
         (["bench", "experts", "--device", "cpu", "--out", "x", "--models", "x"], "workload: expected one of"),
         (["bench", "experts", "--device", "cpu", "--out", "x", "--tokens", "1,b"], "--tokens: expected integers"),
+        (["explain", "softmax"], "op: expected one of ['activate',"),
+        (["explain", "permute", "--dtype", "real"], "--dtype: expected a dtype of torch, such as bfloat16, got 'real'"),
+        (["explain", "permute", "--device", "tpu"], "--device: expected cpu or cuda, got 'tpu'"),
+        (["explain", "permute", "--capability", "9"], "--capability: expected MAJOR.MINOR, such as 9.0, got '9'"),
+        (["explain", "permute", "--capability", "9.0"], "capability: expected None beside device 'cpu'"),
+        (["explain", "permute", "--tokens", "3"], "--model: expected a model beside --tokens and --scheme, got none"),
+        (["explain", "fused_experts", "--model", "x"], "model: expected one of deepseek-v3, gpt-oss-120b,"),
         (["plot", "absent.json"], "result file: expected JSON"),
         (["plot", "absent.json", "--out", "picture.gif"], "--out: expected a .png or .svg file, got picture.gif"),
         (["warmup", "--device", "tpu"], "--device: expected cpu or cuda"),
@@ -94,8 +111,8 @@ def test_bench_lists_workloads() -> None:
     ],
 )
 def test_mistakes_are_errors_in_words(arguments: list[str], message: str) -> None:
-    done = python("-m", "moeyard", *arguments)
-    assert done.returncode == 2
+    done = command(*arguments)
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
     assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
 
 
@@ -112,6 +129,22 @@ def test_inspect_says_what_experts_are(tmp_path: Path) -> None:
         assert done.returncode == 0 and done.stdout.startswith(start) and words in done.stdout, done.stderr
     done = python("-m", "moeyard", "inspect", str(tmp_path), "--prefix", "model.experts")
     assert done.returncode == 2 and "prefix: expected tensors in" in " ".join(done.stderr.split())
+
+
+def test_explain_says_what_a_call_takes_and_why() -> None:
+    done = command("explain", "permute", "--dtype", "float32")
+    assert done.stdout == f"{moeyard.explain('permute', 'cpu', torch.float32)}\n", done.stderr
+    hopper = ("explain", "fused_experts", "--device", "cuda", "--capability", "9.0", "--model", "qwen3-30b-a3b")
+    few, many = (command(*hopper, "--tokens", count).stdout for count in ("1", "4096"))
+    if refusals.installed("cuda.core") and refusals.installed("cuda.bindings"):
+        assert "cuda (few tokens): chosen" in few
+        assert "cuda (few tokens): takes a few tokens, got 4096 of 8 experts each" in many
+        assert "cuda (products): chosen" in many
+        coded = command(*hopper, "--tokens", "4096", "--scheme", "int4 1x128").stdout
+        assert "cuda (products): takes no weights of scheme 'int4 1x128'" in coded
+    assert "needs compute capability 8.0, got 7.5" in str(moeyard.explain("fused_experts", "cuda", capability=(7, 5)))
+    listed = command("explain", "list").stdout.split()
+    assert listed == list(table.TABLE)
 
 
 def test_doctor_and_warmup() -> None:

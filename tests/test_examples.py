@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals
 from moeyard.testing import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.skipif(not table.installed("transformers"), reason="transformers is not installed")
+@pytest.mark.skipif(not refusals.installed("transformers"), reason="transformers is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("qwen3_moe", EXAMPLES / "qwen3_moe.py")
@@ -38,13 +38,23 @@ def test_qwen3_moe_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("name", ["qwen3_moe.py", pytest.param("transformers_generate.py", marks=pytest.mark.full)])
 def test_examples_say_how_they_are_used(name: str) -> None:
-    if not table.installed("transformers"):
+    if not refusals.installed("transformers"):
         pytest.skip("transformers is not installed")
     done = python(str(EXAMPLES / name), "--help")
     assert done.returncode == 0 and "--tokens" in done.stdout, done.stderr
 
 
-@pytest.mark.skipif(not table.installed("transformers"), reason="transformers is not installed")
+@pytest.mark.full
+def test_expert_parallel_has_the_bits_of_one_process() -> None:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    environment = {"MOEYARD_IMPL": "torch", "GLOO_SOCKET_IFNAME": "lo"}
+    done = python(*launch, str(EXAMPLES / "expert_parallel.py"), "--tokens", "20", environment=environment)
+    assert done.returncode == 0 and "same bits as one process in that order: True" in done.stdout, done.stderr
+    if refusals.installed("transformers"):
+        assert "4 of 8 experts" in done.stdout and float(done.stdout.split()[-1]) < 1e-5
+
+
+@pytest.mark.skipif(not refusals.installed("transformers"), reason="transformers is not installed")
 @pytest.mark.filterwarnings("ignore")
 def test_transformers_generate_times_what_is_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = importlib.util.spec_from_file_location("transformers_generate", EXAMPLES / "transformers_generate.py")

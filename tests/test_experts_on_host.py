@@ -24,7 +24,7 @@ from moeyard.cuda.runtime.parameters import float_bits
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
 from moeyard.cuda.runtime.tensor_map import STEP_BYTES, turned_boxes, weight_boxes
 from moeyard.dispatch.call import lies_turned
-from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned
+from moeyard.testing import guard_broken, largest_and_rms, plain_activation, poisoned, same_bits
 
 HERE, TEXTS = Path(__file__).parent / "host_experts", SOURCES | HEADERS
 COMPILER = shutil.which("g++")
@@ -172,8 +172,8 @@ def defines_of(case: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     )  # fmt: skip
 
 
-def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
-    """What is wrong with a launch over fresh rows, or None."""
+def run(library: Any, case: dict[str, Any], at_once: bool, kept: list[torch.Tensor] | None = None) -> str | None:
+    """What is wrong with a launch over fresh rows, or None. Its results are added to `kept`."""
     plan, dtype, size, columns, gated = planned(case), case["dtype"], case["size"], case["columns"], case["gated"]
     counts = torch.tensor(case["counts"], dtype=torch.int32)
     experts, total, wide = len(counts), int(counts.sum()), columns * (2 if gated else 1)
@@ -222,6 +222,8 @@ def run(library: Any, case: dict[str, Any], at_once: bool) -> str | None:
     )
     if guard_broken(out) or bool((out.view(torch.uint8).view(len(out), -1)[untaken(target, len(out))] != 0x7F).any()):
         return "wrote where it must not"
+    if kept is not None:
+        kept.append(out[target])
     errors, budget = largest_and_rms(out[target], exact), largest_and_rms(honest, exact)
     right = errors[0] <= 2 * budget[0] and errors[1] <= 1.1 * budget[1]  # of few values the largest varies
     return None if right else f"errors {errors}, those of plain torch {budget}"
@@ -258,6 +260,34 @@ def test_the_kernel(name: str, tmp_path: Path) -> None:
     library = build(tmp_path, defines_of(case))
     for at_once in (True, False):
         assert run(library, case, at_once) is None
+
+
+INVARIANT = {  # what a layer's products are; plans choose tiles by the number of tokens
+    "first": {"counts": [200, 0, 33, 1], "size": 176, "columns": 144, "bias": True, "activation": GPT_OSS_ACTIVATION},
+    "second": {
+        "counts": [200, 0, 33, 1], "size": 80, "columns": 272, "gated": False, "activation": None, "gather": False,
+        "ready": True,
+    },
+    "weighted": {
+        "counts": [200, 0, 33, 1], "size": 80, "columns": 144, "gated": False, "activation": None, "gather": False,
+        "ready": True, "weighted": True, "dtype": torch.float16, "bias": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", INVARIANT)
+def test_all_tiles_give_the_same_bits(name: str, tmp_path: Path) -> None:
+    """Where a product of 16 values of k rounds alike for any N, as here, no result depends on the tile it is in."""
+    kept: list[torch.Tensor] = []
+    tiles = (8, 16, 32, 64, 128, 192)
+    for rows in tiles:
+        (tmp_path / str(rows)).mkdir()
+        case = {**PLAIN, **INVARIANT[name], "tiles": rows}
+        library = build(tmp_path / str(rows), defines_of(case))
+        torch.manual_seed(5)
+        assert run(library, case, True, kept) is None
+    assert len(kept) == len(tiles) and all(same_bits(one, kept[0]) for one in kept)
 
 
 MUTANTS = {

@@ -271,7 +271,7 @@ def test_schemes_have_words() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"weights": "fp3"}, "weights: expected one of ('e4m3', 'int8', 'int4', 'e2m1'), got 'fp3'"),
+        ({"weights": "fp3"}, f"weights: expected one of {tuple(CODES)}, got 'fp3'"),
         ({"scales": "e5m2"}, "scales: expected one of"),
         ({"activations": "e2m1"}, "activations: expected one of ('none', 'e4m3', 'int8'), got 'e2m1'"),
         ({"block": (1, -1)}, "block: expected (rows, columns) of 0 and above, got (1, -1)"),

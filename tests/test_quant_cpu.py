@@ -9,12 +9,12 @@ from torch import Tensor
 
 import moeyard
 from moeyard import ExpertWeights, Routing
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals
 from moeyard.quant import FP8_BLOCK, FP8_WEIGHTS, INT8_CHANNEL, MXFP4, NVFP4, QuantScheme, int4_scheme
 from moeyard.testing import draw_quantised, draw_routing, judged_experts, python, same_bits
 from moeyard.testing.quantised import SCHEMES
 
-pytestmark = pytest.mark.skipif(not table.installed("numba"), reason="numba is not installed")
+pytestmark = pytest.mark.skipif(not refusals.installed("numba"), reason="numba is not installed")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

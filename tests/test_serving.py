@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,18 @@ from moeyard.bench.served import models, options_of, served
 from moeyard.dispatch import processes
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.sizes import changes
-from moeyard.testing import python
+from moeyard.quant import (
+    FP8_BLOCK,
+    FP8_CHANNEL,
+    FP8_TENSOR_STATIC,
+    FP8_WEIGHTS,
+    INT8_CHANNEL,
+    MXFP4,
+    NVFP4,
+    QuantScheme,
+    int4_scheme,
+)
+from moeyard.testing import draw_quantised, python
 from moeyard.values import Router
 from moeyard.warmup import facts_of
 
@@ -184,6 +196,104 @@ def test_launches_are_noted_and_nothing_is_kept() -> None:
         planned()
 
 
+# Codes
+
+CODED = {  # scheme -> kernels of a layer on Hopper, and of its experts in Triton
+    FP8_BLOCK: (42, 18), FP8_CHANNEL: (42, 18), INT8_CHANNEL: (42, 18), FP8_TENSOR_STATIC: (26, 18),
+    FP8_WEIGHTS: (26, 16), replace(MXFP4, tiled=True): (30, 16), replace(NVFP4, tiled=True): (30, 16),
+    replace(int4_scheme(32, zero_points=True), tiled=True): (30, 16),
+}  # fmt: skip
+"""Static scales and weights alone are Triton's beyond a few tokens; 4 bits, too."""
+
+
+def coded(scheme: QuantScheme, experts: int = 128, hidden: int = 2048, size: int = 768) -> LayerFacts:
+    return facts_of(drawn(scheme, experts, hidden, size, "meta"), top_k=min(8, experts), dtype=torch.bfloat16)
+
+
+def drawn(scheme: QuantScheme, experts: int, hidden: int, size: int, device: str) -> ExpertWeights:
+    """Codes as a scheme has them. Tiles have shapes and dtypes of rows."""
+    with torch.device(device):
+        weights = draw_quantised(experts, hidden, size, replace(scheme, tiled=False), bias=experts < 128)
+    return replace(weights, scheme=scheme)
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+def test_codes_need_so_many_kernels_and_no_number_of_tokens_more(scheme: QuantScheme) -> None:
+    pytest.importorskip("cuda.bindings")
+    from moeyard.cuda.ahead import CARDS
+    from moeyard.cuda.walk import all_recipes, products_refuse, recipes_of
+
+    given, hopper = coded(scheme), CARDS[HOPPER]
+    walked = {recipe.compiled for recipe in all_recipes(given, hopper, MOST)}
+    assert len(walked) <= CODED[scheme][0]
+    sources = {source for source, _, _ in walked}
+    assert ("four_bits.cu" if scheme.tiled else "few_tokens.cu") in sources
+    assert ({"experts.cu", "quantize.cu"} <= sources) == (products_refuse(given) is None)
+    for count in counts_of(15):
+        asked = {recipe.compiled for recipe in recipes_of(given, hopper, count)}
+        assert asked <= walked, (count, asked - walked)
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+def test_codes_ask_triton_for_so_many_and_no_number_of_tokens_more(scheme: QuantScheme) -> None:
+    pytest.importorskip("triton")
+    from moeyard.triton import ahead
+    from moeyard.triton.launch import planning
+
+    given = coded(scheme)
+    walked = ahead.all_asked(given, ahead.CARDS[HOPPER], MOST)
+    assert len(walked) <= CODED[scheme][1]
+    for count in counts_of(50):
+        with planning(ahead.CARDS[HOPPER]) as plan:
+            ahead._experts(given, given.weights, given.router.top_k, given.num_experts, count)
+        assert plan.asked.keys() <= walked.keys(), count
+
+
+@pytest.mark.parametrize("scheme", CODED, ids=str)
+def test_addresses_of_codes_ask_for_nothing_else(scheme: QuantScheme) -> None:
+    pytest.importorskip("cuda.bindings")
+    from moeyard.cuda.ahead import CARDS
+    from moeyard.cuda.walk import recipes_of
+
+    given = coded(scheme, 8, 256, 128)
+    there = given._replace(weights=drawn(scheme, 8, 256, 128, "cpu"))
+    for count in (1, 15, 300, 3000):
+        planned = recipes_of(given, CARDS[HOPPER], count)
+        assert planned == recipes_of(there, CARDS[HOPPER], count, device="cpu"), count
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("impl", ["cuda", "triton", "auto"])
+def test_warming_up_codes_without_a_gpu_fills_both_caches(
+    impl: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("MOEYARD_CACHE", str(tmp_path / "moeyard"))
+    with torch.device("meta"):
+        weights = draw_quantised(8, 256, 128, FP8_CHANNEL if impl == "cuda" else FP8_WEIGHTS)
+    given = {"top_k": 2, "max_tokens": 40, "arch": "sm_90a", "jobs": 2, "block_sizes": (16,), "impl": impl}
+    made = moeyard.warmup(weights, **given)  # type: ignore[arg-type]
+    assert len(made) == (1 if impl == "cuda" else 2) and len(list((tmp_path / "moeyard").iterdir())) > 3
+    kernels = {path.stem for path in (tmp_path / "triton").rglob("*.cubin")}
+    assert kernels == (set() if impl == "cuda" else {"align_kernel", "coded_product_kernel", "combine_kernel"})
+    assert "cuda: 0 kernels compiled" in moeyard.warmup(weights, **given)  # type: ignore[arg-type]
+
+
+def test_codes_that_no_kernel_takes_are_refused() -> None:
+    given = {"top_k": 2, "arch": "sm_90a"}
+    with torch.device("meta"):
+        narrow, fp8 = draw_quantised(8, 64, 64, MXFP4), draw_quantised(8, 128, 128, FP8_CHANNEL)
+    with pytest.raises(ValueError, match=r"weights: expected a scheme that one of \('cuda \(products\)'"):
+        moeyard.warmup(narrow, **given)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weights: expected a scheme that one of \('triton',\) takes"):
+        moeyard.warmup(narrow, impl="triton", **given)  # type: ignore[arg-type]
+    for weights, dtype, words in ((fp8, torch.float32, "bfloat16 or float16"), (small(), torch.float16, "bfloat16")):
+        with pytest.raises(ValueError, match=f"dtype: expected .*{words}, got {dtype}"):
+            moeyard.warmup(weights, dtype=dtype, **given)  # type: ignore[arg-type]
+
+
 # Warming up
 
 
@@ -320,7 +430,7 @@ def test_a_wheel_with_cubins_needs_no_compiler(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings")
     root, tree, target = Path(__file__).parents[1], tmp_path / "tree", tmp_path / "target"
     shutil.copytree(root / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "cubins"))
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(root / name, tree)
     environment = {"MOEYARD_CACHE": str(tmp_path / "cache")}
     cubins = tree / "src/moeyard/cuda/cubins"

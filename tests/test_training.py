@@ -15,7 +15,7 @@ import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.bench.training import TrainingStep
 from moeyard.bench.training import kept_bytes as bytes_by_hand
-from moeyard.dispatch import table
+from moeyard.dispatch import refusals, table
 from moeyard.testing import python, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts, wide_weights
 from moeyard.values import GPT_OSS_ACTIVATION, Activation
@@ -236,7 +236,7 @@ def test_explain_says_who_computes_gradients() -> None:
     assert said["cuda"] == "has no kernel for the derivative of activations yet: the next row computes it"
     assert [row.name for row in table.TABLE["grouped_outer"]] == ["cpu", "cuda", "triton", "torch", "reference"]
     assert "has no kernel" in moeyard.explain("activate_backward").reasons["cpu"]
-    if table.installed("numba"):
+    if refusals.installed("numba"):
         assert moeyard.explain("grouped_outer").chosen == "cpu"
 
 
@@ -376,6 +376,6 @@ def test_a_model_trains_as_eager_does(example: Any) -> None:
 def test_a_model_trains_as_eager_does_for_300_steps(example: Any, tmp_path: Path) -> None:
     """Runs with three seeds end at 2.44 to 2.50."""
     mine, eager = trained(example, 300, 8, 2.6)
-    if table.installed("matplotlib"):
+    if refusals.installed("matplotlib"):
         example.plot(mine, eager, eager, tmp_path / "run.svg")
         assert (tmp_path / "run.svg").stat().st_size > 10_000

@@ -9,7 +9,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
+from moeyard.dispatch import invariance
 from moeyard.integrations.vllm import plugin
 from moeyard.testing import python
 
@@ -269,3 +271,18 @@ def test_the_launcher_replaces_and_adds(stand_in: Path) -> None:
     assert done.stdout == "all there\n" and os.environ.get("MOEYARD_VLLM") is None
     assert "operators are replaced by moeyard's: 15 of 17; added, as this vLLM has none: " in done.stderr
     assert "fused_moe.cutlass_moe.cutlass_moe_fp8" in done.stderr
+
+
+def test_experts_stay_with_a_batch_invariant_vllm_unless_ours_are_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, rows = (torch.randn(4, 24, 16), torch.randn(4, 16, 12)), torch.randn(2, 16)
+
+    def refusal() -> str | None:
+        return plugin._refusal_of(*weights, None, rows, lambda: (None, True))
+
+    assert refusal() is None
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert refusal() == "VLLM_BATCH_INVARIANT without MOEYARD_BATCH_INVARIANT=1"
+    monkeypatch.setattr(invariance, "_DEFAULT", True)
+    assert refusal() is None
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert refusal() is None

@@ -35,8 +35,8 @@ def listed(what: str) -> int:
 
 
 def changed_copy(to: Path, changes: Mapping[str, Change]) -> Path:
-    """A copy of the sources and of the tests that a change may touch, with these changes and no others."""
-    for part in ("src/moeyard", "tests"):
+    """A copy of the sources, tests and docs that a change may touch, with these changes and no others."""
+    for part in ("src/moeyard", "src/moeyard_command", "tests", "docs"):
         shutil.copytree(ROOT / part, to / part, ignore=shutil.ignore_patterns("__pycache__"))
     for name, change in changes.items():
         path = to / name
@@ -162,6 +162,15 @@ OPERATOR: dict[str, Change] = {
         ("from moeyard.permute import", "from moeyard.negate import negate\nfrom moeyard.permute import"),
         ('    "permute",\n', '    "negate",\n    "permute",\n'),
     ),
+    "src/moeyard/helptexts.py": (
+        (
+            '    "permute": """',
+            '    "negate": """\n        >>> moeyard.negate(torch.ones(1, 1))\n        tensor([[-1.]])\n    """,\n'
+            '    "permute": """',
+        ),
+    ),
+    "docs/api.md": (("::: moeyard.permute.permute\n", "::: moeyard.negate.negate\n::: moeyard.permute.permute\n"),),
+    "docs/operators.md": (("## Rows\n", "## Rows\n\n### `negate`\n\n`rows` [T, H] to [T, H], each value negated.\n"),),
     "tests/test_negate.py": NEGATE_TEST,
     "tests/test_laws.py": (
         ('OPS = ("router",', 'OPS = ("negate", "router",'),
@@ -177,7 +186,8 @@ def test_an_operator_is_in_the_files_that_are_listed(tmp_path: Path) -> None:
     laws = "one_way and (negate or reference or vectorised or table) or room or public_names or host_reads"
     quietly = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "-p", "no:xdist")
     assert " passed" in run(tree, *quietly, "tests/test_negate.py")
-    assert " passed" in run(tree, *quietly, "tests/test_laws.py", "-k", laws)
+    assert " passed" in run(tree, *quietly, "tests/test_laws.py", "-k", f"{laws} or help and negate")
+    assert " passed" in run(tree, *quietly, "tests/test_site.py", "-k", "list_every")
 
 
 SCHEME: dict[str, Change] = {
@@ -224,7 +234,7 @@ refusal = "takes no weights of scheme 'eighths 1x*, int8 per row'"
 seen = moeyard.explain("fused_experts", "cpu", torch.float32, weights=eighths)
 others = {row: why for row, why in seen.reasons.items() if row not in ("torch", "reference")}
 assert seen.chosen == "torch" and set(others.values()) == {refusal}, seen
-assert set(others) == {"cpu", "cuda (few tokens)", "cuda (products)", "triton"}, seen
+assert set(others) == {"cpu", "cuda (few tokens)", "cuda (few tokens of 4 bits)", "cuda (products)", "triton"}, seen
 for refused in ("cpu", "cuda", "triton"):
     try:
         moeyard.fused_experts(rows, routing, eighths, impl=refused)

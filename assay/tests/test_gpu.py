@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from assay.arms.trees import Trees
+from assay.contract.box import Box
+from assay.experiment import samples
 from assay.machine import gpu
 
 HOLDS = "import sys; file = open(sys.argv[1]); print(flush=True); sys.stdin.read()"
@@ -64,3 +67,10 @@ def test_strangers_on_gpus_that_the_arms_cannot_reach_do_not_count(child: int, m
 )
 def test_arms_reach_the_gpus_that_are_visible_by_number(given: str | None, seen: set[int] | None) -> None:
     assert gpu.visible({} if given is None else {"CUDA_VISIBLE_DEVICES": given}) == seen
+
+
+@pytest.mark.parametrize("arm", ["base", "candidate", "control"])
+def test_what_one_arm_alone_reaches(arm: str, tmp_path: Path) -> None:
+    """Gates run a patch alone, in a sandbox or without."""
+    box = Box(tmp_path, environment={"CUDA_VISIBLE_DEVICES": "2"})
+    assert samples.reached(Trees({arm: tmp_path}, tmp_path, False, {arm: box})) == {2}

@@ -9,6 +9,7 @@ from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
 from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
+from moeyard.helptexts import add_to as _add_helptexts_to
 from moeyard.layout import (
     batched_moe_align_block_size,
     empty_layout,
@@ -16,6 +17,7 @@ from moeyard.layout import (
     moe_lora_align_block_size,
 )
 from moeyard.losses import load_balancing_loss, router_z_loss, update_selection_bias
+from moeyard.pack import pack_experts, unpack_experts
 from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
@@ -49,6 +51,7 @@ __all__ = [
     "moe_layer",
     "moe_lora_align_block_size",
     "moe_sum",
+    "pack_experts",
     "permute",
     "permute_to_fp8",
     "quantize_experts",
@@ -57,6 +60,9 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "unpack_experts",
     "update_selection_bias",
     "warmup",
 ]
+
+_add_helptexts_to(globals(), __all__)

@@ -113,7 +113,7 @@ def combine_routes(
 
 def held_results(segments: Segments, num_results: int) -> Tensor:
     """[num_results] bool: whether an expert has a row of the result."""
-    first_rows, row_counts, slots, _, _ = segments
+    first_rows, row_counts, slots, *_ = segments
     if slots is not None:
         held = torch.zeros(num_results + 1, dtype=torch.bool, device=slots.device)
         return held.scatter(0, slots.long().clamp(0, num_results), True)[:-1]

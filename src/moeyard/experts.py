@@ -11,11 +11,13 @@ from moeyard.dispatch import checks
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
+from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.op import Gradient, Op, needs_gradient
+from moeyard.grouped_gemm import GROUPED_GEMM
 from moeyard.quant import ExpertScales, scheme_of
 from moeyard.router import route
 from moeyard.training import Needs, experts_gradients, experts_keeping_products
-from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing
+from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing, Segments
 
 
 def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple[Any, ...]:
@@ -25,6 +27,7 @@ def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple
         weights.w13_bias, weights.w2_bias, *(_NO_SCALES if scales is None else scales.tensors),
         0 if scales is None else scales.block_start, "" if weights.scheme is None else str(weights.scheme),
         weights.gated, *flatten_activation(call.activation), call.num_experts, call.weight_on_input,
+        call.batch_invariant,
     )  # fmt: skip
 
 
@@ -35,11 +38,11 @@ def _gather(
     hidden_states: Tensor, factors: Tensor, ids: Tensor, expert_map: Tensor | None, *rest: Any
 ) -> tuple[Any, ...]:
     w13, w2, b13, b2 = rest[:4]
-    words, gated, *curve, num_experts, weight_on_input = rest[13:]
+    words, gated, *curve, num_experts, weight_on_input, invariant = rest[13:]
     scheme = scheme_of(words) if words else None
     scales = None if scheme is None else ExpertScales(*rest[4:13])
     weights, activation = ExpertWeights(w13, w2, b13, b2, gated, scheme, scales), Activation(*curve)
-    call = ExpertCall(weights, activation, num_experts, expert_map, weight_on_input)
+    call = ExpertCall(weights, activation, num_experts, expert_map, weight_on_input, invariant)
     return hidden_states, Routing(factors, ids), call
 
 
@@ -52,13 +55,15 @@ def _tensors(hidden_states: Tensor, factors: Tensor, ids: Tensor, call: ExpertCa
 
 
 def _call(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> Call | None:
-    if hidden_states.is_cpu and call.weights.scheme is None:  # where no implementation looks at sizes
+    scheme, invariant = call.weights.scheme, call.batch_invariant
+    if hidden_states.is_cpu and scheme is None and not invariant:  # where no implementation looks at sizes
         return None
     tokens, top_k = routing.topk_ids.shape
     facts = facts_of_experts(call.weights)
-    if call.weights.scheme is None:
+    if scheme is None:
         facts = facts._replace(dtype=hidden_states.dtype)  # masters are cast
-    return Call(hidden_states.device, hidden_states.dtype, facts, tokens, top_k, call.num_experts, call.weight_on_input)
+    device, dtype = hidden_states.device, hidden_states.dtype
+    return Call(device, dtype, facts, tokens, top_k, call.num_experts, call.weight_on_input, invariant)
 
 
 def _launch(launch: Any, out: Tensor, hidden_states: Tensor, routing: Routing, call: ExpertCall) -> None:
@@ -80,7 +85,8 @@ _SCHEME = 17
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.rest, ctx.impl = inputs[8:-1], inputs[-1]
+    *rest, ctx.impl, invariant = inputs[8:]
+    ctx.rest = (*rest, invariant)
     ctx.save_for_backward(*inputs[:8])
 
 
@@ -90,7 +96,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = Needs(wanted[0], wanted[1], *wanted[4:8])
     factors, ids = routing.topk_weights, routing.topk_ids
     hidden, of_factors, *of_weights = experts_gradients(grad, hidden_states, factors, ids, call, needs, ctx.impl)
-    return hidden, of_factors, None, None, *of_weights, *(None,) * 18
+    return hidden, of_factors, None, None, *of_weights, *(None,) * 19
 
 
 FUSED_EXPERTS = Op(
@@ -98,7 +104,7 @@ FUSED_EXPERTS = Op(
     "Tensor w2, Tensor? w13_bias, Tensor? w2_bias, Tensor? w13_scale, Tensor? w2_scale, Tensor? w13_zero_points, "
     "Tensor? w2_zero_points, Tensor? w13_global_scale, Tensor? w2_global_scale, Tensor? w13_input_scale, "
     f"Tensor? w2_input_scale, SymInt block_start, str scheme, {ACTIVATION}, SymInt num_experts, "
-    "bool weight_on_input, str impl) -> Tensor",
+    "bool weight_on_input, str impl, bool batch_invariant=False) -> Tensor",
     flatten=_flatten,
     gather=_gather,
     seen=lambda hidden_states, routing, call: _tensors(hidden_states, routing.topk_weights, routing.topk_ids, call),
@@ -125,6 +131,7 @@ def fused_experts(
     num_experts: int | None = None,
     expert_map: Tensor | None = None,
     apply_router_weight_on_input: bool = False,
+    batch_invariant: bool | None = None,
     save: str = "product",
     out: Tensor | None = None,
     impl: str = "auto",
@@ -142,6 +149,9 @@ def fused_experts(
         num_experts: global number of experts; as many as `weights` or `expert_map` has unless given.
         expert_map: [num_experts] int32, as in `moe_align_block_size`.
         apply_router_weight_on_input: whether weights multiply a token's row before its experts, not what comes out.
+        batch_invariant: whether a token's result may not depend on the batch around it, bit for bit: which tokens there
+            are, how many, in what order. `cpu`, `triton` and the products of `cuda` promise that, and others refuse.
+            None asks MOEYARD_BATCH_INVARIANT, which is read once: 1 is True, 0 (or unset) False.
         save: what a backward finds kept beside inputs and layout: "product", the first product before the activation,
             [num_tokens * top_k, rows of w13]; or "inputs", nothing, so that the backward multiplies once more.
         out: [num_tokens, hidden_size] of the dtype of `hidden_states`, to overwrite.
@@ -150,8 +160,9 @@ def fused_experts(
     to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too: of float16
     the weighted row, which stays finite where the row alone would not. Gradients flow to hidden states, router weights,
     weights and biases, in the dtypes of these, and sums have a fixed order. Where one is wanted and the product saved,
-    that is rounded to the dtype, too. With a scheme gradients are refused. Raises TypeError or ValueError naming the
-    argument. Follows vLLM's `fused_experts`.
+    that is rounded to the dtype, too. With a scheme gradients are refused. Gradients of a batch-invariant result need
+    `save="inputs"`; they are the usual ones, as those of weights are sums over a batch. Raises TypeError or ValueError
+    naming the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
     """
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
@@ -171,14 +182,20 @@ def fused_experts(
         num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
     checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
     checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
+    invariant = batch_invariance(batch_invariant)
     _check_save(save)
     if expert_map is not None:
         check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
         checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
-    call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input)
+    call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input, invariant)
     arguments = (hidden_states, routing, call)
     if save == "product" and weights.scheme is None and needs_gradient(hidden_states, factors, *_of_weights(weights)):
+        if invariant:
+            raise ValueError(
+                "save: expected 'inputs' for batch-invariant results with gradients, got 'product', which rounds a "
+                "product more"
+            )
         kept = experts_keeping_products(hidden_states, factors, ids, call, impl)
         return kept if out is None else FUSED_EXPERTS.fill(out, kept, arguments)
     result: Tensor = FUSED_EXPERTS(arguments, impl, out)
@@ -199,6 +216,7 @@ def moe_layer(
     activation: Activation | None = None,
     shared: ExpertWeights | None = None,
     shared_gate: Tensor | None = None,
+    batch_invariant: bool | None = None,
     save: str = "product",
     impl: str = "auto",
     **router_options: Unpack[RouterOptions],
@@ -213,6 +231,8 @@ def moe_layer(
         activation: of routed and shared experts; silu unless given.
         shared: one expert (several shared ones side by side are one wide one) that every token goes through.
         shared_gate: [1, hidden_size]: the sigmoid of its product with a token weighs the shared expert (Qwen3-Next).
+        batch_invariant: as in `fused_experts`, of the whole layer: then router and `shared_gate` are multiplied by
+            `grouped_gemm`'s implementations, not by torch.
         save: as in `fused_experts`, of routed and shared experts.
         impl: an implementation of the experts by name, or "auto"; the router takes "auto".
         router_options: options of `route`; `top_k` must be among them. Padding tokens get what the shared expert gives.
@@ -229,9 +249,18 @@ def moe_layer(
     if router_bias is not None:
         check_tensor("router_bias", router_bias, dtypes=(router_weight.dtype,), ndim=(1,), device=hidden_states.device)
         check_shape("router_bias", router_bias, (weights.num_local_experts,), "one per expert")
-    logits = _linear(hidden_states, router_weight, router_bias)
-    routing = route(logits.float() if logits.dtype == torch.float64 else logits, **router_options)
-    result = fused_experts(hidden_states, routing, weights, activation=activation, save=save, impl=impl)
+    invariant = batch_invariance(batch_invariant)
+    linear = _linear_by_row if invariant else _linear
+    logits = linear(hidden_states, router_weight, router_bias)
+    logits = logits.float() if logits.dtype == torch.float64 else logits
+    routing = route(logits, batch_invariant=invariant, **router_options)
+
+    def experts(routing: Routing, weights: ExpertWeights) -> Tensor:
+        return fused_experts(
+            hidden_states, routing, weights, activation=activation, batch_invariant=invariant, save=save, impl=impl
+        )
+
+    result = experts(routing, weights)
     if shared is None:
         return result
     check_experts(shared, hidden_states)
@@ -242,9 +271,12 @@ def moe_layer(
     else:
         check_tensor("shared_gate", shared_gate, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
         check_shape("shared_gate", shared_gate, (1, hidden_states.shape[1]), "hidden_size of weights")
-        factor = torch.sigmoid(_linear(hidden_states, shared_gate).float())
-    everyone = Routing(factor, torch.zeros_like(factor, dtype=torch.int32))
-    return result.add_(fused_experts(hidden_states, everyone, shared, activation=activation, save=save, impl=impl))
+        logits = linear(hidden_states, shared_gate)
+        if invariant:  # torch's sigmoid may differ between the vectors of a tensor and what is left of it
+            factor = route(logits, top_k=1, scoring="sigmoid", batch_invariant=True).topk_weights
+        else:
+            factor = torch.sigmoid(logits.float())
+    return result.add_(experts(Routing(factor, torch.zeros_like(factor, dtype=torch.int32)), shared))
 
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -252,3 +284,14 @@ def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -
     kind = "cpu" if hidden_states.device.type == "meta" else hidden_states.device.type
     with torch.autocast(kind, enabled=False):  # there is none for meta tensors
         return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
+
+
+def _linear_by_row(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The same as a product of one expert, so that a row does not depend on the others."""
+    num_tokens, device = hidden_states.shape[0], hidden_states.device
+    counts = torch.full((1,), num_tokens, dtype=torch.int32, device=device)
+    segments = Segments(torch.zeros(1, dtype=torch.int64, device=device), counts, batch_invariant=True)
+    biases = None if bias is None else bias.unsqueeze(0)
+    operands = (hidden_states.to(weight.dtype), weight.unsqueeze(0), biases, None, segments, num_tokens)
+    result: Tensor = GROUPED_GEMM(operands, "auto")
+    return result

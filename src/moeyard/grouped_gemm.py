@@ -14,27 +14,24 @@ from moeyard.values import Layout, Segments
 
 
 def _flatten(
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    topk_weights: Tensor | None,
-    segments: Segments,
-    num_results: int,
-) -> tuple[Any, ...]:
-    first_rows, row_counts, slots, divisor, num_experts = segments
-    return rows, weight, bias, topk_weights, slots, divisor, first_rows, row_counts, num_experts, num_results
+    rows: Tensor, weight: Tensor, bias: Tensor | None, topk_weights: Tensor | None, segments: Segments, num_results: int
+) -> tuple[Any, ...]:  # fmt: skip
+    first_rows, row_counts, slots, divisor, num_experts, invariant = segments
+    where = (slots, divisor, first_rows, row_counts, num_experts)
+    return rows, weight, bias, topk_weights, *where, num_results, invariant
 
 
 def _gather(*flat: Any) -> tuple[Any, ...]:
-    *operands, slots, divisor, first_rows, row_counts, num_experts, num_results = flat
-    return *operands, Segments(first_rows, row_counts, slots, divisor, num_experts), num_results
+    *operands, slots, divisor, first_rows, row_counts, num_experts, num_results, invariant = flat
+    return *operands, Segments(first_rows, row_counts, slots, divisor, num_experts, invariant), num_results
 
 
 def _call(rows: Tensor, weight: Tensor, *rest: Any) -> Call | None:
-    if rows.is_cpu:  # where no implementation looks at sizes
+    invariant = rest[-2].batch_invariant
+    if rows.is_cpu and not invariant:  # where no implementation looks at sizes
         return None
     facts = facts_of_matrices(weight, rows.dtype, alone=rest[0] is None and rest[1] is None)
-    return Call(rows.device, rows.dtype, facts, rest[-1])
+    return Call(rows.device, rows.dtype, facts, rest[-1], batch_invariant=invariant)
 
 
 def _launch(launch: Any, out: Tensor, rows: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> None:
@@ -49,7 +46,7 @@ def _like(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     rows, weight, bias, topk_weights, slots, ctx.divisor, first_rows, row_counts, ctx.num_experts, *rest = inputs
-    (ctx.num_results, ctx.impl), needs = rest, ctx.needs_input_grad
+    (ctx.num_results, ctx.impl, _), needs = rest, ctx.needs_input_grad
     weight = weight if needs[0] or needs[1] or needs[3] else None
     kept = (rows if needs[1] or needs[3] else None, weight, bias if needs[2] or needs[3] else None, topk_weights)
     ctx.save_for_backward(*kept, slots, first_rows, row_counts)
@@ -59,7 +56,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *operands, slots, first_rows, row_counts = ctx.saved_tensors
     segments = Segments(first_rows, row_counts, slots, ctx.divisor, ctx.num_experts)
     found = product_gradients(grad, tuple(operands), segments, ctx.needs_input_grad[:4], ctx.impl)
-    return *found, *(None,) * 7
+    return *found, *(None,) * 8
 
 
 def product_gradients(
@@ -133,7 +130,7 @@ def outer_sums(
 
     `dtype` is that of `grads` or, wider, float32. `segments` has the divisor of `grads` [_, columns]; rows [_, size].
     """
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     wide = dtype != grads.dtype
     result: Tensor = GROUPED_OUTER(
         (grads, rows, slots, divisor, row_divisor, first_rows, row_counts, wide), for_gradients(impl)
@@ -148,8 +145,8 @@ def row_sums(grads: Tensor, segments: Segments, num_results: int, dtype: torch.d
 
 GROUPED_GEMM = Op(
     "grouped_gemm(Tensor rows, Tensor weight, Tensor? bias, Tensor? topk_weights, Tensor? sorted_token_ids, "
-    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_experts, SymInt num_results, str impl) "
-    "-> Tensor",
+    "SymInt row_divisor, Tensor first_rows, Tensor row_counts, SymInt num_experts, SymInt num_results, str impl, "
+    "bool batch_invariant=False) -> Tensor",
     flatten=_flatten,
     gather=_gather,
     seen=lambda rows, weight, bias, topk_weights, *_: (rows, weight, bias, topk_weights),

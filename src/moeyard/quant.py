@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ SCALES: dict[str, tuple[torch.dtype, ...]] = {
 """Dtypes of scales. e8m0: 2 to the power of the byte less 127; 255 is NaN."""
 LARGEST = {"e4m3": 448.0, "int8": 127.0}
 """The largest magnitude that a code of activations has: what the largest value of a row or group becomes."""
+TILE_ROWS, TILE_COLUMNS = 16, 64
+"""Of a tile of weights of 4 bits (`pack_experts`): what a warp multiplies at a time."""
 LEAST_MAGNITUDE = 1e-10
 """Rows and groups with smaller values are quantised as if their largest magnitude were this, so none divides by 0."""
 
@@ -69,6 +71,9 @@ class QuantScheme:
     """Whether the scale of activations is given, one per expert and product."""
     dynamic_second: bool = False
     """Whether the second product's rows have a dynamic scale each, though the first product's is given."""
+    tiled: bool = False
+    """Of 4 bits: whether codes, scales and zero points lie in tiles of 16 rows, as GPU kernels read them
+    (`pack_experts`). Shapes are those of rows."""
 
     def __post_init__(self) -> None:
         """Refuses what means nothing."""
@@ -93,6 +98,11 @@ class QuantScheme:
             raise ValueError(f"activation_group: expected 0 for static scales, got {self.activation_group}")
         if self.dynamic_second and not self.static:
             raise ValueError("static: expected True beside dynamic_second, got False")
+        if self.tiled and (self.per_byte != 2 or self.activations != "none" or not groups_fit_tiles(self.block)):
+            raise ValueError(
+                "tiled: expected False but for weights of 4 bits alone with one scale per row and 16, 32, 64, "
+                f"a multiple of 64, or all columns, got True for {replace(self, tiled=False)}"
+            )
 
     @property
     def per_byte(self) -> int:
@@ -111,7 +121,7 @@ class QuantScheme:
             f" {word}"
             for word, there in (
                 (f"{self.scales} scales", self.scales != "float"), ("zero points", self.zero_points),
-                ("global scales", self.global_scales),
+                ("global scales", self.global_scales), ("tiled", self.tiled),
             )
             if there
         )  # fmt: skip
@@ -122,9 +132,15 @@ class QuantScheme:
         return f"{first}, {self.activations} {how}"
 
 
+def groups_fit_tiles(block: tuple[int, int]) -> bool:
+    """Whether groups of columns of one row each divide the columns of a tile, or are a multiple of them."""
+    rows, columns = block
+    return rows == 1 and (columns % TILE_COLUMNS == 0 or columns in (TILE_COLUMNS // 4, TILE_COLUMNS // 2))
+
+
 _WORDS = re.compile(
     r"(?P<weights>\w+) (?P<rows>\d+|\*)x(?P<columns>\d+|\*)(?: (?P<scales>(?!global)\w+) scales)?"
-    r"(?P<zero> zero points)?(?P<more> global scales)?"
+    r"(?P<zero> zero points)?(?P<more> global scales)?(?P<tiled> tiled)?"
     r"(?:, (?P<activations>\w+) (?:(?P<static>static)(?P<first> first)?|per (?P<group>\w+)))?"
 )
 
@@ -142,7 +158,7 @@ def scheme_of(words: str) -> QuantScheme:
     return QuantScheme(
         found["weights"], (rows, columns), found["scales"] or "float", found["zero"] is not None,
         found["more"] is not None, found["activations"] or "none", int(group) if group not in (None, "row") else 0,
-        found["static"] is not None, found["first"] is not None,
+        found["static"] is not None, found["first"] is not None, found["tiled"] is not None,
     )  # fmt: skip
 
 

@@ -72,6 +72,8 @@ def dequantize_experts(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeig
         raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
     if weights.scheme is None:
         raise ValueError("weights.scheme: expected a QuantScheme (these are not quantised), got None")
+    if weights.scheme.tiled:
+        raise ValueError(f"weights.scheme: expected one in rows (unpack_experts comes first), got {weights.scheme}")
     bias = weights.w13_bias if weights.w13_bias is not None else weights.w2_bias
     columns = weights.w13.shape[-1] * weights.scheme.per_byte
     check_experts(weights, weights.w13.new_empty((0, columns), dtype=torch.float32 if bias is None else bias.dtype))

@@ -5,7 +5,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.call import Call
 from moeyard.dispatch.checks import check_router, check_routes, check_routing_out, check_sizes, check_tensor
+from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.op import Gradient, Op, goes_straight
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, cached_layout_lengths
 from moeyard.dispatch.table import companion
@@ -15,14 +17,14 @@ from moeyard.values import Layout, Router, RouterOptions, Routing
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _allocate(router_logits: Tensor, _bias: Tensor | None, _padding: Tensor | None, router: Router) -> Routing:
+def _allocate(router_logits: Tensor, _bias: Tensor | None, _padding: Tensor | None, router: Router, _: bool) -> Routing:
     shape, device = (router_logits.shape[0], router.top_k), router_logits.device
     weights = torch.empty(shape, dtype=torch.float32, device=device)  # quicker than two slices of one allocation
     return Routing(weights, torch.empty(shape, dtype=torch.int32, device=device))
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
-    router_logits, _, _, *router, _ = inputs
+    router_logits, _, _, *router, _, _ = inputs
     ctx.router = Router(*router)
     ctx.save_for_backward(router_logits, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -55,18 +57,19 @@ def _backward(ctx: Any, grad_weights: Tensor, _grad_ids: Any) -> tuple[Any, ...]
         grad_logits = grad_scores * scores * (1 - scores)
     else:
         grad_logits = torch.where(scores > 0, grad_scores * torch.sigmoid(logits) / (2 * scores), 0)
-    return grad_logits.to(router_logits.dtype), *(None,) * 9
+    return grad_logits.to(router_logits.dtype), *(None,) * 10
 
 
 ROUTE = Op(
     "route(Tensor router_logits, Tensor? selection_bias, Tensor? is_padding, SymInt top_k, str scoring, "
-    "bool renormalize, int num_groups, int top_k_groups, float routed_scaling_factor, str impl) -> "
-    "(Tensor topk_weights, Tensor topk_ids)",
-    flatten=lambda logits, bias, padding, router: (logits, bias, padding, *router),
-    gather=lambda logits, bias, padding, *router: (logits, bias, padding, Router(*router)),
+    "bool renormalize, int num_groups, int top_k_groups, float routed_scaling_factor, str impl, "
+    "bool batch_invariant=False) -> (Tensor topk_weights, Tensor topk_ids)",
+    flatten=lambda logits, bias, padding, router, invariant: (logits, bias, padding, *router, invariant),
+    gather=lambda logits, bias, padding, *rest: (logits, bias, padding, Router(*rest[:-1]), rest[-1]),
     allocate=_allocate,
     assemble=lambda fields, *_: Routing(*fields),
-    launch=lambda launch, out, logits, bias, padding, router: launch(logits, bias, padding, router, out=out),
+    call=lambda logits, *rest: Call(logits.device, logits.dtype, batch_invariant=True) if rest[-1] else None,
+    launch=lambda launch, out, logits, bias, padding, router, _: launch(logits, bias, padding, router, out=out),
     gradient=Gradient(("router_logits",), _setup, _backward),
 )
 
@@ -83,6 +86,7 @@ def route(
     routed_scaling_factor: float = 1.0,
     is_padding: Tensor | None = None,
     out: Routing | None = None,
+    batch_invariant: bool | None = None,
     impl: str = "auto",
 ) -> Routing:
     """Chooses `top_k` experts for every token.
@@ -99,6 +103,8 @@ def route(
         routed_scaling_factor: multiplies the weights at the end.
         is_padding: [num_tokens] bool; padding tokens get ids of -1 and weights of 0.
         out: a routing of the right shapes to overwrite.
+        batch_invariant: whether only implementations may answer that promise a token the same bits in any batch, which
+            `cpu` and `cuda` always do; None asks `MOEYARD_BATCH_INVARIANT`, as in `fused_experts`.
 
     Experts are ranked by logit, or by score + bias in float32 where there is a bias; the lower id comes first on ties,
     and NaN ranks with -inf. A softmax row without a value (a NaN or +inf in it, or nothing but -inf) ranks all alike:
@@ -112,9 +118,10 @@ def route(
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
     router = Router(top_k, scoring, renormalize, num_groups, top_k_groups, routed_scaling_factor)
     check_router(router_logits, router, selection_bias, is_padding)
+    invariant = batch_invariance(batch_invariant)
     if out is not None:
         check_routing_out(out, (router_logits.shape[0], top_k), router_logits.device)
-    routing: Routing = ROUTE((router_logits, selection_bias, is_padding, router), impl, out)
+    routing: Routing = ROUTE((router_logits, selection_bias, is_padding, router, invariant), impl, out)
     return routing
 
 
@@ -124,6 +131,7 @@ def route_and_align(
     block_size: int,
     expert_map: Tensor | None = None,
     num_local_experts: int | None = None,
+    batch_invariant: bool | None = None,
     impl: str = "auto",
     **options: Unpack[RouterOptions],
 ) -> tuple[Routing, Layout]:
@@ -132,15 +140,17 @@ def route_and_align(
     Args:
         router_logits: [num_tokens, num_experts], as in `route`; `options` are the keyword arguments of `route`.
         block_size, expert_map, num_local_experts: as in `moe_align_block_size`.
+        batch_invariant: as in `route`; layouts are integers.
         impl: an implementation of both by name, or "auto".
 
     Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do. Small batches of CUDA tensors
     take one launch.
     """
+    batch_invariance(batch_invariant)
     at_once = _at_once(router_logits, block_size, expert_map, num_local_experts, impl, options)
     if at_once is not None:
         return at_once
-    routing = route(router_logits, impl=impl, **options)
+    routing = route(router_logits, batch_invariant=batch_invariant, impl=impl, **options)
     layout = moe_align_block_size(
         routing.topk_ids,
         num_experts=router_logits.shape[1],

@@ -110,7 +110,7 @@ def first_gradients(
 def _flatten(
     product: Tensor, factors: Tensor | None, w2: Tensor, bias: Tensor | None, routes: Routes, *rest: Any
 ) -> tuple[Any, ...]:
-    (first_rows, row_counts, slots, top_k, num_experts), route_rows = routes
+    (first_rows, row_counts, slots, top_k, num_experts, _), route_rows = routes
     gated, activation = rest
     return (
         product, factors, w2, bias, slots, first_rows, row_counts, route_rows, gated, *flatten_activation(activation),

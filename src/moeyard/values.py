@@ -202,6 +202,8 @@ class Segments(NamedTuple):
     num_experts: int = 0
     """Global number of experts that rows of the result are spread over, of which some are on other ranks; 0 where all
     rows are for the experts that are here."""
+    batch_invariant: bool = False
+    """Whether a row of the result may not depend on the others."""
 
 
 class WeightedGradients(NamedTuple):
@@ -297,6 +299,8 @@ class ExpertCall(NamedTuple):
     """[num_experts] int32: the local expert of each global one; None where they are equal."""
     weight_on_input: bool = False
     """Whether router weights multiply a token's row before its experts, not what comes out."""
+    batch_invariant: bool = False
+    """Whether a token's result may not depend on the others."""
 
 
 GPT_OSS_ACTIVATION = Activation("silu", alpha=1.702, beta=1.0, limit=7.0)

@@ -12,8 +12,10 @@ from moeyard.activation import activate
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.checks import check_int
+from moeyard.dispatch.invariance import batch_invariance
+from moeyard.dispatch.schemes import TAKES, refusal_of
 from moeyard.dispatch.table import companion, explain
-from moeyard.experts import fused_experts
+from moeyard.experts import fused_experts, moe_layer
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.permute import permute, shuffle_rows
@@ -37,6 +39,8 @@ def warmup(
     arch: str | None = None,
     jobs: int | None = None,
     impl: str = "auto",
+    batch_invariant: bool | None = None,
+    dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     top_k: int | None = None,
     scoring: str = "softmax",
@@ -53,8 +57,8 @@ def warmup(
     int32 ids, and tensors that are dense and begin at multiples of 16 bytes. Without: one small call of every operator.
 
     Args:
-        weights: [num_local_experts, ...] as in `fused_experts`, unquantised and of 16 bits. Only their sizes count, and
-            meta tensors will do. Instead of weights a device may be given.
+        weights: [num_local_experts, ...] as in `fused_experts`, of 16 bits, codes of 8 bits, or tiles of 4 bits. Only
+            their sizes count, and meta tensors will do. Instead of weights a device may be given.
         device: without weights the device to warm up; the CPU, and CUDA where there is one, unless given.
         max_tokens: the most tokens of a call.
         activation, num_experts, shared: as in `fused_experts` and `moe_layer`.
@@ -63,6 +67,9 @@ def warmup(
         arch: what weights that are not on a GPU are compiled for, such as "sm_90a". It needs no GPU.
         jobs: processes that compile; as many as this process has cores unless given.
         impl: that of the experts: "auto", "cuda" or "triton".
+        batch_invariant: whether calls of experts are, as in `fused_experts`. Then products of a router of the dtype of
+            the weights are made, too, with a bias if experts have biases.
+        dtype: of hidden states, bfloat16 or float16; that of the weights, or beside codes bfloat16, unless given.
         progress: is told what begins, and called after each step of it.
         top_k, scoring, renormalize, selection_bias, num_groups, top_k_groups, routed_scaling_factor: as in `route`;
             with weights `top_k` must be given.
@@ -75,12 +82,9 @@ def warmup(
         return _small_calls(weights if device is None else device)
     if top_k is None:
         raise TypeError("top_k: expected the number of experts of a token, got none")
-    if weights.scheme is not None:
-        raise ValueError(f"weights: expected unquantised ones, got {weights.scheme}: their first calls compile")
-    if weights.w13.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"weights: expected bfloat16 or float16, got {weights.w13.dtype}")
     if impl not in ("auto", "cuda", "triton"):
         raise ValueError(f"impl: expected 'auto', 'cuda' or 'triton', got {impl!r}")
+    dtype = _dtype_of_rows(weights, dtype, impl)
     for name, value in (("max_tokens", max_tokens), ("jobs", jobs)):
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
@@ -93,9 +97,28 @@ def warmup(
     check_int("top_k", top_k, low=1, high=num_experts or weights.num_local_experts)
     facts = facts_of(
         weights, activation=activation, num_experts=num_experts, mapped=mapped, shared=shared, block_sizes=block_sizes,
-        **router,
+        batch_invariant=batch_invariance(batch_invariant), dtype=dtype, **router,
     )  # fmt: skip
     return _of_layer(facts, weights, shared, router, place, capability, max_tokens, jobs or cores(), impl, progress)
+
+
+def _dtype_of_rows(weights: ExpertWeights, dtype: torch.dtype | None, impl: str) -> torch.dtype:
+    """Of hidden states beside these weights. ValueError for weights or a dtype that no kernel here takes."""
+    own, scheme = weights.w13.dtype, weights.scheme
+    if scheme is None and own not in _ROWS:
+        raise ValueError(f"weights: expected bfloat16 or float16, got {own}")
+    found = dtype or (own if scheme is None else torch.bfloat16)
+    if found not in _ROWS or (scheme is None and found != own):
+        wanted = "bfloat16 or float16" if scheme is not None else str(own)
+        raise ValueError(f"dtype: expected {wanted}, got {dtype}")
+    labels = [label for label in TAKES if label.startswith(("cuda", "triton") if impl == "auto" else impl)]
+    reasons = [refusal_of(label, scheme) for label in labels]
+    if all(reasons):
+        raise ValueError(f"weights: expected a scheme that one of {tuple(labels)} takes, got {str(scheme)!r}")
+    return found
+
+
+_ROWS = (torch.bfloat16, torch.float16)
 
 
 def facts_of(
@@ -106,6 +129,8 @@ def facts_of(
     mapped: bool = False,
     shared: ExpertWeights | None = None,
     block_sizes: tuple[int, ...] = (1, 16),
+    batch_invariant: bool = False,
+    dtype: torch.dtype | None = None,
     **router: Unpack[RouterOptions],
 ) -> LayerFacts:
     """What kernels depend on of a layer that is called as the arguments of `warmup` say."""
@@ -114,11 +139,12 @@ def facts_of(
         Router(**{key: value for key, value in router.items() if key in Router._fields}),  # type: ignore[arg-type]
         num_experts or weights.num_local_experts,
         activation or Activation(),
-        weights.w13.dtype,
+        dtype or weights.w13.dtype,
         router.get("selection_bias") is not None,
         mapped,
         None if shared is None else _on_meta(shared),
         block_sizes,
+        batch_invariant,
     )
 
 
@@ -135,16 +161,19 @@ def _of_layer(
     progress: Progress | None,
 ) -> dict[str, float]:
     from moeyard.cuda import ahead
+    from moeyard.cuda.walk import products_refuse
 
     report = progress or (lambda _what, _steps: lambda: None)
     seconds: dict[str, float] = {}
     there = place.type == "cuda"
     index = place.index if there else None
-    by_triton = impl == "triton" or (impl == "auto" and capability != (9, 0))
+    hopper = capability == (9, 0)
+    by_cuda = impl == "cuda" or (impl == "auto" and hopper)
+    by_triton = impl == "triton" or (impl == "auto" and (not hopper or products_refuse(facts) is not None))
     start = time.perf_counter()
     made = ahead.compile_layer(
         facts, capability, max_tokens, jobs, lambda n: report("cuda kernels", n),
-        experts=not by_triton, device=index,
+        experts=by_cuda, device=index,
     )  # fmt: skip
     seconds[f"cuda: {made} kernels compiled"] = time.perf_counter() - start
     if by_triton:
@@ -158,7 +187,7 @@ def _of_layer(
         seconds[f"triton: {made} kernels compiled"] = time.perf_counter() - start
     if there:
         start = time.perf_counter()
-        counts = ahead.load_layer(facts, place.index, max_tokens, experts=not by_triton)
+        counts = ahead.load_layer(facts, place.index, max_tokens, experts=by_cuda)
         if by_triton:
             counts = sorted({*counts, *_few_of(max_tokens)})
         seconds[f"{place}: kernels loaded"] = time.perf_counter() - start
@@ -198,12 +227,21 @@ def _call_layer(
     moe_sum(rows.new_empty(tokens, router["top_k"], weights.hidden_size))
     fused_experts(
         hidden, routing, weights, activation=facts.activation, num_experts=facts.num_experts, expert_map=mapping,
-        impl=impl,
+        batch_invariant=facts.batch_invariant, impl=impl,
     )  # fmt: skip
+    if facts.batch_invariant and not facts.mapped:  # the router's product, too
+        router_weight = hidden.new_zeros(facts.num_experts, weights.hidden_size)
+        router_bias = None if weights.w13_bias is None else hidden.new_zeros(facts.num_experts)
+        moe_layer(
+            hidden, router_weight, weights, router_bias=router_bias, activation=facts.activation, batch_invariant=True,
+            impl=impl, **router,
+        )  # fmt: skip
     if shared is not None:
         everyone = torch.zeros(tokens, 1, dtype=torch.int32, device=place)
         alike = Routing(torch.ones(tokens, 1, device=place), everyone)
-        fused_experts(hidden, alike, shared, activation=facts.activation, impl=impl)
+        fused_experts(
+            hidden, alike, shared, activation=facts.activation, batch_invariant=facts.batch_invariant, impl=impl
+        )
 
 
 def _few_of(most: int) -> Iterator[int]:
@@ -216,7 +254,8 @@ def _few_of(most: int) -> Iterator[int]:
 
 def _on_meta(weights: ExpertWeights) -> ExpertWeights:
     b13, b2 = (None if bias is None else bias.to("meta") for bias in (weights.w13_bias, weights.w2_bias))
-    return ExpertWeights(weights.w13.to("meta"), weights.w2.to("meta"), b13, b2, weights.gated)
+    scales = None if weights.scales is None else weights.scales.moved(lambda tensor: tensor.to("meta"))
+    return ExpertWeights(weights.w13.to("meta"), weights.w2.to("meta"), b13, b2, weights.gated, weights.scheme, scales)
 
 
 def _capability(arch: str | None, place: torch.device) -> tuple[int, int]:

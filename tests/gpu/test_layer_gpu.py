@@ -77,3 +77,30 @@ def test_a_layer_in_a_graph_follows_its_inputs() -> None:
         rows.copy_(torch.randn_like(rows))
         graph.replay()
         assert torch.equal(out, layer())
+
+
+def test_layers_captured_from_one_pool_follow_changed_routing() -> None:
+    """As engines capture: layers one after the other in a graph per batch size, and all graphs share their memory."""
+    layers = [(draw(48, 8, 2, 128, 64, torch.bfloat16, bias=False)[2], torch.randn(8, 128, device=CUDA)) for _ in "abc"]
+
+    def model(rows: torch.Tensor) -> torch.Tensor:
+        for weights, router in layers:
+            rows = rows + 0.1 * moeyard.moe_layer(rows, router, weights, top_k=2, renormalize=True)
+        return rows
+
+    pool, captured = torch.cuda.graph_pool_handle(), []
+    for tokens in (64, 17, 1):
+        rows = torch.randn(tokens, 128, device=CUDA, dtype=torch.bfloat16)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            model(rows)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = model(rows)
+        captured.append((graph, rows, out))
+    for _ in range(3):
+        for graph, rows, out in captured:
+            rows.copy_(torch.randn_like(rows))
+            graph.replay()
+            assert torch.equal(out, model(rows))

@@ -116,7 +116,8 @@ def test_sums_of_outer_products(name: str, sides: str, dtype: torch.dtype, impl:
         assert same_bits(out, again) and out.dtype == kind
         of_ours, of_honest = ((t.double() - exact).square().mean().sqrt() for t in (out, honest))
         times = 1.1 if kind.itemsize == 2 else 6  # float32 sums in the order of slots, beside sums of parts
-        assert float(of_ours) <= times * float(of_honest) + 1e-6
+        aligned = 2.0**-17 if dtype.itemsize == 2 else 2.0**-22  # what tensor cores cut off of a sum, as a share
+        assert float(of_ours) <= times * float(of_honest) + aligned * float(exact.square().mean().sqrt())
         for expert, count in enumerate(counts):
             assert count or not bool(out[expert].any()), "experts without rows have zeros"
 
@@ -207,7 +208,7 @@ def test_hopper_computes_a_backward_by_its_own_kernels() -> None:
     weights, routing = draw_weights(8, 256, 128, torch.bfloat16, device=CUDA), draw_routing(64, 8, 2, device=CUDA)
     given = [t.requires_grad_() for t in (torch.randn(64, 256, device=CUDA).bfloat16(), weights.w13, weights.w2)]
     answer = moeyard.fused_experts(given[0], routing, ExpertWeights(*given[1:]))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
         torch.autograd.grad(answer, given, torch.ones_like(answer))
         torch.cuda.synchronize()
     started = {event.key: event.count for event in seen.key_averages()}

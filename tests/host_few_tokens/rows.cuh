@@ -1,4 +1,4 @@
-// On a host: what few_tokens.cu needs of rows.cuh, device.cuh and the compiler. Every lane is a fiber of one
+// On a host: what few_tokens.cu and four_bits.cu need of rows.cuh, device.cuh and the compiler. Every lane is a fiber of one
 // thread; lanes take turns from a random one on, and give way where lanes meet or wait.
 
 #pragma once
@@ -33,6 +33,12 @@ struct alignas(8) uint2 {
 };
 struct alignas(16) uint4 {
   u32 x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 extern Index threadIdx, blockIdx, gridDim;
 extern u8 shared[];
@@ -111,6 +117,27 @@ inline float __shfl_xor_sync(u32, float value, int step) {
 inline u32 __shfl_xor_sync(u32, u32 value, u32 step) {
   const u32 other = lane_id() ^ step;
   return exchange(value, [=](const u32* words) { return words[other]; });
+}
+
+inline u32 __shfl_sync(u32, u32 value, u32 lane) {
+  return exchange(value, [=](const u32* words) { return words[lane]; });
+}
+
+inline u32 __match_any_sync(u32, u32 value) {
+  return exchange(value, [=](const u32* words) {
+    u32 mask = 0;
+    for (int i = 0; i < 32; ++i) mask |= (words[i] == value) << i;
+    return mask;
+  });
+}
+
+// The sum over this lane and those below it.
+inline u32 scan_warp(u32 value, u32 lane) {
+  return exchange(value, [=](const u32* words) {
+    u32 sum = 0;
+    for (u32 i = 0; i <= lane; ++i) sum += words[i];
+    return sum;
+  });
 }
 
 inline u32 __reduce_max_sync(u32, u32 value) {

@@ -1,6 +1,10 @@
-// Runs the kernels of few_tokens.cu on a host, block after block: lanes, meetings, barriers, copies.
+// Runs the kernels of few_tokens.cu, or of four_bits.cu, on a host, block after block: lanes, meetings, barriers, copies.
 
+#if FOUR_BITS
+#include "four_bits.cu"
+#else
 #include "few_tokens.cu"
+#endif
 
 #include <ucontext.h>
 
@@ -113,8 +117,30 @@ void run_block() {
   }
 }
 
-void* pointers[9];
+void* pointers[10];
 i64 sizes[8];
+#if FOUR_BITS
+template <typename T>
+T* pointer(int i) {
+  return static_cast<T*>(pointers[i]);
+}
+
+void run_up() {
+  four_bits_up_kernel(pointers[0], pointer<int>(1), pointer<float>(2), pointer<u8>(3), pointer<u8>(4), pointer<u16>(5),
+                      pointer<u8>(6), pointer<u8>(7), pointer<float>(8), pointer<u16>(9), sizes[0], sizes[1], sizes[2],
+                      sizes[3], sizes[4], sizes[5]);
+}
+
+void run_down() {
+  four_bits_down_kernel(pointers[0], pointer<int>(1), pointer<u8>(2), pointer<u8>(3), pointer<u16>(4), pointer<u8>(5),
+                        pointer<u8>(6), pointer<float>(7), pointer<float>(8), sizes[0], sizes[1]);
+}
+
+void run_sum() {
+  four_bits_sum_kernel(pointers[0], pointer<int>(1), pointer<float>(2), pointer<float4>(3), pointer<uint2>(4), sizes[0],
+                       sizes[1]);
+}
+#else
 #if QUANTISED_WEIGHTS
 #define GIVEN pointers[7], static_cast<float*>(pointers[8]),
 #else
@@ -140,6 +166,9 @@ void run_down() {
                          static_cast<u8*>(pointers[3]), static_cast<u8*>(pointers[4]), static_cast<u16*>(pointers[5]),
                          GIVEN static_cast<u16*>(pointers[6]), sizes[0], sizes[1], sizes[2] DOWN_TOKENS_GIVEN);
 }
+
+void run_sum() {}
+#endif
 
 }  // namespace
 
@@ -185,10 +214,10 @@ void await_bytes(u32 address, u32 parity) {
 }
 
 // Null, or what went wrong.
-extern "C" const char* run(int second, u32 blocks, int at_once_, u32 seed, void** pointers_, i64* sizes_) {
-  std::copy(pointers_, pointers_ + 9, pointers);
+extern "C" const char* run(int number, u32 blocks, int at_once_, u32 seed, void** pointers_, i64* sizes_) {
+  std::copy(pointers_, pointers_ + 10, pointers);
   std::copy(sizes_, sizes_ + 8, sizes);
-  body = second ? run_down : run_up;
+  body = number == 0 ? run_up : number == 1 ? run_down : run_sum;
   threads = THREADS;
   at_once = at_once_;
   random_bits = seed;

@@ -1,27 +1,47 @@
-"""README's tables and pictures from the result files: `python -m moeyard.bench.docs README.md`.
+"""Tables, numbers and pictures of README and docs from the result files: `python -m moeyard.bench.docs .`.
 
-A block of README between `<!-- results: FILE [picture] [ratios] [ops=OP,OP] [tokens=N,N] -->` and `<!-- /results -->`
-is replaced by a table of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/FILE.svg and
+A block of a page between `<!-- results: FILE [picture] [ratios] [ops=OP,OP] [tokens=N,N] -->` and `<!-- /results -->`
+is replaced by a table of benchmarks/results/FILE.json; with `picture`, a picture of it is drawn to docs/pictures and
 shown above the table; with `ops`, it is a table of those operators, and of what their bytes take at the machine's
 bandwidths; with `ratios`, a line has one of our times, each peer's, and each peer's over ours with its interval; with
 `tokens`, only cases of so many are shown.
+
+A block between `<!-- made: WHAT -->` and `<!-- /made -->` is replaced by what `_MADE` has under that name.
 """
 
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moeyard.bench import plots, results
+from moeyard.bench import claims, drawings, plots, results, support
 
 _BLOCK = re.compile(
     r"(<!-- results: (\S+)( picture)?( ratios)?(?: ops=(\S+))?(?: tokens=(\S+))? -->\n).*?(<!-- /results -->)",
     re.DOTALL,
 )
+_MADE_BLOCK = re.compile(r"(<!-- made: (\S+) -->\n).*?(<!-- /made -->)", re.DOTALL)
+PICTURES = Path("docs") / "pictures"
+_LAYER = ("h200/experts_bf16", "qwen3-30b-a3b", "The experts of a layer of Qwen3-30B-A3B, bfloat16")
+"""Result file, workload and title of README's picture."""
 
 
-def regenerate(readme: str, root: Path, *, draw: bool) -> str:
-    """README's text with every block of results made anew."""
+def pages(root: Path) -> list[Path]:
+    """The pages that have blocks."""
+    found = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [page for page in found if _BLOCK.search(page.read_text()) or _MADE_BLOCK.search(page.read_text())]
+
+
+def regenerate(page: Path, root: Path, *, draw: bool) -> str:
+    """A page's text with every block made anew; `draw` also writes its pictures."""
+
+    def image(name: str, words: str, make: Callable[[Path], object]) -> str:
+        path = root / PICTURES / f"{name}.svg"
+        if draw:
+            make(path)
+        return f"![{words}]({os.path.relpath(path, page.parent)})\n"
 
     def fill(match: re.Match[str]) -> str:
         start, name, picture, ratios, ops, tokens, end = match.groups()
@@ -29,16 +49,33 @@ def regenerate(readme: str, root: Path, *, draw: bool) -> str:
         if tokens:
             kept = [row for row in content["rows"] if str(row["sizes"]["num_tokens"]) in tokens.split(",")]
             content = {**content, "rows": kept}
-        shown = ""
-        if picture:
-            image = Path("docs") / f"{name}.svg"
-            if draw:
-                plots.plot(content, root / image)
-            shown = f"![{name}]({image})\n\n"
+        shown = image(name.replace("/", "-"), name, lambda path: plots.plot(content, path)) + "\n" if picture else ""
         made = ratio_table if ratios else table
         return start + shown + made(content, ops.split(",") if ops else None) + end
 
-    return _BLOCK.sub(fill, readme)
+    def make(match: re.Match[str]) -> str:
+        start, what, end = match.groups()
+        if what not in _MADE:
+            raise ValueError(f"{page}: expected one of {sorted(_MADE)} behind 'made:', got {what!r}")
+        return start + _MADE[what](root, image) + end
+
+    return _MADE_BLOCK.sub(make, _BLOCK.sub(fill, page.read_text()))
+
+
+def _layer(root: Path, image: Callable[..., str]) -> str:
+    file, workload, title = _LAYER
+    content = results.read(root / "benchmarks" / "results" / f"{file}.json")
+    return image(workload, f"{title}: time over tokens", lambda path: drawings.layer(content, path, workload, title))
+
+
+_MADE: dict[str, Callable[[Path, Callable[..., str]], str]] = {
+    "layer": _layer,
+    "layout": lambda _, image: image("layout-example", "Where every route goes", drawings.layout),
+    "numbers": lambda root, _: claims.numbers(root),
+    "operators": lambda *_: support.operators(),
+    "schemes": lambda *_: support.schemes(),
+}
+"""What blocks may name: (root, what draws and shows a picture) -> Markdown."""
 
 
 def table(content: dict[str, Any], ops: list[str] | None = None) -> str:
@@ -162,12 +199,13 @@ def _digits(value: float | None) -> str:
 
 
 def main() -> int:
-    """Rewrites the README given as argument."""
+    """Rewrites the pages of the checkout given as argument."""
     if len(sys.argv) != 2:
-        print("usage: python -m moeyard.bench.docs README.md", file=sys.stderr)
+        print("usage: python -m moeyard.bench.docs ROOT", file=sys.stderr)
         return 2
-    path = Path(sys.argv[1])
-    path.write_text(regenerate(path.read_text(), path.resolve().parent, draw=True))
+    root = Path(sys.argv[1]).resolve()
+    for page in pages(root):
+        page.write_text(regenerate(page, root, draw=True))
     return 0
 
 

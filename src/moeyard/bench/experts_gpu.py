@@ -261,7 +261,7 @@ class Options:
     models: tuple[str, ...] = experts_cells.MODELS
     tokens: tuple[int, ...] | None = None
     """What each part is made for unless given."""
-    parts: tuple[str, ...] = experts_cells.PARTS
+    parts: tuple[str, ...] = experts_cells.USUAL
     """In the order wanted."""
     providers: tuple[str, ...] | None = None
     """Only these: vllm, moeyard, moeyard:cuda, ..."""
@@ -269,6 +269,8 @@ class Options:
     """All of moeyard's implementations but torch's."""
     variants: str = ""
     """MODULE:FUNCTION; a case gives (label, run) pairs to be timed."""
+    others: str = ""
+    """MODULE:FUNCTION; a case gives (name, version, run) of more peers."""
     cell_seconds: float = 0.8
     """About how long a case's rounds last."""
     rounds: int = timing.MOST_ROUNDS
@@ -292,7 +294,7 @@ def measure(wanted: Options) -> int:
     if not todo:
         raise ValueError(f"models: expected some of {experts_cells.MODELS}, got {wanted.models}")
     options = {
-        "seconds": wanted.cell_seconds, "seed": wanted.seed, "variants": wanted.variants,
+        "seconds": wanted.cell_seconds, "seed": wanted.seed, "variants": wanted.variants, "others": wanted.others,
         "providers": wanted.providers, "all": wanted.all, "rounds": wanted.rounds,
     }  # fmt: skip
     bench = Bench(wanted.device, wanted.out, wanted.name, begin + wanted.seconds, options)

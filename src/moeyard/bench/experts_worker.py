@@ -21,6 +21,8 @@ from moeyard.testing import disagreement_error
 
 _LARGEST = {torch.bfloat16: 2.0**-5, torch.float16: 2.0**-8, torch.float32: 2.0**-12}
 """How far a row may be from another provider's, relative to its own root mean square: both round in between."""
+_LARGEST_OF_CODES = 2.0**-3
+"""Of quantised experts: two right answers round activations to other codes. Rows that nobody wrote differ by more."""
 _PDL_TOKENS = 16  # up to here what a launch waits for is worth a look
 _KEPT_BYTES = 4 << 30  # freed memory that a process may keep from the others
 _PEERS_FIRST = {"torch": 0, "vllm": 1, "deep_gemm": 2, "moeyard": 3}
@@ -48,17 +50,20 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
     """Who takes part: peers first, since the first right answer is what the others are compared with.
 
     Of our implementations it is the one that "auto" chooses; with `all`, all but torch's. `variants`,
-    "module:function", gives (label, run) pairs for a case that stand in their place. `grid` leaves out what the
+    "module:function", gives (label, run) pairs for a case that stand in their place. `others`, as well, gives more
+    peers as (name, version, run) for a case. `grid` leaves out what the
     comparison with vLLM does not need; `providers` names the wanted ones.
     """
     everyone = operators()[case.op].providers(case, device)
     found = [p for p in everyone if p.name != "moeyard"]
+    if request.get("others"):
+        found += [Provider(*one) for one in _named(request["others"])(case)]
     if request.get("variants"):
-        module, _, function = request["variants"].partition(":")
-        made = getattr(importlib.import_module(module), function)(case)
-        found += [Provider("moeyard", label, run) for label, run in made]
+        found += [Provider("moeyard", label, run) for label, run in _named(request["variants"])(case)]
     else:
         able = moeyard.explain(case.op, device, case.dtype).able
+        if "scheme" in dict(case.sizes):  # what takes its weights
+            able = tuple(p.impl.split()[0] for p in everyone if p.name == "moeyard")
         taken = set(able) - {"torch"} if request.get("all") else set(able[:1])
         found += [p for p in everyone if p.name == "moeyard" and p.impl.split()[0] in taken]
     if request.get("grid"):
@@ -66,6 +71,13 @@ def answers(case: Case, device: torch.device, request: dict[str, Any]) -> list[P
     wanted = request.get("providers")
     found = [p for p in found if not wanted or p.name in wanted or p.label in wanted]
     return sorted(found, key=lambda p: _PEERS_FIRST.get(p.name, 0))
+
+
+def _named(where: str) -> Callable[[Case], Any]:
+    """The function "module:function"."""
+    module, _, function = where.partition(":")
+    found: Callable[[Case], Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 def compile_case(case: Case, device: torch.device, request: dict[str, Any], say: Say) -> dict[str, Any]:
@@ -170,7 +182,8 @@ def _judge(
     if wrong is None and first is None:
         return None, rows.clone()  # some answer into memory that they use again
     if wrong is None:
-        wrong = disagreement_error(first, rows, _LARGEST[rows.dtype])
+        largest = _LARGEST_OF_CODES if "scheme" in dict(case.sizes) else _LARGEST[rows.dtype]
+        wrong = disagreement_error(first, rows, largest)
     return wrong, first
 
 

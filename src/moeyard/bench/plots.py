@@ -14,18 +14,13 @@ def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
     the baseline's time over each provider's, median over the cases that both timed. The baseline is vLLM where it
     took part, plain torch otherwise.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [row for row in content["rows"] if row["time_us"] is not None and row["mode"] in _modes(content, mode)]
     if not rows:
         raise ValueError(f"result file: expected timed rows of mode {mode or 'graph or cpu'}, got none")
     named = defaultdict(list)
     for row in rows:
         named[f"{row['provider']} {row['impl']}"].append(row)
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(sorted(named))}
     for name, mine in sorted(named.items()):
         by_tokens = defaultdict(list)
@@ -48,16 +43,17 @@ def plot(content: dict[str, Any], out: Path, *, mode: str | None = None) -> int:
     }
     ordered = sorted(ratios, key=lambda name: ratios[name])
     bars = right.barh(ordered, [ratios[name] for name in ordered], color=[colours[name] for name in ordered])
-    right.bar_label(bars, fmt="%.2f ×", padding=3, fontsize="small")
+    words = [f"{ratios[name]:.2f} ×" if ratios[name] == ratios[name] else "no case in common" for name in ordered]
+    right.bar_label(bars, words, padding=3, fontsize="small")
     right.axvline(1, color="black", linewidth=0.8)
     right.set(xlabel=f"times as fast as {baseline} (median over cases)", xmargin=0.15)
-    machine = content["machine"]
+    machine, versions = content["machine"], ", ".join(f"{name} {version}" for name, version in content["peers"].items())
     figure.suptitle(
-        f"{', '.join(sorted({row['op'] for row in rows}))} on {machine.get('gpu', machine['cpu'])}", fontsize="medium"
+        f"{', '.join(sorted({row['op'] for row in rows}))} on {machine.get('gpu', machine['cpu'])}\n"
+        f"{versions}; {content['date'][:10]}",
+        fontsize="medium",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
+    save(figure, out)
     return len(named)
 
 
@@ -67,17 +63,12 @@ def plot_loads(trace: Trace, out: Path) -> tuple[int, int]:
     A row is a layer, or a call where there is one layer. The colour is an expert's share of the row's routes over an
     even share: 1 is even. Of layers whose experts were recorded those are drawn, else alignments.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     op = "fused_experts" if any(call.op == "fused_experts" for call in trace.calls) else trace.calls[0].op
     counts, unit = trace.loads(op)
     even = counts.sum(1, keepdim=True).clamp(min=1) / counts.shape[1]
     share = (counts / even).numpy()
     rows, experts = share.shape
-    figure, axes = pyplot.subplots(figsize=(9, min(2.4 + 0.16 * rows, 9)), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(9, min(2.4 + 0.16 * rows, 9)), layout="constrained")
     picture = axes.imshow(share, aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axes.set(xlabel="expert", ylabel=f"{unit} (in the order recorded)")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -91,10 +82,28 @@ def plot_loads(trace: Trace, out: Path) -> tuple[int, int]:
         f"{machine['device']}, {machine['date']}, torch {machine['torch']}, moeyard {machine['moeyard']}",
         fontsize="medium",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(figure)
+    save(figure, out)
     return rows, experts
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as found
+
+    return found
+
+
+def save(figure: Any, out: Path) -> None:
+    """Writes a PNG or SVG and closes the figure. An SVG holds no date, and its names follow from a fixed word."""
+    import matplotlib
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "moeyard"}):
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None, facecolor="white", dpi=140)
+    pyplot().close(figure)
 
 
 _TIME_KEYS = ("time_us", "time_us_p10", "time_us_p90")

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moeyard import quant
 from moeyard.bench.operators import Case
+from moeyard.pack import pack_experts
 from moeyard.quant import QuantScheme, scheme_of
 from moeyard.testing import Judged, draw_quantised, judged_experts
 from moeyard.testing.budgets import FLOAT32_UNIT
@@ -56,7 +57,23 @@ def weights_of(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.device(device):
         torch.manual_seed(11)
-        return draw_quantised(experts, hidden_size, size, scheme, dtype, bias=bias)
+        weights = draw_quantised(experts, hidden_size, size, scheme, dtype, bias=bias)
+    if weights.scales is not None and weights.scales.w13_global is not None:
+        weights.scales.w13_global.copy_(weights.scales.w13_global[:, :1])  # peers have one for gate and up
+    return weights
+
+
+def as_kernels_read(weights: ExpertWeights) -> ExpertWeights:
+    """Weights of 4 bits on a GPU in tiles, where tiles hold them; others as they are. One set is kept."""
+    scheme = weights.scheme
+    if scheme is None or not weights.w13.is_cuda or scheme.per_byte != 2 or scheme.activations != "none":
+        return weights
+    sizes = weights.hidden_size, weights.intermediate_size
+    whole = quant.groups_fit_tiles(scheme.block) and not any(size % quant.TILE_COLUMNS for size in sizes)
+    return _tiled(weights) if whole else weights
+
+
+_tiled = lru_cache(maxsize=1)(pack_experts)
 
 
 def bytes_per_weight(scheme: QuantScheme) -> float:

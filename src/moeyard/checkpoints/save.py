@@ -77,6 +77,8 @@ def _check(weights: ExpertWeights) -> None:
         bias = weights.w13_bias if weights.w2_bias is None else weights.w2_bias
         dtype = torch.bfloat16 if bias is None else bias.dtype
     check_experts(weights, torch.empty(0, weights.hidden_size, dtype=dtype, device=weights.w13.device))
+    if weights.scheme is not None and weights.scheme.tiled:
+        raise ValueError(f"weights.scheme: expected one in rows (unpack_experts comes first), got {weights.scheme}")
     if weights.scales is not None and weights.scales.block_start:
         start = weights.scales.block_start
         raise ValueError(f"weights.scales.block_start: expected 0 (all of a matrix is written), got {start}")

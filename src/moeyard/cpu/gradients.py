@@ -17,7 +17,7 @@ _LONGEST = 4096
 
 def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_divisor: int, *, out: Tensor) -> None:
     """Fills out[e] = the sum over the rows r of expert e of grads[r // divisor] x rows[r // row_divisor]."""
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     num_experts, columns, size = out.shape
     if not out.numel():
         return

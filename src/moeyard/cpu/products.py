@@ -49,7 +49,7 @@ def grouped_gemm_launch(
     out: Tensor,
 ) -> None:
     """Fills out[r] = (rows[r // divisor] @ weight[e].T + bias[e]) * topk_weights[r] for the rows r of every expert."""
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     num_experts, columns, size = weight.shape
     rows, weight = dense_rows(rows), weight.contiguous()
     first_rows, row_counts = first_rows.contiguous(), row_counts.contiguous()

@@ -1,12 +1,14 @@
 """A layer's kernels made ahead of time: compiled without a GPU, loaded where there is one."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
 from moeyard.cuda.runtime.cards import Card, arch_for, card_of
 from moeyard.cuda.runtime.compile import cubin, is_kept
 from moeyard.cuda.runtime.launch import launch_of
+from moeyard.cuda.runtime.planning import Plan, planning
 from moeyard.cuda.walk import all_recipes
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.processes import in_processes
@@ -25,6 +27,17 @@ CARDS = {
 """Compute capability -> its card with the most multiprocessors in use: A100, A40, L40S, H100 and H200, B200, RTX 5090
 and its kin.
 """
+
+
+def planning_on(capability: tuple[int, int]) -> AbstractContextManager[Plan]:
+    """What meta tensors and devices without a number belong to inside: the card of `CARDS`.
+
+    Raises ValueError for a compute capability that is not known.
+    """
+    if capability not in CARDS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in CARDS)
+        raise ValueError(f"capability: expected one of {known}, got {'.'.join(map(str, capability))}")
+    return planning(CARDS[capability])
 
 
 def units_of(

@@ -3,21 +3,24 @@ tensors, and what they would launch is noted (runtime/planning.py). So no GPU is
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
-from moeyard.cuda.experts import few_tokens, launchers
+from moeyard.cuda.experts import few_tokens, four_bits, launchers
 from moeyard.cuda.route.launchers import route_launch
 from moeyard.cuda.route.route_align import route_and_align_launch
 from moeyard.cuda.rows.launchers import combine_launch, moe_sum_launch, permute_launch
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.planning import planning
-from moeyard.dispatch.call import Call, LayerFacts, facts_of_experts
+from moeyard.dispatch.call import Call, LayerFacts, WeightFacts, facts_of_experts
+from moeyard.dispatch.invariance import dependence
+from moeyard.dispatch.schemes import refusal_of
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, changes, layout_lengths
-from moeyard.values import ExpertCall, Layout, Routing
+from moeyard.values import ExpertCall, Layout, Routing, Segments
 
 
 def recipes_of(
@@ -71,10 +74,19 @@ def _calls(facts: LayerFacts, tokens: int, experts: bool, device: str) -> Iterat
     yield lambda: moe_sum_launch(rows.view(tokens, top_k, hidden_size), None, None, out=hidden)
     if not experts:
         return
-    yield lambda: _experts(hidden, routing, ExpertCall(weights, facts.activation, facts.num_experts, mapping))
+    invariant = facts.batch_invariant
+    routed = ExpertCall(weights, facts.activation, facts.num_experts, mapping, batch_invariant=invariant)
+    yield lambda: _experts(hidden, routing, routed)
+    if invariant:  # the router's product is ours, too (`_linear_by_row` in experts.py)
+        router_weight = empty(1, facts.num_experts, hidden_size)
+        router_bias = None if weights.w13_bias is None else empty(1, facts.num_experts)
+        one = Segments(empty(1, dtype=torch.int64), empty(1, dtype=torch.int32), batch_invariant=True)
+        given = WeightFacts(facts.dtype, None, 1, facts.num_experts, hidden_size, False, "")
+        if launchers.unfit_for_products(Call(hidden.device, facts.dtype, given)) is None:
+            yield lambda: launchers.grouped_gemm_launch(hidden, router_weight, router_bias, None, one, out=logits)
     if facts.shared is not None:
         everyone = Routing(empty(tokens, 1, dtype=torch.float32), empty(tokens, 1, dtype=torch.int32))
-        call = ExpertCall(facts.shared, facts.activation, 1)
+        call = ExpertCall(facts.shared, facts.activation, 1, batch_invariant=invariant)
         yield lambda: _experts(hidden, everyone, call)
 
 
@@ -91,8 +103,24 @@ def _experts(hidden: Tensor, routing: Routing, call: ExpertCall) -> None:
     ids = routing.topk_ids
     tokens, top_k = ids.shape
     facts = Call(hidden.device, hidden.dtype, facts_of_experts(call.weights), tokens, top_k, call.num_experts)
-    ways = ((few_tokens.unfit, few_tokens), (launchers.unfit_for_experts, launchers))
-    for unfit, way in ways:
-        if unfit(facts) is None:
+    scheme = call.weights.scheme
+    for label, unfit, way in _WAYS:
+        varies = dependence(label, scheme) if call.batch_invariant else None
+        if refusal_of(label, scheme) is None and varies is None and unfit(facts) is None:
             way.fused_experts_launch(hidden, routing.topk_weights, ids, call, out=torch.empty_like(hidden))
             return
+
+
+_WAYS: tuple[tuple[str, Callable[[Call], str | None], Any], ...] = (
+    ("cuda (few tokens)", few_tokens.unfit, few_tokens),
+    ("cuda (few tokens of 4 bits)", four_bits.unfit, four_bits),
+    ("cuda (products)", launchers.unfit_for_experts, launchers),
+)
+"""The rows of the table, in their order."""
+
+
+def products_refuse(facts: LayerFacts) -> str | None:
+    """Why the products of this implementation do not take the experts of a layer, in words; None if they do."""
+    weights = facts.weights
+    call = Call(weights.w13.device, facts.dtype, facts_of_experts(weights))
+    return refusal_of("cuda (products)", weights.scheme) or launchers.unfit_for_experts(call)

@@ -1,5 +1,6 @@
 """What a choice between implementations may depend on: plain values, so that a choice is made once per kind of call."""
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,34 @@ class Call(NamedTuple):
     num_experts: int = 0
     """Global number of experts, of an alignment the local one; 0 where it is unknown."""
     weight_on_input: bool = False
+    batch_invariant: bool = False
+    """Whether a token's result may not depend on the batch around it (`invariance.py`)."""
+    capability: tuple[int, int] | None = None
+    """The compute capability of a GPU that need not be there, which `explain` asks about; None: that of the device."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `auto` would choose for a call, and why the others are not chosen."""
+
+    op: str
+    call: Call
+    chosen: str
+    """The implementation; "none" where all refuse."""
+    reasons: dict[str, str]
+    """By row of the table: an implementation, and which way where it has several."""
+
+    @property
+    def able(self) -> tuple[str, ...]:
+        """The implementations that "auto" may choose for such a call, the preferred one first."""
+        rows = [row for row, reason in self.reasons.items() if reason.startswith(("chosen", "comes after"))]
+        return tuple(dict.fromkeys(row.partition(" (")[0] for row in rows))
+
+    def __str__(self) -> str:
+        dtype = str(self.call.dtype).removeprefix("torch.")
+        lines = [f"{self.op} on {self.call.device.type} ({dtype}): {self.chosen}"]
+        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
 
 
 class LayerFacts(NamedTuple):
@@ -62,6 +91,8 @@ class LayerFacts(NamedTuple):
     """One expert that every token goes through."""
     block_sizes: tuple[int, ...] = (1, 16)
     """Of alignments."""
+    batch_invariant: bool = False
+    """Of calls of experts and layers."""
 
 
 def call_of_alignment(topk_ids: Tensor, num_local_experts: int) -> Call | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moeyard.quant import CODES, SCALES, ExpertScales, QuantScheme, scale_shapes
+from moeyard.quant import CODES, SCALES, TILE_COLUMNS, ExpertScales, QuantScheme, scale_shapes
 from moeyard.values import INT32_MAX, MAX_EXPERTS, Activation, ExpertWeights, Layout, Router, Routing
 
 ID_DTYPES = (torch.int32, torch.int64, torch.uint32)
@@ -193,6 +193,8 @@ def check_scales(scales: object, scheme: QuantScheme, rows: Tensor, sizes: tuple
     experts, hidden_size, size = sizes
     start, device = scales.block_start, rows.device
     check_int("weights.scales.block_start", start, low=0, high=scheme.period - 1)
+    if scheme.tiled:
+        check_tiles(scheme, hidden_size, size, start)
     if start % scheme.per_byte:
         raise ValueError(f"weights.scales.block_start: expected an even number for {scheme}, got {start}")
     first, second = scale_shapes(scheme, hidden_size, size, gated, start)
@@ -218,6 +220,15 @@ def check_scales(scales: object, scheme: QuantScheme, rows: Tensor, sizes: tuple
             check_shape(name, tensor, shape, f"scheme {scheme}")
         elif tensor is not None:
             raise ValueError(f"{name}: expected None for {scheme}, got a tensor")
+
+
+def check_tiles(scheme: QuantScheme, hidden_size: int, size: int, start: int) -> None:
+    """Tiles of 16 x 64 codes hold matrices of these sizes without padding."""
+    for name, value in (("hidden_size", hidden_size), ("intermediate_size", size)):
+        if value % TILE_COLUMNS:
+            raise ValueError(f"weights: expected {name} a multiple of {TILE_COLUMNS} for {scheme}, got {value}")
+    if start:
+        raise ValueError(f"weights.scales.block_start: expected 0 for {scheme}, got {start}")
 
 
 def check_router(

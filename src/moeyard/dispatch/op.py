@@ -76,19 +76,20 @@ class Gradient(NamedTuple):
     setup: Callable[..., None]
     backward: Callable[..., Any]
     applies: Callable[..., bool] = lambda *_: True
-    """(*what the schema lists before `impl`) -> whether a call has a gradient at all."""
+    """(*what the schema lists beside `impl`) -> whether a call has a gradient at all."""
 
 
 class Op:
     """An operator of the table; calling it allocates unless outputs are given, launches, and returns the outputs.
 
     Args:
-        schema: of the registered operator. The tensors that callers give come first, `impl` comes last.
+        schema: of the registered operator. The tensors that callers give come first, `impl` comes last. Only what an
+            operator took on later follows it, with a default, so that older calls stay valid.
         allocate: (*arguments) -> outputs: a tensor, Layout, Permuted or Routing, uninitialised; or a NamedTuple of
             tensors, for operators without `out=`.
         launch: (launcher, outputs, *arguments) fills them.
         allocate_eagerly: `allocate` where outputs may share an allocation, which registered operators may not.
-        flatten: (*arguments) -> what the schema lists before `impl`; the arguments themselves unless given.
+        flatten: (*arguments) -> what the schema lists beside `impl`; the arguments themselves unless given.
         gather: the inverse of `flatten`.
         seen: (*arguments) -> the tensors that callers give; unless given, those at the front of arguments and schema.
         assemble: (what the registered operator returned, *arguments) -> outputs, unless that is one tensor.
@@ -115,8 +116,10 @@ class Op:
         composed: bool = False,
     ) -> None:
         self.name = schema[: schema.index("(")]
-        listed = [part.split() for part in schema[schema.index("(") + 1 : schema.index(")")].split(",")][:-1]
-        self._inputs = [name for _, name in listed]
+        listed = [part.split() for part in schema[schema.index("(") + 1 : schema.index(")")].split(",")]
+        names = [name.partition("=")[0] for _, name in listed]
+        self._place = names.index("impl")
+        self._inputs = [name for name in names if name != "impl"]
         self._leading = sum(1 for _ in takewhile(lambda part: part[0].startswith("Tensor"), listed))
         self._allocate, self._launch = allocate, launch
         self._allocate_eagerly = allocate_eagerly or allocate
@@ -131,6 +134,13 @@ class Op:
                 f"moeyard::{self.name}", gradient.backward, setup_context=gradient.setup, lib=_LIBRARY
             )
         self._registered = getattr(ops, self.name)
+        self._defaults = tuple(one.default_value for one in self._registered.default._schema.arguments)
+        REGISTERED[self.name] = self
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The arguments that have a gradient."""
+        return () if self._gradient is None else self._gradient.inputs
 
     def __call__(self, arguments: tuple[Any, ...], impl: str, out: Any = None, apart: bool = False) -> Any:
         """The outputs: `out` with its contents if one is given, which was checked against shapes and dtypes.
@@ -178,7 +188,7 @@ class Op:
             self._refuse_transforms(flat)
         if out is not None:
             self._refuse_overlap(out, flat)  # before anything is computed
-        fields = self._registered(*flat, impl)
+        fields = self._registered(*flat[: self._place], impl, *flat[self._place :])
         result = fields if self._assemble is None else self._assemble(fields, *arguments)
         return result if out is None else self.fill(out, result, arguments)
 
@@ -213,16 +223,25 @@ class Op:
                     "torch.autograd alone), got a tensor that one of them differentiates"
                 )
 
-    def _kernel(self, *flat_and_impl: Any) -> Any:
-        *flat, impl = flat_and_impl
+    def _apart(self, given: tuple[Any, ...]) -> tuple[tuple[Any, ...], str]:
+        """What a registered call lists beside `impl`, and that. Dispatchers leave out what is as by default."""
+        given = (*given, *self._defaults[len(given) :])
+        return given[: self._place] + given[self._place + 1 :], given[self._place]
+
+    def _kernel(self, *given: Any) -> Any:
+        flat, impl = self._apart(given)
         arguments = tuple(flat) if self._gather is None else self._gather(*flat)
         outputs = self._allocate(*arguments)
         self._launch(self._launcher(arguments, impl), outputs, *arguments)
         return _fields(outputs)
 
-    def _fake(self, *flat_and_impl: Any) -> Any:
-        flat = flat_and_impl[:-1]
+    def _fake(self, *given: Any) -> Any:
+        flat, _ = self._apart(given)
         return _fields(self._allocate(*(flat if self._gather is None else self._gather(*flat))))
+
+
+REGISTERED: dict[str, Op] = {}
+"""Name -> operator, of all `torch.ops.moeyard` that are there."""
 
 
 def _named(outputs: Any) -> list[tuple[str, Tensor]]:

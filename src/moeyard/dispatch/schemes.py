@@ -1,18 +1,19 @@
 """Which rows of the table take which quantised weights. A row without an entry refuses every scheme in words."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from moeyard.quant import QuantScheme
+from moeyard.quant import QuantScheme, groups_fit_tiles
 
 _KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
 
 
 def _known(scheme: QuantScheme) -> bool:
-    return scheme.weights in _KNOWN
+    return scheme.weights in _KNOWN and not scheme.tiled
 
 
-def _every(_: QuantScheme) -> bool:
-    return True
+def _in_rows(scheme: QuantScheme) -> bool:
+    return not scheme.tiled
 
 
 def _coded(scheme: QuantScheme) -> bool:
@@ -30,13 +31,23 @@ def _eight_bits(scheme: QuantScheme) -> bool:
     return plain and rows and scheme.block in ((0, 0), (1, 0), (128, 128))
 
 
+def _tiles(scheme: QuantScheme) -> bool:
+    """Weights of 4 bits in tiles (`pack_experts`)."""
+    return scheme.tiled
+
+
+def _eight_bits_or_tiles(scheme: QuantScheme) -> bool:
+    return _eight_bits(scheme) or _tiles(scheme)
+
+
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cpu": _known,
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
-    "triton": _eight_bits,
+    "cuda (few tokens of 4 bits)": _tiles,
+    "triton": _eight_bits_or_tiles,
     "torch": _known,
-    "reference": _every,
+    "reference": _in_rows,
 }
 """By the labels of rows ("cpu", "cuda (products)"): whether it takes a scheme."""
 
@@ -45,4 +56,7 @@ def refusal_of(label: str, scheme: QuantScheme | None) -> str | None:
     """Why a row of the table takes no weights of a scheme, in words; None if it does."""
     if scheme is None or (label in TAKES and TAKES[label](scheme)):
         return None
+    plain = scheme.per_byte == 2 and scheme.activations == "none" and groups_fit_tiles(scheme.block)
+    if plain and not scheme.tiled and label in TAKES and TAKES[label](replace(scheme, tiled=True)):
+        return f"takes weights of scheme {str(scheme)!r} in tiles alone (pack_experts)"
     return f"takes no weights of scheme {str(scheme)!r}"

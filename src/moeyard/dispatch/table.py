@@ -4,18 +4,28 @@ Every implementation is a *launcher*: it receives checked inputs and outputs tha
 fills every valid element of the outputs and returns nothing. Launchers of one op share a signature.
 """
 
-import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from moeyard.dispatch.call import Call, facts_of_experts
+from moeyard.dispatch.call import Call, Explanation, facts_of_experts
+from moeyard.dispatch.invariance import batch_invariance, dependence
+from moeyard.dispatch.refusals import (
+    NO_NUMBA,
+    anywhere,
+    in_triton,
+    load,
+    on_cpu,
+    on_cuda,
+    products_on_hopper,
+    sums_on_cpu,
+    sums_on_cuda,
+)
 from moeyard.dispatch.schemes import refusal_of
 from moeyard.values import ExpertWeights
 
@@ -43,131 +53,30 @@ class Impl:
         return f"{self.name} ({self.way})" if self.way else self.name
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """What `auto` would choose for a call, and why the others are not chosen."""
-
-    op: str
-    call: Call
-    chosen: str
-    """The implementation; "none" where all refuse."""
-    reasons: dict[str, str]
-    """By row of the table: an implementation, and which way where it has several."""
-
-    @property
-    def able(self) -> tuple[str, ...]:
-        """The implementations that "auto" may choose for such a call, the preferred one first."""
-        rows = [row for row, reason in self.reasons.items() if reason.startswith(("chosen", "comes after"))]
-        return tuple(dict.fromkeys(row.partition(" (")[0] for row in rows))
-
-    def __str__(self) -> str:
-        dtype = str(self.call.dtype).removeprefix("torch.")
-        lines = [f"{self.op} on {self.call.device.type} ({dtype}): {self.chosen}"]
-        lines += [f"  {name}: {reason}" for name, reason in self.reasons.items()]
-        return "\n".join(lines)
-
-
-@cache
-def installed(module: str) -> bool:
-    """Whether a package is there to be imported."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # not even its parent is
-        return False
-
-
-_NO_NUMBA = "numba is not installed (pip install 'moeyard[cpu]')"
-
-
-def _anywhere(_: Call) -> str | None:
-    return None
-
-
-def _cpu(call: Call) -> str | None:
-    if call.device.type != "cpu":
-        return f"takes CPU tensors, got {call.device.type}"
-    if not installed("numba"):
-        return _NO_NUMBA
-    return None
-
-
-def _cuda(call: Call) -> str | None:
-    if call.device.type != "cuda" or torch.version.hip is not None:
-        return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
-    if not installed("cuda.core") or not installed("cuda.bindings"):
-        return "cuda-core or cuda-bindings is not installed (pip install 'moeyard[gpu]')"
-    if torch.cuda.is_available():
-        reason: str | None = _load("moeyard.cuda.runtime.cards:refusal")(call.device.index)
-        return reason
-    return None
-
-
-def _sums(call: Call) -> str | None:
-    if call.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"computes in float32: takes float32, bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    return None
-
-
-def _cpu_sums(call: Call) -> str | None:
-    return _sums(call) or _cpu(call)
-
-
-def _cuda_sums(call: Call) -> str | None:
-    return _sums(call) or _cuda(call)
-
-
-def _cuda_products(call: Call) -> str | None:
-    if call.dtype not in (torch.bfloat16, torch.float16):
-        return f"takes bfloat16 and float16, got {str(call.dtype).removeprefix('torch.')}"
-    reason, capability = _cuda(call), capability_of(call.device)
-    if reason is None and capability not in (None, (9, 0)):
-        return f"is written for compute capability 9.0, got {'.'.join(map(str, capability or ()))}"
-    return reason
-
-
-def _triton(call: Call) -> str | None:
-    if not installed("triton"):
-        return "triton is not installed (pip install 'moeyard[gpu]')"
-    if call.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "takes tensors of NVIDIA GPUs, got cpu (which it takes under TRITON_INTERPRET=1, to be tested)"
-    if call.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
-        return f"takes tensors of NVIDIA GPUs, got {call.device.type}"
-    capability = capability_of(call.device)
-    if capability is not None and capability < (8, 0):
-        return f"needs compute capability 8.0, got {'.'.join(map(str, capability))}"
-    return _sums(call)
-
-
-@cache
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of an NVIDIA GPU; None for other devices, and where there is none to ask."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.cuda.is_available() else None
-
-
 def _everywhere(target: str) -> tuple[Impl, ...]:
     """The rows that every operator has: `torch`, and `reference` only by name."""
     return (
-        Impl("torch", f"moeyard.vectorised.{target}", _anywhere),
-        Impl("reference", f"moeyard.reference.{target}", _anywhere, by_name_only=True),
+        Impl("torch", f"moeyard.vectorised.{target}", anywhere),
+        Impl("reference", f"moeyard.reference.{target}", anywhere, by_name_only=True),
     )
 
 
-def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = _cpu) -> tuple[Impl, ...]:
+def _rows(launcher: str, cuda: Impl, refusal: Callable[[Call], str | None] = on_cpu) -> tuple[Impl, ...]:
     """The rows of what moves or sums rows."""
-    on_cpu = Impl("cpu", f"moeyard.cpu.rows:{launcher}", refusal)
-    return (on_cpu, cuda, *_everywhere(f"rows:{launcher}"))
+    by_cpu = Impl("cpu", f"moeyard.cpu.rows:{launcher}", refusal)
+    return (by_cpu, cuda, *_everywhere(f"rows:{launcher}"))
 
 
-def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = _cuda) -> Impl:
+def _cuda_rows(launcher: str, refusal: Callable[[Call], str | None] = on_cuda) -> Impl:
     return Impl("cuda", f"moeyard.cuda.rows.launchers:{launcher}", refusal)
 
 
 def _layer(launcher: str, *cuda: Impl) -> tuple[Impl, ...]:
     """The rows of products, activations and experts."""
     return (
-        Impl("cpu", f"moeyard.cpu.experts:{launcher}", _cpu_sums),
+        Impl("cpu", f"moeyard.cpu.experts:{launcher}", sums_on_cpu),
         *cuda,
-        Impl("triton", f"moeyard.triton.experts:{launcher}", _triton),
+        Impl("triton", f"moeyard.triton.experts:{launcher}", in_triton),
         *_everywhere(f"experts:{launcher}"),
     )
 
@@ -181,21 +90,22 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
     """The rows of what a backward is made of; who has no kernel says so."""
     have = {row.name for row in first}
     none = [Impl(name, "", _no_kernel(gradient)) for name in ("cpu", "cuda") if name not in have]
-    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", _triton)
+    by_triton = Impl("triton", f"moeyard.triton.gradients:{launcher}", in_triton)
     return (*first, *none, by_triton, *_everywhere(f"gradients:{launcher}"))
 
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
+_FOUR_BITS = "moeyard.cuda.experts.four_bits"
 _OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
     # cpu before torch: benchmarks/results/cpu-2core; cuda before torch: benchmarks/results/h200
     "moe_align_block_size": (
-        Impl("cpu", "moeyard.cpu.layout:align_launch", _cpu),
+        Impl("cpu", "moeyard.cpu.layout:align_launch", on_cpu),
         Impl(
             "cuda",
             "moeyard.cuda.align.launchers:align_launch",
-            _cuda,
+            on_cuda,
             unfit="moeyard.cuda.align.launchers:unfit_for_align",
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
@@ -205,31 +115,43 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         *_everywhere("layout:align_launch"),
     ),
     "batched_moe_align_block_size": (
-        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", _cpu),
-        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", _cuda),
+        Impl("cpu", "moeyard.cpu.layout:batched_align_launch", on_cpu),
+        Impl("cuda", "moeyard.cuda.align.launchers:batched_align_launch", on_cuda),
         *_everywhere("layout:batched_align_launch"),
     ),
     "moe_lora_align_block_size": _everywhere("layout:lora_align_launch"),
     "route": (
-        Impl("cpu", "moeyard.cpu.router:route_launch", _cpu_sums),
+        Impl("cpu", "moeyard.cpu.router:route_launch", sums_on_cpu),
         Impl(
             "cuda",
             "moeyard.cuda.route.launchers:route_launch",
-            _cuda_sums,
+            sums_on_cuda,
             companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
         ),
         *_everywhere("router:route_launch"),
     ),
     "grouped_gemm": _layer(
         "grouped_gemm_launch",
-        Impl("cuda", f"{_PRODUCTS}:grouped_gemm_launch", _cuda_products, unfit=f"{_PRODUCTS}:unfit_for_products"),
+        Impl(
+            "cuda",
+            f"{_PRODUCTS}:grouped_gemm_launch",
+            products_on_hopper,
+            unfit=f"{_PRODUCTS}:unfit_for_products",
+        ),
     ),
     "activate": _layer("activate_launch"),
     "grouped_outer": _gradient(
         "grouped_outer_launch",
         "the gradients of weights",
-        Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", _cpu_sums),
-        Impl("cuda", f"{_OUTER}:grouped_outer_launch", _cuda_products, unfit=f"{_OUTER}:unfit"),
+        Impl("cpu", "moeyard.cpu.gradients:grouped_outer_launch", sums_on_cpu),
+        # It runs lane by lane on a host, and has not run on a GPU yet.
+        Impl(
+            "cuda",
+            f"{_OUTER}:grouped_outer_launch",
+            products_on_hopper,
+            by_name_only=True,
+            unfit=f"{_OUTER}:unfit",
+        ),
     ),
     "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
     "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
@@ -238,26 +160,33 @@ TABLE: dict[str, tuple[Impl, ...]] = {
         Impl(
             "cuda",
             f"{_FEW_TOKENS}:fused_experts_launch",
-            _cuda_products,
+            products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
         ),
         Impl(
             "cuda",
+            f"{_FOUR_BITS}:fused_experts_launch",
+            products_on_hopper,
+            way="few tokens of 4 bits",
+            unfit=f"{_FOUR_BITS}:unfit",
+        ),
+        Impl(
+            "cuda",
             f"{_PRODUCTS}:fused_experts_launch",
-            _cuda_products,
+            products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
     "permute_to_fp8": (
-        _cuda_rows("permute_to_fp8_launch", _cuda_sums),
+        _cuda_rows("permute_to_fp8_launch", sums_on_cuda),
         *_everywhere("rows:permute_to_fp8_launch"),
     ),
     "shuffle_rows": _rows("shuffle_rows_launch", _cuda_rows("shuffle_rows_launch")),
-    "combine": _rows("combine_launch", _cuda_rows("combine_launch", _cuda_sums), _cpu_sums),
-    "moe_sum": _rows("moe_sum_launch", _cuda_rows("moe_sum_launch", _cuda_sums), _cpu_sums),
+    "combine": _rows("combine_launch", _cuda_rows("combine_launch", sums_on_cuda), sums_on_cpu),
+    "moe_sum": _rows("moe_sum_launch", _cuda_rows("moe_sum_launch", sums_on_cuda), sums_on_cpu),
 }
 
 
@@ -302,27 +231,25 @@ def launcher(
     An implementation asked for by name is met or refused with its reasons, never replaced (ValueError). `facts` is the
     whole call where more than device and dtype matters.
     """
-    return _load(_choose(op, impl, facts or Call(device, dtype)).target)
+    return load(_choose(op, impl, facts or Call(device, dtype)).target)
 
 
 @lru_cache(maxsize=1024)
 def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
     """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
     target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
-    return _load(target) if target else None
-
-
-def _load(target: str) -> Callable[..., Any]:
-    module, function = target.split(":")
-    loaded: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return loaded
+    return load(target) if target else None
 
 
 def _refusal(row: Impl, call: Call) -> str | None:
-    reason = None if call.weights is None else refusal_of(row.label, call.weights.scheme)
-    reason = reason or row.refusal(call)
-    if reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
-        reason = _load(row.unfit)(call)
+    scheme = None if call.weights is None else call.weights.scheme
+    reason = refusal_of(row.label, scheme) or row.refusal(call)
+    reason = reason or (dependence(row.label, scheme) if call.batch_invariant else None)
+    if reason is None and row.unfit and call.capability is not None:
+        with load("moeyard.cuda.ahead:planning_on")(call.capability):
+            reason = load(row.unfit)(call)
+    elif reason is None and row.unfit and (call.device.type != "cuda" or torch.cuda.is_available()):
+        reason = load(row.unfit)(call)
     return reason
 
 
@@ -330,25 +257,25 @@ def _choose(op: str, impl: str, call: Call) -> Impl:
     wanted = _OVERRIDE.get(op, impl) if impl == "auto" else impl
     if wanted != "auto" and wanted not in impl_names(op):
         raise ValueError(f"impl: expected 'auto' or one of {list(impl_names(op))} for {op}, got {impl!r}")
-    refusals: dict[str, str] = {}
+    said: dict[str, str] = {}
     for row in TABLE[op]:
         if row.name == wanted or (wanted == "auto" and not row.by_name_only):
             reason = _refusal(row, call)
             if reason is None:
-                _say_slow(op, row, refusals, call)
+                _say_slow(op, row, said, call)
                 return row
-            refusals[row.label] = reason
-    reasons = list(refusals.values()) if len(refusals) == 1 else [f"{row}: {why}" for row, why in refusals.items()]
+            said[row.label] = reason
+    reasons = list(said.values()) if len(said) == 1 else [f"{row}: {why}" for row, why in said.items()]
     raise ValueError(f"impl: {wanted!r} refuses {op}: {'; '.join(reasons)}")
 
 
-def _say_slow(op: str, row: Impl, refusals: dict[str, str], call: Call) -> None:
+def _say_slow(op: str, row: Impl, said: dict[str, str], call: Call) -> None:
     """Says once what keeps a quicker implementation away: a package that is not installed, weights that lie badly."""
-    if row.name == "torch" and refusals.get("cpu") == _NO_NUMBA:
-        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {_NO_NUMBA}", stacklevel=2)
+    if row.name == "torch" and said.get("cpu") == NO_NUMBA:
+        warnings.warn(f"{op}: torch takes calls that cpu would answer sooner: {NO_NUMBA}", stacklevel=2)
     if call.weights is None or not call.weights.readable:
         return
-    for label, reason in refusals.items():
+    for label, reason in said.items():
         if reason == call.weights.readable:
             warnings.warn(f"{op}: {label} refuses: {reason}; {row.label} takes the call", stacklevel=2)
 
@@ -361,6 +288,8 @@ def explain(
     num_tokens: int | None = None,
     top_k: int = 1,
     weights: ExpertWeights | None = None,
+    capability: tuple[int, int] | None = None,
+    batch_invariant: bool | None = None,
 ) -> Explanation:
     """Which implementation of `op` "auto" chooses on `device` for `dtype`, and why not the others.
 
@@ -370,8 +299,12 @@ def explain(
         dtype: that of the ids (layout; int32 by default) or of the rows (all others; bfloat16 by default).
         num_tokens, top_k, weights: of a call of `fused_experts`, whose choice depends on sizes; of any size unless
             given.
+        capability: the compute capability of a GPU that need not be there, such as (9, 0); None asks the device.
+        batch_invariant: as in `fused_experts`.
 
-    Printing the result gives one line per implementation. Raises ValueError for an unknown op.
+    Printing the result gives one line per implementation. Raises ValueError for an unknown op, for a compute capability
+    that is not known, and for `batch_invariant` of an operator without. Without a GPU and a capability, what depends on
+    a card's sizes is not asked.
     """
     if op not in TABLE:
         raise ValueError(f"op: expected one of {sorted(TABLE)}, got {op!r}")
@@ -380,9 +313,12 @@ def explain(
     facts = None if weights is None else facts_of_experts(weights)
     experts = 0 if weights is None else weights.num_local_experts
     place = torch.device(device)
-    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+    if capability is not None and (place.type != "cuda" or place.index is not None):
+        raise ValueError(f"capability: expected None beside device {str(device)!r} (it needs 'cuda'), got {capability}")
+    if place.type == "cuda" and place.index is None and capability is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    call = Call(place, dtype, facts, num_tokens, top_k, experts)
+    asked: dict[str, Any] = {"capability": capability, "batch_invariant": batch_invariance(batch_invariant, op)}
+    call = Call(place, dtype, facts, num_tokens, top_k, experts, **asked)
     forced = _OVERRIDE.get(op)
     chosen, reasons = "", {}
     for row in TABLE[op]:

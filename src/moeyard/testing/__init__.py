@@ -4,6 +4,7 @@ Importing it imports torch and nothing else. `moeyard.testing.interpreted` lets 
 kernels on a CPU; `moeyard.testing.hopper` runs cases of the Hopper kernels in a process of its own.
 """
 
+from moeyard.testing.batches import differing, sub_batches
 from moeyard.testing.budgets import Judged, judged_experts
 from moeyard.testing.comparisons import largest_and_rms, layout_difference, no_worse, same_bits
 from moeyard.testing.implementations import CPU, impls_on
@@ -29,6 +30,7 @@ __all__ = [
     "ROUTINGS",
     "SOURCE",
     "Judged",
+    "differing",
     "disagreement_error",
     "draw_quantised",
     "draw_routing",
@@ -49,6 +51,7 @@ __all__ = [
     "routing_error",
     "rows_error",
     "same_bits",
+    "sub_batches",
     "sum_error",
     "wide_scores",
     "wide_weights",

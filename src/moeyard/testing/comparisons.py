@@ -12,7 +12,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether dtype, shape and bits agree, NaN payloads and signs of zero included; devices may differ."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().cpu().view(-1).view(torch.uint8), b.contiguous().cpu().view(-1).view(torch.uint8))
+    mine, theirs = (t.to(a.device).contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(mine, theirs)
 
 
 def layout_difference(got: Layout, wanted: Layout) -> str | None:

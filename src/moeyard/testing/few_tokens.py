@@ -1,4 +1,4 @@
-"""The kernels of few_tokens.cu without a GPU: built for a host, lane by lane, or as machine code to look at.
+"""The kernels of few_tokens.cu and four_bits.cu without a GPU: for a host, lane by lane, or as machine code to look at.
 
 A C++ compiler builds the very source with other headers, from a folder, in place of those that hold machine
 instructions. Copies into shared memory arrive at once, which shows who overwrites what is still read, or as late as
@@ -22,13 +22,18 @@ CARD = Card(4, 232448, True)
 COMPILER = shutil.which("g++")
 _TEXTS = SOURCES | HEADERS
 _NAMES = ("few_tokens.cu", "few_tokens.cuh", "few_tokens_codes.cuh", "activation.cuh", "codes.cuh")
+FOUR_BITS = ("four_bits.cu", "four_bits.cuh", "activation.cuh", "codes.cuh")
+"""The files of the kernels of 4 bits."""
 
 
 def build(
-    headers: Path, folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None
-) -> Any:
-    """The kernels as a library of the host in `folder`, with `headers`, and `change` of their source made first."""
-    for name in _NAMES:
+    headers: Path, folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str, str] | None = None,
+    names: tuple[str, ...] = _NAMES,
+) -> Any:  # fmt: skip
+    """The kernels in the files of `names` as a library of the host in `folder`, with `headers`, and `change` of their
+    source made first.
+    """
+    for name in names:
         text = _TEXTS[name]
         if change is not None and change[0] in text:
             text, change = text.replace(*change), None
@@ -37,6 +42,7 @@ def build(
     for path in headers.iterdir():
         shutil.copy(path, folder)
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines)]
+    options += ["-DFOUR_BITS=1"] if names is FOUR_BITS else []
     done = subprocess.run(
         [str(COMPILER), *options, "-o", "kernels.so", "run.cpp"],
         cwd=folder,
@@ -51,13 +57,13 @@ def build(
 
 
 def launch(
-    library: Any, second: bool, blocks: int, at_once: bool, tensors: list[torch.Tensor | None], *sizes: int
+    library: Any, number: int, blocks: int, at_once: bool, tensors: list[torch.Tensor | None], *sizes: int
 ) -> str | None:
-    """One launch; what went wrong, or None. `tensors` are the kernel's, and after them those of scales."""
+    """The launch of a number, from 0, with its tensors and sizes; what went wrong, or None."""
     given = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    pointers = (ctypes.c_void_p * 9)(*given, *(0,) * (9 - len(given)))
+    pointers = (ctypes.c_void_p * 10)(*given, *(0,) * (10 - len(given)))
     numbers = (ctypes.c_int64 * 8)(*sizes, *(0,) * (8 - len(sizes)))
-    failure = library.run(int(second), blocks, int(at_once), torch.initial_seed() % 2**31, pointers, numbers)
+    failure = library.run(number, blocks, int(at_once), torch.initial_seed() % 2**31, pointers, numbers)
     return None if failure is None else failure.decode()
 
 

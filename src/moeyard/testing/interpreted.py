@@ -6,6 +6,8 @@ Of bfloat16 the interpreter holds the bits as integers. It multiplies the bits i
 rounding to it. NumPy 2.4 no longer takes an array of one element, the interpreter's scalar, for an integer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,25 @@ def _rounding_cast(self: Any, src: Any, kind: Any) -> Any:
     nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     result = np.where(np.isnan(src.data), 0x7FC0, nearest).astype(np.uint16)
     return interpreter.TensorHandle(result, tl.bfloat16)
+
+
+@contextmanager
+def products_in_order() -> Iterator[None]:
+    """Products whose sums have one order. Those of NumPy depend on where in a matrix a row lies."""
+    before = _builder.create_dot
+
+    def multiply(_: Any, a: Any, b: Any, total: Any, *_rest: Any) -> Any:
+        left, right = (_widened(one).data.astype(total.data.dtype) for one in (a, b))
+        result = total.data.copy()
+        for k in range(left.shape[1]):
+            result += left[:, k : k + 1] * right[k : k + 1]
+        return interpreter.TensorHandle(result, total.dtype.scalar)
+
+    _builder.create_dot = multiply
+    try:
+        yield
+    finally:
+        _builder.create_dot = before
 
 
 def install() -> None:

@@ -11,12 +11,13 @@ from triton.runtime import driver
 from moeyard.dispatch.call import LayerFacts
 from moeyard.dispatch.processes import in_processes
 from moeyard.dispatch.sizes import changes
-from moeyard.triton import align_kernels, coded_kernels, kernels
-from moeyard.triton.experts import fused_experts_launch
+from moeyard.triton import align_kernels, coded_kernels, four_bits_kernels, kernels
+from moeyard.triton.experts import fused_experts_launch, grouped_gemm_launch
 from moeyard.triton.launch import Asked, Step, planning
 from moeyard.triton.plan import Card
-from moeyard.values import ExpertCall, ExpertWeights
+from moeyard.values import ExpertCall, ExpertWeights, Segments
 
+_ROOMS = (align_kernels, kernels, coded_kernels, four_bits_kernels)
 CARDS = {
     (8, 0): Card((8, 0), 108, 166912),
     (8, 6): Card((8, 6), 84, 101376),
@@ -36,6 +37,8 @@ def all_asked(facts: LayerFacts, card: Card, max_tokens: int) -> dict[Asked, tup
             _experts(facts, facts.weights, facts.router.top_k, facts.num_experts, tokens)
             if facts.shared is not None:
                 _experts(facts, facts.shared, 1, 1, tokens)
+            if facts.batch_invariant:
+                _router_product(facts, tokens)
         return plan.asked
 
     found: dict[Asked, tuple[int, ...]] = {}
@@ -51,8 +54,21 @@ def _experts(facts: LayerFacts, weights: ExpertWeights, top_k: int, num_experts:
     hidden = empty(tokens, weights.hidden_size)
     mapping = empty(num_experts, dtype=torch.int32) if facts.mapped and weights is facts.weights else None
     factors, ids = empty(tokens, top_k, dtype=torch.float32), empty(tokens, top_k, dtype=torch.int32)
-    call = ExpertCall(weights, facts.activation, num_experts, mapping)
+    call = ExpertCall(weights, facts.activation, num_experts, mapping, batch_invariant=facts.batch_invariant)
     fused_experts_launch(hidden, factors, ids, call, out=torch.empty_like(hidden))
+
+
+def _router_product(facts: LayerFacts, tokens: int) -> None:
+    """`_linear_by_row` in experts.py; a router of biased experts has a bias, too."""
+
+    def empty(*shape: int, dtype: torch.dtype = facts.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, count = empty(tokens, facts.weights.hidden_size), facts.num_experts
+    bias = None if facts.weights.w13_bias is None else empty(1, count)
+    one = Segments(empty(1, dtype=torch.int64), empty(1, dtype=torch.int32), batch_invariant=True)
+    weight = empty(1, count, facts.weights.hidden_size)
+    grouped_gemm_launch(hidden, weight, bias, None, one, out=empty(tokens, count))
 
 
 def compile_layer(
@@ -89,7 +105,7 @@ def compile_step(
     for its device from now on.
     """
     driver.set_active(_Target(GPUTarget("cuda", 10 * capability[0] + capability[1], 32)))
-    found = next(getattr(room, kernel) for room in (align_kernels, kernels, coded_kernels) if hasattr(room, kernel))
+    found = next(getattr(room, kernel) for room in _ROOMS if hasattr(room, kernel))
     step = Step(found, (1, 1), tuple(sizes), warps, stages, **dict(constants))
     step.compile(*(None if name is None else getattr(torch, name) for name in dtypes))
 

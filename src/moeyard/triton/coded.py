@@ -18,8 +18,10 @@ from moeyard.triton.steps import (
     combine_step,
     dense_rows,
     layout_steps,
+    placed_alike,
     prepared,
     programmatic_on,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import Activation, ExpertCall
@@ -66,18 +68,19 @@ def fused_coded_experts_launch(
     """
     weights, scales, scheme = call.weights, call.weights.scales, call.weights.scheme
     assert scales is not None and scheme is not None
-    hidden = dense_rows(hidden_states)
+    hidden, ids, factors = dense_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
+    if call.batch_invariant:
+        hidden, ids, factors = map(placed_alike, (hidden, ids, factors))
     w13, w2 = (dense_rows(matrix.view(_stored(scheme))) for matrix in (weights.w13, weights.w2))
     b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
     first_scales, second_scales = scales.w13.float().contiguous(), scales.w2.float().contiguous()
-    ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
     strides = _Strides(
-        hidden.stride(0), w13.stride()[:2], w2.stride()[:2], 0 if b13 is None else b13.stride(0),
-        0 if b2 is None else b2.stride(0), (tuple(first_scales.shape[1:]), tuple(second_scales.shape[1:])),
+        hidden.stride(0), w13.stride()[:2], w2.stride()[:2], stride_of(b13),
+        stride_of(b2), (tuple(first_scales.shape[1:]), tuple(second_scales.shape[1:])),
     )  # fmt: skip
     plan: _Plan = prepared(
         _plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation, weights.gated,
-        call.weight_on_input, scheme, scales.block_start, strides,
+        call.weight_on_input, scheme, scales.block_start, strides, call.batch_invariant,
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:
@@ -132,6 +135,7 @@ def _plan(
     device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
     scheme: QuantScheme, block_start: int, strides: _Strides,
+    pinned: bool = False,
 ) -> _Plan:  # fmt: skip
     local, hidden, size = w2_shape
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
@@ -140,6 +144,7 @@ def _plan(
     native = coded and (scheme.weights == "int8" or _multiplies_e4m3(device))
     how: dict[str, Any] = {
         "stepwise": stepwise, "native": native, "wide": not coded and dtype.itemsize > 2, "card": here,
+        "pinned": pinned,
     }  # fmt: skip
     first_tile = coded_tile(expected, local, size, hidden, gated=gated, **how)
     second_tile = coded_tile(expected, local, hidden, size, gated=False, **how)

@@ -11,6 +11,7 @@ from torch import Tensor
 from moeyard.dispatch.sizes import expected_routes, power
 from moeyard.triton import align_kernels, kernels
 from moeyard.triton.coded import fused_coded_experts_launch
+from moeyard.triton.four_bits import fused_four_bit_experts_launch
 from moeyard.triton.launch import Step, card, on_its_device
 from moeyard.triton.plan import Tile, most_row_tiles, product_tile
 from moeyard.triton.steps import (
@@ -21,9 +22,11 @@ from moeyard.triton.steps import (
     combine_step,
     dense_rows,
     layout_steps,
+    placed_alike,
     prepared,
     programmatic_on,
     readable,
+    stride_of,
     weigh_step,
 )
 from moeyard.values import INT32_MAX, Activation, ExpertCall, Segments
@@ -53,13 +56,14 @@ def grouped_gemm_launch(
         return
     if out.shape[0] > INT32_MAX:
         raise ValueError(f"rows: expected at most {INT32_MAX} rows of the result, got {out.shape[0]}")
-    rows, bias = dense_rows(rows), None if bias is None else dense_rows(bias)
+    rows = placed_alike(rows) if segments.batch_invariant else dense_rows(rows)
+    bias = None if bias is None else dense_rows(bias)
     weight, lies = readable(weight)
     factors = None if topk_weights is None else topk_weights.contiguous()
     cut, product, most_tiles = prepared(
         _gemm_plan,
         out.device, rows.dtype, out.shape[0], segments.num_experts, *weight.shape, rows.stride(0), lies,
-        0 if bias is None else bias.stride(0), segments.divisor,
+        stride_of(bias), segments.divisor, segments.batch_invariant,
     )  # fmt: skip
     tiles = torch.empty(3 * most_tiles, dtype=torch.int32, device=out.device)
     cut(segments.first_rows.contiguous(), segments.row_counts.contiguous(), tiles)
@@ -77,17 +81,21 @@ def fused_experts_launch(
     if not out.numel():
         return
     weights = call.weights
+    if weights.scheme is not None and weights.scheme.tiled:
+        fused_four_bit_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
+        return
     if weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out)
         return
-    hidden = dense_rows(hidden_states)
+    hidden, ids, factors = dense_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
+    if call.batch_invariant:
+        hidden, ids, factors = map(placed_alike, (hidden, ids, factors))
     (w13, w13_lies), (w2, w2_lies) = readable(weights.w13), readable(weights.w2)
     b13, b2 = (None if bias is None else dense_rows(bias) for bias in (weights.w13_bias, weights.w2_bias))
-    ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
     plan = prepared(
         _experts_plan, out.device, out.dtype, ids.dtype, *ids.shape, w2.shape, call.num_experts, call.activation,
         weights.gated, call.weight_on_input, hidden.stride(0), w13_lies, w2_lies,
-        0 if b13 is None else b13.stride(0), 0 if b2 is None else b2.stride(0),
+        stride_of(b13), stride_of(b2), call.batch_invariant,
     )  # fmt: skip
     routes, route_rows, tiles = plan.layout(ids, call.expert_map)
     if plan.weigh is not None:
@@ -116,14 +124,14 @@ class _ExpertsPlan(NamedTuple):
 def _experts_plan(
     device: torch.device, dtype: torch.dtype, _id_dtype: torch.dtype, tokens: int, top_k: int,
     w2_shape: tuple[int, int, int], num_experts: int, activation: Activation, gated: bool, weight_on_input: bool,
-    row_stride: int, w13_lies: Lies, w2_lies: Lies, b13_stride: int, b2_stride: int,
+    row_stride: int, w13_lies: Lies, w2_lies: Lies, b13_stride: int, b2_stride: int, pinned: bool = False,
 ) -> _ExpertsPlan:  # fmt: skip
     local, hidden, size = w2_shape
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
     expected = expected_routes(n, local, num_experts)
-    itemsize = dtype.itemsize
-    first_tile = product_tile(expected, local, size, hidden, gated=gated, itemsize=itemsize, card=here)
-    second_tile = product_tile(expected, local, hidden, size, gated=False, itemsize=itemsize, card=here)
+    how: dict[str, Any] = {"itemsize": dtype.itemsize, "card": here, "pinned": pinned}
+    first_tile = product_tile(expected, local, size, hidden, gated=gated, **how)
+    second_tile = product_tile(expected, local, hidden, size, gated=False, **how)
     rows = first_tile.rows
     assert second_tile.rows == rows  # one list of tiles serves both
     most_tiles = most_row_tiles(n, local, rows)
@@ -151,10 +159,12 @@ def _experts_plan(
 @lru_cache(MOST_PLANS)
 def _gemm_plan(
     device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, experts: int, columns: int, size: int,
-    row_stride: int, lies: Lies, bias_stride: int, divisor: int,
+    row_stride: int, lies: Lies, bias_stride: int, divisor: int, pinned: bool = False,
 ) -> tuple[Step, Step, int]:  # fmt: skip
     expected = expected_routes(num_rows, experts, num_experts)
-    tile = product_tile(expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device))
+    tile = product_tile(
+        expected, experts, columns, size, gated=False, itemsize=dtype.itemsize, card=card(device), pinned=pinned
+    )
     programmatic, most_tiles = programmatic_on(device), most_row_tiles(num_rows, experts, tile.rows)
     cut = Step(
         align_kernels.tiles_kernel, (1, 1), (experts, most_tiles, tile.rows), EXPERTS=power(experts, 32),

@@ -15,6 +15,10 @@ class Card(NamedTuple):
     """The most shared memory that a block may have."""
 
 
+PINNED_ROWS = 64
+"""Of a tile where results are batch-invariant. Other heights were not timed."""
+
+
 class Tile(NamedTuple):
     """What one program of the product computes, and with what."""
 
@@ -33,9 +37,20 @@ class Tile(NamedTuple):
 
 @cache
 def product_tile(
-    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, itemsize: int, card: Card
+    num_rows: int,
+    experts: int,
+    columns: int,
+    size: int,
+    *,
+    gated: bool,
+    itemsize: int,
+    card: Card,
+    pinned: bool = False,
 ) -> Tile:
     """The tile for `num_rows` rows on `experts` experts; `columns` of the result, `size` elements a sum.
+
+    `pinned` asks for a tile that does not depend on `num_rows`, so that one compiled kernel makes every sum of a
+    batch-invariant result.
 
     - Rows: the smallest power of two that holds an expert's mean rows and two standard deviations of a random
       routing. So one row tile reads most weights. 16 to 128 is what the matrix instructions are good for.
@@ -53,6 +68,8 @@ def product_tile(
     mean = num_rows / experts
     wanted = mean + 2 * mean**0.5
     rows = next((some for some in (16, 32, 64) if wanted <= some), 64 if itemsize > 2 else 128)
+    if pinned:
+        rows = PINNED_ROWS
     row_tiles = min(num_rows, experts) if mean < rows else num_rows // rows
     halves = 2 if gated else 1
     hopper = card.capability[0] == 9
@@ -67,9 +84,9 @@ def product_tile(
     if itemsize > 2:
         return tile(64, 32, 4, False)
     if rows == 128:
-        wide = hopper and size >= 1024 and enough(256)
+        wide = hopper and size >= 1024 and (pinned or enough(256))
         return tile(256 if wide else 128, 64, 8, False)
-    if rows == 64 or enough(128):
+    if pinned or rows == 64 or enough(128):
         return tile(128, 64, 4, hopper)
     width = 64 if enough(64, 1) else 32
     return tile(width, 128 if size % 128 == 0 else 64, 4, hopper and width // halves == 64)
@@ -87,6 +104,7 @@ def coded_tile(
     native: bool,
     wide: bool,
     card: Card,
+    pinned: bool = False,
 ) -> Tile:
     """The tile of weights of 8-bit codes: as of 16-bit weights, but 128 codes a step, which is a block of scales.
 
@@ -96,7 +114,8 @@ def coded_tile(
     step, which needs a second sum beside the first. Without wgmma operands lie in registers, too: so are tiles of 64
     rows then, and tiles whose codes are widened before they are multiplied (`native` is False), 64 at a time.
     """
-    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=4 if wide else 2, card=card)
+    itemsize = 4 if wide else 2
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=itemsize, card=card, pinned=pinned)
     if wide:
         return like
     hopper = card.capability[0] == 9
@@ -106,6 +125,25 @@ def coded_tile(
     stages = _stages((like.rows + width) * depth, card.shared_bytes)
     own = width // 2 if gated else width
     return Tile(like.rows, own, depth, like.warps, stages, like.swapped and own >= 64)
+
+
+@cache
+def four_bit_tile(
+    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, scaled: bool, itemsize: int, card: Card
+) -> Tile:
+    """The tile of weights of 4 bits: as of 16-bit weights, but 64 columns a step.
+
+    At most 128 weight rows, gate and up together. Tall tiles have half as many where both operands lie in registers. On
+    compute capability 9.0 weights are the long side of wgmma, which takes that from registers, where they are widened:
+    256 rows then, unless a group's sums stand beside the others since weights are not `scaled`.
+    """
+    like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=itemsize, card=card)
+    hopper = card.capability[0] == 9 and itemsize == 2
+    most = 64 if like.rows >= 64 and not hopper else 256 if hopper and scaled else 128
+    width = min(like.columns * (2 if gated else 1), most)
+    stages = _stages((2 * like.rows * itemsize + width) * 32, card.shared_bytes)
+    own = width // 2 if gated else width
+    return Tile(like.rows, own, 64, like.warps, stages, hopper and own >= 64)
 
 
 class OuterTile(NamedTuple):

@@ -85,6 +85,11 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
+def stride_of(bias: Tensor | None) -> int:
+    """Elements from expert to expert; -1 without a bias, for which a step is another."""
+    return -1 if bias is None else bias.stride(0)
+
+
 class Lies(NamedTuple):
     """How matrices [experts, columns, size] lie in memory, in elements."""
 
@@ -100,6 +105,16 @@ def readable(weight: Tensor) -> tuple[Tensor, Lies]:
         return weight, Lies((weight.stride(0), weight.stride(2)), True)
     weight = dense_rows(weight)
     return weight, Lies((weight.stride(0), weight.stride(1)), False)
+
+
+def placed_alike(tensor: Tensor) -> Tensor:
+    """The matrix itself if it is dense and begins at a multiple of 16 bytes, otherwise such a copy.
+
+    Triton compiles a kernel for what addresses and strides are multiples of. So one kernel serves a token wherever it
+    lies.
+    """
+    dense = tensor.stride() == (tensor.shape[1], 1)
+    return tensor if dense and not tensor.data_ptr() % 16 else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def programmatic_on(device: torch.device) -> bool:

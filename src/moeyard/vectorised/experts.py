@@ -38,7 +38,7 @@ def grouped_gemm_launch(
 ) -> None:
     """Packs the rows of all experts, multiplies, and lets every row of the result find its packed one."""
     num_rows, device = out.shape[0], out.device
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     if not num_rows or not out.shape[1]:
         return
     ends = torch.cumsum(row_counts.long(), 0)

@@ -57,7 +57,7 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
     A GPU has torch's grouped product for bfloat16 results of bfloat16 rows. Of other dtypes it multiplies every row
     once per expert, times zero where the row is of another: nothing is read back. That is right, and slow.
     """
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     num_entries = divisor * grads.shape[0]
     if not num_entries or not out.numel():
         out.zero_()

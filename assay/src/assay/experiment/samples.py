@@ -344,8 +344,8 @@ def compared(workload: Workload, base: Sample) -> int:
 
 
 def reached(trees: Trees) -> Container[int] | None:
-    """Which GPUs the arms can reach; None: all."""
-    return gpu.visible(trees.environment("base", 0))
+    """Which GPUs the arms can reach, whichever arms there are; None: all."""
+    return gpu.visible(trees.environment(next(iter(trees.trees)), 0))
 
 
 def _close(worker: Worker, sample: Sample, gpus: Container[int] | None) -> None:

@@ -17,7 +17,8 @@ def providers(case: Case, device: torch.device) -> list[Provider]:
     """
     scheme = quantised.scheme_of_case(case)
     if scheme is not None:
-        able_to = able(case.op, case, device, layers.weights_of_case(case, device))
+        weights = quantised.as_kernels_read(layers.weights_of_case(case, device))
+        able_to = able(case.op, case, device, weights)
         found = [Provider("moeyard", impl, _moeyard(case, impl)) for impl in able_to]
         run = vllm_peer.quantised_experts(scheme) if device.type == "cuda" and peer_version("vllm") else None
         return found if run is None else [*found, Provider("vllm", peer_version("vllm"), run)]
@@ -52,4 +53,9 @@ OPERATOR = Operator(
 
 def _moeyard(case: Case, impl: str) -> Run:
     act = activation(case)
-    return lambda x: moeyard.fused_experts(x.hidden_states, x.routing, x.weights, activation=act, impl=impl)
+
+    def run(x: layers.LayerInputs) -> torch.Tensor:
+        weights = quantised.as_kernels_read(x.weights)
+        return moeyard.fused_experts(x.hidden_states, x.routing, weights, activation=act, impl=impl)
+
+    return run

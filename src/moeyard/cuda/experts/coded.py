@@ -40,7 +40,7 @@ def fused_coded_experts_launch(
     if not num_routes:
         return
     device = hidden_states.get_device()
-    weights, activation, num_experts, expert_map, _ = call
+    weights, activation, num_experts, expert_map, *_ = call
     scheme, scales = weights.scheme, weights.scales
     assert scheme is not None and scales is not None
     experts, hidden_size, size = weights.num_local_experts, weights.hidden_size, weights.intermediate_size

@@ -71,7 +71,7 @@ def fused_experts_launch(
     Codes of 8 bits are multiplied as codes: int8 by int8 exactly, others as 16-bit floats. Rows are quantised in shared
     memory, by every block those that it needs. Raises ValueError for sizes that `few_tokens_plan` has no plan for.
     """
-    weights, activation, num_experts, expert_map, weight_on_input = call
+    weights, activation, num_experts, expert_map, weight_on_input, _ = call
     device = hidden_states.get_device()
     if not hidden_states.shape[0]:
         return

@@ -66,7 +66,7 @@ def grouped_gemm_launch(
     if not out.shape[0]:
         return
     device = rows.get_device()
-    first_rows, row_counts, sorted_token_ids, row_divisor, num_experts = segments
+    first_rows, row_counts, sorted_token_ids, row_divisor, num_experts, _ = segments
     by_route = gather = sorted_token_ids is not None
     expected = expected_routes(out.shape[0], weight.shape[0], num_experts)
     way = way_of(expected, weight.shape[0], out.shape[1], layer=False)
@@ -111,7 +111,7 @@ def fused_experts_launch(
     num_routes = num_tokens * top_k
     if not num_routes:
         return
-    weights, activation, num_experts, expert_map, _ = call
+    weights, activation, num_experts, expert_map, *_ = call
     device, dtype, weighs = hidden_states.get_device(), hidden_states.dtype, hidden_states.dtype == torch.float16
     w13, w2, b13, b2 = weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
     experts, columns, hidden_size = w13.shape

@@ -40,7 +40,7 @@ def grouped_outer_launch(grads: Tensor, rows: Tensor, segments: Segments, row_di
         out.zero_()
         return
     grads, rows = _in_place(grads), _in_place(rows)
-    first_rows, row_counts, slots, divisor, _ = segments
+    first_rows, row_counts, slots, divisor, *_ = segments
     slots = None if slots is None else slots.contiguous()
     key = (
         tuple(out.shape), grads.dtype, out.dtype, grads.stride(0), rows.stride(0), divisor, row_divisor,

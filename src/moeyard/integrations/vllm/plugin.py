@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from moeyard.dispatch.invariance import batch_invariance
 from moeyard.integrations import vllm as ours
 from moeyard.integrations.vllm import _custom_ops
 from moeyard.integrations.vllm.activation import activation_of
@@ -150,6 +151,8 @@ def _refusal_of(
     w1: torch.Tensor, w2: torch.Tensor, config: object, rows: torch.Tensor, activation: Callable[[], tuple[Any, bool]]
 ) -> str | None:
     """What ours would say to a call's weights and activation; None if it takes them."""
+    if os.environ.get("VLLM_BATCH_INVARIANT", "0") not in ("", "0") and not batch_invariance(None):
+        return "VLLM_BATCH_INVARIANT without MOEYARD_BATCH_INVARIANT=1"
     try:
         expert_weights(w1, w2, config, rows.dtype, gated=activation()[1])
     except (TypeError, ValueError) as problem:
