@@ -42,7 +42,9 @@ def sums(counts: list[int], dtype: torch.dtype, columns: int, size: int, divisor
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full), torch.float32], ids=str
+    "dtype",
+    [torch.bfloat16, *(pytest.param(kind, marks=pytest.mark.full) for kind in (torch.float16, torch.float32))],
+    ids=str,
 )
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_sums_of_outer_products(name: str, dtype: torch.dtype) -> None:
@@ -105,7 +107,11 @@ def test_derivatives_of_activations(name: str, dtype: torch.dtype) -> None:
         assert torch.allclose(single.double(), exact, rtol=close, atol=2e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("shape", [(48, 40), (64, 128), (100, 70)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(100, 70), *(pytest.param(shape, marks=pytest.mark.full) for shape in ((48, 40), (64, 128)))],
+    ids=str,
+)
 @pytest.mark.parametrize("rows_of_one", [3, pytest.param(70, marks=pytest.mark.full)])
 def test_transposed_weights_are_read_as_they_lie(shape: tuple[int, int], rows_of_one: int) -> None:
     size, columns = shape

@@ -293,10 +293,13 @@ def test_all_tiles_give_the_same_bits(name: str, tmp_path: Path) -> None:
 MUTANTS = {
     "a stage is given away before it is read": ("taller, two stages", "await_products<1>()", "await_products<2>()"),
     "the second warpgroup waits too long": ("taller, two stages", "DEPTH > 2 ? 2 : 1", "2"),
-    "an arrival too few": ("decode", "GATHERS ? 129 : 1", "GATHERS ? 130 : 1"),
-    "boxes that are not there are waited for": ("second product", "boxed_rows(tile.rows) * BK * 2", "ROW_BYTES + 2"),
+    "an arrival too few": ("decode", "1 + 128 * (GATHERS", "2 + 128 * (GATHERS"),
+    "boxes that are not there are waited for": ("second product", "boxed_rows(tile.rows) * BK * ITEM", "ROW_BYTES + 2"),
     "pieces where the swizzle does not look": ("decode", "(piece ^ (first & 7)) << 4", "piece << 4"),
-    "up where gate is": ("decode", "bias.x, sums[2] + bias.y", "bias.y, sums[3] + bias.y"),
+    "up where gate is": (
+        "decode", "gate = scaled(sums[0], of_row * of_weights.x), up = scaled(sums[2]",
+        "gate = scaled(sums[2], of_row * of_weights.x), up = scaled(sums[0]",
+    ),
     "another column of results": ("two warpgroups", "tile.weight_tile * CONSUMERS + group", "tile.weight_tile + group"),
     "rows of the next expert": ("several tiles of rows", "min(share, rows - row)", "share"),
     "results before all have come": (
@@ -324,7 +327,7 @@ MUTANTS = {
     ),
     "a slot written while it is read": ("one step", "    odd ^= 1;", "    //"),
     "an end in a stage that is not free": (
-        "one step", "  await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n  arrive_after", "  arrive_after",
+        "one step", "  await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);\n  arrive_when", "  arrive_when",
     ),
     "an end that nobody hears of": ("decode", "    tell_end(room, stage.number);\n    turns", "    turns"),
     "weights too early": (
