@@ -1,6 +1,7 @@
 """Commands in the trees of a frozen plan's arms, in a sandbox or beside the judge, each with caches of its own."""
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,9 @@ from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
 
 _LAST_WORDS, _LEAST_FREE = 1000, 1 << 20
+_ERROR = re.compile(r"\berror(:|\[| #| [A-Z]+\d)", re.IGNORECASE)
+_ERRORS, _LONGEST = 3, 300
+"""Lines of compilers that are shown, and characters of one."""
 
 
 def placed(frozen: Frozen, *, sandboxed: bool, isolation: str = "auto", more: Mapping[str, str] | None = None) -> Trees:
@@ -84,9 +88,15 @@ def disk_is_full(folder: Path) -> bool:
 
 
 def words(ended: Finished) -> str:
-    """How a command ended, and its last words, a line per traceback."""
+    """How a command ended, and its last words, a line per traceback.
+
+    The first errors of compilers stand behind them: builders go on with other files, and end with what is not to blame.
+    """
     how = ended.killed or f"ended with status {ended.status}"
-    return f"{how}: {traces.brief(ended.output.decode(errors='replace')).strip()[-_LAST_WORDS:]}"
+    said = traces.brief(ended.output.decode(errors="replace")).strip()
+    last = said[-_LAST_WORDS:]
+    errors = [line.strip()[:_LONGEST] for line in said[:-_LAST_WORDS].splitlines() if _ERROR.search(line)][:_ERRORS]
+    return "\n".join([f"{how}: {last}", *errors])
 
 
 def _beside(
