@@ -11,9 +11,8 @@ def told(text: str) -> str:
 def test_the_first_errors_of_a_compiler_are_told_behind_the_last_words() -> None:
     """Builders of several files go on after a failure."""
     more = "\n".join(f"[{i}/90] nvcc -c source{i}.cu" for i in range(2, 90))
-    said = told(
-        f"FAILED: sum.o\nsum.cu(12): error: no conversion to half\nsum.cu(13): error #20: bad\n{more}\nninja: stopped"
-    )
+    errors = "sum.cu(12): error: no conversion to half\nsum.cu(13): error #20: bad"
+    said = told(f"FAILED: sum.o\n{errors}\n{more}\nninja: stopped")
     assert said.rpartition("ninja: stopped\n")[2] == errors
     assert said.startswith("ended with status 1: ")
 
