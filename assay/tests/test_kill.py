@@ -10,11 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from assay.arms import sandbox
 from holding import processes
 from small_project import FASTER, assay, candidate, edited, environment, project
 
-KILLS = 20
 LONGEST_S = 3.0
 """Between the beginning of a stage, or of a judge that goes on behind it, and the kill."""
 STAGES = ["prepare", "build", "tests", "equivalence", "provenance", "measure"]
@@ -35,7 +36,8 @@ def under_way(store: Path) -> set[str]:
     return {stage for attempt, stage, _ in rows(store, "begun") if attempt not in ended}
 
 
-def test_twenty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("most", [6, pytest.param(20, marks=pytest.mark.full)])
+def test_kills(most: int, tmp_path: Path) -> None:
     task = edited(project(tmp_path), "rounds = 2, calls = 2", "rounds = 2, calls = 8")
     tree, store = candidate(task, "fast", {"pkg/__init__.py": FASTER}), tmp_path / "store"
     options = [] if sandbox.refusal() is None else ["--no-sandbox"]
@@ -46,7 +48,7 @@ def test_twenty_kills(tmp_path: Path) -> None:
     moments = random.Random(seed)
     done: list[tuple[Any, ...]] = []
     finished, kills, reached = 0, 0, set()
-    while kills < KILLS:
+    while kills < most:
         stage = STAGES[kills % len(STAGES)]  # a slow machine meets every one of them, too
         judge = subprocess.Popen(
             command, env=environment(MARK=mark), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
