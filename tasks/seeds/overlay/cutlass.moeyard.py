@@ -2,7 +2,8 @@
 
 import torch
 
-from moeyard import FP8_CHANNEL, ExpertScales, ExpertWeights, Routing, fused_experts
+from moeyard import ExpertScales, ExpertWeights, Routing, fused_experts
+from moeyard.quant import FP8_CHANNEL
 
 
 def cutlass_moe_fp8(
