@@ -143,12 +143,13 @@ def test_outputs_within_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture
     far = tree(tmp_path / "far", 0, text=text.replace("{noise}", "1e-2"))
     near_slower = text.replace("{noise}", "1e-7").replace("return", "time.sleep(0.006); return")
     near = tree(tmp_path / "near", 0, text="import time\n" + near_slower)
-    assert call(a, near, tmp_path / "1", "--atol", "1e-6") == 1 and "0 differ" in capsys.readouterr().out
+    few = ("--rounds", "4", "--calls", "4")
+    assert call(a, near, tmp_path / "1", "--atol", "1e-6", *few) == 1 and "0 differ" in capsys.readouterr().out
     assert rows(tmp_path / "1")[-1]["verdict"] == "slower"
-    assert call(a, far, tmp_path / "2", "--atol", "1e-6") == 1
-    assert call(a, near, tmp_path / "3") == 1
+    assert call(a, far, tmp_path / "2", "--atol", "1e-6", *few) == 1
+    assert call(a, near, tmp_path / "3", *few) == 1
     random = tree(tmp_path / "random", 0, text="import random\n" + text.replace("{noise}", "random.random()"))
-    assert call(random, random, tmp_path / "4") == 2
+    assert call(random, random, tmp_path / "4", *few) == 2
     assert "expected two builds of base to agree" in capsys.readouterr().err
 
 
