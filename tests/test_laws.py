@@ -23,13 +23,16 @@ from moeyard.testing import python
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
-ROOM = {"values"} | {f"dispatch.{name}" for name in ("call", "checks", "ids", "invariance", "op", "sizes", "table")}
+ROOM = {"values"} | {
+    f"dispatch.{name}" for name in ("call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
+}
 """What an operator's room may import, besides rooms that it is built on."""
-IMPLEMENTATION = {"values", "quant", "dispatch.call", "dispatch.ids", "dispatch.processes", "dispatch.sizes"}
+IMPLEMENTATION = {"values", "quant"} | {f"dispatch.{name}" for name in ("call", "curves", "ids", "processes", "sizes")}
 ARROWS = {  # module -> what of moeyard it may import
     "quant": set(),
     "values": {"quant"},
     "dispatch.memory": set(),
+    "dispatch.curves": {"values"},
     "dispatch.ids": {"values"},
     "dispatch.invariance": {"quant"},
     "dispatch.sizes": {"values"},

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moeyard.dispatch.checks import FLOATS, check_activation, check_out, check_tensor
+from moeyard.dispatch.curves import activated
 from moeyard.dispatch.op import Gradient, Op
 from moeyard.dispatch.table import for_gradients
 from moeyard.values import Activation, WeightedGradients
@@ -23,7 +24,7 @@ def activation_gradient(rows: Tensor, grad: Tensor, gated: bool, activation: Act
     """The gradient of `rows` where that of what the activation leaves is `grad`, in the dtype of `rows`."""
     if torch.is_grad_enabled():  # it has a gradient itself, and autograd finds it
         needy = rows if rows.requires_grad else rows.detach().requires_grad_()
-        result = _in_plain_torch(needy, gated, activation)
+        result = activated(needy, gated, activation)
         return torch.autograd.grad(result, needy, grad.to(result.dtype), create_graph=True)[0]
     result = ACTIVATE_BACKWARD((rows, grad, gated, activation), for_gradients(impl))
     assert isinstance(result, Tensor)
@@ -41,26 +42,11 @@ def weighted_gradients(
         result: WeightedGradients = WEIGHTED_ACTIVATE_BACKWARD(arguments, for_gradients(impl))
         return result
     wide = torch.promote_types(rows.dtype, torch.float32)
-    level = _in_plain_torch(rows, gated, activation)
+    level = activated(rows, gated, activation)
     column = None if factors is None else factors.reshape(-1, 1)
     upstream, weighted = (grad, level) if column is None else (grad * column, level * column)
     of_rows = activation_gradient(rows, upstream, gated, activation, impl)
     return WeightedGradients(of_rows, weighted.to(rows.dtype), (level * grad.to(wide)).sum(1))
-
-
-def _in_plain_torch(rows: Tensor, gated: bool, activation: Activation) -> Tensor:
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    gate, up = wide.chunk(2, dim=1) if gated else (wide, None)
-    if activation.limit is not None:
-        gate = gate.clamp(max=activation.limit)
-        up = None if up is None else up.clamp(-activation.limit, activation.limit)
-    if activation.name == "silu":
-        level = gate * torch.sigmoid(activation.alpha * gate)
-    elif activation.name == "relu2":
-        level = torch.relu(gate).square()
-    else:
-        level = torch.nn.functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
-    return level if up is None else level * (up + activation.beta)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.curves import activated
 from moeyard.dispatch.sizes import layout_capacity
 from moeyard.values import Activation, ExpertCall, Layout, Segments
 from moeyard.vectorised.layout import align_launch
@@ -13,18 +14,7 @@ _CHUNK_BYTES = 1 << 26  # weights copied at once where there is no grouped produ
 
 def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
     """In float32 (float64 rows: in float64), rounded once."""
-    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    gate, up = wide.chunk(2, dim=1) if gated else (wide, None)
-    if activation.limit is not None:
-        gate = gate.clamp(max=activation.limit)
-        up = None if up is None else up.clamp(-activation.limit, activation.limit)
-    if activation.name == "silu":
-        result = gate * torch.sigmoid(activation.alpha * gate)
-    elif activation.name == "relu2":
-        result = torch.relu(gate).square()
-    else:
-        result = torch.nn.functional.gelu(gate, approximate="tanh" if activation.name == "gelu_tanh" else "none")
-    out.copy_(result if up is None else result * (up + activation.beta))
+    out.copy_(activated(rows, gated, activation))
 
 
 def grouped_gemm_launch(
