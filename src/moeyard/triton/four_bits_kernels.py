@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from moeyard.triton.coded_kernels import summed, widened
-from moeyard.triton.kernels import activated, start, tile_of_program
+from moeyard.triton.kernels import finished, start, tile_of_program
 
 
 @triton.jit
@@ -198,19 +198,9 @@ def four_bits_product_kernel(
             gate *= tl.load(globals_ptr + expert * (2 if GATED else 1))
             if GATED:
                 up *= tl.load(globals_ptr + expert * 2 + 1)
-        if bias_ptr is not None:
-            bias_at = bias_ptr + expert.to(tl.int64) * bias_stride + weight_row
-            bias = tl.load(bias_at).to(tl.float32)
-            gate += bias[:, None] if SWAPPED else bias[None, :]
-            if GATED:
-                bias = tl.load(bias_at + columns).to(tl.float32)
-                up += bias[:, None] if SWAPPED else bias[None, :]
-        if NAME != "":
-            gate = activated(gate, up if GATED else None, NAME, ALPHA, BETA, LIMIT)
-        if factors_ptr is not None:
-            factor = tl.load(factors_ptr + targets)
-            gate *= factor[None, :] if SWAPPED else factor[:, None]
-        if SWAPPED:
-            gate = tl.trans(gate)
+        result = finished(
+            gate, up if GATED else None, bias_ptr, expert, bias_stride, weight_row, columns, factors_ptr, targets,
+            GATED, NAME, ALPHA, BETA, LIMIT, SWAPPED,
+        )  # fmt: skip
         out_at = out_ptr + (slots.to(tl.int64) * out_stride)[:, None] + column[None, :]
-        tl.store(out_at, gate.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])

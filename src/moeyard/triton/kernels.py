@@ -80,6 +80,40 @@ def tile_of_program(tiles_ptr, most_tiles, columns, COLUMNS: tl.constexpr, GROUP
     return expert, first, count, column
 
 
+@triton.jit
+def finished(
+    gate,
+    up,
+    bias_ptr,
+    expert,
+    bias_stride,
+    weight_row,
+    columns,
+    factors_ptr,
+    targets,
+    GATED: tl.constexpr,
+    NAME: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BETA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    SWAPPED: tl.constexpr,
+):
+    """[ROWS, COLUMNS] of sums ([COLUMNS, ROWS] if swapped), with biases, activation and factors by result row."""
+    if bias_ptr is not None:
+        bias_at = bias_ptr + expert.to(tl.int64) * bias_stride + weight_row
+        bias = tl.load(bias_at).to(tl.float32)
+        gate += bias[:, None] if SWAPPED else bias[None, :]
+        if GATED:
+            bias = tl.load(bias_at + columns).to(tl.float32)
+            up += bias[:, None] if SWAPPED else bias[None, :]
+    if NAME != "":
+        gate = activated(gate, up if GATED else None, NAME, ALPHA, BETA, LIMIT)
+    if factors_ptr is not None:
+        factor = tl.load(factors_ptr + targets)
+        gate *= factor[None, :] if SWAPPED else factor[:, None]
+    return tl.trans(gate) if SWAPPED else gate
+
+
 @triton.jit(do_not_specialize=["most_tiles", "divisor"])
 def product_kernel(
     rows_ptr,
@@ -155,23 +189,13 @@ def product_kernel(
             gate_at += DEPTH * column_stride if TURNED else DEPTH
             if GATED:
                 up_at += DEPTH * column_stride if TURNED else DEPTH
-        if bias_ptr is not None:
-            bias_at = bias_ptr + expert.to(tl.int64) * bias_stride + weight_row
-            bias = tl.load(bias_at).to(tl.float32)
-            gate += bias[:, None] if SWAPPED else bias[None, :]
-            if GATED:
-                bias = tl.load(bias_at + columns).to(tl.float32)
-                up += bias[:, None] if SWAPPED else bias[None, :]
-        if NAME != "":
-            gate = activated(gate, up if GATED else None, NAME, ALPHA, BETA, LIMIT)
-        if factors_ptr is not None:
-            factor = tl.load(factors_ptr + targets)
-            gate *= factor[None, :] if SWAPPED else factor[:, None]
-        if SWAPPED:
-            gate = tl.trans(gate)
+        result = finished(
+            gate, up if GATED else None, bias_ptr, expert, bias_stride, weight_row, columns, factors_ptr, targets,
+            GATED, NAME, ALPHA, BETA, LIMIT, SWAPPED,
+        )  # fmt: skip
         results = targets if SCATTER else slots
         out_at = out_ptr + (results.to(tl.int64) * out_stride)[:, None] + column[None, :]
-        tl.store(out_at, gate.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=held & (column < columns)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
