@@ -211,8 +211,9 @@ class _Copies:
         frozen = self.given.frozen
         place = commands.places(frozen)
         if self.given.sandboxed:
-            return Trees.boxed({arm: replace(frozen.box(arm, cache=cache), tree=tree)}, place)
-        own = {**frozen.content["sandbox"]["environment"], **sandbox.caches(cache)}
+            box = replace(frozen.box(arm, cache=cache), tree=tree)
+            return Trees.boxed({arm: replace(box, environment={**box.environment, **self.given.environment})}, place)
+        own = {**frozen.content["sandbox"]["environment"], **self.given.environment, **sandbox.caches(cache)}
         return Trees.at({arm: tree}, place, more=own)
 
     def _tree(self, name: str) -> Path:

@@ -56,7 +56,7 @@ def measure(
     copy = raw / FILE
     if copy.exists() and Frozen.read(copy).digest != frozen.digest:
         raise ValueError(f"--out: expected RAW of this plan, got that of another in {raw}")
-    stopped = not _gated(frozen, sandboxed, build_jobs)
+    stopped = not _gated(frozen, sandboxed, build_jobs, environment or {})
     raw.mkdir(parents=True, exist_ok=True)
     written(copy, json.dumps(frozen.content, indent=1))
     written(raw / notes.FILE, (frozen.folder / notes.FILE).read_text())
@@ -75,7 +75,7 @@ def measure(
     return True
 
 
-def _gated(frozen: Frozen, sandboxed: bool, build_jobs: int) -> bool:
+def _gated(frozen: Frozen, sandboxed: bool, build_jobs: int, environment: Mapping[str, str]) -> bool:
     """Tries the gates that belong to the machine that measures; whether all are passed that were tried anywhere."""
     found = notes.noted(frozen, frozen.folder)
     if not all(one.passed for one in found.values()):
@@ -88,7 +88,7 @@ def _gated(frozen: Frozen, sandboxed: bool, build_jobs: int) -> bool:
         frozen.check()
         shutil.rmtree(part := frozen.folder / "clean.part", ignore_errors=True)
         shutil.copytree(tree, part, symlinks=True).rename(clean)
-    options: dict[str, Any] = {"build_jobs": build_jobs}
+    options: dict[str, Any] = {"build_jobs": build_jobs, "environment": environment}
     given = Given(frozen, sandboxed, lambda folder: shutil.copytree(clean, folder, symlinks=True), **options)
     passed = True
     for gate in [*(one for one in table.GATES if one.where is Where.BOTH), *mine]:
