@@ -6,6 +6,7 @@ another machine. TORCH_CUDA_ARCH_LIST names compute capabilities, as "9.0"; with
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -22,6 +23,8 @@ _LOOK_S = 0.05
 
 def library(name: str, sources: Sequence[str]) -> None:
     """Makes build/NAME.so. Ends the process with the compiler's status at the first source that it refuses."""
+    if shutil.which("nvcc") is None:
+        sys.exit("build_ops.py: expected nvcc on PATH, found none")
     torch, more = _torch()
     folders = (HERE / "csrc/shim", HERE / "csrc", HERE / "csrc/third_party", torch / "include")
     folders = (*folders, torch / "include/torch/csrc/api/include", *more, Path(sysconfig.get_path("include")))
@@ -57,8 +60,6 @@ def _targets() -> list[str]:
 
 def _all(commands: list[list[str]], most: int) -> None:
     """Runs commands, so many beside each other; ends with the status of the first that fails, and stops the others."""
-    if shutil.which("nvcc") is None:
-        sys.exit("build_ops.py: expected nvcc on PATH, found none")
     left, running = list(commands), dict[int, subprocess.Popen[bytes]]()
     while left or running:
         while left and len(running) < most:
@@ -69,6 +70,7 @@ def _all(commands: list[list[str]], most: int) -> None:
         for child in ended:
             del running[child.pid]
             if child.returncode:
-                for other in running:
-                    os.killpg(other, 9)
+                for other in running.values():
+                    os.killpg(other.pid, signal.SIGKILL)
+                    other.wait()
                 sys.exit(child.returncode)
