@@ -94,11 +94,12 @@ def tell(words: str) -> None:
     sys.stdout.flush()
 
 
-def prepare(names: Sequence[str], store: Path) -> int:
+def prepare(names: Sequence[str], store: Path, options: Sequence[str] = ()) -> int:
     """Prepares plans without a sandbox and notes where they are; the largest exit status."""
     worst = 0
     for name in names:
         command = assay("prepare", HERE / SEEDS[name].task, *SEEDS[name].options, "--store", store, "--no-sandbox")
+        command += options
         begun = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         tell(f"{name}: {done.stdout.strip()} ({time.monotonic() - begun:.0f} s)")
@@ -246,13 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("build/seeds"), help="plans and RAW (%(default)s)")
     parser.add_argument("--seconds", type=float, default=540.0, help="of `measure`, at most (%(default)s)")
     parser.add_argument("--gpus", metavar="N,N", help="their numbers; all unless given")
+    parser.add_argument("--build-jobs", default="", metavar="N", help="of `prepare`: as of `assay prepare`")
     given = parser.parse_args(arguments)
     store, names = given.store.resolve(), given.names or list(SEEDS)
     plans = {Path(name).resolve().parent.name: Path(name) for name in names if name.endswith(".json")}
     if unknown := [name for name in names if name not in SEEDS and not name.endswith(".json")]:
         parser.error(f"NAME: expected one of {', '.join(SEEDS)}, got {', '.join(unknown)}")
     if given.what == "prepare":
-        return prepare(names, store)
+        return prepare(names, store, ["--build-jobs", given.build_jobs] if given.build_jobs else [])
     if given.what == "measure":
         where = noted(store)
         if missing := [name for name in given.names if name in SEEDS and name not in where]:
