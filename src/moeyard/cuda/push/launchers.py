@@ -74,7 +74,7 @@ def push_launch(
         sizes, tables: of the connection.
     """
     device = tables.bases.get_device()
-    num_tokens, words = topk_ids.shape[0], sizes.sent_bytes // WORD
+    num_tokens = topk_ids.shape[0]
     if (
         rows.data_ptr() % WORD
         or (num_tokens > 1 and rows.stride(0) * rows.element_size() % WORD)
@@ -85,11 +85,7 @@ def push_launch(
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
     found = _READY.get(("push", sizes, tables.rank, ids.dtype, device)) or _push_ready(sizes, tables, ids.dtype, device)
     launch, places, grid, shared = found
-    sized = (
-        tables.rank, sizes.ranks, tables.tensor, num_tokens, sizes.max_tokens, places.tile, places.tiles, sizes.top_k,
-        words, stride, sizes.scales, *tables.places.shape, places.rows, places.scales, places.slots, places.factors,
-        places.masks, places.flags, places.epoch, tables.timeout_ns,
-    )  # fmt: skip
+    sized = numbers_of_push(sizes, places, tables, num_tokens, stride)
     launch(
         Shape(grid, shared, sized), tables.bases.data_ptr(), rows.data_ptr(),
         0 if scales is None else scales.contiguous().data_ptr(), ids.data_ptr(), factors.data_ptr(),
@@ -114,14 +110,32 @@ def push_back_launch(
     key = ("back", sizes, tables.rank, weighted, rows.dtype, device)
     found = _READY.get(key) or _back_ready(sizes, tables, weighted, rows.dtype, device)
     launch, places, grid, shared, pushers = found
-    sized = (
-        pushers, tables.rank, sizes.ranks, num_tokens, sizes.max_tokens, places.tile_back, places.tiles_back,
-        sizes.top_k, sizes.row_bytes // WORD, tables.first_slot, tables.num_slots, places.slots, places.factors,
-        places.masks, places.back, places.flags_back, places.epoch_back, tables.timeout_ns,
-    )  # fmt: skip
+    sized = numbers_of_push_back(sizes, places, tables, num_tokens, pushers)
     launch(
         Shape(grid, shared, sized), tables.bases.data_ptr(), rows.data_ptr(),
         0 if route_rows is None else route_rows.data_ptr(), out.data_ptr(), tables.trouble.data_ptr(),
+    )  # fmt: skip
+
+
+def numbers_of_push(
+    sizes: PushSizes, places: Places, tables: PushTables, num_tokens: int, stride: int
+) -> tuple[int, ...]:
+    """What push.cu takes behind its pointers; `stride` is the bytes from row to row."""
+    return (
+        tables.rank, sizes.ranks, tables.tensor, num_tokens, sizes.max_tokens, places.tile, places.tiles, sizes.top_k,
+        sizes.sent_bytes // WORD, stride, sizes.scales, *tables.places.shape, places.rows, places.scales, places.slots,
+        places.factors, places.masks, places.flags, places.epoch, tables.timeout_ns,
+    )  # fmt: skip
+
+
+def numbers_of_push_back(
+    sizes: PushSizes, places: Places, tables: PushTables, num_tokens: int, pushers: int
+) -> tuple[int, ...]:
+    """What push_back.cu takes behind its pointers; `pushers` blocks send."""
+    return (
+        pushers, tables.rank, sizes.ranks, num_tokens, sizes.max_tokens, places.tile_back, places.tiles_back,
+        sizes.top_k, sizes.row_bytes // WORD, tables.first_slot, tables.num_slots, places.slots, places.factors,
+        places.masks, places.back, places.flags_back, places.epoch_back, tables.timeout_ns,
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def places_of(sizes: PushSizes) -> Places:
     for size in parts:
         offsets.append(total)
         total += -(-size // _PART) * _PART
-    return Places(*offsets, total, tile, tiles, tile_back, tiles_back)
+    return Places(*(*offsets, total, tile, tiles, tile_back, tiles_back))
 
 
 def push_grid(places: Places) -> int:

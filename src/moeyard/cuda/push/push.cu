@@ -4,8 +4,7 @@
 // A row goes once to each rank that has one of its experts. Slots and router weights go to all; -1 where there is no
 // token. Tokens are cut in tiles, a flag each. The first block returns when all tiles of all ranks are here.
 
-#include "peers.cuh"
-#include "rows.cuh"
+#include "push.cuh"
 
 constexpr u32 WARPS = BLOCK / 32, COUNT = LOADS, REACH = 32 * COUNT;  // words of 16 bytes of a piece of a row
 typedef ID Id;

@@ -5,8 +5,7 @@
 // grouped: one row per token and rank, added in rank order. EXACT: one per route, weighted and added in k order. Sums
 // are float32; products and sums are rounded one by one, as in sum.cu.
 
-#include "peers.cuh"
-#include "rows.cuh"
+#include "push.cuh"
 
 constexpr u32 WARPS = BLOCK / 32, COUNT = LOADS, REACH = 32 * COUNT;  // words of 16 bytes of a piece that is sent
 constexpr int KIND = ROW_KIND, VALUES = values_of<KIND, 16>;
