@@ -89,9 +89,9 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
     "an epoch that stays": ("two ranks", "push.cu", "*epochs = epoch", "*epochs = epoch - 1"),
     "an epoch of combines that stays": ("two ranks", "push_back.cu", "epochs[0] = epoch", "epochs[0] = epoch - 1"),
     "blocks that have not ended": ("two ranks", "push_back.cu", "== gridDim.x - 1", ">= 0"),
-    "flags of any epoch": ("two ranks", "push.cuh", "(acquire_here(flag) - epoch) >= 0", "acquire_here(flag) > 0"),
-    "every row to all": (
-        "two ranks", "push_back.cu", "if (first_slot <= slot && slot < first_slot + num_slots)", "if (slot >= 0)",
+    "flags of any epoch": ("two ranks", "push.cuh", "(acquire_here(flag) - epoch) >= 0", "(acquire_here(flag)) > 0"),
+    "rows of the first expert stay": (
+        "two ranks", "push_back.cu", "if (first_slot <= slot &&", "if (first_slot < slot &&",
     ),
     "a row to the first rank alone": ("two ranks", "push.cu", "mask >> rank & 1", "mask & 1"),
     "slots of absent tokens": ("exact", "push.cu", "if (row < full) {", "if (row < count) {"),

@@ -212,7 +212,7 @@ def open_pushes(
     here = torch.where(map_of(plan, rank, device) >= 0, 0, -1).int()
     launches = None
     if device.type == "cuda":
-        launches = _launch_tables(memory, plan, rank, timeout_ms, device)
+        launches = launch_tables(memory, plan, rank, timeout_ms, device)
     peers.barrier(1, timeout_ms)
     return Pushes(peers, memory, sizes, places, plan, tables, rank, rows_dtype, launches, here, timeout_ms)
 
@@ -229,7 +229,8 @@ def packed_places(plan: Plan) -> tuple[list[list[int]], list[int]]:
     return [slots + slots[:1] * (most - len(slots)) for slots in found], list(map(len, found))
 
 
-def _launch_tables(memory: list[Tensor], plan: Plan, rank: int, timeout_ms: int, device: torch.device) -> Any:
+def launch_tables(memory: list[Tensor], plan: Plan, rank: int, timeout_ms: int, device: torch.device) -> Any:
+    """What launches of a rank on a GPU read beside rows; `memory` is that of all ranks, in their order."""
     from moeyard.cuda.push.launchers import PushTables
 
     rows, counts = packed_places(plan)

@@ -145,7 +145,7 @@ _READY = Ready()
 def push_recipe(ids: torch.dtype) -> Recipe:
     """The kernel of a dispatch."""
     defines = (("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ID", id_type(ids)))
-    return Recipe("push.cu", "push_kernel", defines, THREADS, 8 + 21, suffix="a")
+    return Recipe("push.cu", "push_kernel", defines, THREADS, 8 + 21)
 
 
 def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
@@ -155,7 +155,7 @@ def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
         ("EXACT", "true" if sizes.exact else "false"), ("WEIGHTS", "true" if sizes.exact and weighted else "false"),
         ("ADDED", str(sizes.top_k if sizes.exact else sizes.ranks)),
     )  # fmt: skip
-    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 5 + 18, cooperative=True, suffix="a")
+    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 5 + 18, cooperative=True)
 
 
 def _push_ready(
