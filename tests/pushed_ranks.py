@@ -62,7 +62,8 @@ class Ranks:
         rows, counts = packed_places(self.plan)
         share = rank // self.plan.tensor
         return PushTables(
-            torch.tensor([part.data_ptr() for part in self.memory]), torch.tensor(rows, dtype=torch.int32),
+            torch.tensor([part.data_ptr() for part in self.memory]), self.memory[rank].data_ptr(),
+            torch.tensor(rows, dtype=torch.int32),
             torch.tensor(counts, dtype=torch.int32), torch.zeros(1, dtype=torch.int64), rank, self.plan.tensor,
             sum(map(len, self.plan.experts[:share])), len(self.plan.experts[share]), 10**9,
         )  # fmt: skip
@@ -163,9 +164,10 @@ class Ranks:
     def program(self, rank: int, blocks: tuple[int, int], resident: int) -> Program:
         """Three times: a dispatch, experts, a combine, a look at the sums and new inputs."""
         given, tables, steps = self.inputs[rank], self.tables[rank], []
-        pointers = [tables.bases, given["rows"], given["scales"], given["ids"], given["factors"], tables.places,
-                    tables.replicas, tables.trouble]  # fmt: skip
-        back = [tables.bases, self.made[rank], self.routes[rank], self.outs[rank], tables.trouble]
+        memory = self.memory[rank]
+        pointers = [tables.bases, memory, given["rows"], given["scales"], given["ids"], given["factors"],
+                    tables.places, tables.replicas, tables.trouble]  # fmt: skip
+        back = [tables.bases, memory, self.made[rank], self.routes[rank], self.outs[rank], tables.trouble]
         pushers, adders = back_grid(self.sizes, self.places, Card(blocks[1], 0, True))
         for epoch in range(EPOCHS):
             count = self.case["counts"][epoch][rank]

@@ -84,13 +84,14 @@ T* pointer(u32 i) {
 void body() {
   const i64* n = rank->launch->numbers;
   if (rank->launch->kind == 0) {
-    push::push_kernel(pointer<u64>(0), pointer<u8>(1), pointer<u32>(2), pointer<push::Id>(3), pointer<u32>(4),
-                      pointer<u32>(5), pointer<int>(6), pointer<u64>(7), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7],
-                      n[8], n[9], n[10], n[11], n[12], n[13], n[14], n[15], n[16], n[17], n[18], n[19], n[20]);
+    push::push_kernel(pointer<u64>(0), pointer<u8>(1), pointer<u8>(2), pointer<u32>(3), pointer<push::Id>(4),
+                      pointer<u32>(5), pointer<u32>(6), pointer<int>(7), pointer<u64>(8), n[0], n[1], n[2], n[3], n[4],
+                      n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14], n[15], n[16], n[17], n[18], n[19],
+                      n[20]);
   } else {
-    push_back::push_back_kernel(pointer<u64>(0), pointer<u8>(1), pointer<int>(2), pointer<u8>(3), pointer<u64>(4), n[0],
-                                n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], n[12], n[13], n[14],
-                                n[15], n[16], n[17]);
+    push_back::push_back_kernel(pointer<u64>(0), pointer<u8>(1), pointer<u8>(2), pointer<int>(3), pointer<u8>(4),
+                                pointer<u64>(5), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10],
+                                n[11], n[12], n[13], n[14], n[15], n[16], n[17]);
   }
 }
 

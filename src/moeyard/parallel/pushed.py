@@ -236,7 +236,7 @@ def launch_tables(memory: list[Tensor], plan: Plan, rank: int, timeout_ms: int, 
     rows, counts = packed_places(plan)
     share = rank // plan.tensor
     return PushTables(
-        torch.tensor([part.data_ptr() for part in memory], dtype=torch.int64, device=device),
+        torch.tensor([part.data_ptr() for part in memory], dtype=torch.int64, device=device), memory[rank].data_ptr(),
         torch.tensor(rows, dtype=torch.int32, device=device),
         torch.tensor(counts, dtype=torch.int32, device=device),
         torch.zeros(1, dtype=torch.int64, pin_memory=True), rank, plan.tensor,

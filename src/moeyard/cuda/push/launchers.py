@@ -30,6 +30,8 @@ class PushTables(NamedTuple):
 
     bases: Tensor
     """[ranks] int64: where the memory of each rank begins."""
+    here: int
+    """Where that of this rank does."""
     places: Tensor
     """[num_experts, most replicas] int32: slot and, in the upper 8 bits, share of each replica."""
     replicas: Tensor
@@ -87,7 +89,7 @@ def push_launch(
     launch, places, grid, shared = found
     sized = numbers_of_push(sizes, places, tables, num_tokens, stride)
     launch(
-        Shape(grid, shared, sized), tables.bases.data_ptr(), rows.data_ptr(),
+        Shape(grid, shared, sized), tables.bases.data_ptr(), tables.here, rows.data_ptr(),
         0 if scales is None else scales.contiguous().data_ptr(), ids.data_ptr(), factors.data_ptr(),
         tables.places.data_ptr(), tables.replicas.data_ptr(), tables.trouble.data_ptr(),
     )  # fmt: skip
@@ -112,7 +114,7 @@ def push_back_launch(
     launch, places, grid, shared, pushers = found
     sized = numbers_of_push_back(sizes, places, tables, num_tokens, pushers)
     launch(
-        Shape(grid, shared, sized), tables.bases.data_ptr(), rows.data_ptr(),
+        Shape(grid, shared, sized), tables.bases.data_ptr(), tables.here, rows.data_ptr(),
         0 if route_rows is None else route_rows.data_ptr(), out.data_ptr(), tables.trouble.data_ptr(),
     )  # fmt: skip
 
@@ -145,7 +147,7 @@ _READY = Ready()
 def push_recipe(ids: torch.dtype) -> Recipe:
     """The kernel of a dispatch."""
     defines = (("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ID", id_type(ids)))
-    return Recipe("push.cu", "push_kernel", defines, THREADS, 8 + 21)
+    return Recipe("push.cu", "push_kernel", defines, THREADS, 9 + 21)
 
 
 def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
@@ -155,7 +157,7 @@ def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
         ("EXACT", "true" if sizes.exact else "false"), ("WEIGHTS", "true" if sizes.exact and weighted else "false"),
         ("ADDED", str(sizes.top_k if sizes.exact else sizes.ranks)),
     )  # fmt: skip
-    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 5 + 18, cooperative=True)
+    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 6 + 18, cooperative=True)
 
 
 def _push_ready(

@@ -10,7 +10,7 @@ constexpr u32 WARPS = BLOCK / 32, COUNT = LOADS, REACH = 32 * COUNT;  // words o
 typedef ID Id;
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_kernel(
-    const u64* table, const u8* rows, const u32* scales, const Id* ids, const u32* factors, const u32* places,
+    const u64* table, u8* here, const u8* rows, const u32* scales, const Id* ids, const u32* factors, const u32* places,
     const int* replicas, u64* trouble, i64 me_, i64 ranks_, i64 tensor, i64 num_tokens, i64 max_tokens, i64 tile_rows,
     i64 tiles_, i64 top_k_, i64 words_, i64 stride, i64 scale_words_, i64 num_experts, i64 most_replicas, i64 rows_at,
     i64 scales_at, i64 slots_at, i64 factors_at, i64 masks_at, i64 flags_at, i64 epoch_at, i64 timeout) {
@@ -18,10 +18,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_kernel(
   u32* masks = reinterpret_cast<u32*>(bases + MOST_RANKS);  // of a tile: the ranks of each token
   const u32 me = me_, ranks = ranks_, tiles = tiles_, top_k = top_k_, words = words_, scale_words = scale_words_;
   const u32 pieces = (words + REACH - 1) / REACH, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  load_bases(bases, table, ranks);
-  __syncthreads();
-  u32* epochs = reinterpret_cast<u32*>(bases[me] + epoch_at);
+  u32* epochs = reinterpret_cast<u32*>(here + epoch_at);
   const u32 epoch = __ldcg(epochs) + 1;
+  load_bases(bases, table, ranks);
 
   for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const u32 first = tile * static_cast<u32>(tile_rows), place = me * static_cast<u32>(max_tokens) + first;
@@ -35,23 +34,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_kernel(
         if (begin + i * 32 < words) load_word(word[i], from + i * 512);
       }
     };
+    // The slot of route i of this tile, and the ranks that have its expert.
+    u32 slot, factor, to_ranks;
+    auto look_up = [&](u32 i) {
+      slot = ~0u, factor = to_ranks = 0;
+      if (i >= full * top_k) return;
+      const i64 id = ids[static_cast<u64>(first) * top_k + i];
+      factor = factors[static_cast<u64>(first) * top_k + i];
+      if (id < 0 || id >= num_experts) return;
+      const u32 turn = most_replicas > 1 ? (me + first + i / top_k) % static_cast<u32>(replicas[id]) : 0;
+      const u32 found = places[id * most_replicas + turn], share = found >> 24;
+      slot = found & 0xffffff;
+      to_ranks = ALL >> (32 - tensor) << share * tensor;
+    };
     uint4 word[COUNT];
-    if (warp < full * pieces) load(warp, word);  // on its way while ranks are looked up
+    if (warp < full * pieces) load(warp, word);  // on its way, and so is the first route, before the block meets
+    look_up(threadIdx.x);
     for (u32 i = threadIdx.x; i < count; i += BLOCK) masks[i] = 0;
     __syncthreads();
     for (u32 i = threadIdx.x; i < count * top_k; i += BLOCK) {
-      const u32 row = i / top_k;
-      u32 slot = ~0u, factor = 0;
-      if (row < full) {
-        const i64 id = ids[static_cast<u64>(first) * top_k + i];
-        factor = factors[static_cast<u64>(first) * top_k + i];
-        if (0 <= id && id < num_experts) {
-          const u32 turn = most_replicas > 1 ? (me + first + row) % static_cast<u32>(replicas[id]) : 0;
-          const u32 found = places[id * most_replicas + turn], share = found >> 24;
-          slot = found & 0xffffff;
-          atomicOr(masks + row, ALL >> (32 - tensor) << share * tensor);
-        }
-      }
+      if (i != threadIdx.x) look_up(i);
+      if (to_ranks) atomicOr(masks + i / top_k, to_ranks);
       const u64 offset = (static_cast<u64>(place) * top_k + i) * 4;
       for (u32 step = 1; step <= ranks; ++step) {
         const u64 there = bases[rank_after(me, step, ranks)] + offset;
@@ -68,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_kernel(
     }
     __syncthreads();
     for (u32 i = threadIdx.x; i < full; i += BLOCK) {
-      store_there(reinterpret_cast<u32*>(bases[me] + masks_at) + first + i, masks[i]);
+      store_there(reinterpret_cast<u32*>(here + masks_at) + first + i, masks[i]);
     }
     for (u32 item = warp; item < full * pieces; item += WARPS) {
       if (item != warp) load(item, word);
@@ -93,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_kernel(
 
   if (blockIdx.x) return;
   for (u32 i = threadIdx.x; i < ranks * tiles; i += BLOCK) {
-    await_flag(reinterpret_cast<u32*>(bases[me] + flags_at) + i, epoch, timeout, trouble, i / tiles + 1);
+    await_flag(reinterpret_cast<u32*>(here + flags_at) + i, epoch, timeout, trouble, i / tiles + 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) *epochs = epoch;  // all blocks have read it, as their own flags are here

@@ -15,7 +15,7 @@ constexpr u32 BATCH = WIDTH < 8 ? WIDTH : 8;  // of these on their way at the sa
 constexpr u32 SUMS = WIDTH > 4 ? 1 : WIDTH > 2 ? 2 : 4;  // of so many words
 
 extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_back_kernel(
-    const u64* table, const u8* rows, const int* route_rows, u8* out, u64* trouble, i64 pushers_, i64 me_, i64 ranks_,
+    const u64* table, u8* here, const u8* rows, const int* route_rows, u8* out, u64* trouble, i64 pushers_, i64 me_, i64 ranks_,
     i64 num_tokens, i64 max_tokens_, i64 tile_rows_, i64 tiles_, i64 top_k_, i64 words_, i64 first_slot, i64 num_slots,
     i64 slots_at, i64 factors_at, i64 masks_at, i64 back_at, i64 flags_at, i64 epoch_at, i64 timeout) {
   u64* bases = shared_words();
@@ -23,17 +23,27 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_back_kernel(
   const u32 me = me_, ranks = ranks_, tiles = tiles_, top_k = top_k_, words = words_, pushers = pushers_;
   const u32 max_tokens = max_tokens_, tile_rows = tile_rows_, warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const u32 entries = BY_ROUTE ? top_k : 1;  // places of a token
-  load_bases(bases, table, ranks);
-  __syncthreads();
-  u32* epochs = reinterpret_cast<u32*>(bases[me] + epoch_at);  // and behind it how many blocks have ended
+  u32* epochs = reinterpret_cast<u32*>(here + epoch_at);  // and behind it how many blocks have ended
   const u32 epoch = __ldcg(epochs) + 1;
-  const int* slots = reinterpret_cast<const int*>(bases[me] + slots_at);
+  const int* slots = reinterpret_cast<const int*>(here + slots_at);
+  load_bases(bases, table, ranks);
 
   const u32 others = ranks - 1;
   for (u32 item = blockIdx.x; blockIdx.x < pushers && item < others * tiles; item += pushers) {
     const u32 tile = item / others, rank = rank_after(me, 1 + item - tile * others, ranks);
     const u32 first = tile * tile_rows, count = min(tile_rows, max_tokens - first);
     const u64 token = static_cast<u64>(rank) * max_tokens + first;
+    const u32 pieces = (words + REACH - 1) / REACH, parts = count * entries * pieces;
+    auto load = [&](u32 part, u32 source, uint4(&word)[COUNT]) {
+      const u32 begin = part % pieces * REACH + lane;
+      const u64 from = reinterpret_cast<u64>(rows) + (static_cast<u64>(source) * words + begin) * 16;
+#pragma unroll
+      for (u32 i = 0; i < COUNT; ++i) {
+        if (begin + i * 32 < words) load_word(word[i], from + i * 512);
+      }
+    };
+    uint4 word[COUNT];
+    if (!BY_ROUTE && warp < parts) load(warp, token + warp / pieces, word);  // on its way, wanted or not
     if constexpr (BY_ROUTE) {
       for (u32 i = threadIdx.x; i < count * top_k; i += BLOCK) sources[i] = route_rows[token * top_k + i];
     } else {
@@ -45,19 +55,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_back_kernel(
       }
     }
     __syncthreads();
-    const u32 pieces = (words + REACH - 1) / REACH;
     const u64 place = BY_ROUTE ? static_cast<u64>(first) * top_k : static_cast<u64>(me) * max_tokens + first;
-    for (u32 part = warp; part < count * entries * pieces; part += WARPS) {
+    for (u32 part = warp; part < parts; part += WARPS) {
       const u32 entry = part / pieces, begin = (part - entry * pieces) * REACH + lane;
       const int source = sources[entry];
       if (source < 0) continue;
-      const u64 from = reinterpret_cast<u64>(rows) + (static_cast<u64>(source) * words + begin) * 16;
+      if (BY_ROUTE || part != warp) load(part, source, word);
       uint4* to = reinterpret_cast<uint4*>(bases[rank] + back_at + ((place + entry) * words + begin) * 16);
-      uint4 word[COUNT];
-#pragma unroll
-      for (u32 i = 0; i < COUNT; ++i) {
-        if (begin + i * 32 < words) load_word(word[i], from + i * 512);
-      }
 #pragma unroll
       for (u32 i = 0; i < COUNT; ++i) {
         if (begin + i * 32 < words) store_there(to + i * 32, word[i]);
@@ -67,11 +71,11 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_back_kernel(
     if (threadIdx.x == 0) release_there(reinterpret_cast<u32*>(bases[rank] + flags_at) + me * tiles + tile, epoch);
   }
 
-  const u32* masks = reinterpret_cast<const u32*>(bases[me] + masks_at);
-  const float* factors = reinterpret_cast<const float*>(bases[me] + factors_at);
+  const u32* masks = reinterpret_cast<const u32*>(here + masks_at);
+  const float* factors = reinterpret_cast<const float*>(here + factors_at);
   for (u32 tile = blockIdx.x - pushers; blockIdx.x >= pushers && tile < tiles; tile += gridDim.x - pushers) {
     if (threadIdx.x < ranks && threadIdx.x != me) {
-      await_flag(reinterpret_cast<u32*>(bases[me] + flags_at) + threadIdx.x * tiles + tile, epoch, timeout, trouble,
+      await_flag(reinterpret_cast<u32*>(here + flags_at) + threadIdx.x * tiles + tile, epoch, timeout, trouble,
                  1ull << 32 | (threadIdx.x + 1));
     }
     __syncthreads();
@@ -96,10 +100,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK, 2) push_back_kernel(
             const int slot = slots[home * top_k + k];
             const bool mine = first_slot <= slot && slot < first_slot + num_slots;
             const u64 place = mine ? route_rows[home * top_k + k] : static_cast<u64>(token) * top_k + k;
-            if (slot >= 0) from[b] = (mine ? reinterpret_cast<u64>(rows) : bases[me] + back_at) + place * words * 16;
+            if (slot >= 0) from[b] = (mine ? reinterpret_cast<u64>(rows) : reinterpret_cast<u64>(here) + back_at) + place * words * 16;
           } else if (mask >> k & 1) {
             const u64 place = k == me ? home : static_cast<u64>(k) * max_tokens + token;
-            from[b] = (k == me ? reinterpret_cast<u64>(rows) : bases[me] + back_at) + place * words * 16;
+            from[b] = (k == me ? reinterpret_cast<u64>(rows) : reinterpret_cast<u64>(here) + back_at) + place * words * 16;
           }
 #pragma unroll
           for (u32 i = 0; i < SUMS; ++i) {
