@@ -64,7 +64,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "triton": IMPLEMENTATION | {"triton"},
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
-    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
+    "parallel": ROOM | {"", "quant", "cuda", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -72,6 +72,7 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "rows": {"runtime"},
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
+    "push": {"runtime"},
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
 READS = {"parallel/wire.py": "tolist"}
