@@ -57,7 +57,9 @@ def routes_of(topk_ids: Tensor, call: ExpertCall, impl: str) -> Routes:
         impl=among("moe_align_block_size", impl),
     )
     firsts, slots = layout.expert_offsets[:-1], layout.sorted_token_ids
-    segments = Segments(firsts, layout.expert_counts, slots, layout.top_k, call.num_experts)
+    segments = Segments(
+        firsts, layout.expert_counts, slots, layout.top_k, call.num_experts, call.batch_invariant
+    )  # fmt: skip
     return Routes(segments, layout.route_rows)
 
 
@@ -110,7 +112,7 @@ def first_gradients(
 def _flatten(
     product: Tensor, factors: Tensor | None, w2: Tensor, bias: Tensor | None, routes: Routes, *rest: Any
 ) -> tuple[Any, ...]:
-    (first_rows, row_counts, slots, top_k, num_experts, _), route_rows = routes
+    (first_rows, row_counts, slots, top_k, num_experts, _), route_rows = routes  # products that are kept vary
     gated, activation = rest
     return (
         product, factors, w2, bias, slots, first_rows, row_counts, route_rows, gated, *flatten_activation(activation),
@@ -168,16 +170,18 @@ def finish_gradients(
     """
     (product, factors, w2, bias), impl = operands, for_gradients(impl)
     segments, num_routes = routes.segments, product.shape[0]
+    invariant = segments.batch_invariant
     found: list[Tensor | None] = [None] * 4
     dtype, column = product.dtype, None if factors is None else factors.reshape(-1, 1)
     if needs[1] or needs[2]:
         back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
-        of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl)
+        of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl, invariant)
         del back  # of [num_routes, intermediate_size]: gone before the next sums
         found[0] = of_product if needs[0] else None
     elif needs[0]:
         back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
-        found[0] = activation_gradient(product, back if column is None else back * column, *curve, impl)
+        weighted = back if column is None else back * column
+        found[0] = activation_gradient(product, weighted, *curve, impl, invariant)
     if needs[1]:
         if bias is not None:
             dots = dots + _by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
@@ -224,7 +228,16 @@ def experts_keeping_products(
 def experts_gradients(
     grad: Tensor, hidden_states: Tensor, factors: Tensor, topk_ids: Tensor, call: ExpertCall, needs: Needs, impl: str
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again."""
+    """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again.
+
+    Those of hidden states and router weights depend on no batch where the result does not. ValueError for gradients of
+    these, which torch computes.
+    """
+    if call.batch_invariant and torch.is_grad_enabled():
+        raise ValueError(
+            "batch_invariant: expected False where gradients have gradients (create_graph=True), which depend on the "
+            "batch, got True"
+        )
     impl, weights, on_input = for_gradients(impl), call.weights, call.weight_on_input
     routes = routes_of(topk_ids, call, impl)
     before = needs.hidden_states or needs.w13 or needs.w13_bias or (needs.factors and on_input)
