@@ -75,7 +75,7 @@ def first_product(hidden_states: Tensor, factors: Tensor, routes: Routes, call: 
     product = _product((hidden_states, weights.w13, None, factors, routes.segments, num_routes), impl)
     if weights.w13_bias is None:
         return product
-    biases = _by_route(hidden_states.new_ones(1, 1), weights.w13_bias.unsqueeze(2), routes, num_routes, impl)
+    biases = products_by_route(hidden_states.new_ones(1, 1), weights.w13_bias.unsqueeze(2), routes, num_routes, impl)
     return product + biases
 
 
@@ -84,11 +84,13 @@ def _product(arguments: tuple[Any, ...], impl: str) -> Tensor:
     return result
 
 
-def _by_route(rows: Tensor, matrices: Tensor, routes: Routes, num_routes: int, impl: str) -> Tensor:
+def products_by_route(
+    rows: Tensor, matrices: Tensor, routes: Routes, num_routes: int, impl: str, bias: Tensor | None = None
+) -> Tensor:
     """[num_routes, rows of a matrix]: products by route of one row for all, or of one row per token."""
     divisor = max(1, num_routes) if rows.shape[0] == 1 else routes.segments.divisor
     segments = routes.segments._replace(divisor=divisor)
-    return _product((rows, matrices, None, None, segments, num_routes), for_gradients(impl))
+    return _product((rows, matrices, bias, None, segments, num_routes), for_gradients(impl))
 
 
 def first_gradients(
@@ -174,17 +176,17 @@ def finish_gradients(
     found: list[Tensor | None] = [None] * 4
     dtype, column = product.dtype, None if factors is None else factors.reshape(-1, 1)
     if needs[1] or needs[2]:
-        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        back = products_by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
         of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl, invariant)
         del back  # of [num_routes, intermediate_size]: gone before the next sums
         found[0] = of_product if needs[0] else None
     elif needs[0]:
-        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        back = products_by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
         weighted = back if column is None else back * column
         found[0] = activation_gradient(product, weighted, *curve, impl, invariant)
     if needs[1]:
         if bias is not None:
-            dots = dots + _by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
+            dots = dots + products_by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
         dots = torch.where(held_results(segments, num_routes), dots, 0)
         found[1] = dots.to(factors.dtype).view_as(factors)
     if needs[2]:
