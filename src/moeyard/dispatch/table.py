@@ -153,8 +153,14 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             unfit=f"{_OUTER}:unfit",
         ),
     ),
-    "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
-    "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
+    **{
+        name: _gradient(
+            f"{name}_launch",
+            "the derivative of activations",
+            Impl("cpu", f"moeyard.cpu.derivatives:{name}_launch", sums_on_cpu),
+        )
+        for name in ("activate_backward", "weighted_activate_backward")
+    },
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
