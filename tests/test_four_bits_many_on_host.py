@@ -208,13 +208,54 @@ def results(rows: torch.Tensor, weights: ExpertWeights, case: dict[str, Any], ki
     return torch.cat(found)
 
 
-QUICK = ("gpt-oss",)
+QUICK = ("large scales",)
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CASES])
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CASES]
+)
 def test_the_kernel(name: str, tmp_path: Path) -> None:
     case = {**PLAIN, **CASES[name]}
     library = build(tmp_path, defines_of(case))
     for at_once in (True, False):
         torch.manual_seed(3)
         assert run(library, case, at_once) is None
+
+
+MUTANTS = {
+    "a stage is given away before it is read": (
+        "gpt-oss", "await_products<1>();  // those", "await_products<2>();  // those",
+    ),
+    "values written over while products read them": ("gpt-oss", "values[batch & 1]", "values[0]"),
+    "gate where up belongs": ("gpt-oss", "codes.z, lower_zero", "codes.x, lower_zero"),
+    "scales of another row": ("gpt-oss", "lane / 4 * 2 * SCALE_SIZE", "(lane / 4 ^ 1) * 2 * SCALE_SIZE"),
+    "scales of the group before": ("gpt-oss", "part * LINE);\n        all |=", "0);\n        all |="),
+    "large scales are cut": ("large scales", "if (large) {", "if (false) {"),
+    "results in the order of columns": (
+        "gpt-oss", "return {first.x, first.z, second.x, second.z}", "return {first.x, first.y, first.z, first.w}",
+    ),
+    "results without a gate in the order of columns": ("not gated", "at = INTERLEAVES ?", "at = false ?"),
+    "the bias of the column beside": ("gpt-oss, second", "OTHER_COLUMN = TILED ? 8 : 1", "OTHER_COLUMN = 1"),
+    "columns past the last": (
+        "gpt-oss, second", "tile_column + m * COLUMNS_A_PRODUCT < a", "tile_column + m * COLUMNS_A_PRODUCT <= a",
+    ),
+    "the zero point of another row": ("int4, zero points", "zeros & 0xff, zeros >> 8", "zeros & 0xff, zeros & 0xff"),
+    "scales of the other row for sums": ("int4", "fmaf(scales.y, own[4 * i + 2]", "fmaf(scales.x, own[4 * i + 2]"),
+    "the next group too early": ("int4", "column / WIDTH", "min(step, u32(2 * BK / WIDTH))"),
+    "codes given away while they are read": (
+        "int4", "    __syncwarp();  // all lanes have read codes and scales\n", "",
+    ),
+    "one global scale for gate and up": (
+        "NVFP4", "__ldg(a.weight_scales + first + 1)", "__ldg(a.weight_scales + first)",
+    ),
+    "the factor of the row before": ("int4, half, second", "a.factors + routes[1]", "a.factors + routes[0]"),
+}  # fmt: skip
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_seen(mutant: str, tmp_path: Path) -> None:
+    name, *change = MUTANTS[mutant]
+    case = {**PLAIN, **CASES[name]}
+    library = build(tmp_path, defines_of(case), (change[0], change[1]))
+    assert any(run(library, case, at_once) is not None for at_once in (False, True, False))

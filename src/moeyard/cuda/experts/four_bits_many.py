@@ -1,4 +1,4 @@
-"""The experts of many tokens with weights of 4 bits in tiles: launches of experts.cu, which widens codes in registers."""
+"""The experts of many tokens with weights of 4 bits in tiles: experts.cu widens their codes in registers."""
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ def fused_experts_launch(
 ) -> None:
     """Fills `out` by five launches: layout, rows in the order of experts, two products, sum.
 
-    Rows come interleaved, as the lanes that hold weights have their columns (experts_nibbles.cuh). Weights become values of
-    the rows' dtype in registers where that rounds none; otherwise codes are multiplied, and the sums of a group are
+    Rows come interleaved, as lanes have the columns of weights (experts_nibbles.cuh). Weights become values of the
+    rows' dtype in registers where that rounds none; otherwise codes are multiplied, and the sums of a group are
     scaled. Sums are float32, in a fixed order. A row of float16 is weighted before it is rounded. `rows` of a tile are
     as planned unless given. Allocates [T * K, I] and [T * K, H] of the dtype.
     """

@@ -1,4 +1,4 @@
-"""How products with weights of 4 bits in tiles are launched for many tokens: pure functions of sizes and of the card."""
+"""How products of many rows with weights of 4 bits in tiles are launched: pure functions of sizes and card."""
 
 import math
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Operand:
 
     @property
     def scales_weights(self) -> bool:
-        """Whether a code times its scale is a value of the dtype: then weights are scaled, otherwise sums of a group."""
+        """Whether weights are scaled, as a code times its scale is a value of the dtype; else sums of groups are."""
         fits = self.scheme.scales == "e4m3" or (self.scheme.scales == "e8m0" and self.dtype == torch.bfloat16)
         return self.scheme.weights == "e2m1" and fits
 
@@ -69,8 +69,8 @@ class Operand:
 def many_plan(operand: Operand, num_rows: int, expected: int, routed: bool, card: Card, rows: int = 0) -> ProductPlan:
     """The launch for at most `num_rows` rows, of which `expected` are likely to come; `rows` of a tile, if not 0.
 
-    As `product_plan`: a tile holds the rows of most experts. The smallest has 16: products of 8 rows take no less. Up to
-    64 rows reading and widening codes are the limit. There two blocks share a multiprocessor, so that four warps per
+    As `product_plan`: a tile holds the rows of most experts. The smallest has 16: products of 8 rows take no less. Up
+    to 64 rows reading and widening codes are the limit. There two blocks share a multiprocessor, so that four warps per
     scheduler widen. From 128 rows on products are, and sums of 160 rows are what registers hold beside values.
     """
     mean = expected / max(1.0, touched(expected, operand.experts))
