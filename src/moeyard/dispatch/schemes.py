@@ -46,6 +46,7 @@ TAKES: dict[str, Callable[[QuantScheme], bool]] = {
     "cuda (products)": _coded,
     "cuda (few tokens)": _eight_bits,
     "cuda (few tokens of 4 bits)": _tiles,
+    "cuda (many tokens of 4 bits)": _tiles,
     "triton": _eight_bits_or_tiles,
     "torch": _known,
     "reference": _in_rows,

@@ -96,6 +96,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 _FOUR_BITS = "moeyard.cuda.experts.four_bits"
+_MANY_OF_FOUR_BITS = "moeyard.cuda.experts.four_bits_many"
 _OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
@@ -176,6 +177,15 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens of 4 bits",
             unfit=f"{_FOUR_BITS}:unfit",
+        ),
+        # It runs lane by lane on a host, and has not run on a GPU yet.
+        Impl(
+            "cuda",
+            f"{_MANY_OF_FOUR_BITS}:fused_experts_launch",
+            products_on_hopper,
+            by_name_only=True,
+            way="many tokens of 4 bits",
+            unfit=f"{_MANY_OF_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
