@@ -183,7 +183,10 @@ class Running:
         members = self.members()
         if self._weighs:
             self._heaviest = max(self._heaviest, sum(map(own_kib, members)))
-        words = self.group.exceeded(members, self._log, now)
+        self._killed_for(self.group.exceeded(members, self._log, now))
+
+    def _killed_for(self, words: str) -> None:
+        """Kills all members and raises ArmError if there are words of what they have too much of."""
         if words:
             self._signal(signal.SIGKILL)
             raise ArmError(self.arm, words, killed=True)
@@ -228,9 +231,11 @@ class Running:
     def freeze(self) -> float:
         """Stops every member; until none is new, since a process may fork while others are being stopped.
 
-        Returns their processor seconds: `thaw` finds the same, if they were stopped indeed.
+        Returns their processor seconds: `thaw` finds the same, if they were stopped indeed. ArmError if they have so
+        many pipes that others, whose turn it is, would have to do with less.
         """
         self._frozen = {process: cpu_seconds(process) for process in self._signal(signal.SIGSTOP)}
+        self._killed_for(self.group.piped(list(self._frozen)))
         return sum(self._frozen.values())
 
     def thaw(self) -> float:
