@@ -119,17 +119,25 @@ def noted(store: Path, plans: dict[str, str] | None = None) -> dict[str, str]:
     return found
 
 
+def failures(plan: Path, raw: Path) -> list[str]:
+    """Workloads whose measurement this machine could not do, with the file that has to go before it is tried again."""
+    files = [raw / f"{workload}.jsonl" for workload in json.loads(plan.read_text())["workloads"]]
+    last = [(file, (whole_rows(file) or [{"kind": "none"}])[-1]) for file in files]
+    failed = [(file, row) for file, row in last if row["kind"] == "failed" and row["outcome"].startswith("infra.")]
+    return [f"{row['outcome']}: {row['words']}; measured again without {file}" for file, row in failed]
+
+
 def complete(plan: Path, raw: Path) -> bool:
     """Whether all workloads of a plan are decided, or a gate has rejected its patch."""
     try:
         gates = json.loads((raw / "gates.json").read_text())["gates"]
-        workloads = json.loads(plan.read_text())["workloads"]
     except (OSError, ValueError):
         return False
     if any(outcome not in ("", "skipped", "not_asked") for outcome, _ in gates.values()):
         return True
-    rows = [whole_rows(raw / f"{workload}.jsonl") for workload in workloads]
-    return all(some and some[-1]["kind"] in ("verdict", "failed") for some in rows)
+    rows = [whole_rows(raw / f"{workload}.jsonl") for workload in json.loads(plan.read_text())["workloads"]]
+    decided = all(some and some[-1]["kind"] in ("verdict", "failed") for some in rows)
+    return decided and not failures(plan, raw)
 
 
 def measure(plans: dict[str, Path], store: Path, seconds: float, gpus: Sequence[int]) -> int:
@@ -173,6 +181,9 @@ def measure(plans: dict[str, Path], store: Path, seconds: float, gpus: Sequence[
             child.kill()
             child.wait()
     open_ = [name for name, plan in plans.items() if not complete(plan, store / "raw" / name)]
+    for name in open_:
+        for words in failures(plans[name], store / "raw" / name):
+            tell(f"{name}: {words}")
     tell(f"decided: {len(plans) - len(open_)} of {len(plans)}{'; open: ' if open_ else ''}{', '.join(open_)}")
     return max(failed.values(), default=5 if open_ else 0)
 
@@ -260,6 +271,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing := [name for name in given.names if name in SEEDS and name not in where]:
             parser.error(f"NAME: expected one that is prepared in {store}, got {', '.join(missing)}")
         plans = {name: store / where[name] for name in names if name in where} | plans
+        if "VLLM_C" not in os.environ and any(name.startswith("cutlass") for name in plans):
+            parser.error("VLLM_C: expected it to name the compiled library of vLLM's wheel, got nothing")
         seen = [state.index for state in gpu.states()]
         gpus = [int(number) for number in given.gpus.split(",")] if given.gpus else seen
         if not gpus:
