@@ -18,9 +18,9 @@ LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _allocate(router_logits: Tensor, _bias: Tensor | None, _padding: Tensor | None, router: Router, _: bool) -> Routing:
-    shape, device = (router_logits.shape[0], router.top_k), router_logits.device
-    weights = torch.empty(shape, dtype=torch.float32, device=device)  # quicker than two slices of one allocation
-    return Routing(weights, torch.empty(shape, dtype=torch.int32, device=device))
+    shape = (router_logits.shape[0], router.top_k)
+    weights = router_logits.new_empty(shape, dtype=torch.float32)  # quicker than two slices of one allocation
+    return Routing(weights, router_logits.new_empty(shape, dtype=torch.int32))
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

@@ -1,0 +1,103 @@
+"""A GPU that is not there: eager calls take their whole way on the host, up to the driver, on a machine without one.
+
+Inside `pretended_gpu` tensors on the CPU say that they are on cuda:0, an H200. Launches are prepared and packed as ever,
+and the driver answers that they have started. Nothing is computed. So results are what their memory held before.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType, SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from moeyard.dispatch import refusals, table
+from moeyard.testing.processes import SOURCE
+
+STREAM = 1
+
+
+class Driver:
+    """What stands where the driver is: it counts the launches that it is asked for."""
+
+    def __init__(self, success: Any) -> None:
+        self.launches = 0
+        self._answer = (success,)
+
+    def start(self, *_: Any) -> tuple[Any]:
+        """The answer of a launch."""
+        self.launches += 1
+        return self._answer
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[Driver]:
+    """Inside, CPU tensors are on an H200, as far as Python sees. RuntimeError where a GPU is there.
+
+    What is prepared for it is forgotten at the end.
+    """
+    if torch.cuda.is_available():
+        raise RuntimeError("pretended_gpu: expected a machine without a GPU, got one with")
+    from cuda.bindings import driver as bindings
+
+    from moeyard.cuda.runtime import barriers, cards, launch, tensor_map
+    from moeyard.cuda.runtime.ready import Ready
+
+    driver = Driver(bindings.CUresult.CUDA_SUCCESS)
+    kept: tuple[Any, ...] = (table.launcher, table.companion, refusals.capability_of, launch._launch_of)
+
+    def forget() -> None:
+        for one in kept:
+            one.cache_clear()
+        for name, module in list(sys.modules.items()):
+            if name.startswith("moeyard."):
+                for value in vars(module).values():
+                    if isinstance(value, Ready):
+                        value.clear()
+
+    with ExitStack() as stack:
+        for place, names in (
+            (torch.Tensor, {"device": torch.device("cuda", 0), "is_cuda": True, "is_cpu": False, "get_device": int}),
+            (torch.cuda, {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0)}),
+            (cards, {"refusal": lambda _: None, "_card_of": lambda _: cards.Card(132, 232448, True)}),
+            (launch, {"current_device": int, "current_stream": STREAM.__pow__, "prefer_shared_memory": _nothing}),
+            (launch, {"kernel": lambda *_: SimpleNamespace(handle=1), "capability_of": lambda _: (9, 0)}),
+            (barriers, {"current_device": int, "current_stream": STREAM.__pow__, "is_capturing": bool}),
+            (barriers, {"_new_barrier": lambda _: 1 << 20}),
+            (tensor_map, {"_driver": lambda: SimpleNamespace(cuTensorMapEncodeTiled=_nothing)}),
+            (bindings, {"cuLaunchKernelEx": driver.start}),
+        ):
+            for name, value in names.items():
+                stack.enter_context(patch.object(place, name, value))
+        forget()
+        stack.callback(forget)
+        yield driver
+
+
+def _nothing(*_: Any) -> int:
+    return 0
+
+
+def calls_of(call: Callable[[], Any]) -> tuple[int, int]:
+    """How many functions of moeyard a call enters, and how many functions written in C these call."""
+    own, in_c = 0, 0
+
+    def see(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal own, in_c
+        if frame.f_code.co_filename.startswith(_PACKAGE) and not frame.f_code.co_filename.startswith(_TESTING):
+            own += event == "call"
+            in_c += event == "c_call"
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return own, in_c
+
+
+_PACKAGE = str(SOURCE / "moeyard")
+_TESTING = str(SOURCE / "moeyard" / "testing")
