@@ -1,4 +1,4 @@
-"""Host time of eager calls on a machine without a GPU: `python benchmarks/host_path.py` prints JSON, one line per layer.
+"""Host time of eager calls without a GPU: `python benchmarks/host_path.py` prints JSON, one line per number of tokens.
 
 Tensors say that they are on an H200, and the driver answers at once (`moeyard.testing.stand_in`). So times are those of
 Python and of torch's allocations on a CPU. Launches cost nothing here, and 3.5 to 4.8 us each on a GPU

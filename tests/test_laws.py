@@ -22,15 +22,16 @@ from moeyard.testing import python
 
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
-OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
+OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "layer", "losses")
 ROOM = {"values"} | {
-    f"dispatch.{name}" for name in ("call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
+    f"dispatch.{name}" for name in ("again", "call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
 }
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant"} | {f"dispatch.{name}" for name in ("call", "curves", "ids", "processes", "sizes")}
 ARROWS = {  # module -> what of moeyard it may import
     "quant": set(),
     "values": {"quant"},
+    "dispatch.again": set(),
     "dispatch.memory": set(),
     "dispatch.curves": {"values"},
     "dispatch.ids": {"values"},
@@ -42,7 +43,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.call": {"values", "quant"},
     "dispatch.refusals": {"dispatch.call"},
     "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.refusals", "dispatch.schemes"},
-    "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
+    "dispatch.op": {"values", "dispatch.again", "dispatch.memory", "dispatch.table"},
     "layout": ROOM,
     "permute": ROOM,
     "combine": ROOM,
@@ -52,7 +53,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "losses": ROOM,
     "helptexts": set(),
     "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training"},
+    "experts": ROOM | {"quant", "activation", "training"},
+    "layer": ROOM | {"experts", "grouped_gemm", "router"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},

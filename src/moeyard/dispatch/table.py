@@ -163,6 +163,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+            companions={"again": f"{_FEW_TOKENS}:again"},
         ),
         Impl(
             "cuda",
@@ -177,6 +178,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
+            companions={"again": f"{_PRODUCTS}:again"},
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
@@ -234,10 +236,12 @@ def launcher(
     return load(_choose(op, impl, facts or Call(device, dtype)).target)
 
 
-@lru_cache(maxsize=1024)
-def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+@lru_cache(maxsize=16384)
+def companion(
+    op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype, facts: Call | None = None
+) -> Callable[..., Any] | None:
     """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
-    target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
+    target = _choose(op, impl, facts or Call(device, dtype)).companions.get(kind)
     return load(target) if target else None
 
 

@@ -1,7 +1,7 @@
 """A GPU that is not there: eager calls take their whole way on the host, up to the driver, on a machine without one.
 
-Inside `pretended_gpu` tensors on the CPU say that they are on cuda:0, an H200. Launches are prepared and packed as ever,
-and the driver answers that they have started. Nothing is computed. So results are what their memory held before.
+Inside `pretended_gpu` tensors on the CPU say that they are on cuda:0, an H200. Launches are prepared and packed as
+ever, and the driver answers that they have started. Nothing is computed. So results are what their memory held before.
 """
 
 import sys
@@ -14,6 +14,7 @@ from unittest.mock import patch
 import torch
 
 from moeyard.dispatch import refusals, table
+from moeyard.dispatch.again import Repeats
 from moeyard.testing.processes import SOURCE
 
 STREAM = 1
@@ -42,9 +43,10 @@ def pretended_gpu() -> Iterator[Driver]:
         raise RuntimeError("pretended_gpu: expected a machine without a GPU, got one with")
     from cuda.bindings import driver as bindings
 
-    from moeyard.cuda.runtime import barriers, cards, launch, tensor_map
+    from moeyard.cuda.runtime import barriers, cards, chain, launch, tensor_map
     from moeyard.cuda.runtime.ready import Ready
 
+    thread = {"current_device": int, "current_stream": STREAM.__pow__}
     driver = Driver(bindings.CUresult.CUDA_SUCCESS)
     kept: tuple[Any, ...] = (table.launcher, table.companion, refusals.capability_of, launch._launch_of)
 
@@ -54,7 +56,7 @@ def pretended_gpu() -> Iterator[Driver]:
         for name, module in list(sys.modules.items()):
             if name.startswith("moeyard."):
                 for value in vars(module).values():
-                    if isinstance(value, Ready):
+                    if isinstance(value, (Ready, Repeats)):
                         value.clear()
 
     with ExitStack() as stack:
@@ -62,10 +64,10 @@ def pretended_gpu() -> Iterator[Driver]:
             (torch.Tensor, {"device": torch.device("cuda", 0), "is_cuda": True, "is_cpu": False, "get_device": int}),
             (torch.cuda, {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0)}),
             (cards, {"refusal": lambda _: None, "_card_of": lambda _: cards.Card(132, 232448, True)}),
-            (launch, {"current_device": int, "current_stream": STREAM.__pow__, "prefer_shared_memory": _nothing}),
-            (launch, {"kernel": lambda *_: SimpleNamespace(handle=1), "capability_of": lambda _: (9, 0)}),
-            (barriers, {"current_device": int, "current_stream": STREAM.__pow__, "is_capturing": bool}),
-            (barriers, {"_new_barrier": lambda _: 1 << 20}),
+            (launch, thread | {"kernel": lambda *_: SimpleNamespace(handle=1), "prefer_shared_memory": _nothing}),
+            (launch, {"capability_of": lambda _: (9, 0)}),
+            (chain, thread),
+            (barriers, thread | {"is_capturing": bool, "_new_barrier": lambda _: 1 << 20}),
             (tensor_map, {"_driver": lambda: SimpleNamespace(cuTensorMapEncodeTiled=_nothing)}),
             (bindings, {"cuLaunchKernelEx": driver.start}),
         ):

@@ -10,7 +10,6 @@ import torch
 
 from moeyard.cuda.runtime.driver import at_work_on, check, current_device, current_stream
 
-
 is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # absent from builds without CUDA
 
 

@@ -1,0 +1,98 @@
+"""Calls that repeat an earlier one with other tensors: what checks and choices look at is compared in one step.
+
+A call that went straight leaves what repeats it, and a guard of torch's compiler (`TensorGuards`). In one call of C++ a
+guard compares class, dtype, device, sizes, strides, lazy views and need of a gradient of all tensors. What it does not
+see is in the key: everything else that callers give, and the types of what Python takes for equal.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from threading import Lock
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+from torch.autograd import forward_ad
+
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+_transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+_MOST = 4096
+
+
+def watched() -> bool:
+    """Whether anything has to see all calls: a compiler, a mode, a transform, forward-mode differentiation."""
+    return bool(
+        _is_compiling()
+        or _dispatch_modes()
+        or _function_modes()
+        or _transform() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+class Repeat(NamedTuple):
+    """What a call has left."""
+
+    fits: Callable[..., bool]
+    """Whether such tensors are like those of the call."""
+    without_gradients: bool
+    """Whether one of them asks for a gradient, which nobody wanted then."""
+    extents: tuple[int, ...]
+    """Bytes from the first element of each tensor to the end of its last one."""
+    start: Callable[..., Any] | None
+    """What repeats the call; None where nothing does."""
+
+    def is_apart(self, out: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether the bytes of `out`, which is dense, lie beside those between the ends of each of the tensors."""
+        start = out.data_ptr()
+        end = start + out.nbytes
+        return all(
+            tensor is out or end <= tensor.data_ptr() or tensor.data_ptr() + extent <= start
+            for tensor, extent in zip(tensors, self.extents, strict=True)
+        )
+
+
+class Repeats:
+    """What calls of one function have left, by their keys; a full one forgets its oldest for a new one."""
+
+    def __init__(self, most: int = _MOST) -> None:
+        """Holds at most so many."""
+        self._entries: dict[Hashable, Repeat] = {}
+        self._most, self._lock = most, Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, key: Hashable, tensors: Sequence[Tensor]) -> Repeat | None:
+        """What a call of this key on such tensors has left, if nothing has to be looked at again."""
+        try:
+            found = self._entries.get(key)
+        except TypeError:  # something that has no hash: no call took it
+            return None
+        if found is None or not found.fits(*tensors) or (found.without_gradients and torch.is_grad_enabled()):
+            return None
+        return found
+
+    def add(self, key: Hashable, tensors: Sequence[Tensor], start: Callable[..., Any] | None) -> None:
+        """Keeps what repeats a call that went straight."""
+        fits = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        extents = tuple(_extent(tensor) for tensor in tensors)
+        asking = any(tensor.requires_grad for tensor in tensors)
+        with self._lock:
+            while len(self._entries) >= self._most and key not in self._entries:
+                del self._entries[next(iter(self._entries))]
+            self._entries[key] = Repeat(fits, asking, extents, start)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        with self._lock:
+            self._entries.clear()
+
+
+def _extent(tensor: Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (steps + 1) * tensor.element_size()
