@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="OP")
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
     given = parser.parse_args()
+    torch.set_num_threads(1)
     small = torch.zeros(4, 4)
     with pretended_gpu() as driver:
         for tokens in given.tokens:

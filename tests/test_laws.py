@@ -44,7 +44,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.refusals": {"dispatch.call"},
     "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.refusals", "dispatch.schemes"},
     "dispatch.op": {"values", "dispatch.again", "dispatch.memory", "dispatch.table"},
-    "layout": ROOM,
+    "layout_memory": {"values", "dispatch.checks"},
+    "layout": ROOM | {"layout_memory"},
     "permute": ROOM,
     "combine": ROOM,
     "activation": ROOM,
@@ -52,7 +53,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
     "helptexts": set(),
-    "router": ROOM | {"layout"},
+    "router": ROOM | {"layout", "layout_memory"},
     "experts": ROOM | {"quant", "activation", "training"},
     "layer": ROOM | {"experts", "grouped_gemm", "router"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
@@ -64,7 +65,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
+    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"}
+    | {f"dispatch.{name}" for name in ("again", "refusals", "table")},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
     "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }

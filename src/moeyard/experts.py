@@ -10,12 +10,12 @@ from torch.autograd.graph import increment_version
 
 from moeyard.activation import ACTIVATION, flatten_activation
 from moeyard.dispatch import checks
-from moeyard.dispatch.again import Repeats, watched
+from moeyard.dispatch.again import Calling, Repeats, calling_of
 from moeyard.dispatch.call import Call, facts_of_experts
 from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.dispatch.invariance import batch_invariance
-from moeyard.dispatch.op import Gradient, Op, goes_straight, needs_gradient
+from moeyard.dispatch.op import Gradient, Op, needs_gradient
 from moeyard.dispatch.table import companion
 from moeyard.quant import ExpertScales, scheme_of
 from moeyard.training import Needs, experts_gradients, experts_keeping_products
@@ -167,11 +167,10 @@ def fused_experts(
     naming the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
     """
     asked = (activation, num_experts, apply_router_weight_on_input, batch_invariant, save, impl)
-    calling = _alike(hidden_states, routing, weights, expert_map, out, asked)
-    if calling is not None:
-        repeated = _repeated(*calling, hidden_states, routing, weights, expert_map, out)
-        if repeated is not None:
-            return repeated
+    calling = _calling(hidden_states, routing, weights, expert_map, out, asked)
+    repeated = None if calling is None else _repeated(calling, hidden_states, routing, weights, expert_map, out)
+    if repeated is not None:
+        return repeated
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
     activation = check_activation(activation)
@@ -207,8 +206,7 @@ def fused_experts(
         kept = experts_keeping_products(hidden_states, factors, ids, call, impl)
         return kept if out is None else FUSED_EXPERTS.fill(out, kept, arguments)
     result: Tensor = FUSED_EXPERTS(arguments, impl, out)
-    if calling is not None and goes_straight(*calling[1]):
-        _REPEATS.add(*calling, _repeat_of(hidden_states, routing, call, impl))
+    _REPEATS.add(calling, lambda: experts_anew(hidden_states, routing, call, impl))
     return result
 
 
@@ -216,39 +214,30 @@ _REPEATS = Repeats()
 """Calls of `fused_experts` on GPUs, whose checks would take longer than their launches."""
 
 
-def _alike(
+def _calling(
     hidden_states: object, routing: object, weights: object, expert_map: object, out: object, asked: tuple[Any, ...]
-) -> tuple[Any, list[Tensor]] | None:
-    """A key of a call, and its tensors; None where it cannot be one that repeats another.
-
-    Python takes 1, 1.0 and True for equal, which checks tell apart: types are part of the key.
-    """
+) -> Calling | None:
+    """How a call is known again; None for quantised weights, whose checks are many more."""
     if type(routing) is not Routing or type(weights) is not ExpertWeights or weights.scheme is not None:
         return None
-    if watched() or type(hidden_states) is not Tensor or not hidden_states.is_cuda:
+    ids, w13 = routing.topk_ids, weights.w13
+    if not isinstance(ids, Tensor) or not isinstance(w13, Tensor):
         return None
-    factors, ids, w13, w2, given = routing.topk_weights, routing.topk_ids, weights.w13, weights.w2, 0
-    tensors = [hidden_states, factors, ids, w13, w2]
-    for place, tensor in enumerate((weights.w13_bias, weights.w2_bias, expert_map, out)):
-        if tensor is not None:
-            given |= 1 << place
-            tensors.append(tensor)  # type: ignore[arg-type]  # a guard fits tensors alone
-    if type(ids) is not Tensor or not isinstance(w13, Tensor):
-        return None
-    return (hidden_states.shape, ids.shape, w13.shape, weights.gated, given, asked, *map(type, asked)), tensors
+    others = (routing.topk_weights, ids, w13, weights.w2, weights.w13_bias, weights.w2_bias, expert_map, out)
+    return calling_of(hidden_states, others, (ids.shape, w13.shape, weights.gated, *asked))
 
 
 def _repeated(
-    key: Any, tensors: list[Tensor], hidden_states: Tensor, routing: Routing, weights: ExpertWeights,
-    expert_map: Tensor | None, out: Tensor | None,
+    calling: Calling, hidden_states: Tensor, routing: Routing, weights: ExpertWeights, expert_map: Tensor | None,
+    out: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
     """The result of a call whose like has been checked; None where nothing has done so, or it has to be again."""
-    found = _REPEATS.find(key, tensors)
+    found = _REPEATS.find(*calling)
     if found is None or found.start is None:
         return None
     if out is None:
         out = hidden_states.new_empty(hidden_states.shape)
-    elif found.is_apart(out, tensors):
+    elif found.is_apart(out, calling[1]):
         increment_version(out)
     else:
         return None
@@ -256,13 +245,15 @@ def _repeated(
     return out if done else None
 
 
-def _repeat_of(hidden_states: Tensor, routing: Routing, call: ExpertCall, impl: str) -> Callable[..., bool] | None:
-    """What repeats a call on the implementation that has met it; None where that has nothing of the kind."""
+def experts_anew(hidden_states: Tensor, routing: Routing, call: ExpertCall, impl: str) -> Callable[..., bool] | None:
+    """What repeats a call on the implementation that has met it: (hidden states, router weights, ids, weights, map,
+    out) -> whether it could. None where that has nothing of the kind.
+    """
     ids, dtype = routing.topk_ids, hidden_states.dtype
     if ids.dtype == torch.uint32 or any(t is not None and t.dtype != dtype for t in _of_weights(call.weights)):
         return None  # they are cast first
     facts = _call(hidden_states, routing, call)
-    prepare = companion("fused_experts", "again", impl, hidden_states.device, dtype, facts)
+    prepare = companion("fused_experts", "anew", impl, hidden_states.device, dtype, facts)
     return None if prepare is None else prepare(hidden_states, routing.topk_weights, ids, call)
 
 

@@ -1,16 +1,18 @@
 """The whole layer: router, experts, shared experts."""
 
-from typing import Unpack
+from collections.abc import Callable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.again import Calling, Repeats, calling_of
 from moeyard.dispatch.checks import FLOATS, check_experts, check_shape, check_tensor
 from moeyard.dispatch.invariance import batch_invariance
-from moeyard.experts import fused_experts
+from moeyard.experts import experts_anew, fused_experts
 from moeyard.grouped_gemm import GROUPED_GEMM
-from moeyard.router import route
-from moeyard.values import Activation, ExpertWeights, RouterOptions, Routing, Segments
+from moeyard.router import route, routing_anew
+from moeyard.values import Activation, ExpertCall, ExpertWeights, Router, RouterOptions, Routing, Segments
 
 
 def moe_layer(
@@ -45,6 +47,101 @@ def moe_layer(
 
     Returns [num_tokens, hidden_size]. Gradients flow to all floats. Raises TypeError or ValueError naming the argument.
     """
+    bias, padding = router_options.pop("selection_bias", None), router_options.pop("is_padding", None)
+    asked = (activation, batch_invariant, save, impl, *router_options, *router_options.values())
+    tensors = (router_weight, router_bias, shared_gate, bias, padding)
+    calling = _calling(hidden_states, tensors, weights, shared, asked)
+    invariant = batch_invariance(batch_invariant)
+    linear = _linear_by_row if invariant else _linear
+
+    def experts(routing: Routing, weights: ExpertWeights) -> Tensor:
+        return fused_experts(
+            hidden_states, routing, weights, activation=activation, batch_invariant=invariant, save=save, impl=impl
+        )
+
+    repeated = _REPEATS.repeated(calling, hidden_states, router_weight, router_bias, weights, bias, padding)
+    if repeated is None:
+        _check(hidden_states, router_weight, router_bias, weights, shared, shared_gate)
+        logits = linear(hidden_states, router_weight, router_bias)
+        logits = logits.float() if logits.dtype == torch.float64 else logits
+        routing = route(
+            logits, selection_bias=bias, is_padding=padding, batch_invariant=invariant, **router_options
+        )  # fmt: skip
+        result = experts(routing, weights)
+        _REPEATS.add(calling, lambda: _repeat_of(
+            hidden_states, linear, (logits, bias, padding, Router(**router_options), invariant), routing,
+            ExpertCall(weights, activation or Activation(), weights.num_local_experts, batch_invariant=invariant), impl,
+        ))  # fmt: skip
+    else:
+        result = repeated
+    if shared is None:
+        return result
+    if shared_gate is None:
+        factor = hidden_states.new_ones(hidden_states.shape[0], 1, dtype=torch.float32)
+    else:
+        logits = linear(hidden_states, shared_gate)
+        if invariant:  # torch's sigmoid may differ between the vectors of a tensor and what is left of it
+            factor = route(logits, top_k=1, scoring="sigmoid", batch_invariant=True).topk_weights
+        else:
+            factor = torch.sigmoid(logits.float())
+    return result.add_(experts(Routing(factor, torch.zeros_like(factor, dtype=torch.int32)), shared))
+
+
+_REPEATS = Repeats()
+"""Layers on GPUs, up to what the shared experts add."""
+
+
+def _calling(
+    hidden_states: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    weights: ExpertWeights,
+    shared: ExpertWeights | None,
+    asked: tuple[Any, ...],
+) -> Calling | None:
+    """How a call is known again; None for quantised weights, and under autocast, which admits other dtypes."""
+    others = list(tensors)
+    for given in (weights,) if shared is None else (weights, shared):
+        if type(given) is not ExpertWeights or given.scheme is not None:
+            return None
+        others += (given.w13, given.w2, given.w13_bias, given.w2_bias)
+    if torch.is_autocast_enabled("cuda"):
+        return None
+    return calling_of(hidden_states, others, (weights.gated, None if shared is None else shared.gated, *asked))
+
+
+def _repeat_of(
+    hidden_states: Tensor,
+    linear: Callable[..., Tensor],
+    routed: tuple[Any, ...],
+    routing: Routing,
+    call: ExpertCall,
+    impl: str,
+) -> Callable[..., Tensor | None] | None:
+    """What gives the result of the routed experts for other tensors, or None where it could not: (hidden states, router
+    weight and bias, weights, selection bias, padding).
+    """
+    choose, compute = routing_anew(routed, "auto"), experts_anew(hidden_states, routing, call, impl)
+    if choose is None or compute is None:
+        return None
+
+    def repeat(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: ExpertWeights, selection: Tensor | None,
+        padding: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
+        chosen = choose(linear(hidden, weight, bias), selection, padding)
+        if chosen is None:
+            return None
+        out = hidden.new_empty(hidden.shape)
+        return out if compute(hidden, chosen.topk_weights, chosen.topk_ids, weights, None, out) else None
+
+    return repeat
+
+
+def _check(
+    hidden_states: Tensor, router_weight: Tensor, router_bias: Tensor | None, weights: ExpertWeights,
+    shared: ExpertWeights | None, shared_gate: Tensor | None,
+) -> None:  # fmt: skip
+    """What `moe_layer` has to be sure of before it begins."""
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
     check_tensor("router_weight", router_weight, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
@@ -55,34 +152,13 @@ def moe_layer(
     if router_bias is not None:
         check_tensor("router_bias", router_bias, dtypes=(router_weight.dtype,), ndim=(1,), device=hidden_states.device)
         check_shape("router_bias", router_bias, (weights.num_local_experts,), "one per expert")
-    invariant = batch_invariance(batch_invariant)
-    linear = _linear_by_row if invariant else _linear
-    logits = linear(hidden_states, router_weight, router_bias)
-    logits = logits.float() if logits.dtype == torch.float64 else logits
-    routing = route(logits, batch_invariant=invariant, **router_options)
-
-    def experts(routing: Routing, weights: ExpertWeights) -> Tensor:
-        return fused_experts(
-            hidden_states, routing, weights, activation=activation, batch_invariant=invariant, save=save, impl=impl
-        )
-
-    result = experts(routing, weights)
-    if shared is None:
-        return result
-    check_experts(shared, hidden_states)
-    if shared.num_local_experts != 1:
-        raise ValueError(f"shared: expected one expert (side by side as one wide one), got {shared.num_local_experts}")
-    if shared_gate is None:
-        factor = hidden_states.new_ones(hidden_states.shape[0], 1, dtype=torch.float32)
-    else:
+    if shared is not None:
+        check_experts(shared, hidden_states)
+        if (count := shared.num_local_experts) != 1:
+            raise ValueError(f"shared: expected one expert (side by side as one wide one), got {count}")
+    if shared_gate is not None:
         check_tensor("shared_gate", shared_gate, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
         check_shape("shared_gate", shared_gate, (1, hidden_states.shape[1]), "hidden_size of weights")
-        logits = linear(hidden_states, shared_gate)
-        if invariant:  # torch's sigmoid may differ between the vectors of a tensor and what is left of it
-            factor = route(logits, top_k=1, scoring="sigmoid", batch_invariant=True).topk_weights
-        else:
-            factor = torch.sigmoid(logits.float())
-    return result.add_(experts(Routing(factor, torch.zeros_like(factor, dtype=torch.int32)), shared))
 
 
 def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.autograd import forward_ad
+from torch.nn import Parameter
 
 _is_compiling = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -30,6 +31,40 @@ def watched() -> bool:
         or _transform() is not None
         or forward_ad._current_level >= 0
     )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether tensors are no subclasses and no lazy views, and nobody wants their gradients."""
+    for tensor in tensors:
+        if tensor is not None:
+            kind = type(tensor)
+            if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
+                return False
+            if tensor.requires_grad and torch.is_grad_enabled():
+                return False
+    return True
+
+
+Calling = tuple[tuple[Any, ...], list[Tensor]]
+"""A key of a call, and its tensors."""
+
+
+def calling_of(first: object, others: Sequence[object], asked: tuple[Any, ...]) -> Calling | None:
+    """How a call on a GPU is known again: its first tensor, the others, of which some may be None, and what else was
+    asked for. None where a call cannot be one that repeats another, and on other devices, where checks cost little
+    beside the work.
+
+    Python takes 1, 1.0 and True for equal, which checks tell apart: so types are part of the key.
+    """
+    if type(first) is not Tensor or not first.is_cuda or watched():
+        return None
+    given, tensors = 0, [first]
+    for one in others:
+        given += given
+        if one is not None:
+            given += 1
+            tensors.append(one)  # type: ignore[arg-type]  # a guard fits tensors alone
+    return (first.shape, given, asked, *map(type, asked)), tensors
 
 
 class Repeat(NamedTuple):
@@ -65,7 +100,14 @@ class Repeats:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, key: Hashable, tensors: Sequence[Tensor]) -> Repeat | None:
+    def repeated(self, calling: Calling | None, *arguments: Any) -> Any:
+        """What a call gives by `start(*arguments)` of an earlier one that it repeats; None where there is none."""
+        if calling is None:
+            return None
+        found = self.find(*calling)
+        return None if found is None or found.start is None else found.start(*arguments)
+
+    def find(self, key: Hashable, tensors: Sequence[Any]) -> Repeat | None:
         """What a call of this key on such tensors has left, if nothing has to be looked at again."""
         try:
             found = self._entries.get(key)
@@ -75,8 +117,16 @@ class Repeats:
             return None
         return found
 
-    def add(self, key: Hashable, tensors: Sequence[Tensor], start: Callable[..., Any] | None) -> None:
-        """Keeps what repeats a call that went straight."""
+    def add(self, calling: Calling | None, make: Callable[[], Callable[..., Any] | None]) -> None:
+        """Keeps what `make` gives, which repeats a call that has been met: None where nothing does, and then it is asked
+        no more. Nothing is kept of calls that did not go straight.
+        """
+        if calling is None or not plain(*calling[1]):
+            return
+        found = self.find(*calling)
+        if found is not None and found.start is None:
+            return
+        (key, tensors), start = calling, make()
         fits = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         extents = tuple(_extent(tensor) for tensor in tensors)
         asking = any(tensor.requires_grad for tensor in tensors)

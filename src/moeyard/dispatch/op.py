@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
-from moeyard.dispatch.again import watched
+from moeyard.dispatch.again import plain, watched
 from moeyard.dispatch.memory import refuse_overlap
 from moeyard.dispatch.table import launcher
 from moeyard.values import Layout, Permuted
@@ -47,16 +47,7 @@ _PLAIN = (Tensor, Parameter)
 
 def goes_straight(*tensors: Tensor | None) -> bool:
     """Whether nothing needs to see a call: no compiler, mode, transform, tangent, lazy view, subclass or gradient."""
-    if watched():
-        return False
-    for tensor in tensors:
-        if tensor is not None:
-            kind = type(tensor)
-            if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
-                return False
-            if tensor.requires_grad and torch.is_grad_enabled():
-                return False
-    return True
+    return not watched() and plain(*tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

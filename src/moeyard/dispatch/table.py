@@ -110,6 +110,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
                 "again": "moeyard.cuda.align.launchers:align_again",
+                "anew": "moeyard.cuda.align.launchers:align_anew",
             },
         ),
         *_everywhere("layout:align_launch"),
@@ -126,7 +127,11 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             "cuda",
             "moeyard.cuda.route.launchers:route_launch",
             sums_on_cuda,
-            companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
+            companions={
+                "with layout": "moeyard.cuda.route.route_align:route_and_align_launch",
+                "anew": "moeyard.cuda.route.launchers:route_anew",
+                "with layout anew": "moeyard.cuda.route.route_align:route_and_align_anew",
+            },
         ),
         *_everywhere("router:route_launch"),
     ),
@@ -163,7 +168,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
-            companions={"again": f"{_FEW_TOKENS}:again"},
+            companions={"anew": f"{_FEW_TOKENS}:fused_experts_anew"},
         ),
         Impl(
             "cuda",
@@ -178,7 +183,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
-            companions={"again": f"{_PRODUCTS}:again"},
+            companions={"anew": f"{_PRODUCTS}:fused_experts_anew"},
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),

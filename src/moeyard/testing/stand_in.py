@@ -4,15 +4,18 @@ Inside `pretended_gpu` tensors on the CPU say that they are on cuda:0, an H200. 
 ever, and the driver answers that they have started. Nothing is computed. So results are what their memory held before.
 """
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from types import FrameType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
 
+from moeyard.cuda.runtime.launch import MAP_BYTES, Launch, Recipe
 from moeyard.dispatch import refusals, table
 from moeyard.dispatch.again import Repeats
 from moeyard.testing.processes import SOURCE
@@ -20,17 +23,50 @@ from moeyard.testing.processes import SOURCE
 STREAM = 1
 
 
+class Started(NamedTuple):
+    """A launch as the driver was given it."""
+
+    name: str
+    grid: int
+    shared_bytes: int
+    stream: int
+    maps: tuple[bytes, ...]
+    words: tuple[int, ...]
+
+
 class Driver:
-    """What stands where the driver is: it counts the launches that it is asked for."""
+    """What stands where the driver is: it counts the launches that it is asked for, and reads them if it is to."""
 
     def __init__(self, success: Any) -> None:
         self.launches = 0
+        self.recipes: list[Recipe] = []
+        self.started: list[Started] | None = None
+        """What was started, once a list is there."""
         self._answer = (success,)
 
-    def start(self, *_: Any) -> tuple[Any]:
+    def start(self, config: Any, function: Any, address: int, _: int) -> tuple[Any]:
         """The answer of a launch."""
         self.launches += 1
+        if self.started is not None:
+            self.started.append(self.read(config, function, address))
         return self._answer
+
+    def read(self, config: Any, function: Any, address: int) -> Started:
+        """A launch by what its addresses lead to."""
+        recipe = self.recipes[int(function) - 1]
+        places = (ctypes.c_void_p * (recipe.maps + recipe.words)).from_address(address)
+        maps = tuple(ctypes.string_at(place or 0, MAP_BYTES) for place in places[: recipe.maps])
+        words = tuple(ctypes.c_uint64.from_address(place or 0).value for place in places[recipe.maps :])
+        return Started(recipe.name, config.gridDimX, config.sharedMemBytes, int(config.hStream), maps, words)
+
+    def launch(self, recipe: Recipe, device: int) -> Launch:
+        """A launch whose kernel is known by its number."""
+        self.recipes.append(recipe)
+        return Launch(recipe, device)
+
+    def kernel(self, *_: Any) -> Any:
+        """A kernel that is loaded: that of the last recipe."""
+        return SimpleNamespace(handle=len(self.recipes))
 
 
 @contextmanager
@@ -48,7 +84,7 @@ def pretended_gpu() -> Iterator[Driver]:
 
     thread = {"current_device": int, "current_stream": STREAM.__pow__}
     driver = Driver(bindings.CUresult.CUDA_SUCCESS)
-    kept: tuple[Any, ...] = (table.launcher, table.companion, refusals.capability_of, launch._launch_of)
+    kept: tuple[Any, ...] = (table.launcher, table.companion, refusals.capability_of)
 
     def forget() -> None:
         for one in kept:
@@ -64,8 +100,8 @@ def pretended_gpu() -> Iterator[Driver]:
             (torch.Tensor, {"device": torch.device("cuda", 0), "is_cuda": True, "is_cpu": False, "get_device": int}),
             (torch.cuda, {"is_available": lambda: True, "get_device_capability": lambda *_: (9, 0)}),
             (cards, {"refusal": lambda _: None, "_card_of": lambda _: cards.Card(132, 232448, True)}),
-            (launch, thread | {"kernel": lambda *_: SimpleNamespace(handle=1), "prefer_shared_memory": _nothing}),
-            (launch, {"capability_of": lambda _: (9, 0)}),
+            (launch, thread | {"kernel": driver.kernel, "_launch_of": cache(driver.launch)}),
+            (launch, {"capability_of": lambda _: (9, 0), "prefer_shared_memory": _nothing}),
             (chain, thread),
             (barriers, thread | {"is_capturing": bool, "_new_barrier": lambda _: 1 << 20}),
             (tensor_map, {"_driver": lambda: SimpleNamespace(cuTensorMapEncodeTiled=_nothing)}),

@@ -109,7 +109,7 @@ _SCALES = ("w13 scales", "w13 input", "w2 scales", "w2 input")
 """What a call gives, in this order; scales beside codes."""
 
 
-def again(
+def fused_experts_anew(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall
 ) -> Callable[..., bool] | None:
     """What repeats a launch of unquantised weights for other tensors of equal shapes, strides and dtypes: (hidden

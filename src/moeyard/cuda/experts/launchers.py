@@ -126,7 +126,7 @@ def fused_experts_launch(
     )  # fmt: skip
 
 
-def again(
+def fused_experts_anew(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall
 ) -> Callable[..., bool] | None:
     """What repeats a launch of unquantised weights for other tensors of equal shapes, strides and dtypes: (hidden

@@ -1,4 +1,4 @@
-"""The launches of one call, prepared together: a call writes its own values into memory once, and starts all in turn."""
+"""The launches of one call, prepared together: a call writes its values into memory once, then starts all in turn."""
 
 import ctypes
 import struct
