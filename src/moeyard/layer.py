@@ -47,8 +47,9 @@ def moe_layer(
 
     Returns [num_tokens, hidden_size]. Gradients flow to all floats. Raises TypeError or ValueError naming the argument.
     """
-    bias, padding = router_options.pop("selection_bias", None), router_options.pop("is_padding", None)
-    asked = (activation, batch_invariant, save, impl, *router_options, *router_options.values())
+    given: dict[str, Any] = router_options  # type: ignore[assignment]  # what is no tensor, after these two
+    bias, padding = given.pop("selection_bias", None), given.pop("is_padding", None)
+    asked = (activation, batch_invariant, save, impl, *given, *given.values())
     tensors = (router_weight, router_bias, shared_gate, bias, padding)
     calling = _calling(hidden_states, tensors, weights, shared, asked)
     invariant = batch_invariance(batch_invariant)
@@ -65,11 +66,11 @@ def moe_layer(
         logits = linear(hidden_states, router_weight, router_bias)
         logits = logits.float() if logits.dtype == torch.float64 else logits
         routing = route(
-            logits, selection_bias=bias, is_padding=padding, batch_invariant=invariant, **router_options
+            logits, selection_bias=bias, is_padding=padding, batch_invariant=invariant, **given
         )  # fmt: skip
         result = experts(routing, weights)
         _REPEATS.add(calling, lambda: _repeat_of(
-            hidden_states, linear, (logits, bias, padding, Router(**router_options), invariant), routing,
+            hidden_states, linear, (logits, bias, padding, Router(**given), invariant), routing,
             ExpertCall(weights, activation or Activation(), weights.num_local_experts, batch_invariant=invariant), impl,
         ))  # fmt: skip
     else:

@@ -189,17 +189,17 @@ def _repeat_of(
 
     def repeat(ids: Tensor, mapping: Tensor | None) -> Layout | None:
         memory = ids.new_empty(words, dtype=torch.int32)
-        return split(memory) if start(ids, mapping, memory.data_ptr()) else None
+        return split(memory) if start(ids.data_ptr(), mapping, memory.data_ptr()) else None
 
     return repeat
 
 
 def aligned_anew(
     topk_ids: Tensor, expert_map: Tensor | None, layout: Layout, impl: str
-) -> Callable[[Tensor, Tensor | None, int], bool] | None:
+) -> Callable[[int, Tensor | None, int], bool] | None:
     """What fills memory at an address with the layout of other ids, as `layout`, which was allocated at once, has
-    theirs: (ids, map, address) -> whether it could. None where the implementation that takes them has nothing of the
-    kind.
+    theirs: (address of ids, map, address) -> whether it could. None where the implementation that takes them has
+    nothing of the kind.
     """
     facts = call_of_alignment(topk_ids, layout.num_local_experts)
     prepare = companion("moe_align_block_size", "anew", impl, topk_ids.device, topk_ids.dtype, facts)

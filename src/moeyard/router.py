@@ -180,25 +180,26 @@ def route_and_align(
     Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do. Small batches of CUDA tensors
     take one launch.
     """
-    bias, padding = options.pop("selection_bias", None), options.pop("is_padding", None)
-    asked = (block_size, num_local_experts, batch_invariant, impl, *options, *options.values())
+    given: dict[str, Any] = options  # type: ignore[assignment]  # what is no tensor, after these two
+    bias, padding = given.pop("selection_bias", None), given.pop("is_padding", None)
+    asked = (block_size, num_local_experts, batch_invariant, impl, *given, *given.values())
     calling = calling_of(router_logits, (bias, padding, expert_map), asked)
     both: tuple[Routing, Layout] | None = _BOTH.repeated(calling, router_logits, bias, padding, expert_map)
     if both is not None:
         return both
     invariant = batch_invariance(batch_invariant)
-    both = _at_once(router_logits, bias, padding, expert_map, block_size, num_local_experts, impl, options)
+    both = _at_once(router_logits, bias, padding, expert_map, block_size, num_local_experts, impl, given)
     if both is None:
         routing = route(
             router_logits, selection_bias=bias, is_padding=padding, batch_invariant=batch_invariant, impl=impl,
-            **options,
+            **given,
         )  # fmt: skip
         both = routing, moe_align_block_size(
             routing.topk_ids, num_experts=router_logits.shape[1], block_size=block_size, expert_map=expert_map,
             num_local_experts=num_local_experts, impl=impl,
         )  # fmt: skip
-    given, (routing, layout) = (router_logits, bias, padding), both
-    _BOTH.add(calling, lambda: _repeat_of_both((*given, Router(**options), invariant), expert_map, layout, impl))
+    tensors, (routing, layout) = (router_logits, bias, padding), both
+    _BOTH.add(calling, lambda: _repeat_of_both((*tensors, Router(**given), invariant), expert_map, layout, impl))
     return routing, layout
 
 
@@ -213,26 +214,41 @@ def _repeat_of_both(
     together = _companion("with layout anew", logits, impl, invariant)
     start = None if together is None else together(logits, bias, padding, expert_map, router, layout)
     if start is None:
-        prepare, ids = _companion("anew", logits, impl, invariant), _allocate(*arguments).topk_ids
-        first = None if prepare is None else prepare(logits, bias, padding, router)
-        second = aligned_anew(ids, expert_map, layout, impl)
-        if first is None or second is None:
-            return None
+        start = _two_launches_anew(arguments, expert_map, layout, impl)
+    if start is None:
+        return None
     words, split = memory_of(layout)
 
     def repeat(
         logits: Tensor, bias: Tensor | None, padding: Tensor | None, mapping: Tensor | None
     ) -> tuple[Routing, Layout] | None:
         routing = _allocate(logits, bias, padding, router, invariant)
-        factors, ids = routing.topk_weights.data_ptr(), routing.topk_ids
+        factors, ids = routing.topk_weights, routing.topk_ids
         memory = ids.new_empty(words)
-        if start is not None:
-            done = start(logits, bias, padding, mapping, factors, ids.data_ptr(), memory.data_ptr())
-        else:
-            done = first(logits, bias, padding, factors, ids.data_ptr()) and second(ids, mapping, memory.data_ptr())
+        done = start(logits, bias, padding, mapping, factors.data_ptr(), ids.data_ptr(), memory.data_ptr())
         return (routing, split(memory)) if done else None
 
     return repeat
+
+
+def _two_launches_anew(
+    arguments: tuple[Any, ...], expert_map: Tensor | None, layout: Layout, impl: str
+) -> Callable[..., bool] | None:
+    """What starts the launches of `route` and `moe_align_block_size`, as `with layout anew` starts one for both."""
+    logits, bias, padding, router, invariant = arguments
+    prepare = _companion("anew", logits, impl, invariant)
+    first = None if prepare is None else prepare(logits, bias, padding, router)
+    second = aligned_anew(_allocate(*arguments).topk_ids, expert_map, layout, impl)
+    if first is None or second is None:
+        return None
+
+    def start(
+        logits: Tensor, bias: Tensor | None, padding: Tensor | None, mapping: Tensor | None, factors: int, ids: int,
+        memory: int,
+    ) -> bool:  # fmt: skip
+        return bool(first(logits, bias, padding, factors, ids) and second(ids, mapping, memory))
+
+    return start
 
 
 def _at_once(
@@ -243,7 +259,7 @@ def _at_once(
     block_size: int,
     num_local_experts: int | None,
     impl: str,
-    options: RouterOptions,
+    options: dict[str, Any],
 ) -> tuple[Routing, Layout] | None:
     """What `route_and_align` returns, from an implementation that does both together; None if that is not quicker."""
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))

@@ -118,7 +118,7 @@ class Repeats:
         return found
 
     def add(self, calling: Calling | None, make: Callable[[], Callable[..., Any] | None]) -> None:
-        """Keeps what `make` gives, which repeats a call that has been met: None where nothing does, and then it is asked
+        """Keeps what `make` gives, which repeats a call that has been met: None where nothing does; then it is asked
         no more. Nothing is kept of calls that did not go straight.
         """
         if calling is None or not plain(*calling[1]):

@@ -6,6 +6,7 @@ ever, and the driver answers that they have started. Nothing is computed. So res
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -42,11 +43,24 @@ class Driver:
         self.recipes: list[Recipe] = []
         self.started: list[Started] | None = None
         """What was started, once a list is there."""
+        self.pause_s = 0.0
+        """How long a launch takes, while which other threads run."""
+        self.changed: list[Started] = []
+        """Launches whose parameters changed meanwhile."""
+        self.refusals: list[Any] = []
+        """Answers of the next launches, which do not start."""
         self._answer = (success,)
 
     def start(self, config: Any, function: Any, address: int, _: int) -> tuple[Any]:
         """The answer of a launch."""
+        if self.refusals:
+            return (self.refusals.pop(0),)
         self.launches += 1
+        if self.pause_s:
+            before = self.read(config, function, address)
+            time.sleep(self.pause_s)
+            if self.read(config, function, address) != before:
+                self.changed.append(before)
         if self.started is not None:
             self.started.append(self.read(config, function, address))
         return self._answer

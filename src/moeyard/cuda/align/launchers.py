@@ -97,12 +97,12 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
 
 
 def align_anew(topk_ids: Tensor, expert_map: Tensor | None, out: Layout) -> Callable[..., bool] | None:
-    """What repeats `align_launch` for other tensors of equal shapes, strides and dtypes: (ids, map, address) -> whether
-    it could.
+    """What repeats `align_launch` for other tensors of equal shapes, strides and dtypes: (address of ids, map, address)
+    -> whether it could.
 
-    The address is that of other memory whose parts lie as those of `out` do, from `expert_offsets` on. It cannot for
-    ids that begin elsewhere modulo 16 bytes, and after `programmatic_launch` has changed. None for ids that are cast or
-    copied first, and for plans that need a buffer.
+    The second address is that of other memory whose parts lie as those of `out` do, from `expert_offsets` on. It cannot
+    for ids that begin elsewhere modulo 16 bytes, and after `programmatic_launch` has changed. None for ids that are
+    cast or copied first, and for plans that need a buffer.
     """
     device, offsets = topk_ids.get_device(), out.expert_offsets.data_ptr()
     capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
@@ -118,12 +118,11 @@ def align_anew(topk_ids: Tensor, expert_map: Tensor | None, out: Layout) -> Call
         return None
     slots, blocks, used, _, counts, routes = (address - offsets for address in _addresses(out))
 
-    def repeat(ids: Tensor, mapping: Tensor | None, memory: int) -> bool:
-        address = ids.data_ptr()
-        if (address % 16 == 0) is not aligned or SETTINGS["programmatic"] is not programmatic:
+    def repeat(ids: int, mapping: Tensor | None, memory: int) -> bool:
+        if (ids % 16 == 0) is not aligned or SETTINGS["programmatic"] is not programmatic:
             return False
         launch(
-            shape, address, 0 if mapping is None else mapping.data_ptr(), memory + slots, memory + blocks,
+            shape, ids, 0 if mapping is None else mapping.data_ptr(), memory + slots, memory + blocks,
             memory + used, memory, memory + counts, memory + routes, 0, 0,
         )  # fmt: skip
         return True

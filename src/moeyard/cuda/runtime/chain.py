@@ -37,6 +37,7 @@ class _Packet(NamedTuple):
     configs: tuple[Any, ...]
     streams: list[int]
     """The one that configurations are set to."""
+    launches: tuple[Launch, ...]
     kept: tuple[Any, ...]
     """What the driver reads through addresses."""
 
@@ -70,7 +71,7 @@ class Chain:
             packet = self._spare.pop()
         except IndexError:
             packet = self._make()
-        words, starts, configs, streams, _ = packet
+        words, starts, configs, streams, launches, _ = packet
         self._pack(words, 0, *values)
         if streams[0] != stream:
             streams[0] = stream
@@ -79,7 +80,7 @@ class Chain:
         for number, start in enumerate(starts):
             status = start()[0]
             if status:
-                self.steps[number].launch.again_or_raise(status, start, self.steps[number].shape)
+                launches[number].again_or_raise(status, start, self.steps[number].shape)
         self._spare.append(packet)
 
     def _note(self, values: Sequence[Any]) -> None:
@@ -102,7 +103,7 @@ class Chain:
         places = {name: first + MAP_BYTES * i for i, name in enumerate(self._maps)}
         places |= {name: first + values + WORD * i for i, name in enumerate(self._names)}
         places[NOTHING], at = first + constants, first + constants + WORD
-        starts, configs, kept = [], [], []
+        starts, configs, launches, kept = [], [], [], []
         for launch, shape, pointers, maps in self.steps:
             assert isinstance(launch, Launch)
             addresses = [places[name] for name in (*maps, *pointers)]
@@ -114,5 +115,6 @@ class Chain:
             config.gridDimX, config.sharedMemBytes = shape.grid, shape.shared_bytes
             starts.append(partial(launch.start, config, launch.function, ctypes.addressof(array), 0))
             configs.append(config)
+            launches.append(launch)
             kept.append(array)
-        return _Packet(words, tuple(starts), tuple(configs), [0], tuple(kept))
+        return _Packet(words, tuple(starts), tuple(configs), [0], tuple(launches), tuple(kept))
