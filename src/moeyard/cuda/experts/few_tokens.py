@@ -200,7 +200,7 @@ def _prepare(
     sizes = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated, scheme, block_start)
     card, share = card_of(device), min(1.0, num_local / num_experts)
     given: tuple[int, ...] = ()
-    if FEW_KERNELS and chosen is None:
+    if "experts" in FEW_KERNELS and chosen is None:
         most = most_tokens(sizes, num_experts, card, share)
         if most >= num_tokens:
             sizes, given = replace(sizes, num_tokens=most), (num_tokens,)
