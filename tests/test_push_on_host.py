@@ -148,7 +148,7 @@ def test_memory_and_grids_follow_from_sizes() -> None:
         assert (places.tiles_back - 1) * places.tile_back < tokens <= places.tiles_back * places.tile_back
         pushers, adders = back_grid(sizes, places, H200)
         assert 1 <= pushers <= 132 and 1 <= adders <= 132
-        assert push_plan.push_grid(places) <= 128
+        assert push_plan.push_grid(places, True) <= 48 and push_plan.push_grid(places, False) <= 128
     assert "32 ranks" in str(push_plan.refusal_of_sizes(PushSizes(33, 4, 8, 64, 0, 64, False)))
     assert "32 routes" in str(push_plan.refusal_of_sizes(PushSizes(2, 4, 33, 64, 0, 64, False)))
     assert "16 bytes" in str(push_plan.refusal_of_sizes(PushSizes(2, 4, 8, 72, 0, 72, False)))

@@ -200,6 +200,11 @@ def pushed_rows_are_those_of_one_gpu(rank: int, ranks: int) -> None:
                     torch.testing.assert_close(many[0], wanted)
                     if order == "grouped" or (tokens == 700 and dtype == torch.bfloat16):
                         assert same_bits(many[0], wanted), ("one GPU", dtype, tokens, order)
+                shared = torch.randn(512, 512, device="cuda").to(dtype)
+                beside = parallel.fused_experts(
+                    my_rows, my_routing, mine, connection, meanwhile=lambda rows=my_rows, shared=shared: rows @ shared
+                )
+                assert same_bits(beside, many[0] + my_rows @ shared), ("meanwhile", dtype, tokens, order)
 
 
 @check

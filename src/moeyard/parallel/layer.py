@@ -208,8 +208,7 @@ def _pushed(
     if connection.rows.quantised:
         codes, scales = _quantised(hidden_states, _by_rank(torch.zeros_like(ids[:, :1]), 1), connection)
         rows = codes.view(torch.uint8)
-    got = pushes.spread(rows, scales, ids, routing.topk_weights)
-    _await([], meanwhile)
+    got = pushes.spread(rows, scales, ids, routing.topk_weights, meanwhile)
     rows = got.rows
     if got.scales is not None:
         rows = restore(rows.view(torch.float8_e4m3fn), got.scales, connection.dtype)

@@ -313,6 +313,7 @@ EXEMPT = {
     "cuda.push.plan:WORD": "bytes of a store between ranks",
     "cuda.push.plan:THREADS": "threads of a block",
     "cuda.push.plan:LOADS": "words on their way between ranks",
+    "cuda.push.plan:_BLOCKS_BESIDE": "blocks of a launch",
     "cuda.push.plan:_PART": "where parts of a rank's memory begin",
     "cuda.push.plan:_TILES": "tiles between ranks: tests/test_push_on_host.py has several sizes",
     "cuda.push.plan:_TILES_BACK": "tiles between ranks: tests/test_push_on_host.py has several sizes",

@@ -64,7 +64,14 @@ def lost_rank(tables: PushTables) -> str | None:
 
 
 def push_launch(
-    rows: Tensor, scales: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, sizes: PushSizes, tables: PushTables
+    rows: Tensor,
+    scales: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    sizes: PushSizes,
+    tables: PushTables,
+    *,
+    beside: bool = False,
 ) -> None:
     """Sends this rank's tokens to the ranks of their experts; ends when those of all ranks are here.
 
@@ -74,6 +81,7 @@ def push_launch(
         topk_ids: [num_tokens, top_k] int32 or int64, of global experts.
         topk_weights: [num_tokens, top_k] float32.
         sizes, tables: of the connection.
+        beside: whether multiprocessors are left to other work.
     """
     device = tables.bases.get_device()
     num_tokens = topk_ids.shape[0]
@@ -85,8 +93,8 @@ def push_launch(
         rows = rows.clone(memory_format=torch.contiguous_format)
     stride = rows.stride(0) * rows.element_size()
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
-    found = _READY.get(("push", sizes, tables.rank, ids.dtype, device)) or _push_ready(sizes, tables, ids.dtype, device)
-    launch, places, grid, shared = found
+    key = ("push", sizes, tables.rank, ids.dtype, beside, device)
+    launch, places, grid, shared = _READY.get(key) or _push_ready(sizes, tables, ids.dtype, beside, device)
     sized = numbers_of_push(sizes, places, tables, num_tokens, stride)
     launch(
         Shape(grid, shared, sized), tables.bases.data_ptr(), tables.here, rows.data_ptr(),
@@ -161,11 +169,11 @@ def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
 
 
 def _push_ready(
-    sizes: PushSizes, tables: PushTables, ids: torch.dtype, device: int
+    sizes: PushSizes, tables: PushTables, ids: torch.dtype, beside: bool, device: int
 ) -> tuple[Launch | Noted, Places, int, int]:
-    places = places_of(sizes)
-    made = launch_of(push_recipe(ids), device), places, push_grid(places), push_shared_bytes(places)
-    kept: tuple[Launch | Noted, Places, int, int] = _READY.add(("push", sizes, tables.rank, ids, device), made)
+    places, key = places_of(sizes), ("push", sizes, tables.rank, ids, beside, device)
+    made = launch_of(push_recipe(ids), device), places, push_grid(places, beside), push_shared_bytes(places)
+    kept: tuple[Launch | Noted, Places, int, int] = _READY.add(key, made)
     return kept
 
 

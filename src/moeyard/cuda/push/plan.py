@@ -20,6 +20,9 @@ _TILES_BACK = 512
 _TILES_OF_ROUTES = 4096
 """The same where all routes of a token come back."""
 
+_BLOCKS_BESIDE = 48
+"""Of a dispatch that leaves multiprocessors to other work: 16 KB on their way in each."""
+
 
 class PushSizes(NamedTuple):
     """What all ranks have alike."""
@@ -87,9 +90,9 @@ def places_of(sizes: PushSizes) -> Places:
     return Places(*(*offsets, total, tile, tiles, tile_back, tiles_back))
 
 
-def push_grid(places: Places) -> int:
-    """Blocks of a dispatch: one per tile, as none waits but the first."""
-    return places.tiles
+def push_grid(places: Places, beside: bool) -> int:
+    """Blocks of a dispatch: one per tile, as none waits but the first; fewer `beside` other work."""
+    return min(places.tiles, _BLOCKS_BESIDE) if beside else places.tiles
 
 
 def push_shared_bytes(places: Places) -> int:
