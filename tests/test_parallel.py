@@ -244,7 +244,7 @@ def test_explanations_say_which_way_and_why() -> None:
     for sizes, words in (
         ({"hidden_size": 4100}, "way: 'pushed' moves whole words of 16 bytes, got rows of 8200"),
         ({"hidden_size": 64, "dtype": torch.float64}, "adds in float32, not float64"),
-        ({"hidden_size": 64, "training": True}, "has no gradients"),
+        ({"hidden_size": 64, "training": True, "order": "exact"}, "has gradients of grouped sums alone"),
         ({"hidden_size": 64, "top_k": 33}, "at most 32 routes of a token, got 33"),
         ({"hidden_size": 64, "max_tokens": None}, "needs the most tokens of a rank"),
     ):

@@ -130,9 +130,9 @@ def gradients_are_those_of_one_gpu(rank: int, ranks: int) -> None:
     given = [t.clone().requires_grad_() for t in (rows, routing.topk_weights, whole.w13, whole.w2)]
     answer = parallel.experts_in_order(given[0], Routing(given[1], routing.topk_ids), ExpertWeights(*given[2:]), plan)
     wanted = torch.autograd.grad(answer, given, upstream)
-    mine, connection = held_by(rank, whole, plan, training=True)
     my_rows, my_routing = own(rank, counts, rows, routing)
-    for _ in range(2):
+    for options in ({}, {}, {"way": "pushed", "max_tokens": max(counts)}, {"way": "pushed", "max_tokens": 999}):
+        mine, connection = held_by(rank, whole, plan, training=True, **options)
         given = [t.clone().requires_grad_() for t in (my_rows, my_routing.topk_weights, mine.w13, mine.w2)]
         local = Routing(given[1], my_routing.topk_ids)
         answer = parallel.fused_experts(given[0], local, ExpertWeights(*given[2:]), connection)

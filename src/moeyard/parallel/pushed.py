@@ -32,8 +32,12 @@ class Arrived(NamedTuple):
     factors: Tensor
     """[ranks * max_tokens, top_k] float32."""
 
+    def copied(self) -> "Arrived":
+        """Slots and router weights in memory of their own."""
+        return self._replace(slots=self.slots.clone(), factors=self.factors.clone())
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Pushes:
     """The memory of one connection. Dispatch and combine take turns, each ends when those of all ranks are here.
 
@@ -60,6 +64,8 @@ class Pushes:
     timeout_ms: int
     waiting: bool = False
     """Whether what was dispatched last has not come back yet."""
+    sent: int = 0
+    """Where the ids of the last dispatch lie that gradients flow through."""
 
     def spread(
         self,
@@ -94,6 +100,10 @@ class Pushes:
                 meanwhile()
                 stream.wait_stream(self.side)
         self.waiting = True
+        return self.arrived()
+
+    def arrived(self) -> Arrived:
+        """What the last dispatch brought."""
         return Arrived(
             self._part(self.rank, self.places.rows, self.rows_dtype, self.sizes.sent_bytes).flatten(0, 1),
             self._part(self.rank, self.places.scales, torch.float32, 4 * self.sizes.scales).flatten(0, 1)
