@@ -22,7 +22,10 @@ from moeyard.testing import python
 
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
-OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
+OPS = (
+    "router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "straight_through",
+    "losses",
+)  # fmt: skip
 ROOM = {"values"} | {
     f"dispatch.{name}" for name in ("call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
 }
@@ -53,6 +56,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "helptexts": set(),
     "router": ROOM | {"layout"},
     "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training"},
+    "straight_through": ROOM
+    | {"quant", "quantize", "vectorised", "activation", "combine", "grouped_gemm", "training", "experts"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},
@@ -84,7 +89,7 @@ PUBLIC = (
     "pack_experts "
     "moe_lora_align_block_size moe_sum permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "unpack_experts update_selection_bias warmup"
+    "straight_through_experts unpack_experts update_selection_bias warmup"
 ).split()
 
 
