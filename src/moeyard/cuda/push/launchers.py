@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.push.plan import (
-    LOADS,
-    THREADS,
+    CUT,
     WORD,
+    Cut,
     Places,
     PushSizes,
     back_grid,
@@ -152,20 +152,20 @@ def numbers_of_push_back(
 _READY = Ready()
 
 
-def push_recipe(ids: torch.dtype) -> Recipe:
+def push_recipe(ids: torch.dtype, cut: Cut = CUT) -> Recipe:
     """The kernel of a dispatch."""
-    defines = (("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ID", id_type(ids)))
-    return Recipe("push.cu", "push_kernel", defines, THREADS, 9 + 21)
+    defines = (("BLOCK", str(cut.threads)), ("LOADS", str(cut.loads)), ("ID", id_type(ids)))
+    return Recipe("push.cu", "push_kernel", defines, cut.threads, 9 + 21)
 
 
-def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
+def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype, cut: Cut = CUT) -> Recipe:
     """The kernel of a combine. Its blocks wait for blocks of other ranks, so all of them have to be at work."""
     defines = (
-        ("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ROW_KIND", KINDS[dtype]),
+        ("BLOCK", str(cut.threads)), ("LOADS", str(cut.loads)), ("ROW_KIND", KINDS[dtype]),
         ("EXACT", "true" if sizes.exact else "false"), ("WEIGHTS", "true" if sizes.exact and weighted else "false"),
         ("ADDED", str(sizes.top_k if sizes.exact else sizes.ranks)),
     )  # fmt: skip
-    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 6 + 18, cooperative=True)
+    return Recipe("push_back.cu", "push_back_kernel", defines, cut.threads, 6 + 18, cooperative=True)
 
 
 def _push_ready(
