@@ -233,18 +233,19 @@ def graph_times(layer: Layer) -> dict[str, float]:
     return found
 
 
-def few_over_all(model: str) -> dict[str, Any]:
-    """Processes of both choices in turn, twice."""
+def few_over_all(model: str, kernels: str) -> dict[str, Any]:
+    """Processes of both choices in turn, twice: all kernels, and MOEYARD_KERNELS as it is judged."""
     taken: dict[str, list[dict[str, float]]] = {"all": [], "few": []}
     for which in ("all", "few", "few", "all"):
         done = subprocess.run(
             [sys.executable, __file__, "--models", model, "--graph-times"], capture_output=True, text=True, check=True,
-            env={**os.environ, "MOEYARD_KERNELS": which},
+            env={**os.environ, "MOEYARD_KERNELS": "all" if which == "all" else f"all,{kernels}"},
         )  # fmt: skip
         taken[which].append(json.loads(done.stdout))
     best = {which: {key: min(run[key] for run in runs) for key in runs[0]} for which, runs in taken.items()}
     return {
         "workload": model,
+        "kernels": kernels,
         "ratios": {key: round(best["few"][key] / best["all"][key], 3) for key in best["all"]},
         "all_us": {key: round(spent, 3) for key, spent in best["all"].items()},
     }
@@ -283,7 +284,7 @@ def measure(given: argparse.Namespace, device: torch.device, others: Callable[[C
         del layer
         if device.type == "cuda" and given.few:
             torch.cuda.empty_cache()
-            note("few", few_over_all(model))
+            note("few", few_over_all(model, given.kernels))
 
 
 def main() -> None:
@@ -296,6 +297,7 @@ def main() -> None:
     parser.add_argument("--impls", default="cuda,triton", help="implementations to look for stalls in (cuda,triton)")
     parser.add_argument("--others", default="", help="MODULE:FUNCTION, more peers of the experts")
     parser.add_argument("--few", action=argparse.BooleanOptionalAction, default=True, help="judge few kernels (yes)")
+    parser.add_argument("--kernels", default="few", help="MOEYARD_KERNELS that is judged, such as experts=few (few)")
     parser.add_argument("--device", default="cuda", help="cuda or cpu (cuda)")
     parser.add_argument("--scale", type=int, default=1, help="divide hidden and intermediate sizes by this (1)")
     parser.add_argument("--most", type=int, default=MOST, help=f"most tokens ({MOST})")

@@ -148,7 +148,7 @@ def test_the_page_of_serving(tmp_path: Path) -> None:
             {"impl": "cuda", "workload": "m", "calls": 7, "compilations": 0, "over_5_ms": 1,
              "longest_ms": {"route": [0.5, 3], "permute": [6.25, 40]}}
         ],
-        "few": [{"workload": "m", "ratios": {"route 1": 1.5, "permute 2": 0.75}, "all_us": {}}],
+        "few": [{"workload": "m", "kernels": "few", "ratios": {"route 1": 1.5, "permute 2": 0.75}, "all_us": {}}],
     }  # fmt: skip
     results.write(tmp_path / "benchmarks/results/card/serving.json", content)
     text = hosts.tables(tmp_path)

@@ -33,8 +33,8 @@ def _section(content: dict[str, Any]) -> str:
         ratios = sorted(one["ratios"].items(), key=lambda found: found[1])
         (least, low), (most, high) = ratios[0], ratios[-1]
         lines.append(
-            f"- `MOEYARD_KERNELS=few` over all kernels ({one['workload']}): from {low:.2f} ({least}) to {high:.2f} "
-            f"({most})."
+            f"- `MOEYARD_KERNELS={one['kernels']}` over all kernels ({one['workload']}): from {low:.2f} ({least}) to "
+            f"{high:.2f} ({most})."
         )
     return "\n".join(lines) + "\n"
 

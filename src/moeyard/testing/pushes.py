@@ -84,15 +84,18 @@ class Ranks:
         self.outs[rank].fill_(torch.nan)
 
     def part(self, rank: int, offset: int, dtype: torch.dtype, row_bytes: int) -> Tensor:
+        """[ranks, max_tokens, ...] of a rank's memory."""
         ranks, most = self.sizes.ranks, self.sizes.max_tokens
         return self.memory[rank][offset : offset + ranks * most * row_bytes].view(dtype).view(ranks, most, -1)
 
     def slots(self, source: int, count: int) -> Tensor:
+        """[max_tokens, top_k] int32: those of a rank's tokens."""
         found = torch.full((self.sizes.max_tokens, self.top_k), -1, dtype=torch.int32)
         found[:count] = slots_of_routes(self.inputs[source]["ids"][:count], tables_of(self.plan, found.device), source)
         return found
 
     def held(self, rank: int, slots: Tensor) -> Tensor:
+        """Which slots are of a rank."""
         first, count = self.tables[rank].first_slot, self.tables[rank].num_slots
         return (slots >= first) & (slots < first + count)
 
@@ -178,6 +181,7 @@ class Ranks:
         return steps
 
     def test(self, rank: int, step: int) -> str:
+        """What the test finds wrong at a step of a rank's program, or nothing."""
         counts = self.case["counts"][step // 4]
         if step % 4 == 1:
             return self.experts(rank, counts)
@@ -216,16 +220,10 @@ def build(headers: tuple[Path, ...], folder: Path, ranks: Ranks, change: tuple[s
 
 
 def loaded(folder: Path) -> Any:
+    """The library that `build` left in a folder."""
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.run.restype = ctypes.c_char_p
     return library
-
-
-class Step(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int64), ("blocks", ctypes.c_int64), ("resident", ctypes.c_int64),
-        ("pointers", ctypes.c_void_p), ("numbers", ctypes.c_void_p),
-    )  # fmt: skip
 
 
 def run(library: Any, programs: list[Program], test: Callable[[int, int], str], slow: int) -> str:
@@ -233,13 +231,12 @@ def run(library: Any, programs: list[Program], test: Callable[[int, int], str], 
     kept: list[Any] = []
     arrays = []
     for program in programs:
-        steps = (Step * max(1, len(program)))()
-        for step, (kind, blocks, resident, pointers, numbers) in zip(steps, program, strict=False):
+        words: list[int] = []  # the fields of `Step` in run.cpp
+        for kind, blocks, resident, pointers, numbers in program:
             made = (ctypes.c_void_p * 16)(*pointers), (ctypes.c_int64 * 32)(*numbers)
             kept += made
-            step.kind, step.blocks, step.resident = kind, blocks, resident
-            step.pointers, step.numbers = (ctypes.addressof(one) for one in made)
-        arrays.append(steps)
+            words += [kind, blocks, resident, *map(ctypes.addressof, made)]
+        arrays.append((ctypes.c_int64 * (len(words) + 1))(*words))
     said: list[str] = []
 
     def told(rank: int, step: int) -> int:
@@ -255,6 +252,7 @@ def run(library: Any, programs: list[Program], test: Callable[[int, int], str], 
 
 
 def outcome(library: Any, ranks: Ranks, slow: int, blocks: tuple[int, int] = (3, 2), resident: int = 2) -> str:
+    """What goes wrong in three epochs of all ranks, or nothing; of a dispatch `resident` blocks are at work at once."""
     for rank in range(ranks.ranks):
         ranks.draw(rank)
     for part in ranks.memory:
