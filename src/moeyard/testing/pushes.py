@@ -235,7 +235,7 @@ def run(library: Any, programs: list[Program], test: Callable[[int, int], str], 
         for kind, blocks, resident, pointers, numbers in program:
             made = (ctypes.c_void_p * 16)(*pointers), (ctypes.c_int64 * 32)(*numbers)
             kept += made
-            words += [kind, blocks, resident, *map(ctypes.addressof, made)]
+            words += [kind, blocks, resident, ctypes.addressof(made[0]), ctypes.addressof(made[1])]
         arrays.append((ctypes.c_int64 * (len(words) + 1))(*words))
     said: list[str] = []
 
