@@ -199,6 +199,7 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_parts: bool
 ) -> None:
     chosen = training.ours
+    monkeypatch.delenv("MOEYARD_TRAINING_PEERS", raising=False)
     monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
     ours = training.ours()
     off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}

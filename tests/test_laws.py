@@ -22,7 +22,10 @@ from moeyard.testing import python
 
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
-OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "layer", "losses")
+OPS = (
+    "router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "straight_through",
+    "layer", "losses",
+)  # fmt: skip
 ROOM = {"values"} | {
     f"dispatch.{name}" for name in ("again", "call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
 }
@@ -55,6 +58,8 @@ ARROWS = {  # module -> what of moeyard it may import
     "helptexts": set(),
     "router": ROOM | {"layout", "layout_memory"},
     "experts": ROOM | {"quant", "activation", "training"},
+    "straight_through": ROOM
+    | {"quant", "quantize", "vectorised", "activation", "combine", "grouped_gemm", "training", "experts"},
     "layer": ROOM | {"experts", "grouped_gemm", "router"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
@@ -68,7 +73,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"}
     | {f"dispatch.{name}" for name in ("again", "refusals", "table")},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
-    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
+    "parallel": ROOM | {"", "quant", "cuda", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -76,6 +81,7 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "rows": {"runtime"},
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
+    "push": {"runtime"},
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
 READS = {"parallel/wire.py": "tolist"}
@@ -87,7 +93,7 @@ PUBLIC = (
     "pack_experts "
     "moe_lora_align_block_size moe_sum permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "unpack_experts update_selection_bias warmup"
+    "straight_through_experts unpack_experts update_selection_bias warmup"
 ).split()
 
 

@@ -18,7 +18,7 @@ import pytest
 from assay.__main__ import main
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.process import Running
-from assay.experiment import samples
+from assay.experiment import processes
 from assay.experiment.raw import replay
 from assay.machine import load
 from holding import python, start
@@ -263,7 +263,7 @@ def test_a_busy_machine_does_not_hide_who_works_on(
             time.sleep(0.01)
         crowded(core)
         begun = time.monotonic()
-        assert samples._works(running) is works
+        assert processes._works(running) is works
         assert works or time.monotonic() - begun < 2
         running.end()
 

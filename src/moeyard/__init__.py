@@ -23,6 +23,7 @@ from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
 from moeyard.router import route, route_and_align
+from moeyard.straight_through import straight_through_experts
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
 
@@ -61,6 +62,7 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "straight_through_experts",
     "unpack_experts",
     "update_selection_bias",
     "warmup",

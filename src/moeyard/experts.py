@@ -12,14 +12,14 @@ from moeyard.activation import ACTIVATION, flatten_activation
 from moeyard.dispatch import checks
 from moeyard.dispatch.again import Calling, Repeats, calling_of
 from moeyard.dispatch.call import Call, facts_of_experts
-from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
+from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_tensor
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.op import Gradient, Op, needs_gradient
 from moeyard.dispatch.table import companion
 from moeyard.quant import ExpertScales, scheme_of
 from moeyard.training import Needs, experts_gradients, experts_keeping_products
-from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, Routing
+from moeyard.values import Activation, ExpertCall, ExpertWeights, Routing
 
 
 def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple[Any, ...]:
@@ -163,8 +163,9 @@ def fused_experts(
     the weighted row, which stays finite where the row alone would not. Gradients flow to hidden states, router weights,
     weights and biases, in the dtypes of these, and sums have a fixed order. Where one is wanted and the product saved,
     that is rounded to the dtype, too. With a scheme gradients are refused. Gradients of a batch-invariant result need
-    `save="inputs"`; they are the usual ones, as those of weights are sums over a batch. Raises TypeError or ValueError
-    naming the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
+    `save="inputs"`. Those of hidden states and router weights do not depend on the batch, either. Those of an expert's
+    weights are sums over its tokens: they depend on these and their order alone. Raises TypeError or ValueError naming
+    the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
     """
     asked = (activation, num_experts, apply_router_weight_on_input, batch_invariant, save, impl)
     calling = _calling(hidden_states, routing, weights, expert_map, out, asked)
@@ -174,27 +175,13 @@ def fused_experts(
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
     activation = check_activation(activation)
-    num_tokens, device = hidden_states.shape[0], hidden_states.device
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    num_experts = checks.check_routed(routing, hidden_states, weights, num_experts, expert_map)
     ids, factors = routing.topk_ids, routing.topk_weights
-    check_tensor("routing.topk_ids", ids, dtypes=checks.ID_DTYPES, ndim=(2,), device=device)
-    check_tensor("routing.topk_weights", factors, dtypes=(torch.float32,), ndim=(2,), device=device)
-    checks.check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
-    check_shape("routing.topk_ids", ids, (num_tokens, ids.shape[1]), "the tokens of hidden_states")
-    check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
-    if expert_map is not None:
-        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
-    if num_experts is None:
-        num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
-    checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
     checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
     invariant = batch_invariance(batch_invariant)
     _check_save(save)
-    if expert_map is not None:
-        check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
-        checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
+        checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device)
     call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input, invariant)
     arguments = (hidden_states, routing, call)
     if save == "product" and weights.scheme is None and needs_gradient(hidden_states, factors, *_of_weights(weights)):

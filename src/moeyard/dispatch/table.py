@@ -96,6 +96,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 _FOUR_BITS = "moeyard.cuda.experts.four_bits"
+_MANY_OF_FOUR_BITS = "moeyard.cuda.experts.four_bits_many"
 _OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
@@ -158,8 +159,14 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             unfit=f"{_OUTER}:unfit",
         ),
     ),
-    "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
-    "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
+    **{
+        name: _gradient(
+            f"{name}_launch",
+            "the derivative of activations",
+            Impl("cpu", f"moeyard.cpu.derivatives:{name}_launch", sums_on_cpu),
+        )
+        for name in ("activate_backward", "weighted_activate_backward")
+    },
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
@@ -176,6 +183,15 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens of 4 bits",
             unfit=f"{_FOUR_BITS}:unfit",
+        ),
+        # It runs lane by lane on a host, and has not run on a GPU yet.
+        Impl(
+            "cuda",
+            f"{_MANY_OF_FOUR_BITS}:fused_experts_launch",
+            products_on_hopper,
+            by_name_only=True,
+            way="many tokens of 4 bits",
+            unfit=f"{_MANY_OF_FOUR_BITS}:unfit",
         ),
         Impl(
             "cuda",
