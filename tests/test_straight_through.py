@@ -188,15 +188,15 @@ def test_the_backward_is_in_the_graph() -> None:
 
 @pytest.mark.full
 def test_a_model_trains_in_fp8_as_in_float32() -> None:
-    """300 steps of the example. What is noise is how far a run with moved first weights is."""
+    """The first steps of the example, in which most of the loss is lost."""
     path = Path(__file__).parents[1] / "examples" / "train_moe.py"
     spec = importlib.util.spec_from_file_location("train_moe", path)
     assert spec is not None and spec.loader is not None
     sys.modules["train_moe"] = example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    rounded, again = (example.train(300, autocast=True, fp8=True) for _ in range(2))
-    plain = example.train(300, autocast=True)
+    rounded, again = (example.train(40, autocast=True, fp8=True, batch=2) for _ in range(2))
+    plain = example.train(40, autocast=True, batch=2)
     assert all(same_bits(a, b) for a, b in zip(rounded.weights, again.weights, strict=True))
-    last, wanted = (sum(run.losses[-20:]) / 20 for run in (rounded, plain))
-    assert last < wanted + 0.03 and last < 2.6 < rounded.losses[0], (last, wanted)
+    last, wanted = (sum(run.losses[-10:]) / 10 for run in (rounded, plain))
+    assert last < wanted + 0.03 and last < 4.0 < rounded.losses[0], (last, wanted)
     assert rounded.losses != plain.losses, "nothing was rounded"

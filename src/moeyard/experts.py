@@ -162,7 +162,8 @@ def fused_experts(
     to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too: of float16
     the weighted row, which stays finite where the row alone would not. Gradients flow to hidden states, router weights,
     weights and biases, in the dtypes of these, and sums have a fixed order. Where one is wanted and the product saved,
-    that is rounded to the dtype, too. With a scheme gradients are refused. Gradients of a batch-invariant result need
+    that is rounded to the dtype, too. With a scheme gradients are refused
+    (`straight_through_experts` has some). Gradients of a batch-invariant result need
     `save="inputs"`. Those of hidden states and router weights do not depend on the batch, either. Those of an expert's
     weights are sums over its tokens: they depend on these and their order alone. Raises TypeError or ValueError naming
     the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.

@@ -46,8 +46,8 @@ def _gather(*flat: Any) -> tuple[Any, ...]:
     hidden_states, factors, ids, expert_map, w13, w2, b13, b2, first, second = flat[:10]
     scales, (words, gated, *curve, num_experts, invariant) = flat[10 : 10 + _SCALES], flat[10 + _SCALES :]
     masters = ExpertWeights(w13, w2, b13, b2, gated)
-    biases = (None if bias is None else bias.to(hidden_states.dtype) for bias in (b13, b2))
-    rounded = ExpertWeights(first, second, *biases, gated, scheme_of(words), ExpertScales(*scales))
+    biases = [None if bias is None else bias.to(hidden_states.dtype) for bias in (b13, b2)]
+    rounded = ExpertWeights(first, second, biases[0], biases[1], gated, scheme_of(words), ExpertScales(*scales))
     call = ExpertCall(rounded, Activation(*curve), num_experts, expert_map, batch_invariant=invariant)
     return hidden_states, Routing(factors, ids), masters, call
 

@@ -60,7 +60,9 @@ def gradients_of(
 ) -> list[Tensor]:
     """The output of a layer, and its gradients of hidden states, router weights, w13, w2 and biases, in that order."""
     mine = [t.detach().clone().requires_grad_() for t in given]
-    output = call(mine[0], Routing(mine[1], ids), ExpertWeights(*mine[2:]))
+    rows, factors, w13, w2, *biases = mine
+    of_first, of_second = biases or (None, None)
+    output = call(rows, Routing(factors, ids), ExpertWeights(w13, w2, of_first, of_second))
     return [output.detach(), *torch.autograd.grad(output, mine, upstream.to(output.dtype))]
 
 
