@@ -2,14 +2,17 @@
 
 Each compiled source that a patch changes is poisoned in a clean copy of the candidate, which is then built and run with
 empty caches. The Python files that it changes are poisoned together, so that what is timed is the tree that is judged,
-and no package of that name that is installed beside it. A copy that nothing was done to must build and run, so that a
-failure means what it seems to. Digests of what was built would prove less: a comment changes nothing in a library, and
-a library may be there already.
+and no package of that name that is installed beside it. A workload that none of this breaks must need another file of
+the tree than the one that is started: it must fail once all of them raise, or are gone. A copy that nothing was done to
+must build and run, so that a failure means what it seems to. Digests of what was built would prove less: a comment
+changes nothing in a library, and a library may be there already.
 """
 
+import contextlib
+import os
 import secrets
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -17,6 +20,7 @@ from assay.arms import commands, sandbox
 from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
 from assay.contract.frozen import Frozen
+from assay.contract.workload import Workload
 from assay.experiment.once import once
 from assay.gates.gate import Found, Gate, Given, Where
 from assay.gates.poison import code, poison, some
@@ -77,8 +81,6 @@ def check(
     candidate = frozen.tree("candidate")
     sources = [source for source in compiled(changed) if (candidate / source).is_file()]
     python = [path for path in code(changed) if (candidate / path).is_file()]
-    if not sources and not python:
-        return Provenance("", "no source was changed")
     with tempfile.TemporaryDirectory(prefix="poison-", dir=frozen.folder) as folder:
 
         def copy() -> _Copy:
@@ -89,34 +91,94 @@ def check(
             return _Copy(frozen, tree, cache, sandboxed, most)
 
         looked: list[str] = []
+        names = list(frozen.plans())
+        proved: set[str] = set()
+        """Workloads that fail where files of the tree do not work."""
         try:
             clean = copy()
             if failed := clean.built():
                 return Provenance("infra.provenance", f"a second build of the candidate: {failed}")
-            if failed := clean.ran():
-                return Provenance("", f"nothing can be said: the candidate fails by itself, {failed}")
+            if failures := clean.failures(names):
+                return Provenance("", f"nothing can be said: the candidate fails by itself, {_first(failures)}")
             for source in sources:
                 looked.append(source)
                 poisoned = copy()
                 (poisoned.tree / source).write_bytes(_POISON[PurePosixPath(source).suffix.lower()])
-                if not poisoned.built() and not poisoned.ran():
+                if poisoned.built():
+                    continue  # the build needs it
+                if not (failures := poisoned.failures(names)):
                     words = f"source not on the workload's path: {source} as an error changes nothing in build or run"
                     return Provenance("not_evaluated", words, tuple(looked))
+                proved |= failures.keys()
             if python:
                 looked += python
-                poisoned = copy()
-                poison(poisoned.tree, python)  # before it is set up, so that what is installed from it raises as well
-                if poisoned.built():  # the build needs the files; does the workload?
-                    poisoned = copy()
-                    if failed := poisoned.built():
-                        return Provenance("infra.provenance", f"a third build of the candidate: {failed}")
-                    poison(poisoned.tree, python)
-                if not poisoned.ran():
+                failures = _raising(copy, python).failures(names)
+                if not failures:
                     words = f"source not on the workload's path: what is timed runs though {some(python)} raise"
                     return Provenance("not_evaluated", f"{words} when they are imported", tuple(looked))
+                proved |= failures.keys()
+            if words := _unneeded([name for name in names if name not in proved], clean, copy, bool(python)):
+                return Provenance("not_evaluated", words, tuple(looked))
         except _StoppedError as problem:
             return Provenance("infra.provenance", str(problem), tuple(looked))
-    return Provenance("", f"nothing works without {some(looked)}", tuple(looked))
+    return Provenance("", f"nothing works without {some(looked) if looked else 'the tree'}", tuple(looked))
+
+
+def _raising(copy: Callable[[], "_Copy"], files: Sequence[str]) -> "_Copy":
+    """A built copy in which Python files raise: from the beginning, so that what is installed from it raises as well.
+
+    Where nothing can be built so, they raise after the build.
+    """
+    poisoned = copy()
+    poison(poisoned.tree, files)
+    if poisoned.built():  # the build needs the files; does the workload?
+        poisoned = copy()
+        if failed := poisoned.built():
+            raise _StoppedError(f"a third build of the candidate: {failed}")
+        poison(poisoned.tree, files)
+    return poisoned
+
+
+def _unneeded(names: Sequence[str], clean: "_Copy", copy: Callable[[], "_Copy"], python: bool) -> str:
+    """Which of the workloads that no changed file breaks run without the judged tree, in words; "" if none does.
+
+    Beside the files that workloads start with nothing of the tree is left in `clean`; where Python was changed, all
+    Python raises instead, so that a file that is only read proves nothing.
+    """
+    own = [path for plan in clean.frozen.plans().values() for path in started_with(plan.workload, clean.tree)]
+    files = [path.relative_to(clean.tree).as_posix() for path in clean.tree.rglob("*.py") if path.is_file()]
+    others = [path for path in code(files) if path not in own] if python else []
+    if names and others:
+        poison(clean.tree, others)
+        if left := _well(clean, names):
+            left = _well(_raising(copy, others), left)
+        words = "what is timed runs though all Python files of the tree raise when they are imported"
+        return f"{some(left)}: {words}" if left else ""
+    for path in sorted(clean.tree.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it is not empty; an empty one can be imported
+                path.rmdir()
+        elif path.relative_to(clean.tree).as_posix() not in own:
+            path.unlink()
+    left = _well(clean, names)
+    return f"{some(left)}: what is timed runs without the files of the tree" if left else ""
+
+
+def _well(tree: "_Copy", names: Sequence[str]) -> list[str]:
+    """Workloads that run all the same."""
+    failures = tree.failures(names)
+    return [name for name in names if name not in failures]
+
+
+def started_with(run: Workload, tree: Path) -> list[str]:
+    """Files of a tree that a workload names: those of its command, or the one in which its benchmark is."""
+    words = run.command if run.kind == "command" else (run.target.partition(":")[0],) * (run.kind != "call")
+    return [path for path in map(os.path.normpath, words) if (tree / path).is_file()]
+
+
+def _first(failures: Mapping[str, str]) -> str:
+    name, words = next(iter(failures.items()))
+    return f"{name}: {words}"
 
 
 class _StoppedError(RuntimeError):
@@ -152,9 +214,11 @@ class _Copy:
                 return f"{' '.join(command)}: {commands.words(ended)}"
         return ""
 
-    def ran(self) -> str:
-        """Runs every workload once: what failed, in words, or "". Whether it is tampering is asked beside base."""
-        for name, plan in self.frozen.plans().items():
+    def failures(self, names: Sequence[str]) -> dict[str, str]:
+        """Runs workloads once: what failed of each that does. Whether it is tampering is asked beside base."""
+        found = {}
+        for name in names:
+            plan = self.frozen.plans()[name]
             try:
                 alone = self.trees("candidate", self.tree, self.cache)
                 base = self.trees("base", self.frozen.tree("base"), self.frozen.cache("base"))
@@ -163,8 +227,8 @@ class _Copy:
                 if problem.infra or problem.arm != "candidate":
                     raise _StoppedError(str(problem)) from None
                 self.most(1)  # else it was not late, but cut short
-                return f"{name}: {problem.words}"
-        return ""
+                found[name] = problem.words
+        return found
 
     def trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""
@@ -179,6 +243,5 @@ GATE = Gate(
     "provenance",
     looked_at,
     Where.MEASURED,
-    asked=lambda _, changed: bool(compiled(changed) or code(changed)),
-    otherwise="no source was changed",
+    asked=lambda _task, _changed: True,
 )
