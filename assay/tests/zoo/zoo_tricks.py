@@ -19,6 +19,7 @@ from zoo_candidates import (
     POISONED,
     POISONS,
     PRECISION,
+    QUICK,
     READS_AHEAD,
     REMEMBERS,
     REMEMBERS_A_LOOP,
@@ -200,6 +201,15 @@ TRICKS = [
         {"work.py": ITERATES},
         needs=needing(PROPERTY),
         control=any_subclass,
+        won="through",
+    ),
+    Trick(
+        "a zero of the other sign",
+        "rejected:incorrect",
+        "signs of zeros count wherever outputs are compared",
+        {"work.py": QUICK + "\ndef work(x): return [-one if one == 0.0 else one for one in once(x)]\n"},
+        needs=needing(PROPERTY),
+        control=lambda setting: setting.remove(equivalence, "difference", lambda a, b, *_: "" if a == b else "another"),
         won="through",
     ),
     Trick(
