@@ -63,7 +63,7 @@ calls = 0
 def answered(x):
     global calls
     calls += 1
-    return bytes(512 << 20) if calls == 4 else once(x)
+    return bytes(256 << 20) if calls == 4 else once(x)
 work = answered
 """
 )
@@ -79,7 +79,7 @@ def any_length(setting: Setting) -> str:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     outcome(setting, stop=False)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return "held" if grown > 400 << 10 else f"{grown} KiB"
+    return "held" if grown > 200 << 10 else f"{grown} KiB"
 
 
 def any_size(setting: Setting) -> None:

@@ -20,7 +20,7 @@ PDEATHSIG, _DUMPABLE, SUBREAPER = 1, 4, 36
 LIBC = ctypes.CDLL(None, use_errno=True)
 _NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
 _SET_PIPE_SIZE = 1031
-_FCNTL = {
+_FCNTL: dict[str, dict[int, tuple[int, ...]]] = {
     "x86_64": {0xC000003E: (72, 72 | 0x40000000), 0x40000003: (55, 221)},
     "aarch64": {0xC00000B7: (25,), 0x40000028: (55, 221)},
 }
