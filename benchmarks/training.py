@@ -10,11 +10,13 @@ Before it is timed, a provider's gradients are held against float64: w13, w2 and
 states of some tokens. Bounds are multiples of what an honest bfloat16 computation of these experts errs. A provider
 that errs more, raises or lacks memory is a row that says so. Samples are taken in turn, in random order, by rounds.
 
-Peers take part where they can be imported: ScatterMoE (`scattermoe`), Liger (`liger_kernel`).
+Peers take part where they can be imported: ScatterMoE (`scattermoe`), Liger (`liger_kernel`). `training_peers.py` has
+them, and says how packages in other folders are found. `training_goals.py` says which goals a file meets.
 """
 
 import argparse
-import importlib
+import contextlib
+import os
 import random
 import sys
 import time
@@ -28,11 +30,13 @@ from torch import Tensor
 from torch.nn import functional
 
 import moeyard
+import training_peers
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import peers, results, timing
 from moeyard.bench.training import TrainingStep, kept_bytes, peak_bytes
 from moeyard.dispatch.table import launcher
 from moeyard.values import Activation, Segments, WeightedGradients
+from training_peers import Inputs, Provider
 
 MODELS = {  # experts, top_k, hidden_size, intermediate_size
     "qwen3-30b-a3b": (128, 8, 2048, 768),
@@ -41,29 +45,10 @@ MODELS = {  # experts, top_k, hidden_size, intermediate_size
     "olmoe-1b-7b": (64, 8, 2048, 1024),
 }
 TOKENS = (32768, 8192)
-_OURS, _OTHERS = 1.1, 2.0  # times the error of an honest computation
+_OURS, _OTHERS = 1.1, training_peers.BOUND  # times the error of an honest computation
 _CHECKED_EXPERTS, _CHECKED_TOKENS = 3, 16
 _ROUNDS = 15
 _LEAST_S = 15.0  # with less time left no cell begins
-
-
-class Inputs(NamedTuple):
-    """A layer and a batch; the first four want gradients."""
-
-    rows: Tensor
-    factors: Tensor
-    w13: Tensor
-    w2: Tensor
-    ids: Tensor
-    upstream: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """What gradients are taken of."""
-        return self[:4]
-
-
-Provider = Callable[[Inputs], Tensor]
 
 
 def step_of(model: str, tokens: int, scale: int) -> TrainingStep:
@@ -98,45 +83,17 @@ def ours(impl: str = "auto", save: str = "product") -> Provider:
     return call
 
 
-def torch_grouped(given: Inputs) -> Tensor:
-    """What one writes with torch's grouped product: sort, gather, multiply, multiply, put back, weigh, sum."""
-    top_k = given.ids.shape[1]
-    experts, order = torch.sort(given.ids.flatten(), stable=True)
-    offsets = torch.searchsorted(experts, torch.arange(given.w13.shape[0], device=experts.device), right=True).int()
-    first = functional.grouped_mm(given.rows[order // top_k], given.w13.transpose(1, 2), offs=offsets)
-    gate, up = first.chunk(2, 1)
-    second = functional.grouped_mm(functional.silu(gate) * up, given.w2.transpose(1, 2), offs=offsets)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    of_routes = second[back].view(*given.ids.shape, -1)
-    return (of_routes * given.factors.to(of_routes.dtype).unsqueeze(2)).sum(1)
-
-
-def scattermoe(given: Inputs) -> Tensor:
-    room = importlib.import_module("scattermoe.parallel_experts")
-    where = room.flatten_sort_count(given.ids.long(), num_experts=given.w13.shape[0])
-    first = room.parallel_linear(given.rows, given.w13.permute(0, 2, 1), given.ids.shape[1], *where, grouped_out=True)
-    gate, up = first.chunk(2, -1)
-    middle, factors = functional.silu(gate) * up, given.factors.to(given.rows.dtype)
-    result: Tensor = room.parallel_linear(middle, given.w2.permute(0, 2, 1), 1, *where, grouped_in=True, gates=factors)
-    return result
-
-
-def liger(given: Inputs) -> Tensor:
-    room = importlib.import_module("liger_kernel.ops.fused_moe")
-    result: Tensor = room.LigerFusedMoEFunction.apply(given.rows, given.w13, given.w2, given.ids, given.factors)
-    return result
-
-
-SAVES = {"product": ("moeyard", "auto"), "inputs": ("moeyard", "auto, save='inputs'")}
+_AUTO = ", ".join(filter(None, ("auto", os.environ.get("MOEYARD_IMPL"))))
+SAVES = {"product": ("moeyard", _AUTO), "inputs": ("moeyard", f"{_AUTO}, save='inputs'")}
 
 
 def providers() -> dict[tuple[str, str], Provider]:
     """By name and way."""
-    found = {SAVES["product"]: ours(), SAVES["inputs"]: ours(save="inputs"), ("torch", "grouped_mm"): torch_grouped}
+    found = {SAVES["product"]: ours(), SAVES["inputs"]: ours(save="inputs")}
     if torch.cuda.is_available():
         found["moeyard", "triton"] = ours("triton")
-    found |= {("scattermoe", ""): scattermoe} if peers.installed("scattermoe") else {}
-    return found | ({("liger", ""): liger} if peers.installed("liger_kernel") else {})
+    found["torch", "grouped_mm"] = training_peers.torch_grouped
+    return found | {(name, ""): call for name, call in training_peers.found().items()}
 
 
 # Whether gradients are right
@@ -345,7 +302,8 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
     of_honest, found = errors(honest, exact), {}
     for who, provider in providers().items():
         start = time.monotonic()
-        found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
+        with training_peers.tuning_in_parallel() if clock.on_gpu else contextlib.nullcontext():
+            found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
         say(f"  {' '.join(who)}: {found[who].get('wrong', 'right')}, {time.monotonic() - start:.1f} s")
     for save, who in SAVES.items():
         found[who]["kept_bytes_by_hand"] = kept_bytes(step, save)
@@ -359,7 +317,7 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
     calls["forward"]()  # kernels are there
     times = in_turn(calls, clock, until)
     rows = [cell.row("training step", *who, step.flops, times.get(who)) | more for who, more in found.items()]
-    rows.append(cell.row("forward", "moeyard", "auto", step.flops // 3, times["forward"]))
+    rows.append(cell.row("forward", "moeyard", _AUTO, step.flops // 3, times["forward"]))
     if of_parts:
         named = parts(given, step)
         for _, call in named.values():
@@ -385,9 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates, rows = timing.rates(device), []
     machine = results.machine(device, rates)
     cells = [(model, int(tokens)) for tokens in given.tokens.split(",") for model in given.models.split(",")]
-    versions = peers.versions(device) | {
-        name: peers.peer_version(name) or "?" for name in ("scattermoe", "liger_kernel") if peers.installed(name)
-    }
+    versions = peers.versions(device) | training_peers.versions()
     for i, (model, tokens) in enumerate(cells):
         left = end - time.monotonic()
         if left < _LEAST_S:
