@@ -129,6 +129,7 @@ def test_what_is_timed_is_the_tree_that_is_judged(shown: bool, run: Workload, tm
     assert shown or "what is timed runs though src/pkg/__init__.py raise when they are imported" in seen.words
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("changed", ["work.py", "table.txt"])
 def test_each_workload_times_the_tree_that_is_judged(changed: str, tmp_path: Path) -> None:
     """One that no changed file breaks needs some file of the tree, and not the one alone that is started."""

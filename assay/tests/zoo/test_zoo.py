@@ -31,7 +31,7 @@ def needed(trick: Trick) -> None:
 def each(quick: bool) -> list[Any]:
     """Every trick; those that are measured before they are known are left to the full tests, or all if not `quick`."""
     later = pytest.mark.full
-    return [pytest.param(t, id=t.name.replace(" ", "-"), marks=() if quick and t.stops else later) for t in TRICKS]
+    return [pytest.param(t, id=t.name.replace(" ", "-"), marks=() if quick and t.stops and not t.later else later) for t in TRICKS]
 
 
 @pytest.mark.parametrize("trick", each(quick=True))

@@ -211,6 +211,7 @@ TRICKS = [
         needs=needing(PROPERTY),
         control=lambda setting: setting.remove(equivalence, "difference", lambda a, b, *_: "" if a == b else "another"),
         won="through",
+        later=True,
     ),
     Trick(
         "mutated input",

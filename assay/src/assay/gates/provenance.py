@@ -161,7 +161,7 @@ def _files(tree: Path) -> list[str]:
 
 
 def _without(tree: Path, kept: Collection[str]) -> None:
-    """Takes all files away but those that are kept, and folders in which there is none: an empty one can be imported."""
+    """Takes files away that are not kept, and folders without any: an empty one can be imported."""
     for path in _files(tree):
         if path not in kept:
             (tree / path).unlink()
