@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.24")
+transformers = pytest.importorskip("transformers", minversion="5.17")
 ours = importlib.import_module("moeyard.integrations.transformers")
 
 pytestmark = pytest.mark.filterwarnings("default")
