@@ -70,6 +70,7 @@ lint: .venv/ready ## ruff and strict mypy
 docs: .venv/ready ## regenerate tables, numbers and pictures of README and docs from benchmarks/results
 	$(BIN)/python -m moeyard.bench.docs .
 	$(BIN)/python docs/assay_report.py .
+	$(BIN)/python tasks/seeds/run.py table
 
 # An environment of its own: the API is read from the sources, so nothing of moeyard is installed, not even torch.
 $(SITE)/ready: pyproject.toml Makefile

@@ -6,6 +6,7 @@ inputs and gives the answer.
 
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,6 +70,31 @@ def prefill(case: Case) -> Runs:
 def batches(case: Case) -> Runs:
     """Few rows an expert, where reading weights is the limit: tiles."""
     return ways("batches", case)
+
+
+_TILE_ROWS = (16, 32, 64, 128, 160)
+"""Rows of a tile of moeyard.cuda.experts.four_bits_many; the tallest are for weights that are scaled alone."""
+
+
+def four_bits(case: Case) -> Runs:
+    """Weights of 4 bits: what "auto" chooses now, and many tokens by experts.cu as planned and in all tiles."""
+    quantised = importlib.import_module("moeyard.bench.quantised")
+    many = importlib.import_module("moeyard.cuda.experts.four_bits_many").fused_experts_launch
+    triton = importlib.import_module("moeyard.triton.experts").fused_experts_launch
+    runs = [("triton", launched(triton, case)), ("many", launched(many, case))]
+    runs += [(f"many, {rows}", launched(many, case, rows=rows)) for rows in _TILE_ROWS if fits(case, rows)]
+
+    def tiled(run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        return lambda x: run(replace(x, weights=quantised.as_kernels_read(x.weights)))
+
+    return [(label, tiled(run)) for label, run in runs]
+
+
+def fits(case: Case, rows: int) -> bool:
+    """Whether tiles of so many rows are worth a try: not far from the rows that an expert has, and there are such."""
+    mean = case["num_tokens"] * case["top_k"] / case["num_experts"]
+    scaled_weights = "int4" not in str(dict(case.sizes).get("scheme", ""))
+    return rows / 8 <= mean + 4 and mean <= 8 * rows + 64 and (rows <= 128 or scaled_weights)
 
 
 def ways(which: str, case: Case) -> Runs:

@@ -9,6 +9,7 @@ import torch
 import batch_invariant
 import experts_goals
 import experts_variants
+import serving
 import training
 from moeyard.bench import experts_cells, layers, results, run, timing
 from moeyard.bench.cases import grouped_gemm
@@ -217,3 +218,35 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
     mine = found["moeyardauto"]
     assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]
+
+
+@pytest.mark.full
+def test_serving_writes_what_it_measured(tmp_path: Path) -> None:
+    """On a CPU, with small layers: host times in turn, and calls of random sizes."""
+    out = tmp_path / "serving.json"
+    small = "--device cpu --scale 32 --most 64 --calls 16 --rounds 5 --impls cpu".split()
+    done = python("benchmarks/serving.py", "--out", str(out), *small)
+    assert done.returncode == 0, done.stderr
+    found = results.read(out)
+    assert {row["mode"] for row in found["rows"]} == {"host"} and all(row["correct"] for row in found["rows"])
+    assert {row["sizes"]["num_tokens"] for row in found["rows"]} == {1, 64}
+    blocks = {row["impl"] for row in found["rows"] if row["op"] == "moe_block"}
+    assert blocks == {"auto", "torch.compile, default", "torch.compile, reduce-overhead"}
+    assert {row["provider"] for row in found["rows"] if row["op"] == "fused_experts"} == {
+        "moeyard",
+        "torch",
+        "transformers",
+    }
+    (stalls,) = found["stalls"]
+    assert stalls["calls"] >= 16 and stalls["compilations"] == 0 and "moe_layer" in stalls["longest_ms"]
+
+
+def test_what_either_compiler_is_asked_for_is_noted() -> None:
+    from moeyard.cuda.runtime import compile as building
+
+    plain = building.compile_source
+    with serving.compilations() as asked:
+        with pytest.raises(TypeError):
+            building.compile_source()  # type: ignore[call-arg]
+        assert asked == ["compile_source"]
+    assert building.compile_source is plain

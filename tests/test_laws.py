@@ -24,16 +24,17 @@ TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
 OPS = (
     "router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "straight_through",
-    "losses",
+    "layer", "losses",
 )  # fmt: skip
 ROOM = {"values"} | {
-    f"dispatch.{name}" for name in ("call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
+    f"dispatch.{name}" for name in ("again", "call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
 }
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant"} | {f"dispatch.{name}" for name in ("call", "curves", "ids", "processes", "sizes")}
 ARROWS = {  # module -> what of moeyard it may import
     "quant": set(),
     "values": {"quant"},
+    "dispatch.again": set(),
     "dispatch.memory": set(),
     "dispatch.curves": {"values"},
     "dispatch.ids": {"values"},
@@ -45,8 +46,9 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.call": {"values", "quant"},
     "dispatch.refusals": {"dispatch.call"},
     "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.refusals", "dispatch.schemes"},
-    "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
-    "layout": ROOM,
+    "dispatch.op": {"values", "dispatch.again", "dispatch.memory", "dispatch.table"},
+    "layout_memory": {"values", "dispatch.checks"},
+    "layout": ROOM | {"layout_memory"},
     "permute": ROOM,
     "combine": ROOM,
     "activation": ROOM,
@@ -54,10 +56,11 @@ ARROWS = {  # module -> what of moeyard it may import
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
     "helptexts": set(),
-    "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training"},
+    "router": ROOM | {"layout", "layout_memory"},
+    "experts": ROOM | {"quant", "activation", "training"},
     "straight_through": ROOM
     | {"quant", "quantize", "vectorised", "activation", "combine", "grouped_gemm", "training", "experts"},
+    "layer": ROOM | {"experts", "grouped_gemm", "router"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},
@@ -67,9 +70,10 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
+    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"}
+    | {f"dispatch.{name}" for name in ("again", "refusals", "table")},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
-    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
+    "parallel": ROOM | {"", "quant", "cuda", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -77,6 +81,7 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "rows": {"runtime"},
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
+    "push": {"runtime"},
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
 READS = {"parallel/wire.py": "tolist"}

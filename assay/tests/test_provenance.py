@@ -13,6 +13,7 @@ from assay.contract.frozen import FILE, Frozen
 from assay.contract.plan import VERSION as SCHEMA
 from assay.contract.workload import Plan, Workload
 from assay.gates import provenance
+from assay.gates.gate import Given
 
 pytestmark = [
     pytest.mark.sandbox,
@@ -60,7 +61,8 @@ def frozen(folder: Path, work: str, build: list[list[str]], run: Workload) -> Fr
 
 
 def check(plan: Frozen, *changed: str) -> provenance.Provenance:
-    found = provenance.check(plan, changed, lambda folder: shutil.copytree(plan.tree("candidate"), folder) and None)
+    given = Given(plan, True, lambda folder: shutil.copytree(plan.tree("candidate"), folder), build_jobs=2)
+    found = provenance.check(given, changed)
     assert not list(plan.folder.glob("poison-*"))
     return found
 

@@ -7,9 +7,10 @@ from moeyard.activation import activate
 from moeyard.checkpoints import experts_from_interleaved, load_experts, save_experts
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
-from moeyard.experts import fused_experts, moe_layer
+from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.helptexts import add_to as _add_helptexts_to
+from moeyard.layer import moe_layer
 from moeyard.layout import (
     batched_moe_align_block_size,
     empty_layout,

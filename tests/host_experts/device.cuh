@@ -40,6 +40,8 @@ void __syncthreads();
 void __syncwarp();
 u32 atomicAdd(u32* word, u32 value);
 u32 __shfl_xor_sync(u32, u32 value, u32 mask);
+bool __any_sync(u32, u32 value);
+u32 __reduce_max_sync(u32, u32 value);
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   const u64 both = u64(y) << 32 | x;
   u32 bytes = 0;
@@ -57,6 +59,15 @@ inline float __int_as_float(i64 bits) {
   std::memcpy(&value, &low, 4);
   return value;
 }
+inline float __uint_as_float(u32 bits) { return __int_as_float(bits); }
+inline u32 __float_as_uint(float value) {
+  u32 bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 template <typename T>

@@ -4,11 +4,12 @@
 
 #include "device.cuh"
 
-constexpr int BFLOAT16 = 1, FLOAT16 = 2;
+constexpr int FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2;
 
 template <int KIND>
 float widen(u32 bits) {
   if (KIND == BFLOAT16) return __int_as_float(static_cast<u32>(bits << 16));
+  if (KIND == FLOAT32) return __int_as_float(bits);
   const u16 half = bits;
   _Float16 value;
   std::memcpy(&value, &half, 2);

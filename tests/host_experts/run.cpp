@@ -8,6 +8,9 @@
 #include "experts.cu"
 #define OUTER false
 #endif
+#ifndef TILED
+#define TILED false
+#endif
 
 #include <ucontext.h>
 
@@ -47,6 +50,7 @@ struct Product {
   float* d;
   u64 a, b;
   u32 adds;
+  const u32* held;  // the first factor where registers hold it
 };
 struct Meeting {
   u32 here = 0, held = 0;
@@ -67,6 +71,7 @@ std::deque<std::vector<Product>> groups[MOST];  // committed
 std::vector<Product> open_group[MOST];
 u32 scanned[MOST], addresses[MOST], random_bits, idle_turns, waited;
 u32 exchanged[MOST];
+const u32* held_by[MOST];  // registers of the product that a warp computes
 u32 begun;  // tiles whose first weights were asked for
 bool at_once;
 const char* failure;
@@ -114,6 +119,7 @@ u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
 void deliver(const Box& box) {
   const TensorMap& map = *box.map;
+  const u32 item = map.item ? map.item : 2;
   u32 count = 1;
   for (u32 i = 0; i < map.rank; ++i) count *= map.box[i];
   for (u32 i = 0; i < count; ++i) {
@@ -122,13 +128,14 @@ void deliver(const Box& box) {
     for (u32 d = 0, rest = i; d < map.rank; rest /= map.box[d++]) {
       const u32 at = box.corner[d] + rest % map.box[d];
       inside = inside && at < map.sizes[d];
-      from += at * (d == 0 ? 2 : map.strides[d - 1]);
+      from += at * (d == 0 ? item : map.strides[d - 1]);
     }
-    u8* to = place(swizzled(box.to + 2 * i));
-    if (inside) std::memcpy(to, reinterpret_cast<const u8*>(from), 2);
-    else std::memset(to, 0, 2);
+    const u32 there = box.to + item * i;
+    u8* to = place(map.item ? there : swizzled(there));
+    if (inside) std::memcpy(to, reinterpret_cast<const u8*>(from), item);
+    else std::memset(to, 0, item);
   }
-  change(box.barrier, 0, -i64(2 * count));
+  change(box.barrier, 0, -i64(item * count));
 }
 
 void deliver_word(u32 thread) {
@@ -174,12 +181,19 @@ float turned_value_at(u64 descriptor, u32 row, u32 k) {
   return widen<KIND>(bits);
 }
 
+// Value k of a row of a first factor that registers hold, of a lane's row in eight or of that 8 below.
+float held_value(u32 half, u32 k) {
+  const u32 lane = (threadIdx.x & ~3u) + k % 8 / 2, pair = held_by[lane][half + k / 8 * 2];
+  return widen<KIND>(pair >> 16 * (k % 2) & 0xffff);
+}
+
 void compute(const Product& product) {
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3;
   for (int half = 0; half < 2; ++half) {
     float of_row[16];
     for (u32 k = 0; k < 16; ++k) {
-      of_row[k] = (TURNED ? turned_value_at : value_at)(product.a, 16 * warp + lane / 4 + 8 * half, k);
+      if (product.held) of_row[k] = held_value(half, k);
+      else of_row[k] = (TURNED ? turned_value_at : value_at)(product.a, 16 * warp + lane / 4 + 8 * half, k);
     }
     for (int column = 0; column < product.n / 4; ++column) {
       const int j = column / 2, odd = column % 2;
@@ -243,8 +257,8 @@ void run_block() {
   }
 }
 
-TensorMap maps[2];
-void* pointers[8];
+TensorMap maps[4];
+void* pointers[9];
 i64 sizes[8];
 
 void run_kernel() {
@@ -253,9 +267,16 @@ void run_kernel() {
                static_cast<i64*>(pointers[3]), static_cast<int*>(pointers[4]), static_cast<u8*>(pointers[5]), sizes[0],
                sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6]);
 #else
-  experts_kernel(maps[0], maps[1], static_cast<u8*>(pointers[0]), static_cast<u16*>(pointers[1]),
+  experts_kernel(maps[0], maps[1],
+#if TILED
+                 maps[2], maps[3],
+#endif
+                 static_cast<u8*>(pointers[0]), static_cast<u16*>(pointers[1]),
                  static_cast<float*>(pointers[2]), static_cast<int*>(pointers[3]), static_cast<i64*>(pointers[4]),
                  static_cast<int*>(pointers[5]), static_cast<u16*>(pointers[6]), static_cast<u32*>(pointers[7]),
+#if TILED
+                 static_cast<float*>(pointers[8]),
+#endif
                  sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6], sizes[7]);
 #endif
 }
@@ -282,6 +303,15 @@ u32 __shfl_xor_sync(u32, u32 value, u32 mask) {
   meet(of_warp[threadIdx.x >> 5], 32);
   return other;
 }
+u32 __reduce_max_sync(u32, u32 value) {
+  exchanged[threadIdx.x] = value;
+  meet(of_warp[threadIdx.x >> 5], 32);
+  const u32* first = exchanged + (threadIdx.x & ~31u);
+  const u32 most = *std::max_element(first, first + 32);
+  meet(of_warp[threadIdx.x >> 5], 32);
+  return most;
+}
+bool __any_sync(u32, u32 value) { return __reduce_max_sync(ALL, value != 0); }
 u32 scan_block(u32 value, u32* sums, u32& total) {
   for (u32 i = 0; i < 32; ++i) {
     if (sums[i] == 0xffffffffu) fail("sums are not cleared");
@@ -310,9 +340,9 @@ void await_phase(u32 barrier, u32 parity) {
   while (barrier_at(barrier).phase == parity) give_way();
 }
 void copy_box(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w, u64) {
-  if (map.rank == 5) begun += (TURNED ? y : x) == 0;  // of weights
+  if (map.rank == 5) begun += (TURNED ? y : x) == 0 && map.item != 1;  // of weights
   else if (!waited) fail("rows are read before the launch before has ended");
-  if (to % 1024 || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
+  if (to % (map.item ? 128 : 1024) || map.sizes[0] == 0) fail("a box that does not begin where the swizzle does");
   boxes.push_back({to, &map, barrier, {x, y, z, v, w}});
   if (at_once) {
     deliver(boxes.back());
@@ -366,10 +396,37 @@ uint4 load_shared(u32 address) {
   std::memcpy(&word, place(address), 16);
   return word;
 }
+u32 load_shared_word(u32 address) {
+  u32 word;
+  std::memcpy(&word, place(address), 4);
+  return word;
+}
+u32 load_shared_half(u32 address) {
+  u16 half;
+  std::memcpy(&half, place(address), 2);
+  return half;
+}
+float2 load_shared_pair(u32 address) {
+  float2 pair;
+  std::memcpy(&pair, place(address), 8);
+  return pair;
+}
 void queue_product(int n, float* d, u64 a, u64 b, u32 adds) {
   if (a >> 62 != 1 || b >> 62 != 1) fail("not the 128-byte swizzle");
-  if (at_once) compute({n, d, a, b, adds});
-  else open_group[threadIdx.x].push_back({n, d, a, b, adds});
+  if (at_once) compute({n, d, a, b, adds, nullptr});
+  else open_group[threadIdx.x].push_back({n, d, a, b, adds, nullptr});
+}
+// The registers of a warp's lanes are read while all of them stand still.
+void compute_held(const Product& product) {
+  held_by[threadIdx.x] = product.held;
+  meet(of_warp[threadIdx.x >> 5], 32);
+  compute(product);
+  meet(of_warp[threadIdx.x >> 5], 32);
+}
+void queue_held_product(int n, float* d, const u32* a, u64 b, u32 adds) {
+  if (b >> 62 != 1) fail("not the 128-byte swizzle");
+  if (at_once) compute_held({n, d, 0, b, adds, a});
+  else open_group[threadIdx.x].push_back({n, d, 0, b, adds, a});
 }
 void commit_products() {
   groups[threadIdx.x].push_back(open_group[threadIdx.x]);
@@ -378,7 +435,7 @@ void commit_products() {
 void await_products(int pending) {
   give_way();
   for (auto& mine = groups[threadIdx.x]; int(mine.size()) > pending; mine.pop_front()) {
-    for (const Product& product : mine.front()) compute(product);
+    for (const Product& product : mine.front()) product.held ? compute_held(product) : compute(product);
   }
   meet(of_warp[threadIdx.x >> 5], 32);  // the lanes of a warp wait together
 }
@@ -394,8 +451,8 @@ extern "C" u32 tiles_begun() { return begun; }
 
 // Null, or what went wrong.
 extern "C" const char* run(u32 blocks, int at_once_, u32 seed, const TensorMap* maps_, void** pointers_, i64* sizes_) {
-  std::copy(maps_, maps_ + 2, maps);
-  std::copy(pointers_, pointers_ + 8, pointers);
+  std::copy(maps_, maps_ + (TILED ? 4 : 2), maps);
+  std::copy(pointers_, pointers_ + (TILED ? 9 : 8), pointers);
   std::copy(sizes_, sizes_ + 8, sizes);
   body = run_kernel;
   at_once = at_once_;

@@ -8,6 +8,7 @@ struct alignas(64) TensorMap {
   u64 address;
   u64 strides[4];  // bytes, of all dimensions but the first
   u32 rank, sizes[5], box[5];
+  u32 item;  // bytes of an element of what is not swizzled; 0: 16-bit values, which are
 };
 static_assert(sizeof(TensorMap) == 128, "as the driver's");
 
@@ -30,7 +31,11 @@ void copy_out(u16* to, u32 from, u32 bytes);
 void commit_copies_out();
 void await_copies_out();
 uint4 load_shared(u32 address);
+u32 load_shared_word(u32 address);
+u32 load_shared_half(u32 address);
+float2 load_shared_pair(u32 address);
 void queue_product(int n, float* d, u64 a, u64 b, u32 adds);
+void queue_held_product(int n, float* d, const u32* a, u64 b, u32 adds);
 void commit_products();
 void await_products(int pending);
 
@@ -55,6 +60,11 @@ template <int N, int COUNT>
 void multiply(float (&d)[COUNT], u64 a, u64 b, u32 adds) {
   static_assert(N <= 2 * COUNT && N % 8 == 0, "a lane holds N / 2 values");
   queue_product(N, d, a, b, adds);
+}
+template <int N, int COUNT>
+void multiply_held(float (&d)[COUNT], const u32 (&a)[4], u64 b, u32 adds) {
+  static_assert(N <= 2 * COUNT && N % 16 == 0, "a lane holds N / 2 values");
+  queue_held_product(N, d, a, b, adds);
 }
 template <int COUNT>
 void keep_registers() {}

@@ -53,6 +53,7 @@ def test_without_its_defence_it_would(trick: Trick, setting: Setting) -> None:
     assert found == trick.won
 
 
+@pytest.mark.full
 def test_an_honest_change_wins(setting: Setting) -> None:
     laid_out(HONEST, setting)
     setting.more = TESTS + PROPERTY

@@ -63,6 +63,7 @@ from zoo_controls import (
 from zoo_handed_in import HANDED_IN
 from zoo_project import ASV, CALL, COMMAND, PROPERTY, WORK, ZEROS, Trick, naive
 from zoo_taken import TAKEN
+from zoo_worker import WORKER
 
 from assay.gates import equivalence, tolerance
 from taken_over import LISTS, QUICK_LISTS
@@ -75,6 +76,7 @@ OUTSIDE = "clock and comparison are in another process, and one input is sent at
 TRICKS = [
     *HANDED_IN,
     *TAKEN,
+    *WORKER,
     Trick("zeros", "rejected:incorrect", OUTPUTS, {"work.py": ZEROS}, control=unseen),
     Trick(
         "output cache by pointer",

@@ -266,7 +266,7 @@ def check_router(
     check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
-    if num_groups != 1 or top_k_groups != 1:
+    if not (type(num_groups) is type(top_k_groups) is int and num_groups == top_k_groups == 1):
         check_int("num_groups", num_groups, low=1, high=num_experts)
         if num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of num_experts={num_experts}, got {num_groups}")

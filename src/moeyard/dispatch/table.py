@@ -96,6 +96,7 @@ def _gradient(launcher: str, gradient: str, *first: Impl) -> tuple[Impl, ...]:
 
 _PRODUCTS, _FEW_TOKENS = "moeyard.cuda.experts.launchers", "moeyard.cuda.experts.few_tokens"
 _FOUR_BITS = "moeyard.cuda.experts.four_bits"
+_MANY_OF_FOUR_BITS = "moeyard.cuda.experts.four_bits_many"
 _OUTER = "moeyard.cuda.experts.outer"
 
 TABLE: dict[str, tuple[Impl, ...]] = {
@@ -110,6 +111,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
                 "again": "moeyard.cuda.align.launchers:align_again",
+                "anew": "moeyard.cuda.align.launchers:align_anew",
             },
         ),
         *_everywhere("layout:align_launch"),
@@ -126,7 +128,11 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             "cuda",
             "moeyard.cuda.route.launchers:route_launch",
             sums_on_cuda,
-            companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
+            companions={
+                "with layout": "moeyard.cuda.route.route_align:route_and_align_launch",
+                "anew": "moeyard.cuda.route.launchers:route_anew",
+                "with layout anew": "moeyard.cuda.route.route_align:route_and_align_anew",
+            },
         ),
         *_everywhere("router:route_launch"),
     ),
@@ -169,6 +175,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+            companions={"anew": f"{_FEW_TOKENS}:fused_experts_anew"},
         ),
         Impl(
             "cuda",
@@ -177,12 +184,22 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             way="few tokens of 4 bits",
             unfit=f"{_FOUR_BITS}:unfit",
         ),
+        # It runs lane by lane on a host, and has not run on a GPU yet.
+        Impl(
+            "cuda",
+            f"{_MANY_OF_FOUR_BITS}:fused_experts_launch",
+            products_on_hopper,
+            by_name_only=True,
+            way="many tokens of 4 bits",
+            unfit=f"{_MANY_OF_FOUR_BITS}:unfit",
+        ),
         Impl(
             "cuda",
             f"{_PRODUCTS}:fused_experts_launch",
             products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
+            companions={"anew": f"{_PRODUCTS}:fused_experts_anew"},
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
@@ -240,10 +257,12 @@ def launcher(
     return load(_choose(op, impl, facts or Call(device, dtype)).target)
 
 
-@lru_cache(maxsize=1024)
-def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+@lru_cache(maxsize=16384)
+def companion(
+    op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype, facts: Call | None = None
+) -> Callable[..., Any] | None:
     """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
-    target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
+    target = _choose(op, impl, facts or Call(device, dtype)).companions.get(kind)
     return load(target) if target else None
 
 

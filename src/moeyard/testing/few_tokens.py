@@ -22,7 +22,7 @@ CARD = Card(4, 232448, True)
 COMPILER = shutil.which("g++")
 _TEXTS = SOURCES | HEADERS
 _NAMES = ("few_tokens.cu", "few_tokens.cuh", "few_tokens_codes.cuh", "activation.cuh", "codes.cuh")
-FOUR_BITS = ("four_bits.cu", "four_bits.cuh", "activation.cuh", "codes.cuh")
+FOUR_BITS = ("four_bits.cu", "four_bits.cuh", "activation.cuh", "codes.cuh", "nibbles.cuh")
 """The files of the kernels of 4 bits."""
 
 

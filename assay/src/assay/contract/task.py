@@ -48,6 +48,11 @@ class Commands:
     build: tuple[Command, ...] = ()
     timeout_s: Positive = 600.0
     """Of each command."""
+    where: Literal["measured", "prepared"] = "measured"
+    """Where trees are built that are prepared on one machine and measured on another.
+
+    `prepared`: what is built there runs on the other machine, too. It is carried there with its digests.
+    """
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -157,6 +157,18 @@ __device__ __forceinline__ uint4 load_shared(u32 address) {
   return word;
 }
 
+__device__ __forceinline__ u32 load_shared_word(u32 address) {
+  u32 word;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+  return word;
+}
+
+__device__ __forceinline__ u32 load_shared_half(u32 address) {
+  u32 half;
+  asm volatile("ld.shared.u16 %0, [%1];" : "=r"(half) : "r"(address) : "memory");
+  return half;
+}
+
 __device__ __forceinline__ float2 load_shared_pair(u32 address) {
   float2 pair;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "r"(address) : "memory");
@@ -273,6 +285,35 @@ __device__ __forceinline__ void multiply(Sum (&d)[COUNT], u64 a, u64 b, u32 adds
   if constexpr (N == 176) PRODUCT(176, NUMBERS_22, "%88", "%89", "%90", VALUES_16(0), VALUES_4(16), VALUES_2(20));
   if constexpr (N == 192) PRODUCT(192, NUMBERS_24, "%96", "%97", "%98", VALUES_16(0), VALUES_8(16));
 }
+
+#if TILED
+#define PRODUCT_OF(N, NUMBERS, A, B, ADDS, ...)                                                                     \
+  asm volatile("{\n\t.reg .pred adds;\n\tsetp.ne.b32 adds, " ADDS ", 0;\n\t"                                       \
+               "wgmma.mma_async.sync.aligned.m64n" #N SHAPE_AND_SUM TEXT(ELEMENT) "." TEXT(ELEMENT) " {" NUMBERS   \
+               "}, {" A "}, " B ", adds, 1, 1, 0;\n\t}"                                                            \
+               : __VA_ARGS__                                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(adds))
+
+// The same with a in registers: lane l of warp w holds of rows 16 w + l / 4 (a[0] and a[2]) and 8 more (a[1] and a[3])
+// the values 2 (l % 4) and the next, and those 8 further. Nobody may write them before the product has ended.
+template <int N, int COUNT>
+__device__ __forceinline__ void multiply_held(Sum (&d)[COUNT], const u32 (&a)[4], u64 b, u32 adds) {
+  static_assert(N <= 2 * COUNT && N % 16 == 0, "a lane holds N / 2 values");
+  if constexpr (N == 16) PRODUCT_OF(16, NUMBERS_2, "%8, %9, %10, %11", "%12", "%13", VALUES_2(0));
+  if constexpr (N == 32) PRODUCT_OF(32, NUMBERS_4, "%16, %17, %18, %19", "%20", "%21", VALUES_4(0));
+  if constexpr (N == 48) PRODUCT_OF(48, NUMBERS_6, "%24, %25, %26, %27", "%28", "%29", VALUES_4(0), VALUES_2(4));
+  if constexpr (N == 64) PRODUCT_OF(64, NUMBERS_8, "%32, %33, %34, %35", "%36", "%37", VALUES_8(0));
+  if constexpr (N == 80) PRODUCT_OF(80, NUMBERS_10, "%40, %41, %42, %43", "%44", "%45", VALUES_8(0), VALUES_2(8));
+  if constexpr (N == 96) PRODUCT_OF(96, NUMBERS_12, "%48, %49, %50, %51", "%52", "%53", VALUES_8(0), VALUES_4(8));
+  if constexpr (N == 112)
+    PRODUCT_OF(112, NUMBERS_14, "%56, %57, %58, %59", "%60", "%61", VALUES_8(0), VALUES_4(8), VALUES_2(12));
+  if constexpr (N == 128) PRODUCT_OF(128, NUMBERS_16, "%64, %65, %66, %67", "%68", "%69", VALUES_16(0));
+  if constexpr (N == 144)
+    PRODUCT_OF(144, NUMBERS_18, "%72, %73, %74, %75", "%76", "%77", VALUES_16(0), VALUES_2(16));
+  if constexpr (N == 160)
+    PRODUCT_OF(160, NUMBERS_20, "%80, %81, %82, %83", "%84", "%85", VALUES_16(0), VALUES_4(16));
+}
+#endif
 
 // Registers of this warpgroup's threads, taken from or given to the block's other warpgroups.
 template <int COUNT>

@@ -38,20 +38,28 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
     if (tile.rows == 0) break;
     const u32 first_column = (tile.weight_tile * CONSUMERS + group) * COLUMNS_A_GROUP;
     float2 bias[TALL];
-    if constexpr (SUMS <= 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));
+    if constexpr (SUMS <= FEW_SUMS) load_biases(bias, a, tile, first_column + column_of(warp, lane));
     if constexpr (KNOWS_ROUTES) look_up_routes(room, a, tile);
 #if VALUE_BYTES == 1
     if constexpr (ROW_SCALES) ask_for_scales(room, a, tile, first_column + column_of(warp, lane));
     if constexpr (BLOCK_SCALES) multiply_used_blocks(sums, room, stage, a.steps, group, signals, tile.rows);
     else
 #endif
+#if TILED
+      multiply_used_codes(sums, room, stage, a.steps, group, signals, tile.rows);
+#else
       multiply_used(sums, room, stage, a.steps, group, signals, tile.rows);
+#endif
     Scaling scaling;
     scaling.prepare(room, a, tile, first_column + column_of(warp, lane));
-    if constexpr (SUMS > 128) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
+    if constexpr (SUMS > FEW_SUMS) load_biases(bias, a, tile, first_column + column_of(warp, lane));  // sums need registers
     signals.lead = ALL;
 #if VALUE_BYTES == 1
     if constexpr (AS_CODES) write_codes(sums, bias, scaling, room, a, tile, turn);
+    else
+#endif
+#if TILED
+    if constexpr (!GATED_RESULT) write_tiled_results(sums, bias, scaling, room, a, tile, first_column);
     else
 #endif
     if constexpr (TURNS_WEIGHTS) write_exchanged_results(sums, room, a, tile, first_column);
@@ -65,18 +73,28 @@ __device__ __forceinline__ void multiply_and_write(const Room& room, const Argum
 #if VALUE_BYTES == 1  // codes have scales
 #define SCALE_PARAMETERS const float *weight_scales, const float *row_scales, float *result_scales,
 #define SCALE_ARGUMENTS weight_scales, row_scales, result_scales
+#elif TILED  // and codes in tiles maps of scales and zero points, too
+#define SCALE_PARAMETERS const float* global_scales,
+#define SCALE_ARGUMENTS global_scales, nullptr, nullptr
+#define SCALE_MAPS const __grid_constant__ TensorMap scale_map, const __grid_constant__ TensorMap zero_map,
+#define WEIGHT_MAPS weight_map, scale_map, zero_map
 #else
 #define SCALE_PARAMETERS
 #define SCALE_ARGUMENTS nullptr, nullptr, nullptr
 #endif
+#if !TILED
+#define SCALE_MAPS
+#define WEIGHT_MAPS weight_map
+#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) experts_kernel(
-    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, const u8* rows,
+    const __grid_constant__ TensorMap weight_map, const __grid_constant__ TensorMap row_map, SCALE_MAPS const u8* rows,
     const u16* bias, const float* factors, const int* sorted_token_ids, const i64* first_rows, const int* row_counts,
     u16* out, u32* turns, SCALE_PARAMETERS i64 experts, i64 columns, i64 size, i64 row_pitch, i64 divisor, i64 alpha, i64 beta,
     i64 limit) {
   extern __shared__ __align__(1024) u8 memory[];
   const Room room = divide(memory);
+  const Weights weights = {WEIGHT_MAPS};
   constexpr u32 OF_TILE = GATED_RESULT ? BM / 2 : BM;
   const u32 weight_tiles = (columns + OF_TILE - 1) / OF_TILE;
   if (threadIdx.x == 0) {
@@ -99,8 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_A_PROCESSOR) expert
   const Work tiles = {room.table, weight_tiles, expert_bits(experts), first_rows, row_counts, 0, 0};
   if (threadIdx.x < 128) {
     if constexpr (MOVES_REGISTERS) keep_registers<LOADERS_REGISTERS>();
-    if constexpr (MANY_LOAD) load_by_many(weight_map, row_map, room, a, tiles, total);
-    else if (threadIdx.x == 0) load_by_boxes(weight_map, row_map, room, a, tiles, total);
+    if constexpr (MANY_LOAD) load_by_many(weights, row_map, room, a, tiles, total);
+    else if (threadIdx.x == 0) load_by_boxes(weights, row_map, room, a, tiles, total);
   } else {
     if constexpr (MOVES_REGISTERS) take_registers<MULTIPLIERS_REGISTERS>();
     multiply_and_write(room, a, total);

@@ -4,22 +4,32 @@
 
 #include "experts_stages.cuh"
 
+__device__ __forceinline__ void copy_weights(u32 to, const TensorMap& map, u32 barrier, u32 x, u32 y, u32 z, u32 v, u32 w,
+                                             u64 policy) {
+  if constexpr (STREAMS) copy_box(to, map, barrier, x, y, z, v, w, policy);
+  else copy_box(to, map, barrier, x, y, z, v, w);
+}
+
 // The weights of one stage, and how many bytes the stage's barrier has to see: boxes count whole, zeros included. With
 // the first step comes the tile.
-__device__ __forceinline__ void load_weights(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
+__device__ __forceinline__ void load_weights(const Weights& from, const Room& room, const Tile& tile, u32 step,
                                              u32 stage, u64 policy) {
   const u32 barrier = room.full + 8 * stage, to = room.stages + stage * STAGE_BYTES;
   if (step == 0) room.tiles[stage] = tile;
-  arrive_and_expect(barrier, WEIGHT_BYTES + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * ITEM));
-  if constexpr (TURNS_WEIGHTS) {
-    const u32 blocks = tile.weight_tile * (BM / 64);
-    if constexpr (STREAMS) copy_box(to, map, barrier, 0, step * BK, blocks, tile.expert, 0, policy);
-    else copy_box(to, map, barrier, 0, step * BK, blocks, tile.expert, 0);
-    return;
-  }
+  arrive_and_expect(barrier, BROUGHT + (GATHERS ? 0 : boxed_rows(tile.rows) * BK * ITEM));
   const u32 column = step * BK, groups = tile.weight_tile * (BM / 16);
-  if constexpr (STREAMS) copy_box(to, map, barrier, column, 0, 0, groups, tile.expert, policy);
-  else copy_box(to, map, barrier, column, 0, 0, groups, tile.expert);
+#if TILED
+  const u32 group = PARTS > 1 ? step * PARTS : WIDTH ? column / WIDTH : 0;
+  copy_weights(to, from.codes, barrier, step * (TILE_BYTES / 4), groups, tile.expert, 0, 0, policy);
+  copy_weights(to + SCALES_AT, from.scales, barrier, group * LINE, groups, tile.expert, 0, 0, policy);
+  if constexpr (ZEROS) copy_weights(to + ZEROS_AT, from.zeros, barrier, group * 16, groups, tile.expert, 0, 0, policy);
+#else
+  if constexpr (TURNS_WEIGHTS) {
+    copy_weights(to, from.codes, barrier, 0, column, tile.weight_tile * (BM / 64), tile.expert, 0, policy);
+  } else {
+    copy_weights(to, from.codes, barrier, column, 0, 0, groups, tile.expert, policy);
+  }
+#endif
 }
 
 __device__ __forceinline__ void load_rows(const TensorMap& map, const Room& room, const Tile& tile, u32 step,
@@ -49,7 +59,7 @@ __device__ __forceinline__ void tell_end(const Room& room, u32 stage) {
 __device__ __forceinline__ u32 last_call(u32 steps) { return steps > DEPTH ? steps - DEPTH : 0; }
 
 // One thread loads everything by the copy engine.
-__device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
+__device__ __forceinline__ void load_by_boxes(const Weights& weights, const TensorMap& row_map, const Room& room,
                                               const Arguments& a, Work tiles, u32 total) {
   Stage stage = {0, 0};
   Turns turns = {a.turns};
@@ -59,7 +69,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
   if (READY_BEFORE) {
     if (number < total) {
       const Tile tile = tiles.find(number);
-      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weight_map, room, tile, ahead, ahead, policy);
+      for (; ahead < min(a.steps, u32(DEPTH)); ++ahead) load_weights(weights, room, tile, ahead, ahead, policy);
     }
     wait_for_previous_launch();
     show_memory_to_copies();
@@ -73,7 +83,7 @@ __device__ __forceinline__ void load_by_boxes(const TensorMap& weight_map, const
         --ahead;
       } else {
         await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
-        load_weights(weight_map, room, tile, step, stage.number, policy);
+        load_weights(weights, room, tile, step, stage.number, policy);
       }
       load_rows(row_map, room, tile, step, stage.number);
       stage.advance();
@@ -133,7 +143,7 @@ __device__ __forceinline__ void arrive_when_loaded(u32 full) {
 
 // All threads of the warpgroup load. Where rows are gathered, thread t brings piece t % 8 of rows t / 8, t / 8 + 16, ...,
 // to where the swizzle wants it; else the first one has boxes of rows brought.
-__device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const TensorMap& row_map, const Room& room,
+__device__ __forceinline__ void load_by_many(const Weights& weights, const TensorMap& row_map, const Room& room,
                                              const Arguments& a, Work tiles, u32 total) {
   const u32 piece = threadIdx.x & 7, first = threadIdx.x >> 3 & 15;
   const u32 to = first * BK * ITEM + ((piece ^ (first & 7)) << 4);
@@ -161,7 +171,7 @@ __device__ __forceinline__ void load_by_many(const TensorMap& weight_map, const 
       await_phase(room.empty + 8 * stage.number, stage.parity ^ 1);
       if (threadIdx.x == 0) {
         if (step == last_call(a.steps)) following = turns.next();
-        load_weights(weight_map, room, tile, step, stage.number, policy);
+        load_weights(weights, room, tile, step, stage.number, policy);
       }
 #if VALUE_BYTES == 1
       if constexpr (BLOCK_SCALES) scales.leave(room.stage_scales + stage.number * SCALE_BYTES, step + 1 < a.steps);

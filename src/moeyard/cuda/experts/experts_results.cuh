@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "experts_sums.cuh"
+#include "experts_nibbles.cuh"
 
 #if VALUE_BYTES == 1
 
@@ -64,6 +64,25 @@ __device__ __forceinline__ float scaled(Sum sum, float scale) {
   if constexpr (ROW_SCALES) return float_of(sum) * scale;
   return float_of(sum);
 }
+
+#elif TILED
+
+// What a tile's sums are multiplied by at their end: the global scales of gate and up, and what scales left.
+struct Scaling {
+  float2 of_weights[TALL];
+
+  __device__ __forceinline__ void prepare(const Room&, const Arguments& a, const Tile& tile, u32) {
+    const u32 first = tile.expert * (1 + GATED_RESULT);
+    const float one = GLOBAL ? FOLDED * __ldg(a.weight_scales + first) : FOLDED;
+    const float other = GLOBAL && GATED_RESULT ? FOLDED * __ldg(a.weight_scales + first + 1) : one;
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) of_weights[m] = {one, other};
+  }
+  __device__ __forceinline__ float2 pair(u32) const { return {1.0f, 1.0f}; }
+  __device__ __forceinline__ float one(u32, u32) const { return 1.0f; }
+};
+
+__device__ __forceinline__ float scaled(float sum, float scale) { return sum * scale; }
 
 #else
 
@@ -166,9 +185,10 @@ __device__ __forceinline__ void write_exchanged_results(const Sum (&sums)[TALL][
   }
 }
 
-// The column of the first of the two weight rows that a lane has in a product.
+// The column of the first of the two weight rows that a lane has in a product, and how far the other is.
+constexpr u32 OTHER_COLUMN = TILED ? 8 : 1;
 __device__ __forceinline__ u32 column_of(u32 warp, u32 lane) {
-  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT ? 1 : 2);
+  return warp * COLUMNS_A_WARP + lane / 4 * (GATED_RESULT || TILED ? 1 : 2);
 }
 
 // The biases of those: gate and up, or columns side by side.
@@ -177,7 +197,7 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
   if constexpr (BIASES) {
     const u16* of_expert = a.bias + static_cast<i64>(tile.expert) * (GATED_RESULT ? 2 * a.columns : a.columns);
     if (column < a.columns) bias.x = widen<KIND>(__ldg(of_expert + column));
-    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : 1)));
+    if (column < a.columns) bias.y = widen<KIND>(__ldg(of_expert + column + (GATED_RESULT ? a.columns : OTHER_COLUMN)));
   }
   return bias;
 }
@@ -185,6 +205,61 @@ __device__ __forceinline__ float2 load_bias(const Arguments& a, const Tile& tile
 __device__ __forceinline__ void load_biases(float2 (&bias)[TALL], const Arguments& a, const Tile& tile, u32 column) {
 #pragma unroll
   for (int m = 0; m < TALL; ++m) bias[m] = load_bias(a, tile, column + m * COLUMNS_A_PRODUCT);
+}
+
+#if TILED
+
+// Results of weights in tiles without a gate, of which a lane has columns 8 apart: exchanged as those of transposed weights
+// are. Where they are rows of the next product they go where `interleave.cu` would put them.
+__device__ __forceinline__ void write_tiled_results(const Sum (&sums)[TALL][BN / 2], const float2 (&bias)[TALL],
+                                                    const Scaling& scaling, const Room& room, const Arguments& a,
+                                                    const Tile& tile, u32 first_column) {
+  const u32 lane = threadIdx.x & 31, warp = threadIdx.x >> 5 & 3, group = threadIdx.x / 128 - 1;
+  const u32 odd = lane >> 2 & 1, halves = odd ? 0x3276 : 0x5410, tile_column = first_column + warp * 16;
+  const u32 first = 2 * (lane & 3);
+  const int left = static_cast<int>(tile.rows) - static_cast<int>(first + odd);
+  u16* of_row = a.out + static_cast<i64>(tile.first_row + first + odd) * a.columns + tile_column;
+#pragma unroll
+  for (int start = 0; start < BN; start += 8, of_row += 8 * a.columns) {
+    if (start >= tile.rows) continue;  // lanes that exchange may not leave a loop: they would meet again at its end
+    float2 factors = {1.0f, 1.0f};
+    if constexpr (WEIGHS) {
+      const u32* routes = room.routes + group * BN + start + first;
+      if (start + first < tile.rows) factors.x = __ldg(a.factors + routes[0]);
+      if (start + first + 1 < tile.rows) factors.y = __ldg(a.factors + routes[1]);
+    }
+#pragma unroll
+    for (int m = 0; m < TALL; ++m) {
+      const float scale = scaling.of_weights[m].x;
+#pragma unroll
+      for (int eight = 0; eight < 2; ++eight) {
+        const Sum* own = sums[m] + start / 2 + 2 * eight;
+        const float of_column = eight ? bias[m].y : bias[m].x;
+        const u32 pair = narrow_pair<KIND>(
+            bend<Quick, CURVE, CLAMPS>(scaled(own[0], scale) + of_column, a.curve) * factors.x,
+            bend<Quick, CURVE, CLAMPS>(scaled(own[1], scale) + of_column, a.curve) * factors.y);
+        const u32 both = __byte_perm(pair, __shfl_xor_sync(ALL, pair, 4), halves), number = lane / 8 + 4 * eight;
+        const u32 at = INTERLEAVES ? (number & 1) * 8 + (number & ~1u) : number * 2;
+        if (start < left && tile_column + m * COLUMNS_A_PRODUCT < a.columns) {  // columns are a multiple of 64
+          *reinterpret_cast<u32*>(of_row + m * COLUMNS_A_PRODUCT + at) = both;
+        }
+      }
+    }
+  }
+}
+
+#endif
+
+// A piece of 16 bytes of a row of results, as it goes to memory: of interleaved ones every other pair of 32 bytes.
+__device__ __forceinline__ uint4 piece_of(u32 row, u32 piece) {
+#if TILED
+  if constexpr (INTERLEAVES) {
+    const uint4 first = load_shared(row + (piece & ~1u) * 16), second = load_shared(row + (piece | 1) * 16);
+    if (piece & 1) return {first.y, first.w, second.y, second.w};
+    return {first.x, first.z, second.x, second.z};
+  }
+#endif
+  return load_shared(row + piece * 16);
 }
 
 // Results of a tile with a gate, CHUNK rows at a time through shared memory.
@@ -213,8 +288,8 @@ __device__ __forceinline__ void write_gated_results(const Sum (&sums)[TALL][BN /
     sync_warpgroup(group);
     for (u32 row = thread / PIECES; row < min(u32(CHUNK), tile.rows - start); row += 128 / PIECES) {
       if (column < a.columns) {
-        const uint4 word = load_shared(chunk + row * PITCH + piece * 16);
-        *reinterpret_cast<uint4*>(a.out + static_cast<i64>(tile.first_row + start + row) * a.columns + column) = word;
+        *reinterpret_cast<uint4*>(a.out + static_cast<i64>(tile.first_row + start + row) * a.columns + column) =
+            piece_of(chunk + row * PITCH, piece);
       }
     }
   }

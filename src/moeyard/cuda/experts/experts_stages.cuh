@@ -8,6 +8,12 @@
 #if VALUE_BYTES == 1
 #include "codes.cuh"
 #endif
+#ifndef TILED  // weights of 4 bits in tiles
+#define TILED false
+#endif
+#if TILED
+#include "nibbles.cuh"
+#endif
 
 constexpr int BN = ROWS_A_TILE, CONSUMERS = CONSUMER_GROUPS, DEPTH = STAGES, KIND = ROW_KIND, CURVE = ACTIVATION;
 constexpr bool GATED_RESULT = GATED, CLAMPS = CLAMPED, GATHERS = GATHER, BY_ROUTE = RESULTS_BY_ROUTE, BIASES = BIASED;
@@ -24,17 +30,40 @@ constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
 #endif
 constexpr int FINE = BN <= 16 ? BN : BN < 128 ? 16 : FINE_FROM_128;  // and what multiplied rows are a multiple of
 constexpr int GROUP = BN > 128 ? 8 : 16;
-constexpr int WEIGHT_BYTES = BM * BK * ITEM, ROW_BYTES = BN * BK * ITEM, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
+#if TILED
+// Of a stage: tiles of 16 weight rows by 64 values (`pack.py`), the scales of their groups, their zero points.
+constexpr bool E2M1 = CODES_ARE_E2M1, ZEROS = ZERO_POINTS, GLOBAL = GLOBAL_SCALES, INTERLEAVES = INTERLEAVED;
+constexpr u32 WIDTH = SCALE_COLUMNS;         // columns that share a scale; 0: all
+constexpr int KIND_OF_SCALES = SCALE_KIND;  // those of nibbles.cuh, or FLOAT32, BFLOAT16, FLOAT16
+constexpr u32 SCALE_SIZE = KIND_OF_SCALES == FLOAT32 ? 4 : KIND_OF_SCALES <= FLOAT16 ? 2 : 1;
+constexpr u32 TILE_BYTES = 512, PARTS = WIDTH && WIDTH < BK ? BK / WIDTH : 1;  // groups of a step
+constexpr u32 LINE = 16 * SCALE_SIZE;                                          // scales of a group of a tile
+constexpr u32 SCALES_AT = BM * BK / 2, ZEROS_AT = SCALES_AT + BM / 16 * PARTS * LINE;
+constexpr u32 BROUGHT = ZEROS_AT + (ZEROS ? BM * PARTS : 0);  // bytes that come
+constexpr int WEIGHT_BYTES = (BROUGHT + 1023) / 1024 * 1024;
+// Weights are scaled where a code times its scale is a value of KIND; else the sums of a group are.
+constexpr bool SCALES_WEIGHTS =
+    E2M1 && (KIND_OF_SCALES == E4M3_SCALES || (KIND_OF_SCALES == E8M0_SCALES && KIND == BFLOAT16));
+static_assert(ITEM == 2 && BN % 16 == 0 && !GATHERS && !BY_ROUTE && !TURNS_WEIGHTS, "rows lie in order, interleaved");
+static_assert(CONSUMERS == 2 && BLOCKS_A_PROCESSOR <= 2, "registers are shared out for blocks of 384 threads");
+static_assert(ZEROS_AT % 128 == 0 || !ZEROS, "boxes begin at multiples of 128 bytes");
+#else
+constexpr bool SCALES_WEIGHTS = true;
+constexpr int WEIGHT_BYTES = BM * BK * ITEM, BROUGHT = WEIGHT_BYTES;
+#endif
+constexpr int ROW_BYTES = BN * BK * ITEM, STAGE_BYTES = WEIGHT_BYTES + ROW_BYTES;
 constexpr bool ROW_SCALES = SCALED == BY_ROWS, BLOCK_SCALES = SCALED == BY_BLOCKS, CHANNELS = CHANNEL_SCALES;
-constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES ? BN / 2 : 0);  // of a lane
-constexpr bool MOVES_REGISTERS = SUMS >= 128;  // more registers than an even share
-constexpr int LOADERS_REGISTERS = SUMS > 128 ? 40 : GATHERS ? 88 : 72;
+constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES || !SCALES_WEIGHTS ? BN / 2 : 0);  // of a lane
+constexpr int FEW_SUMS = TILED ? 64 : 128;                          // that leave registers for biases
+constexpr bool MOVES_REGISTERS = SUMS >= 128 || TILED;  // more registers than an even share
+constexpr int LOADERS_REGISTERS = SUMS > 128 || TILED ? 40 : GATHERS ? 88 : 72;
 constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
 constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 8 : 0;          // of a stage: its rows' scales times two of weights
-constexpr int MULTIPLIERS_REGISTERS = (3 * 168 - LOADERS_REGISTERS) / 2;  // 168 is what each of 384 threads begins with
+constexpr int EVEN_REGISTERS = BLOCKS_A_PROCESSOR == 1 ? 168 : 80;       // what each of 384 threads begins with
+constexpr int MULTIPLIERS_REGISTERS = (3 * EVEN_REGISTERS - LOADERS_REGISTERS) / 16 * 8;
 constexpr int COLUMNS_A_WARP = GATED_RESULT ? 8 : 16, COLUMNS_A_PRODUCT = 4 * COLUMNS_A_WARP;
 constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
-constexpr bool IN_STAGE = GATED && BN > 128;    // how results leave: through a stage,
+constexpr bool IN_STAGE = GATED && BN > 128 && !TILED;    // how results leave: through a stage,
 constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their own, or straight from registers
 constexpr bool AS_CODES = RESULTS_AS_CODES;     // quantised on their way, in groups of 128 columns, which a tile has
 constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
@@ -76,6 +105,13 @@ struct Room {
   u32* table;
 };
 
+struct Weights {
+  const TensorMap& codes;  // or 16-bit values
+#if TILED
+  const TensorMap &scales, &zeros;
+#endif
+};
+
 struct Arguments {
   const u8* rows;
   const u16* bias;
@@ -83,7 +119,7 @@ struct Arguments {
   const int* sorted_token_ids;
   u16* out;
   u32* turns;
-  const float *weight_scales, *row_scales;  // of codes
+  const float *weight_scales, *row_scales;  // of codes; in tiles weights have one more per matrix
   float* result_scales;
   u32 columns, steps, size, divisor;
   i64 row_pitch;  // in bytes

@@ -7,8 +7,8 @@
 
 #include "activation.cuh"
 #include "bulk.cuh"
-#include "codes.cuh"
 #include "mma.cuh"
+#include "nibbles.cuh"
 
 // One model and one plan a compilation; launches say how many tokens there are, MOST_ROUTES routes at most.
 typedef ID Id;                          // int or i64
@@ -22,7 +22,7 @@ constexpr int WHICH = ACTIVATION;  // of the curves of activation.cuh
 constexpr u32 WARPS = WARPS_A_BLOCK, THREADS = 32 * WARPS;
 constexpr bool E2M1 = CODES_ARE_E2M1, ZEROS = ZERO_POINTS, GLOBAL = GLOBAL_SCALES;
 constexpr u32 GROUP = SCALE_COLUMNS;  // columns that share a scale; 0: all
-constexpr int E8M0_SCALES = 3, E4M3_SCALES = 4, KIND_OF_SCALES = SCALE_KIND;  // or FLOAT32, BFLOAT16, FLOAT16
+constexpr int KIND_OF_SCALES = SCALE_KIND;  // those of nibbles.cuh, or FLOAT32, BFLOAT16, FLOAT16
 constexpr u32 SCALE_BYTES = KIND_OF_SCALES == FLOAT32 ? 4 : KIND_OF_SCALES <= FLOAT16 ? 2 : 1;
 constexpr u32 TILE_BYTES = 512, TILE_ROWS = 16, TILE_COLUMNS = 64, TOGETHER = 8;  // routes that are multiplied at once
 constexpr u32 PARTS = GROUP && GROUP < TILE_COLUMNS ? TILE_COLUMNS / GROUP : 1;   // groups of a step
@@ -101,54 +101,8 @@ __device__ __forceinline__ u32 first_unit(u32 total, u32 block) {
   return static_cast<u64>(total) * block / gridDim.x;
 }
 
-// Two float16 each: a * b + c, rounded once.
-__device__ __forceinline__ u32 fma_halves(u32 a, u32 b, u32 c) {
-#if __CUDA_ARCH__ >= 530
-  u32 pair;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(c));
-  return pair;
-#else
-  return narrow_pair<FLOAT16>(fmaf(widen<FLOAT16>(a & 0xffff), widen<FLOAT16>(b & 0xffff), widen<FLOAT16>(c & 0xffff)),
-                              fmaf(widen<FLOAT16>(a >> 16), widen<FLOAT16>(b >> 16), widen<FLOAT16>(c >> 16)));
-#endif
-}
-
-// Constants. If the compiler knew them, every use would have an instruction of its own that makes them.
-struct Masks {
-  u32 ones, sixteens;
-};
-
-__device__ __forceinline__ u32 unknown(u32 value) {
-#if __CUDA_ARCH__
-  value += blockIdx.y;  // 0
-#endif
-  return value;
-}
-
-// The codes s of a word's halves as two float16: of e2m1 times 2^-14, of int4 less `zero`.
-template <u32 S>
-__device__ __forceinline__ u32 widen_pair(u32 word, u32 zero, const Masks& masks) {
-  if constexpr (E2M1) {
-    constexpr u32 SIZES = 0x0e000e00, SIGNS = 0x80008000;
-    if constexpr (S == 0) return word & (SIZES | SIGNS);
-    if constexpr (S == 1) return word << 3 & (SIZES | SIGNS);
-    if constexpr (S == 2) return (word << 6 & SIZES) | (word << 1 & SIGNS);
-    return (word << 9 & SIZES) | (word << 2 & SIGNS);
-  } else {  // 0x6400 is 1024: the last four bits count ones, the four before them sixteens
-    const u32 own = S < 2 ? word : word >> 8;
-    if constexpr (S % 2 == 0) return subtract_halves((own & masks.ones) | 0x64006400, 0x64006400 + zero * 0x10001);
-    return fma_halves((own & masks.sixteens) | 0x64006400, 0x2c002c00, 0xd400d400 + zero * 0x100010);  // / 16 - 64 - zero
-  }
-}
-
 // What is left of the weights' scale for the end: e2m1 was taken times 2^-14.
 constexpr float FOLDED = E2M1 ? 16384.0f : 1.0f;
-
-// e8m0, from where the byte lies as the exponent of a float32: 0 is a subnormal, 255 NaN, which infinity times 0 makes.
-__device__ __forceinline__ float power_of_byte(u32 shifted) {
-  const float power = __uint_as_float(max(shifted & 0x7f800000, 0x00400000u));
-  return __fmaf_rn(power, 0.0f, power);
-}
 
 // `count` scales, a multiple of 16, of shared memory as float32 there, by a warp.
 __device__ __forceinline__ void widen_scales(const u8* from, float* to, u32 count) {
@@ -182,8 +136,9 @@ __device__ __forceinline__ void widen_scales(const u8* from, float* to, u32 coun
 template <u32 S>
 __device__ __forceinline__ void add_product(float (&sums)[4], const uint4& codes, const Masks& masks, u32 zero, u32 lower_zero,
                                             u32 x0, u32 x1) {
-  const u32 row[2] = {widen_pair<S>(codes.x, zero, masks), widen_pair<S>(codes.y, zero, masks)};
-  const u32 lower[2] = {widen_pair<S>(codes.z, lower_zero, masks), widen_pair<S>(codes.w, lower_zero, masks)};
+  auto wide = [&](u32 word, u32 of_row) { return widen_pair<E2M1, FLOAT16>(S, word, of_row, masks); };
+  const u32 row[2] = {wide(codes.x, zero), wide(codes.y, zero)};
+  const u32 lower[2] = {wide(codes.z, lower_zero), wide(codes.w, lower_zero)};
   multiply_tile<FLOAT16>(sums, row, lower, x0, x1);
 }
 

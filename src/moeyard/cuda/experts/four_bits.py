@@ -50,10 +50,10 @@ def fused_experts_launch(
     num_tokens, top_k = topk_ids.shape
     if not num_tokens:
         return
-    hidden_states, ids, factors = _dense_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
+    hidden_states, ids, factors = dense_rows(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
     expert_map = None if expert_map is None else expert_map.contiguous()
     b13, b2 = (None if bias is None else bias.contiguous() for bias in (weights.w13_bias, weights.w2_bias))
-    s13, s2, z13, z2, g13, g2 = (None if one is None else _dense(one) for one in scales.tensors[:6])
+    s13, s2, z13, z2, g13, g2 = (None if one is None else dense(one) for one in scales.tensors[:6])
     assert s13 is not None
     key = (
         most_routes_of(num_tokens * top_k), num_tokens, top_k, weights.num_local_experts, weights.hidden_size,
@@ -88,12 +88,12 @@ def _at(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
     """What bulk copies can read: dense, from a multiple of 16 bytes."""
     return tensor if tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _dense_rows(rows: Tensor) -> Tensor:
+def dense_rows(rows: Tensor) -> Tensor:
     """Rows that are dense, each from a multiple of 16 bytes."""
     strided = rows.stride(1) != 1 or (rows.shape[0] > 1 and rows.stride(0) % 8)
     return rows.clone(memory_format=torch.contiguous_format) if strided or rows.data_ptr() % 16 else rows
@@ -178,11 +178,11 @@ def four_bit_defines(
         "DOWN_BYTES": plan.down_bytes(sizes),
         "EVICT_FIRST": 1,
         "SCALE_COLUMNS": scheme.block[1],
-        "SCALE_KIND": _SCALE_KINDS.get(scale_dtype) or KINDS[scale_dtype],
+        "SCALE_KIND": SCALE_KINDS.get(scale_dtype) or KINDS[scale_dtype],
     }
     named = [(name, "true" if flag else "false") for name, flag in flags.items()]
     return (*named, *((name, str(value)) for name, value in numbers.items()))
 
 
-_SCALE_KINDS = {torch.float8_e8m0fnu: "E8M0_SCALES", torch.float8_e4m3fn: "E4M3_SCALES"}
+SCALE_KINDS = {torch.float8_e8m0fnu: "E8M0_SCALES", torch.float8_e4m3fn: "E4M3_SCALES"}
 """The names in four_bits.cuh of scales that have no name in rows.cuh."""

@@ -115,14 +115,15 @@ def product_plan(
     """
     way = way or Way()
     likely = num_rows if expected_rows is None else expected_rows
-    mean = likely / max(1.0, _touched(likely, experts))
+    mean = likely / max(1.0, touched(likely, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
-    heights = (16, 64, 192) if FEW_KERNELS else _ROWS
+    few = "experts" in FEW_KERNELS
+    heights = (16, 64, 192) if few else _ROWS
     if scaled == "BY_BLOCKS":
         heights = tuple(min(size, _MOST_ROWS_IN_BLOCKS) for size in heights)
     rows = way.rows or next((size for size in heights if wanted <= size), heights[-1])
-    entries = (max(experts, _ENTRIES_OF_FEW) if FEW_KERNELS else min(experts, num_rows)) + 1
+    entries = (max(experts, _ENTRIES_OF_FEW) if few else min(experts, num_rows)) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):
@@ -132,7 +133,7 @@ def product_plan(
             if stages >= 3 or (blocks == 1 and stages == 2):
                 used = shared_bytes(rows, groups, tall, stages, entries, gated, routed, scaled)
                 columns_a_tile = groups * tall * (_WEIGHT_ROWS // 2 if gated else _WEIGHT_ROWS)
-                row_tiles = _most_tiles(num_rows, experts, rows)
+                row_tiles = most_tiles(num_rows, experts, rows)
                 if row_tiles >= 1 << _TABLE_BITS - max(1, (experts - 1).bit_length()):
                     raise ValueError(f"rows: expected fewer, or fewer experts, got {num_rows} for {experts} experts")
                 grid = max(1, min(card.processors * blocks, row_tiles * -(-columns // columns_a_tile)))
@@ -153,7 +154,7 @@ def way_of(num_rows: int, experts: int, columns: int, layer: bool = True) -> Way
     nothing. benchmarks/results/h200/prefill_ways.json has both for five models. A product alone, `layer` false, also
     pays for finding where its rows come from.
     """
-    rows = num_rows / max(1.0, _touched(num_rows, experts))
+    rows = num_rows / max(1.0, touched(num_rows, experts))
     enough = rows >= _COPIED_ROWS and columns >= _COPIED_COLUMNS[layer]
     return Way(copied=enough and rows * columns >= _COPIED_RESULTS)
 
@@ -162,7 +163,7 @@ def way_of_codes(num_rows: int, experts: int, columns: int) -> Way:
     """The way of a layer of 8-bit codes. Rows of codes are half as long, and tokens fit the L2 cache: gathering costs 2
     to 3 % less than copying for 1536 and 4096 columns of w13, and 4 % more for 28672 (an H100; the run was not kept).
     """
-    rows = num_rows / max(1.0, _touched(num_rows, experts))
+    rows = num_rows / max(1.0, touched(num_rows, experts))
     return Way(copied=rows >= _COPIED_ROWS and columns >= _COPIED_CODE_COLUMNS)
 
 
@@ -189,11 +190,11 @@ def shared_bytes(
     return fixed + stages * (stage_bytes(rows, groups, tall, scaled) + 16)
 
 
-def _touched(num_rows: int, experts: int) -> float:
+def touched(num_rows: int, experts: int) -> float:
     """How many experts have rows, if each row's is drawn evenly."""
     return -experts * math.expm1(-num_rows / experts) if experts else 0.0
 
 
-def _most_tiles(num_rows: int, experts: int, rows: int) -> int:
+def most_tiles(num_rows: int, experts: int, rows: int) -> int:
     """Tiles of rows that these can be at most, whatever expert they have."""
     return min(num_rows, num_rows // rows + min(experts, num_rows))

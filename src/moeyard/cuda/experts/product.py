@@ -14,17 +14,17 @@ from moeyard.cuda.runtime.tensor_map import row_map, turned_boxes, turned_map, w
 from moeyard.dispatch.call import lies_turned
 from moeyard.values import Activation, Layout
 
-_ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3", torch.int8: "s8"}
-_CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
+ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "e4m3", torch.int8: "s8"}
+CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
 TURNS = 64
 """Bytes from a barrier to where products keep their turns, behind what alignment uses."""
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Of addresses, in bytes."""
 
 
 def lies_well(tensor: Tensor) -> bool:
     """Whether the copy engine can read or write its rows in place."""
-    return tensor.is_contiguous() and not tensor.data_ptr() % _ALIGNMENT
+    return tensor.is_contiguous() and not tensor.data_ptr() % ALIGNMENT
 
 
 def turns_of(device: int) -> int:
@@ -178,7 +178,7 @@ def prepare_product(
     plan = product_plan(shape[0], experts, shape[1], gated, routed, card_of(device), way, expected, scaling[0])
     clamped = activation is not None and activation.limit is not None
     defines = product_defines(
-        plan, dtype, "IDENTITY" if activation is None else _CURVES[activation.name], gated=gated, clamped=clamped,
+        plan, dtype, "IDENTITY" if activation is None else CURVES[activation.name], gated=gated, clamped=clamped,
         gather=gather, by_route=by_route, biased=not unbiased, weighted=not unweighted, ready=ready, element=element,
         scaling=scaling, as_codes=as_codes, turned=turned,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def product_defines(
         ("STAGES", str(plan.stages)),
         ("BLOCKS_A_PROCESSOR", str(plan.blocks)),
         ("ROW_KIND", KINDS[dtype]),
-        ("ELEMENT", _ELEMENTS[element]),
+        ("ELEMENT", ELEMENTS[element]),
         ("VALUE_BYTES", str(element.itemsize)),
         ("SCALED", scaling[0]),
         ("ACTIVATION", curve),

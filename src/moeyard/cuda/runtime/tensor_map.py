@@ -1,6 +1,7 @@
 """Tensor maps: what the copy engine of Hopper has to know of a tensor, 128 bytes that a kernel takes as a parameter."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -35,6 +36,19 @@ def turned_map(address: int, boxes: Boxes, dtype: torch.dtype, ahead: bool) -> b
     return _encode(address, dtype, *boxes, ahead)
 
 
+@lru_cache(maxsize=256)
+def weight_maps(
+    experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str, ahead: bool
+) -> Callable[[int], bytes]:
+    """`weight_map` by address alone: of the layers of a model, whose weights have equal sizes."""
+    return lru_cache(maxsize=1024)(lambda address: weight_map(address, experts, rows, size, dtype, box, turn, ahead))
+
+
+def row_maps(rows: int, size: int, dtype: torch.dtype, box: int) -> Callable[[int], bytes]:
+    """`row_map` by address alone: memory comes back to few places."""
+    return lru_cache(maxsize=16)(lambda address: row_map(address, rows, size, dtype, box))
+
+
 def turned_boxes(weight: Tensor, box: int) -> Boxes:
     """As `weight_boxes`, of [experts, rows, size] whose rows, a multiple of 64, lie side by side.
 
@@ -44,6 +58,21 @@ def turned_boxes(weight: Tensor, box: int) -> Boxes:
     item, side = weight.element_size(), STEP_BYTES // weight.element_size()
     strides = (weight.stride(2) * item, STEP_BYTES, weight.stride(0) * item, weight.stride(0) * item)
     return (side, size, rows // side, experts, 1), strides, (side, side, box // side, 1, 1)
+
+
+@lru_cache(maxsize=4096)
+def tile_map(address: int, boxes: Boxes, dtype: torch.dtype, ahead: bool) -> bytes:
+    """Of weights of 4 bits in tiles, their scales or zero points, in boxes of `tile_boxes`, which are not swizzled."""
+    return _encode(address, dtype, *boxes, ahead, swizzled=False)
+
+
+def tile_boxes(experts: int, tiles: int, row_bytes: int, item: int, brought: int, box: int) -> Boxes:
+    """As `weight_boxes`, of `tiles` rows of tiles per expert, `row_bytes` each: `brought` bytes of `box` of them.
+
+    The dimensions are elements of `item` bytes, rows of tiles, expert, and two more of 1.
+    """
+    strides = (row_bytes, tiles * row_bytes, experts * tiles * row_bytes, experts * tiles * row_bytes)
+    return (row_bytes // item, tiles, experts, 1, 1), strides, (brought // item, box, 1, 1, 1)
 
 
 @lru_cache(maxsize=4096)
@@ -74,8 +103,9 @@ def _encode(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     ahead: bool,
+    swizzled: bool = True,
 ) -> bytes:
-    """A map whose boxes land in the 128-byte swizzle, zeros where they reach out of the tensor.
+    """A map whose boxes land in the 128-byte swizzle, if asked, zeros where they reach out of the tensor.
 
     The driver is called without its binding, whose maps lie at addresses that are no multiples of 64 as the driver
     wants them. A plan, whose tensors have no address, has no use for one.
@@ -89,7 +119,10 @@ def _encode(
     kind = {
         torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.int32: kinds.CU_TENSOR_MAP_DATA_TYPE_INT32,
     }.get(dtype, kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8)
+    swizzles: Any = driver.CUtensorMapSwizzle
+    swizzle = swizzles.CU_TENSOR_MAP_SWIZZLE_128B if swizzled else swizzles.CU_TENSOR_MAP_SWIZZLE_NONE
     rank = len(sizes)
     room = (ctypes.c_uint8 * (MAP_BYTES + _ALIGNMENT))()
     made = -(-ctypes.addressof(room) // _ALIGNMENT) * _ALIGNMENT
@@ -103,7 +136,7 @@ def _encode(
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*(1,) * rank),
         ctypes.c_int(int(driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE)),
-        ctypes.c_int(int(driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B)),
+        ctypes.c_int(int(swizzle)),
         ctypes.c_int(
             int(promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B if ahead else promotions.CU_TENSOR_MAP_L2_PROMOTION_NONE)
         ),
