@@ -218,6 +218,8 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
     of_part = {row["op"] for row in rows if row["op"].startswith("part")}
     assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    fp8 = next(row for row in rows if row["op"] == "training step, fp8 blocks")
+    assert fp8["correct"] and fp8["errors"]["w13"] < 2 * fp8["honest_errors"]["w13"] < 0.1
     mine = found["moeyardauto"]
     assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]
 
