@@ -275,6 +275,10 @@ def asks_with_gradients(drawn: Drawn) -> None:
 def _gradient_is_right(drawn: Drawn, given: Tensors, name: str, needy: Tensor) -> None:
     """The gradient is that of the operator in plain torch, in float64."""
     answer = drawn.ask(given)
+    if drawn.question.name == "experts at a scheme":  # gradients jump where codes do (tests/test_straight_through.py)
+        assert answer.requires_grad
+        drawn.judge(answer.detach(), given)
+        return
     parts = [t for t in drawn.question.defined(answer, drawn.plain) if t.requires_grad]
     if not needy.numel() * sum(t.numel() for t in parts):
         return

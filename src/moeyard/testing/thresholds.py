@@ -252,11 +252,12 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
 }
 EXEMPT = {
     # a name: why nothing is drawn beside it
+    "cpu.activation:SILU": "the code of an activation",
+    "cpu.activation:GELU": "the code of an activation",
+    "cpu.activation:GELU_TANH": "the code of an activation",
+    "cpu.activation:RELU2": "the code of an activation",
     "dispatch.again:_MOST": "calls that are known again",
-    "cpu.activation:_SILU": "the code of an activation",
-    "cpu.activation:_GELU": "the code of an activation",
-    "cpu.activation:_GELU_TANH": "the code of an activation",
-    "cpu.activation:_RELU2": "the code of an activation",
+    "vectorised.quant:CHUNK_BYTES": "values of whole experts or rows that are rounded at a time, each by itself",
     "cpu.coded.": "codes of dtypes and schemes, fields of plans; sizes meet cpu.products and cpu.dots",
     "cpu.layout:_APART": "the distance of counters, which no size is compared with",
     "cpu.layout:_place:4": "the bytes of an id: both widths are drawn as dtypes",
