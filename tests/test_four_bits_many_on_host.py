@@ -242,9 +242,6 @@ MUTANTS = {
     "the zero point of another row": ("int4, zero points", "zeros & 0xff, zeros >> 8", "zeros & 0xff, zeros & 0xff"),
     "scales of the other row for sums": ("int4", "fmaf(scales.y, own[4 * i + 2]", "fmaf(scales.x, own[4 * i + 2]"),
     "the next group too early": ("int4", "column / WIDTH", "min(step, u32(2 * BK / WIDTH))"),
-    "codes given away while they are read": (
-        "int4", "    __syncwarp();  // all lanes have read codes and scales\n", "",
-    ),
     "one global scale for gate and up": (
         "NVFP4", "__ldg(a.weight_scales + first + 1)", "__ldg(a.weight_scales + first)",
     ),

@@ -28,7 +28,7 @@ constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
 #ifndef FINE_FROM_128
 #define FINE_FROM_128 16
 #endif
-constexpr int FINE = BN <= 16 ? BN : BN < 128 ? 16 : FINE_FROM_128;  // and what multiplied rows are a multiple of
+constexpr int FINE = BN <= (TILED ? 64 : 16) ? BN : BN < 128 ? 16 : FINE_FROM_128;  // multiplied rows are a multiple of it
 constexpr int GROUP = BN > 128 ? 8 : 16;
 #if TILED
 // Of a stage: tiles of 16 weight rows by 64 values (`pack.py`), the scales of their groups, their zero points.
@@ -80,7 +80,7 @@ static_assert(!BLOCK_SCALES || (ITEM == 1 && BN <= 128), "a second set of sums f
 static_assert(!AS_CODES || (IN_CHUNKS && BLOCK_SCALES && BM == 256), "two warpgroups have the 128 columns of a scale");
 static_assert(!TURNS_WEIGHTS || (ITEM == 2 && !GATED_RESULT && !BIASES && !WEIGHS && CURVE == IDENTITY),
               "products of transposed weights are no more than that");
-static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
+static_assert(BN % STEP == 0 && (TILED || STEP % FINE == 0), "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 
 struct Stage {
