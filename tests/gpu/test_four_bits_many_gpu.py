@@ -172,3 +172,6 @@ def test_rows_are_interleaved() -> None:
     interleave(rows, slots, 2, out)
     wanted = rows[slots.long() // 2].unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1)
     assert same_bits(out, wanted) and not guard_broken(out)
+    some, count = torch.zeros_like(out), torch.tensor([33], dtype=torch.int32, device=CUDA)
+    interleave(rows, slots, 2, some, count=count)
+    assert same_bits(some[:33], wanted[:33]) and not some[33:].any()

@@ -9,7 +9,7 @@ from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan, streams
 from moeyard.cuda.experts.plan import ProductPlan
 from moeyard.cuda.experts.product import CURVES, ELEMENTS, apart, compact_layout, lies_well, turns_of
 from moeyard.cuda.rows.launchers import combine_launch
-from moeyard.cuda.runtime.cards import card_of
+from moeyard.cuda.runtime.cards import WARP, card_of
 from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.planning import Noted
@@ -24,6 +24,8 @@ _BLOCK = 256
 """Threads of a block that interleaves rows."""
 _BLOCKS = 8
 """Of these, per multiprocessor at most."""
+INTERLEAVING = (("BLOCK", str(_BLOCK)),)
+"""What interleave.cu is compiled for."""
 _COLUMNS = 16
 """Columns that are interleaved."""
 _STEP_BYTES = TILE_ROWS * TILE_COLUMNS // 2
@@ -66,7 +68,7 @@ def fused_experts_launch(
         topk_ids, num_experts, experts, middle, None if weighs else middle, out if lent else None
     )  # fmt: skip
     align_launch(topk_ids, expert_map, layout, programmatic=True)
-    interleave(hidden_states, layout.sorted_token_ids, top_k, taken)
+    interleave(hidden_states, layout.sorted_token_ids, top_k, taken, count=layout.num_tokens_post_padded)
     expected, turns = expected_routes(num_routes, experts, num_experts), turns_of(device)
     first = Operand(experts, size, hidden_size, weights.gated, scheme, s13.element_size(), dtype)
     second = Operand(experts, hidden_size, size, False, scheme, s2.element_size(), dtype)
@@ -84,12 +86,15 @@ def fused_experts_launch(
     combine_launch(taken, left, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
-def interleave(rows: Tensor, slots: Tensor | None, divisor: int, out: Tensor) -> None:
-    """Row r of `out` is row slots[r] // divisor of `rows`, or row r, with its columns as products take them."""
+def interleave(rows: Tensor, slots: Tensor | None, divisor: int, out: Tensor, *, count: Tensor | None = None) -> None:
+    """Row r of `out` is row slots[r] // divisor of `rows`, or row r, with its columns as products take them.
+
+    Rows from `count` on, one int32, are left as they are.
+    """
     device = rows.get_device()
     key = (out.shape[0], out.shape[1], rows.stride(0), divisor, device)
     launch, shape = _INTERLEAVES.get(key) or _INTERLEAVES.add(key, _prepare_interleave(*key))
-    launch(shape, rows.data_ptr(), _at(slots), out.data_ptr())
+    launch(shape, rows.data_ptr(), _at(slots), _at(count), out.data_ptr())
 
 
 def _prepare_interleave(
@@ -97,10 +102,8 @@ def _prepare_interleave(
 ) -> tuple[Launch | Noted, Shape]:
     blocks = columns // _COLUMNS
     sizes = (num_rows, blocks, 2 * stride, divisor)
-    recipe = Recipe(
-        "interleave.cu", "interleave_kernel", (("BLOCK", str(_BLOCK)),), _BLOCK, 3 + len(sizes), overlapping=True
-    )
-    grid = min(card_of(device).processors * _BLOCKS, -(-num_rows * blocks // _BLOCK))
+    recipe = Recipe("interleave.cu", "interleave_kernel", INTERLEAVING, _BLOCK, 4 + len(sizes), overlapping=True)
+    grid = min(card_of(device).processors * _BLOCKS, -(-num_rows * WARP // _BLOCK))
     return launch_of(recipe, device), Shape(max(1, grid), 0, sizes)
 
 
