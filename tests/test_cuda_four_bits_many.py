@@ -12,7 +12,7 @@ import torch
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, pack_experts
 from moeyard.cuda.experts import four_bits_many
 from moeyard.cuda.experts.four_bits_many import INTERLEAVING, interleave, many_defines, operand_boxes
-from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan, many_stage_bytes
+from moeyard.cuda.experts.four_bits_many_plan import Operand, Tile, many_plan, many_stage_bytes
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.compile import compile_source
 from moeyard.cuda.runtime.planning import planning
@@ -103,6 +103,8 @@ COMPILED: dict[str, dict[str, Any]] = {  # a product, a tile; most instructions 
     "gpt-oss, 16": {"tile": 16, "most": 3.5},
     "gpt-oss, 32": {"tile": 32, "most": 3.6},
     "gpt-oss, 64": {"tile": 64, "most": 4.2},
+    "gpt-oss, 64, one block": {"tile": 64, "shape": (2, 1), "most": 3.5},
+    "gpt-oss, 32, flat": {"tile": 32, "shape": (1, 2)},
     "gpt-oss, 128": {"tile": 128},
     "gpt-oss, 160": {"tile": 160},
     "gpt-oss, second": {"tile": 160, "second": True},
@@ -124,10 +126,10 @@ COMPILED: dict[str, dict[str, Any]] = {  # a product, a tile; most instructions 
 def test_products_take_weights_from_registers_and_spill_nothing(name: str, tmp_path: Path) -> None:
     pytest.importorskip("cuda.core")
     dump = cuobjdump() or pytest.skip("triton, whose wheel has cuobjdump, is not installed")
-    case = {"scheme": MXFP4, "dtype": BF16, "second": False, "most": None, **COMPILED[name]}
+    case = {"scheme": MXFP4, "dtype": BF16, "second": False, "most": None, "shape": (), **COMPILED[name]}
     second, scheme, dtype = case["second"], case["scheme"], case["dtype"]
     operand = operands("gpt-oss-120b" if scheme == MXFP4 else "Qwen3-30B", scheme, dtype)[second]
-    plan = many_plan(operand, 1 << 16, 1 << 16, second and dtype == F16, H200, case["tile"])
+    plan = many_plan(operand, 1 << 16, 1 << 16, second and dtype == F16, H200, Tile(case["tile"], *case["shape"]))
     kind = {"e8m0": torch.float8_e8m0fnu, "e4m3": torch.float8_e4m3fn, "float": dtype}[scheme.scales]
     defines = many_defines(
         operand, plan, kind, None if second else GPT_OSS_ACTIVATION, biased=True, weighted=second and dtype == F16

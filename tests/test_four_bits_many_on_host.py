@@ -13,7 +13,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, pack_experts
 from moeyard.cuda.experts.four_bits_many import many_defines, operand_boxes
-from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan
+from moeyard.cuda.experts.four_bits_many_plan import Operand, Tile, many_plan
 from moeyard.cuda.experts.plan import ProductPlan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
@@ -35,6 +35,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN: dict[str, Any] = {
     "scheme": MXFP4, "tile": 16, "counts": [5, 0, 17, 1], "sizes": (192, 128), "gated": True, "bias": True,
     "activation": Activation(), "dtype": BF16, "scales": BF16, "second": False, "blocks": 3, "stages": 3,
+    "shape": (),
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {  # sizes: hidden, intermediate
     "gpt-oss": {"activation": GPT_OSS_ACTIVATION},
@@ -42,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {  # sizes: hidden, intermediate
     "large scales": {"large": True, "counts": [3, 2]},
     "taller": {"tile": 32, "counts": [50, 20, 0], "sizes": (128, 320)},
     "flat": {"tile": 64, "counts": [100, 0, 30], "sizes": (256, 64), "stages": 2},
+    "flat, one block": {"tile": 64, "counts": [70, 3], "shape": (2, 1)},
     "prefill": {"tile": 128, "counts": [140, 33], "sizes": (192, 192), "activation": GPT_OSS_ACTIVATION},
     "prefill, widest": {"tile": 160, "counts": [200, 0, 33, 1], "sizes": (128, 192), "blocks": 2},
     "prefill, second": {"tile": 160, "counts": [170, 9], "sizes": (320, 128), "second": True, "stages": 2},
@@ -110,7 +112,9 @@ def planned(case: dict[str, Any]) -> tuple[Operand, ProductPlan, torch.dtype]:
         case["dtype"],
     )  # fmt: skip
     total = sum(case["counts"])
-    plan = many_plan(operand, max(total, 1), max(total, 1), case["dtype"] == F16, H200, case["tile"])
+    plan = many_plan(
+        operand, max(total, 1), max(total, 1), case["dtype"] == F16, H200, Tile(case["tile"], *case["shape"])
+    )
     return operand, replace(plan, grid=case["blocks"], stages=case["stages"]), kind
 
 

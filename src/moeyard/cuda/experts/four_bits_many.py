@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
 from moeyard.cuda.experts.four_bits import SCALE_KINDS, dense, dense_rows
-from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan, streams
+from moeyard.cuda.experts.four_bits_many_plan import PLANNED, Operand, Tile, many_plan, streams
 from moeyard.cuda.experts.plan import ProductPlan
 from moeyard.cuda.experts.product import CURVES, ELEMENTS, apart, compact_layout, lies_well, turns_of
 from moeyard.cuda.rows.launchers import combine_launch
@@ -42,14 +42,15 @@ def unfit(call: Call) -> str | None:
 
 
 def fused_experts_launch(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor, rows: int = 0
-) -> None:
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor,
+    tile: Tile = PLANNED,
+) -> None:  # fmt: skip
     """Fills `out` by five launches: layout, rows in the order of experts, two products, sum.
 
     Rows come interleaved, as lanes have the columns of weights (experts_nibbles.cuh). Weights become values of the
     rows' dtype in registers where that rounds none; otherwise codes are multiplied, and the sums of a group are
-    scaled. Sums are float32, in a fixed order. A row of float16 is weighted before it is rounded. `rows` of a tile are
-    as planned unless given. Allocates [T * K, I] and [T * K, H] of the dtype.
+    scaled. Sums are float32, in a fixed order. A row of float16 is weighted before it is rounded. Tiles are as
+    planned unless `tile` says otherwise. Allocates [T * K, I] and [T * K, H] of the dtype.
     """
     weights, activation, num_experts, expert_map, *_ = call
     scheme, scales = weights.scheme, weights.scales
@@ -75,12 +76,12 @@ def fused_experts_launch(
     segments = layout.expert_offsets.data_ptr(), layout.expert_counts.data_ptr()
     _product(
         first, taken, weights.w13, weights.w13_bias, (s13, z13, g13), None, None, segments, middle, activation,
-        expected, turns, rows,
+        expected, turns, tile,
     )  # fmt: skip
     slots, factors = (layout.sorted_token_ids, topk_weights) if weighs else (None, None)
     _product(
         second, middle, weights.w2, weights.w2_bias, (s2, z2, g2), slots, factors, segments, taken, None, expected,
-        turns, rows,
+        turns, tile,
     )  # fmt: skip
     left = None if weighs else topk_weights
     combine_launch(taken, left, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
@@ -114,7 +115,7 @@ _INTERLEAVES, _READY = Ready(), Ready()
 def _product(
     operand: Operand, rows: Tensor, codes: Tensor, bias: Tensor | None,
     scales: tuple[Tensor, Tensor | None, Tensor | None], slots: Tensor | None, factors: Tensor | None,
-    segments: tuple[int, int], out: Tensor, activation: Activation | None, expected: int, turns: int, tile: int,
+    segments: tuple[int, int], out: Tensor, activation: Activation | None, expected: int, turns: int, tile: Tile,
 ) -> None:  # fmt: skip
     """One launch, as `product` has it. `scales` are those of groups, zero points, global ones."""
     of_groups, zeros, whole = scales
@@ -159,9 +160,9 @@ def operand_maps(operand: Operand, plan: ProductPlan, *addresses: int) -> tuple[
 
 def _prepare(
     operand: Operand, num_rows: int, expected: int, scale_dtype: torch.dtype, biased: bool, weighted: bool,
-    activation: Activation | None, rows: int, device: int,
+    activation: Activation | None, tile: Tile, device: int,
 ) -> tuple[Launch | Noted, Shape, ProductPlan]:  # fmt: skip
-    plan = many_plan(operand, num_rows, expected, weighted, card_of(device), rows)
+    plan = many_plan(operand, num_rows, expected, weighted, card_of(device), tile)
     defines = many_defines(operand, plan, scale_dtype, activation, biased=biased, weighted=weighted)
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     sizes = (operand.experts, operand.columns, operand.size, 2 * operand.size, 1, *map(float_bits, curve))

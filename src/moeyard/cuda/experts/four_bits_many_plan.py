@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,20 @@ _BARRIER_BYTES = 16
 _MOST_STAGES = 12
 _STREAMED_ROWS = 32
 """Up to so many rows of a tile an expert's weights are read once, and leave the L2 cache first."""
+
+
+class Tile(NamedTuple):
+    """What a plan leaves open: `many_plan` answers what is 0, unless benchmarks and tests do."""
+
+    rows: int = 0
+    """Of a tile at most."""
+    tall: int = 0
+    """Products of 64 weight rows of a warpgroup."""
+    blocks: int = 0
+    """That share a multiprocessor."""
+
+
+PLANNED = Tile()
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,10 @@ class Operand:
 
 
 @lru_cache(maxsize=4096)
-def many_plan(operand: Operand, num_rows: int, expected: int, routed: bool, card: Card, rows: int = 0) -> ProductPlan:
-    """The launch for at most `num_rows` rows, of which `expected` are likely to come; `rows` of a tile, if not 0.
+def many_plan(
+    operand: Operand, num_rows: int, expected: int, routed: bool, card: Card, tile: Tile = PLANNED
+) -> ProductPlan:
+    """The launch for at most `num_rows` rows, of which `expected` are likely to come.
 
     As `product_plan`: a tile holds the rows of most experts. The smallest has 16: products of 8 rows take no less. Up
     to 64 rows reading and widening codes are the limit. There two blocks share a multiprocessor, so that four warps per
@@ -76,8 +93,9 @@ def many_plan(operand: Operand, num_rows: int, expected: int, routed: bool, card
     mean = expected / max(1.0, touched(expected, operand.experts))
     wanted = max(mean + 2 * math.sqrt(mean), 1)
     shapes = _SHAPES if operand.scales_weights else _SHAPES_OF_SCALED_SUMS
-    rows = rows or next((size for size in shapes if wanted <= size), max(shapes))
+    rows = tile.rows or next((size for size in shapes if wanted <= size), max(shapes))
     groups, tall, blocks = shapes[rows]
+    tall, blocks = tile.tall or tall, tile.blocks or blocks
     entries = min(operand.experts, num_rows) + 1
     fixed = many_shared_bytes(operand, rows, groups, tall, 0, entries, routed)
     room = (card.shared_limit + RESERVED) // blocks - RESERVED
