@@ -148,12 +148,15 @@ def operand_boxes(operand: Operand, plan: ProductPlan) -> tuple[tuple[torch.dtyp
 
 
 def operand_maps(operand: Operand, plan: ProductPlan, *addresses: int) -> tuple[bytes, ...]:
-    """Maps of codes, scales and zero points at these addresses."""
+    """Maps of codes, scales and zero points at these addresses.
+
+    A box has as little as 16 bytes of scales in a row, and the next step those behind them: the L2 cache brings both.
+    """
     boxes = operand_boxes(operand, plan)
     if not operand.scheme.zero_points:  # a map that is not read
         boxes = (*boxes[:2], boxes[1])
     return tuple(
-        tile_map(address, (box[0], box[1], box[2]), dtype, not streams(plan))
+        tile_map(address, (box[0], box[1], box[2]), dtype, dtype == torch.uint8 or not streams(plan))
         for address, (dtype, box) in zip(addresses, boxes, strict=True)
     )
 
