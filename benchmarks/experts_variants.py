@@ -73,7 +73,8 @@ def batches(case: Case) -> Runs:
 
 
 _TILES = (
-    (16, 2, 2), (16, 2, 1), (32, 2, 2), (32, 1, 2), (64, 1, 2), (64, 2, 1), (128, 2, 1), (160, 2, 1)
+    (16, 2, 2), (16, 2, 1), (32, 2, 2), (32, 1, 2), (48, 2, 2), (48, 1, 2), (64, 1, 2), (64, 2, 1), (128, 2, 1),
+    (160, 2, 1),
 )  # fmt: skip
 """Rows, products of a warpgroup, blocks per multiprocessor: tiles of moeyard.cuda.experts.four_bits_many_plan."""
 
@@ -81,17 +82,18 @@ _TILES = (
 def four_bits(case: Case) -> Runs:
     """Weights of 4 bits: by Triton, and by experts.cu as planned and in tiles that hold what an expert has on average.
 
-    Tiles of 160 rows are for weights that are scaled, and two blocks of 64 x 1 as well.
+    Where sums are scaled, registers do not hold those of `no_sums`.
     """
     quantised = importlib.import_module("moeyard.bench.quantised")
     plans = importlib.import_module("moeyard.cuda.experts.four_bits_many_plan")
     many = importlib.import_module("moeyard.cuda.experts.four_bits_many").fused_experts_launch
     triton = importlib.import_module("moeyard.triton.experts").fused_experts_launch
     mean = case["num_tokens"] * case["top_k"] / case["num_experts"]
+    no_sums = ((32, 2, 2), (48, 2, 2), (64, 1, 2), (160, 2, 1))
     int4 = "int4" in str(dict(case.sizes)["scheme"])
     runs = [("triton", launched(triton, case)), ("many", launched(many, case))]
     for tile in _TILES:
-        if mean / 4 <= tile[0] <= 8 * mean + 16 and not (int4 and tile in ((64, 1, 2), (160, 2, 1))):
+        if min(mean / 4, 128) <= tile[0] <= 4 * mean + 16 and not (int4 and tile in no_sums):
             runs.append((f"many {' x '.join(map(str, tile))}", launched(many, case, tile=plans.Tile(*tile))))
 
     def tiled(run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:

@@ -45,7 +45,7 @@ def test_tiles_of_four_bits_to_be_timed_can_be_planned(model: str) -> None:
     for tokens in (256, 1024, 4096, 16384):
         case = cell("four bits", tokens, 1, model)
         labels = [label for label, _ in experts_variants.four_bits(case)]
-        assert labels[:2] == ["triton", "many"] and len(labels) >= 4
+        assert labels[:2] == ["triton", "many"] and len(labels) >= 3
         scheme = quantised.scheme_named(dict(case.sizes)["scheme"])
         sizes = case["intermediate_size"], case["hidden_size"]
         operand = Operand(case["num_experts"], *sizes, True, scheme, 1 + (scheme.scales == "float"), torch.bfloat16)

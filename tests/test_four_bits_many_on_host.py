@@ -42,6 +42,8 @@ CASES: dict[str, dict[str, Any]] = {  # sizes: hidden, intermediate
     "gpt-oss, second": {"second": True, "sizes": (320, 192)},
     "large scales": {"large": True, "counts": [3, 2]},
     "taller": {"tile": 32, "counts": [50, 20, 0], "sizes": (128, 320)},
+    "three chunks": {"tile": 48, "counts": [100, 40], "sizes": (128, 192), "bias": False},
+    "three chunks, flat": {"tile": 48, "counts": [90, 7], "scheme": int4_scheme()},
     "flat": {"tile": 64, "counts": [100, 0, 30], "sizes": (256, 64), "stages": 2},
     "flat, one block": {"tile": 64, "counts": [70, 3], "shape": (2, 1)},
     "prefill": {"tile": 128, "counts": [140, 33], "sizes": (192, 192), "activation": GPT_OSS_ACTIVATION},

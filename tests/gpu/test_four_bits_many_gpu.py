@@ -30,7 +30,7 @@ MODELS = {  # top_k, hidden size, intermediate size, experts (fewer than the mod
     "Qwen3-Next": (10, 2048, 512, 64, (333,)),
     "small": (3, 64, 64, 5, (1, 17, 100, 700)),
 }
-_ALL = (Tile(16), Tile(32), Tile(32, 1, 2), Tile(64), Tile(64, 2, 1), Tile(128))
+_ALL = (Tile(16), Tile(32), Tile(32, 1, 2), Tile(48), Tile(64), Tile(64, 2, 1), Tile(128))
 TILES = {True: (*_ALL, Tile(160)), False: _ALL}
 """By whether weights are scaled."""
 

@@ -28,7 +28,7 @@ struct Share {
 
 __device__ __forceinline__ Share share_of(u32 group) {
   const u32 lane = threadIdx.x & 31, tile = group * TALL * 4 + (threadIdx.x >> 5 & 3);
-  return {kept(tile * TILE_BYTES + lane * 16), kept(SCALES_AT + tile * OWN + lane / 4 * 2 * SCALE_SIZE),
+  return {kept(tile * TILE_BYTES + lane * 16), SCALES_AT + tile * OWN + lane / 4 * 2 * SCALE_SIZE,
           ZEROS_AT + tile * PARTS * 16 + lane / 4 * 2};
 }
 

@@ -56,7 +56,7 @@ constexpr bool ROW_SCALES = SCALED == BY_ROWS, BLOCK_SCALES = SCALED == BY_BLOCK
 constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES || !SCALES_WEIGHTS ? BN / 2 : 0);  // of a lane
 constexpr int FEW_SUMS = TILED ? 64 : 128;                          // that leave registers for biases
 constexpr bool MOVES_REGISTERS = SUMS >= 128 || TILED;  // more registers than an even share
-constexpr int LOADERS_REGISTERS = SUMS > 128 || TILED ? 40 : GATHERS ? 88 : 72;
+constexpr int LOADERS_REGISTERS = SUMS > 128 || TILED ? (BLOCKS_A_PROCESSOR == 2 ? 32 : 40) : GATHERS ? 88 : 72;
 constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
 constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 8 : 0;          // of a stage: its rows' scales times two of weights
 constexpr int EVEN_REGISTERS = BLOCKS_A_PROCESSOR == 1 ? 168 : 80;       // what each of 384 threads begins with
@@ -66,7 +66,7 @@ constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr bool IN_STAGE = GATED && BN > 128 && !TILED;    // how results leave: through a stage,
 constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their own, or straight from registers
 constexpr bool AS_CODES = RESULTS_AS_CODES;     // quantised on their way, in groups of 128 columns, which a tile has
-constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
+constexpr int CHUNK = BN < 32 / TALL ? BN : BN % (32 / TALL) ? 16 : 32 / TALL;  // rows that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
 constexpr bool STAGGERS = CONSUMERS == 2;

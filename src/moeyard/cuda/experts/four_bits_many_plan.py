@@ -12,11 +12,11 @@ from moeyard.cuda.runtime.cards import RESERVED, Card
 from moeyard.dispatch.sizes import round_up
 from moeyard.quant import TILE_COLUMNS, TILE_ROWS, QuantScheme
 
-_SHAPES = {16: (2, 2, 2), 32: (2, 2, 2), 64: (2, 1, 2), 128: (2, 2, 1), 160: (2, 2, 1)}
+_SHAPES = {16: (2, 2, 2), 32: (2, 2, 2), 48: (2, 2, 2), 64: (2, 1, 2), 128: (2, 2, 1), 160: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of 64 weight rows of each, blocks that share a multiprocessor.
 
-Two blocks have 96 registers for a thread that multiplies, one has 232: for sums and values of two batches."""
-_SHAPES_OF_SCALED_SUMS = {16: (2, 2, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1)}
+Two blocks have 104 registers for a thread that multiplies, one has 232: for sums and values of two batches."""
+_SHAPES_OF_SCALED_SUMS = {16: (2, 2, 2), 32: (2, 1, 2), 48: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1)}
 """The same where a group's products have sums of their own."""
 _WEIGHT_ROWS = 64
 _STAGE_ALIGNMENT = 1024
@@ -120,7 +120,8 @@ def many_shared_bytes(
     operand: Operand, rows: int, groups: int, tall: int, stages: int, entries: int, routed: bool
 ) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * _WEIGHT_ROWS + 16) if operand.gated else 0
+    chunk = 16 if rows % (32 // tall) else 32 // tall
+    chunk *= (tall * _WEIGHT_ROWS + 16) * operand.gated
     fixed = groups * 2 * chunk + 16 + 256 + groups * rows * 4 * routed + entries * 4
     return fixed + stages * (many_stage_bytes(operand, rows, groups, tall) + _BARRIER_BYTES)
 
