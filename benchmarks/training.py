@@ -3,6 +3,7 @@
 One process. Every cell is a layer of a model at a number of tokens, bfloat16, uniform routing. Rows of the file:
 
 - "training step": forward and backward, with gradients of hidden states, router weights, w13 and w2;
+- "training step, fp8 blocks": the same at a scheme, by `straight_through_experts`, rounding of the weights included;
 - "forward": moeyard's own, without gradients;
 - "part: ...": one operator of moeyard's backward, as each implementation computes it.
 
@@ -10,11 +11,13 @@ Before it is timed, a provider's gradients are held against float64: w13, w2 and
 states of some tokens. Bounds are multiples of what an honest bfloat16 computation of these experts errs. A provider
 that errs more, raises or lacks memory is a row that says so. Samples are taken in turn, in random order, by rounds.
 
-Peers take part where they can be imported: ScatterMoE (`scattermoe`), Liger (`liger_kernel`).
+Peers take part where they can be imported: ScatterMoE (`scattermoe`), Liger (`liger_kernel`). `training_peers.py` has
+them, and says how packages in other folders are found. `training_goals.py` says which goals a file meets.
 """
 
 import argparse
-import importlib
+import contextlib
+import os
 import random
 import sys
 import time
@@ -28,11 +31,15 @@ from torch import Tensor
 from torch.nn import functional
 
 import moeyard
+import training_peers
 from moeyard import ExpertWeights, Routing
 from moeyard.bench import peers, results, timing
 from moeyard.bench.training import TrainingStep, kept_bytes, peak_bytes
 from moeyard.dispatch.table import launcher
+from moeyard.quant import FP8_BLOCK
 from moeyard.values import Activation, Segments, WeightedGradients
+from moeyard.vectorised.quant import quantise_rows
+from training_peers import Inputs, Provider
 
 MODELS = {  # experts, top_k, hidden_size, intermediate_size
     "qwen3-30b-a3b": (128, 8, 2048, 768),
@@ -41,29 +48,12 @@ MODELS = {  # experts, top_k, hidden_size, intermediate_size
     "olmoe-1b-7b": (64, 8, 2048, 1024),
 }
 TOKENS = (32768, 8192)
-_OURS, _OTHERS = 1.1, 2.0  # times the error of an honest computation
+_OURS, _OTHERS = 1.1, training_peers.BOUND  # times the error of an honest computation
+_ROUNDED = 1.5  # the same at a scheme, where what rounding leaves open may become another code
+_FP8 = "training step, fp8 blocks"
 _CHECKED_EXPERTS, _CHECKED_TOKENS = 3, 16
 _ROUNDS = 15
 _LEAST_S = 15.0  # with less time left no cell begins
-
-
-class Inputs(NamedTuple):
-    """A layer and a batch; the first four want gradients."""
-
-    rows: Tensor
-    factors: Tensor
-    w13: Tensor
-    w2: Tensor
-    ids: Tensor
-    upstream: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        """What gradients are taken of."""
-        return self[:4]
-
-
-Provider = Callable[[Inputs], Tensor]
 
 
 def step_of(model: str, tokens: int, scale: int) -> TrainingStep:
@@ -98,52 +88,47 @@ def ours(impl: str = "auto", save: str = "product") -> Provider:
     return call
 
 
-def torch_grouped(given: Inputs) -> Tensor:
-    """What one writes with torch's grouped product: sort, gather, multiply, multiply, put back, weigh, sum."""
-    top_k = given.ids.shape[1]
-    experts, order = torch.sort(given.ids.flatten(), stable=True)
-    offsets = torch.searchsorted(experts, torch.arange(given.w13.shape[0], device=experts.device), right=True).int()
-    first = functional.grouped_mm(given.rows[order // top_k], given.w13.transpose(1, 2), offs=offsets)
-    gate, up = first.chunk(2, 1)
-    second = functional.grouped_mm(functional.silu(gate) * up, given.w2.transpose(1, 2), offs=offsets)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    of_routes = second[back].view(*given.ids.shape, -1)
-    return (of_routes * given.factors.to(of_routes.dtype).unsqueeze(2)).sum(1)
+def at_a_scheme(given: Inputs) -> Tensor:
+    """moeyard's layer in blocks of e4m3, with codes made in the call."""
+    routing, weights = Routing(given.factors, given.ids), ExpertWeights(given.w13, given.w2)
+    return moeyard.straight_through_experts(given.rows, routing, weights, FP8_BLOCK)
 
 
-def scattermoe(given: Inputs) -> Tensor:
-    room = importlib.import_module("scattermoe.parallel_experts")
-    where = room.flatten_sort_count(given.ids.long(), num_experts=given.w13.shape[0])
-    first = room.parallel_linear(given.rows, given.w13.permute(0, 2, 1), given.ids.shape[1], *where, grouped_out=True)
-    gate, up = first.chunk(2, -1)
-    middle, factors = functional.silu(gate) * up, given.factors.to(given.rows.dtype)
-    result: Tensor = room.parallel_linear(middle, given.w2.permute(0, 2, 1), 1, *where, grouped_in=True, gates=factors)
-    return result
-
-
-def liger(given: Inputs) -> Tensor:
-    room = importlib.import_module("liger_kernel.ops.fused_moe")
-    result: Tensor = room.LigerFusedMoEFunction.apply(given.rows, given.w13, given.w2, given.ids, given.factors)
-    return result
-
-
-SAVES = {"product": ("moeyard", "auto"), "inputs": ("moeyard", "auto, save='inputs'")}
+_AUTO = ", ".join(filter(None, ("auto", os.environ.get("MOEYARD_IMPL"))))
+SAVES = {"product": ("moeyard", _AUTO), "inputs": ("moeyard", f"{_AUTO}, save='inputs'")}
 
 
 def providers() -> dict[tuple[str, str], Provider]:
     """By name and way."""
-    found = {SAVES["product"]: ours(), SAVES["inputs"]: ours(save="inputs"), ("torch", "grouped_mm"): torch_grouped}
+    found = {SAVES["product"]: ours(), SAVES["inputs"]: ours(save="inputs")}
     if torch.cuda.is_available():
         found["moeyard", "triton"] = ours("triton")
-    found |= {("scattermoe", ""): scattermoe} if peers.installed("scattermoe") else {}
-    return found | ({("liger", ""): liger} if peers.installed("liger_kernel") else {})
+    found["torch", "grouped_mm"] = training_peers.torch_grouped
+    return found | {(name, ""): call for name, call in training_peers.found().items()}
 
 
 # Whether gradients are right
 
 
-def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
-    """Gradients that one has for some experts and tokens by plain torch, at a dtype."""
+def rounded(given: Inputs) -> Inputs:
+    """The values that a layer at a scheme computes with: gradients by these are its straight-through ones."""
+    plain = ExpertWeights(given.w13.detach(), given.w2.detach())
+    values = moeyard.dequantize_experts(moeyard.quantize_experts(plain, FP8_BLOCK), torch.float32)
+    return given._replace(rows=rounded_rows(given.rows.detach()), w13=values.w13, w2=values.w2)
+
+
+def rounded_rows(rows: Tensor) -> Tensor:
+    """Rows as a scheme rounds them, rounded to 16 bits before; the derivative is 1."""
+    there = quantise_rows(rows.detach().bfloat16(), FP8_BLOCK, None, 0).to(rows.dtype)
+    return rows + (there - rows).detach()
+
+
+def some_gradients(
+    given: Inputs, kind: torch.dtype, inside: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> dict[str, list[Tensor]]:
+    """Gradients that one has for some experts and tokens by plain torch, at a dtype. `inside` rounds what the
+    activation leaves.
+    """
     experts = given.w13.shape[0]
     found: dict[str, list[Tensor]] = {"w13": [], "w2": [], "factors": [], "rows": []}
     for expert in sorted({0, experts // 2, experts - 1})[:_CHECKED_EXPERTS]:
@@ -151,7 +136,7 @@ def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
         leaves = [t.detach().to(kind).requires_grad_() for t in (given.w13[expert], given.w2[expert])]
         factor = given.factors.detach()[token, k].to(torch.promote_types(kind, torch.float32)).requires_grad_()
         gate, up = functional.linear(given.rows.detach()[token].to(kind), leaves[0]).chunk(2, 1)
-        result = functional.linear(functional.silu(gate) * up, leaves[1]) * factor.unsqueeze(1)
+        result = functional.linear(inside(functional.silu(gate) * up), leaves[1]) * factor.unsqueeze(1)
         upstream = given.upstream[token].to(result.dtype)
         for name, one in zip(found, torch.autograd.grad(result, (*leaves, factor), upstream), strict=False):
             found[name].append(one)
@@ -162,7 +147,8 @@ def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
         token, k = torch.where(few == expert)
         w13, w2 = given.w13.detach()[expert].to(kind), given.w2.detach()[expert].to(kind)
         gate, up = functional.linear(rows[token], w13).chunk(2, 1)
-        result = functional.linear(functional.silu(gate) * up, w2) * given.factors.detach()[token, k].unsqueeze(1)
+        result = functional.linear(inside(functional.silu(gate) * up), w2)
+        result = result * given.factors.detach()[token, k].unsqueeze(1)
         total = total.index_add(0, token, result.to(kind))
     found["rows"] += torch.autograd.grad(total, rows, given.upstream[:_CHECKED_TOKENS].to(kind))
     return found
@@ -345,8 +331,15 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
     of_honest, found = errors(honest, exact), {}
     for who, provider in providers().items():
         start = time.monotonic()
-        found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
+        with training_peers.tuning_in_parallel() if clock.on_gpu else contextlib.nullcontext():
+            found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
         say(f"  {' '.join(who)}: {found[who].get('wrong', 'right')}, {time.monotonic() - start:.1f} s")
+    values = rounded(given)
+    wide = some_gradients(values, torch.float64, rounded_rows)
+    of_rounded = errors(some_gradients(values, given.rows.dtype, rounded_rows), wide)
+    fp8 = judged(at_a_scheme, given, _ROUNDED, wide, of_rounded)
+    del values
+    say(f"  {_FP8}: {fp8.get('wrong', 'right')}")
     for save, who in SAVES.items():
         found[who]["kept_bytes_by_hand"] = kept_bytes(step, save)
         copied = {str(copied): peak_bytes(step, save, copied=copied) for copied in (False, True)}
@@ -355,11 +348,14 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
         who: partial(train, provider, given) for who, provider in providers().items() if "wrong" not in found[who]
     }
     detached = given._replace(**{name: getattr(given, name).detach() for name in ("rows", "factors", "w13", "w2")})
+    if "wrong" not in fp8:
+        calls[_FP8] = partial(train, at_a_scheme, given)
     calls["forward"] = partial(ours(), detached)
     calls["forward"]()  # kernels are there
     times = in_turn(calls, clock, until)
     rows = [cell.row("training step", *who, step.flops, times.get(who)) | more for who, more in found.items()]
-    rows.append(cell.row("forward", "moeyard", "auto", step.flops // 3, times["forward"]))
+    rows.append(cell.row(_FP8, "moeyard", _AUTO, step.flops, times.get(_FP8)) | fp8)
+    rows.append(cell.row("forward", "moeyard", _AUTO, step.flops // 3, times["forward"]))
     if of_parts:
         named = parts(given, step)
         for _, call in named.values():
@@ -385,9 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rates, rows = timing.rates(device), []
     machine = results.machine(device, rates)
     cells = [(model, int(tokens)) for tokens in given.tokens.split(",") for model in given.models.split(",")]
-    versions = peers.versions(device) | {
-        name: peers.peer_version(name) or "?" for name in ("scattermoe", "liger_kernel") if peers.installed(name)
-    }
+    versions = peers.versions(device) | training_peers.versions()
     for i, (model, tokens) in enumerate(cells):
         left = end - time.monotonic()
         if left < _LEAST_S:

@@ -1,12 +1,14 @@
 """Trains a small language model on the bytes of Python's manual with experts by moeyard, and with eager ones.
 
     python examples/train_moe.py --steps 300 --out build/train_moe.svg [--data FILE] [--device cuda] [--autocast]
+        [--fp8]
 
 All runs begin with the same weights and see the same bytes. moeyard's run is made twice and has to end in the same
 bits. The picture shows the losses, how far they are apart, and which share of the routes each expert gets over time.
 What is noise is shown by a second eager run whose first weights are moved by a millionth. The load-balancing loss and
 the z-loss are added to that of the bytes, and the selection bias moves after each step. With --autocast products are
-bfloat16 and weights float32. Needs matplotlib for the picture (pip install 'moeyard[plot]').
+bfloat16 and weights float32. With --fp8 moeyard's experts are rounded to e4m3 in blocks, with straight-through
+gradients; eager ones are not. Needs matplotlib for the picture (pip install 'moeyard[plot]').
 """
 
 import argparse
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import moeyard
+from moeyard.quant import FP8_BLOCK
 
 TOP_K, EXPERTS, WIDTH, INSIDE, HEADS, LENGTH, BATCH = 2, 8, 64, 96, 4, 64, 8
 
@@ -29,10 +32,10 @@ TOP_K, EXPERTS, WIDTH, INSIDE, HEADS, LENGTH, BATCH = 2, 8, 64, 96, 4, 64, 8
 class Experts(nn.Module):
     """A router and its experts."""
 
-    def __init__(self, eager: bool) -> None:
-        """`eager` experts are a loop in plain torch."""
+    def __init__(self, eager: bool, fp8: bool = False) -> None:
+        """`eager` experts are a loop in plain torch; `fp8` ones are rounded."""
         super().__init__()
-        self.eager = eager
+        self.eager, self.fp8 = eager, fp8
         self.router = nn.Linear(WIDTH, EXPERTS, bias=False)
         self.w13 = nn.Parameter(torch.randn(EXPERTS, 2 * INSIDE, WIDTH) * 0.08)
         self.w2 = nn.Parameter(torch.randn(EXPERTS, WIDTH, INSIDE) * 0.08)
@@ -50,7 +53,11 @@ class Experts(nn.Module):
             result = plain_experts(rows, routing, self.w13, self.w2)
         else:
             routing = moeyard.route(logits, top_k=TOP_K, renormalize=True, selection_bias=self.bias)
-            result = moeyard.fused_experts(rows, routing, moeyard.ExpertWeights(self.w13, self.w2))
+            weights = moeyard.ExpertWeights(self.w13, self.w2)
+            if self.fp8:
+                result = moeyard.straight_through_experts(rows, routing, weights, FP8_BLOCK)
+            else:
+                result = moeyard.fused_experts(rows, routing, weights)
         self.ids = routing.topk_ids
         balance = moeyard.load_balancing_loss(logits, routing.topk_ids)
         self.extra = 0.01 * balance + 0.001 * moeyard.router_z_loss(logits)
@@ -79,12 +86,12 @@ def plain_experts(rows: Tensor, routing: moeyard.Routing, w13: Tensor, w2: Tenso
 class Block(nn.Module):
     """Attention and experts, each beside a residual."""
 
-    def __init__(self, eager: bool) -> None:
+    def __init__(self, eager: bool, fp8: bool) -> None:
         """See `Experts`."""
         super().__init__()
         self.first, self.second = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
         self.inward, self.outward = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
-        self.experts = Experts(eager)
+        self.experts = Experts(eager, fp8)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[batch, length, WIDTH] -> the same shape."""
@@ -98,11 +105,11 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Bytes -> logits of the next byte."""
 
-    def __init__(self, eager: bool, layers: int = 2) -> None:
+    def __init__(self, eager: bool, fp8: bool = False, layers: int = 2) -> None:
         """See `Experts`."""
         super().__init__()
         self.embedding, self.places = nn.Embedding(256, WIDTH), nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.02)
-        self.blocks = nn.ModuleList(Block(eager) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(eager, fp8) for _ in range(layers))
         self.norm, self.head = nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 256, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -126,11 +133,11 @@ class Run(NamedTuple):
 
 def train(
     steps: int, *, eager: bool = False, seed: int = 0, nudge: float = 0.0, batch: int = BATCH, device: str = "cpu",
-    autocast: bool = False,
+    autocast: bool = False, fp8: bool = False,
 ) -> Run:  # fmt: skip
     """One run. `nudge` is how far, relative to each, the first weights are moved."""
     torch.manual_seed(seed)
-    model, text = Model(eager).to(device), torch.tensor(list("\n".join(topics.values()).encode()))
+    model, text = Model(eager, fp8).to(device), torch.tensor(list("\n".join(topics.values()).encode()))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1 + nudge)
@@ -197,12 +204,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a JSON file for losses and shares")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--fp8", action="store_true")
     given = parser.parse_args()
     if given.device == "cuda":  # what surrounds the experts has to repeat its bits, too
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     options: dict[str, Any] = {"device": given.device, "autocast": given.autocast}
-    mine, again = (train(given.steps, **options) for _ in range(2))
+    mine, again = (train(given.steps, fp8=given.fp8, **options) for _ in range(2))
     eager, moved = (train(given.steps, eager=True, nudge=nudge, **options) for nudge in (0.0, 1e-6))
     print(f"{'step':>6} {'moeyard':>9} {'eager':>9}")
     for step in sorted({*range(0, given.steps, 50), given.steps - 1}):
@@ -212,11 +220,13 @@ def main() -> None:
     print(found)
     gpu = torch.cuda.get_device_name() if given.device == "cuda" else None
     where = f"{'bfloat16 by autocast' if given.autocast else 'float32'} on {gpu or 'a CPU'}"
+    where += ", moeyard's experts rounded to e4m3" if given.fp8 else ""
     if given.data is not None:
         machine = {"gpu": gpu, "cores": os.cpu_count(), "system": platform.system(), "torch": str(torch.__version__)}
         curves = {"moeyard": mine, "eager": eager, "eager moved": moved}
         content = {
-            "machine": machine, "steps": given.steps, "batch": BATCH, "autocast": given.autocast, **found,
+            "machine": machine, "steps": given.steps, "batch": BATCH, "autocast": given.autocast,
+            "fp8": given.fp8, **found,
             "losses": {name: [round(loss, 9) for loss in run.losses] for name, run in curves.items()},
             "shares": [[round(share, 4) for share in step] for step in mine.shares.tolist()],
         }  # fmt: skip

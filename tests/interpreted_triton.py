@@ -181,3 +181,21 @@ def test_no_token_depends_on_its_batch(dtype: torch.dtype) -> None:
     with interpreted.products_in_order():
         count, wrong, first = differing(call, tensors, sub_batches(tokens, 4, Random(1)))
     assert (count, wrong) == (4, 0), first
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows of dropped routes hold anything
+def test_no_gradient_of_a_token_depends_on_its_batch() -> None:
+    tokens = 70
+    weights, routing = draw_weights(3, 32, 48, torch.float16, bias=True), draw_routing(tokens, 3, 2)
+
+    def call(rows: torch.Tensor, factors: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+        given = [t.clone().requires_grad_() for t in (rows, factors)]
+        where = moeyard.Routing(given[1], ids)
+        answer = moeyard.fused_experts(given[0], where, weights, batch_invariant=True, save="inputs", impl="triton")
+        return torch.cat([one.float() for one in torch.autograd.grad(answer, given, upstream)], 1)
+
+    rows, upstream = (torch.randn(tokens, 32).half() for _ in range(2))
+    tensors = (rows, routing.topk_weights, routing.topk_ids, upstream)
+    with interpreted.products_in_order():
+        count, wrong, first = differing(call, tensors, sub_batches(tokens, 3, Random(1)))
+    assert (count, wrong) == (3, 0), first

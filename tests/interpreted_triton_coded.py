@@ -9,12 +9,13 @@ import torch
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing
 from moeyard.dispatch.schemes import TAKES
-from moeyard.quant import FP8_CHANNEL, INT8_CHANNEL, QuantScheme
+from moeyard.quant import FP8_BLOCK, FP8_CHANNEL, INT8_CHANNEL, QuantScheme
 from moeyard.reference.quant import quantise_rows
 from moeyard.testing import (
     differing,
     draw_quantised,
     draw_routing,
+    draw_weights,
     guard_broken,
     interpreted,
     judged_experts,
@@ -23,6 +24,7 @@ from moeyard.testing import (
     sub_batches,
 )
 from moeyard.testing.quantised import SCHEMES
+from moeyard.testing.straight_through import gradients_of, rounded_experts
 from moeyard.triton import coded_kernels
 from moeyard.triton.launch import Step
 
@@ -127,3 +129,26 @@ def test_codes_are_those_of_the_rule(code: str, group: int) -> None:
     assert same_bits(got.nan_to_num(1e300), wanted.values.nan_to_num(1e300))
     finite = wanted.scales.isfinite()
     assert torch.equal(scales[finite], wanted.scales[finite])
+
+
+@pytest.mark.full
+def test_straight_through_gradients() -> None:
+    """In blocks; of rows whose products the interpreter rounds as a GPU does, float16."""
+    tokens, experts, hidden, size, dtype = 24, 3, 136, 72, torch.float16
+    masters, routing = draw_weights(experts, hidden, size, torch.float32, bias=True), draw_routing(tokens, experts, 2)
+    of_masters = [t for t in (masters.w13, masters.w2, masters.w13_bias, masters.w2_bias) if t is not None]
+    rows, upstream = (torch.randn(tokens, hidden).to(dtype) for _ in range(2))
+    codes = moeyard.quantize_experts(masters, FP8_BLOCK)
+
+    def plain(rows: torch.Tensor, where: Routing, of: ExpertWeights) -> torch.Tensor:
+        return rounded_experts(rows, where, of, codes, dtype=dtype)
+
+    def ours(rows: torch.Tensor, where: Routing, of: ExpertWeights) -> torch.Tensor:
+        return moeyard.straight_through_experts(rows, where, of, FP8_BLOCK, impl="triton")
+
+    given = (rows, routing.topk_weights, *of_masters)
+    exact = gradients_of(plain, (rows.double(), *given[1:]), routing.topk_ids, upstream)
+    honest, found = (gradients_of(call, given, routing.topk_ids, upstream) for call in (plain, ours))
+    for mine, theirs, wanted in zip(found, honest, exact, strict=True):
+        off, bound = ((one.double() - wanted).square().mean().sqrt() for one in (mine, theirs))
+        assert float(off) <= 1.5 * float(bound) + 1e-6 * float(wanted.abs().max())

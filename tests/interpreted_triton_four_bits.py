@@ -7,12 +7,14 @@ import torch
 
 import moeyard
 from moeyard import GPT_OSS_ACTIVATION, Activation, Routing, pack_experts
-from moeyard.quant import MXFP4, NVFP4, QuantScheme, int4_scheme
+from moeyard.quant import MXFP4, MXFP4_FP8, NVFP4, QuantScheme, int4_scheme
 from moeyard.testing import draw_quantised, draw_routing, guard_broken, judged_experts, poisoned, same_bits
 
 SCHEMES = (
     MXFP4, NVFP4, int4_scheme(), int4_scheme(32, zero_points=True), int4_scheme(64), int4_scheme(0, zero_points=True),
-    int4_scheme(128, zero_points=True), int4_scheme(16),
+    int4_scheme(128, zero_points=True), int4_scheme(16), MXFP4_FP8, int4_scheme(activations="e4m3"),
+    int4_scheme(32, zero_points=True, activations="e4m3"), int4_scheme(16, activations="e4m3"),
+    QuantScheme("e2m1", (1, 16), "e4m3", global_scales=True, activations="e4m3"),
 )  # fmt: skip
 SIZES = {  # tokens, experts, top_k, hidden_size, intermediate_size
     "one token": (1, 8, 2, 192, 64),
@@ -21,7 +23,7 @@ SIZES = {  # tokens, experts, top_k, hidden_size, intermediate_size
 }
 
 
-FEW = [("one token", MXFP4)]
+FEW = [("one token", MXFP4), ("one token", MXFP4_FP8)]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,14 @@ def test_rows_are_within_their_budgets(size: str, scheme: QuantScheme) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("scheme", [MXFP4, int4_scheme(64, zero_points=True)], ids=str)
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        MXFP4, int4_scheme(64, zero_points=True), MXFP4_FP8,
+        int4_scheme(64, zero_points=True, activations="e4m3"),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_wrong_weights_are_outside_their_budgets(scheme: QuantScheme) -> None:
     """What a kernel with a wrong order of codes, scales or rows would answer."""
     weights = draw_quantised(2, 128, 64, scheme, bias=True)
@@ -84,7 +93,7 @@ def test_wrong_weights_are_outside_their_budgets(scheme: QuantScheme) -> None:
 @pytest.mark.full
 def test_scales_at_their_ends() -> None:
     """e8m0 of 0, a subnormal, and of 255, NaN; e4m3 scales that are negative, zero or NaN."""
-    for scheme, stored in ((MXFP4, (0, 255)), (NVFP4, (0xB8, 0x00, 0x7F, 0x80))):
+    for scheme, stored in ((MXFP4, (0, 255)), (NVFP4, (0xB8, 0x00, 0x7F, 0x80)), (MXFP4_FP8, (0, 255))):
         for byte in stored:
             weights = draw_quantised(1, 64, 64, scheme, bias=True)
             assert weights.scales is not None

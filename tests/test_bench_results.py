@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import moeyard
-from moeyard.bench import docs, peers, plots, results, suite
+from moeyard.bench import docs, hosts, peers, plots, results, suite
 from moeyard.bench.timing import Rates
 
 CPU = torch.device("cpu")
@@ -30,10 +30,10 @@ def a_result(**change: Any) -> dict[str, Any]:
 
 
 def test_result_files_survive_a_round_trip(tmp_path: Path) -> None:
-    content, path = a_result(), tmp_path / "deep" / "seed.json"
+    content, path = {**a_result(), "stalls": [{"calls": 3}]}, tmp_path / "deep" / "seed.json"
     results.write(path, content)
     assert results.read(path) == content
-    assert set(content) == {"schema", "date", "commit", "version", "machine", "peers", "rows"}
+    assert set(a_result()) == {"schema", "date", "commit", "version", "machine", "peers", "rows"}
     assert content["machine"]["copy_gb_s"] == 20.0 and content["peers"]["torch"] == torch.__version__
     assert len(path.read_text().splitlines()) < 60  # a row a line: readable in a diff
 
@@ -135,3 +135,26 @@ def test_summary_of_a_test_run(tmp_path: Path) -> None:
     path = tmp_path / "tests.xml"
     path.write_text('<testsuites><testsuite tests="9" failures="1" errors="1" skipped="3" time="2.5"/></testsuites>')
     assert suite.test_summary(path) == {"passed": 4, "failed": 2, "skipped": 3, "seconds": 2.5}
+
+
+def test_the_page_of_serving(tmp_path: Path) -> None:
+    assert hosts.tables(tmp_path) == hosts.NOTHING
+    row = {"mode": "host", "workload": "m", "copy_time_us": None, "read_time_us": None}
+    content = a_result(**row, op="mm", time_us=10.0)
+    content["rows"][1:] = a_result(**row, op="fused_experts", time_us=25.0)["rows"][:1]
+    content |= {
+        "warm_up": [{"impl": "cuda", "workload": "m", "seconds": {"kernels": 9.0, "calls": 1.5}}],
+        "stalls": [
+            {"impl": "cuda", "workload": "m", "calls": 7, "compilations": 0, "over_5_ms": 1,
+             "longest_ms": {"route": [0.5, 3], "permute": [6.25, 40]}}
+        ],
+        "few": [{"workload": "m", "kernels": "few", "ratios": {"route 1": 1.5, "permute 2": 0.75}, "all_us": {}}],
+    }  # fmt: skip
+    results.write(tmp_path / "benchmarks/results/card/serving.json", content)
+    text = hosts.tables(tmp_path)
+    assert "| m | mm: moeyard cpu | 10.0 |" in text and "| m | fused_experts: moeyard cpu | 25.0 (2.5) |" in text
+    assert "Warm-up of m for `cuda`: 10.5 s" in text
+    assert (
+        "7 calls of `cuda` at random numbers of tokens (m): 0 compilations, 1 calls over 5 ms, the longest 6.25" in text
+    )
+    assert "from 0.75 (permute 2) to 1.50 (route 1)" in text

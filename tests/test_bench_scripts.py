@@ -1,5 +1,6 @@
 """The scripts of benchmarks/: goals of experts, and plans of kernels that are to be timed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 import batch_invariant
 import experts_goals
 import experts_variants
+import host_path
+import serving
 import training
 from moeyard.bench import experts_cells, layers, quantised, results, run, timing
 from moeyard.bench.cases import grouped_gemm
@@ -211,6 +214,7 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, of_parts: bool
 ) -> None:
     chosen = training.ours
+    monkeypatch.delenv("MOEYARD_TRAINING_PEERS", raising=False)
     monkeypatch.setattr(training, "ours", lambda _="", save="product": chosen("torch", save))  # which loads quickest
     ours = training.ours()
     off = {"right": ours, "wrong": lambda given: ours(given) * 1.02, "raises": lambda _: len(None)}
@@ -229,5 +233,55 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
     of_part = {row["op"] for row in rows if row["op"].startswith("part")}
     assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    fp8 = next(row for row in rows if row["op"] == "training step, fp8 blocks")
+    assert fp8["correct"] and fp8["errors"]["w13"] < 2 * fp8["honest_errors"]["w13"] < 0.1
     mine = found["moeyardauto"]
     assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]
+
+
+@pytest.mark.full
+def test_serving_writes_what_it_measured(tmp_path: Path) -> None:
+    """On a CPU, with small layers: host times in turn, and calls of random sizes."""
+    out = tmp_path / "serving.json"
+    small = "--device cpu --scale 32 --most 64 --calls 16 --rounds 5 --impls cpu".split()
+    done = python("benchmarks/serving.py", "--out", str(out), *small)
+    assert done.returncode == 0, done.stderr
+    found = results.read(out)
+    assert {row["mode"] for row in found["rows"]} == {"host"} and all(row["correct"] for row in found["rows"])
+    assert {row["sizes"]["num_tokens"] for row in found["rows"]} == {1, 64}
+    blocks = {row["impl"] for row in found["rows"] if row["op"] == "moe_block"}
+    assert blocks == {"auto", "torch.compile, default", "torch.compile, reduce-overhead"}
+    assert {row["provider"] for row in found["rows"] if row["op"] == "fused_experts"} == {
+        "moeyard",
+        "torch",
+        "transformers",
+    }
+    (stalls,) = found["stalls"]
+    assert stalls["calls"] >= 16 and stalls["compilations"] == 0 and "moe_layer" in stalls["longest_ms"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and one is there")
+def test_the_host_path_is_timed_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr("sys.argv", ["host_path.py", "--rounds", "1", "--tokens", "1", "70"])
+    host_path.main()
+    one, more = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["tokens"], more["tokens"]) == (1, 70)
+    assert one["us (least, median)"].keys() == one["calls"].keys() >= {"torch.mm", "fused_experts", "moe_layer"}
+    launches = [
+        found["calls"][name]["launches"] for found in (one, more) for name in ("fused_experts", "route_and_align")
+    ]
+    assert launches == [2, 1, 4, 2] and one["calls"]["torch.mm"]["launches"] == 0
+
+
+def test_what_either_compiler_is_asked_for_is_noted() -> None:
+    from moeyard.cuda.runtime import compile as building
+
+    plain = building.compile_source
+    with serving.compilations() as asked:
+        with pytest.raises(TypeError):
+            building.compile_source()  # type: ignore[call-arg]
+        assert asked == ["compile_source"]
+    assert building.compile_source is plain

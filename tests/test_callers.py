@@ -26,7 +26,7 @@ CASE = os.environ.get("MOEYARD_CALLERS_CASE")
 REPEAT = "python -m pytest tests/test_callers.py -k drawn"
 
 
-MOST = 3000
+MOST = 2000
 """Questions of a run that others repeat; more seconds or another seed ask more."""
 
 

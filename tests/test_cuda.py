@@ -15,7 +15,11 @@ from moeyard.dispatch.call import Call
 from moeyard.dispatch.sizes import layout_capacity
 
 H200 = Card(132, 232448, True)
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = (
+    "sm_80",
+    "sm_90",
+    *(pytest.param(arch, marks=pytest.mark.full) for arch in ("sm_89", "sm_100", "sm_120")),
+)
 NAMES = "EXCHANGE BLOCK BLOCKS_A_CLUSTER PLACING_WARPS ROUTES_A_LANE EXPERTS_A_THREAD ID MAP ALIGN WHOLE_LAYOUT".split()
 VARIANTS = [
     tuple(zip(NAMES, values.split(), strict=True))

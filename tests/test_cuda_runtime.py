@@ -18,7 +18,7 @@ from moeyard.cuda.runtime import barriers, cards, launch
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.launch import Recipe
 from moeyard.cuda.runtime.ready import Ready
-from moeyard.cuda.runtime.sources import HEADERS, SOURCES, headers_of
+from moeyard.cuda.runtime.sources import HEADERS, SOURCES, headers_of, texts_in
 from moeyard.testing import python
 
 CUDA = Path(building.__file__).parents[1]
@@ -32,6 +32,13 @@ def test_every_source_is_held_under_a_name_of_its_own() -> None:
     assert all((SOURCES | HEADERS)[path.name] == path.read_text() for path in paths)
     for name, text in (SOURCES | HEADERS).items():
         assert set(re.findall(r'#include "(.+)"', text)) <= HEADERS.keys(), name
+
+
+def test_cubins_of_a_wheel_are_no_sources(tmp_path: Path) -> None:
+    for folder, name in (("align", "align.cu"), ("align", "align.cuh"), ("cubins", "align-sm_90-0.cubin")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(b"\x95\xff" if name.endswith("cubin") else b"text")
+    assert texts_in(tmp_path) == {"align.cu": "text", "align.cuh": "text"}
 
 
 def test_headers_are_those_that_a_source_includes() -> None:

@@ -22,15 +22,19 @@ from moeyard.testing import python
 
 TESTS = Path(__file__).parent
 SOURCE = Path(moeyard.__file__).parent
-OPS = ("router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "losses")
+OPS = (
+    "router", "layout", "permute", "grouped_gemm", "activation", "combine", "training", "experts", "straight_through",
+    "layer", "losses",
+)  # fmt: skip
 ROOM = {"values"} | {
-    f"dispatch.{name}" for name in ("call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
+    f"dispatch.{name}" for name in ("again", "call", "checks", "curves", "ids", "invariance", "op", "sizes", "table")
 }
 """What an operator's room may import, besides rooms that it is built on."""
 IMPLEMENTATION = {"values", "quant"} | {f"dispatch.{name}" for name in ("call", "curves", "ids", "processes", "sizes")}
 ARROWS = {  # module -> what of moeyard it may import
     "quant": set(),
     "values": {"quant"},
+    "dispatch.again": set(),
     "dispatch.memory": set(),
     "dispatch.curves": {"values"},
     "dispatch.ids": {"values"},
@@ -42,8 +46,9 @@ ARROWS = {  # module -> what of moeyard it may import
     "dispatch.call": {"values", "quant"},
     "dispatch.refusals": {"dispatch.call"},
     "dispatch.table": {"values", "dispatch.call", "dispatch.invariance", "dispatch.refusals", "dispatch.schemes"},
-    "dispatch.op": {"values", "dispatch.memory", "dispatch.table"},
-    "layout": ROOM,
+    "dispatch.op": {"values", "dispatch.again", "dispatch.memory", "dispatch.table"},
+    "layout_memory": {"values", "dispatch.checks"},
+    "layout": ROOM | {"layout_memory"},
     "permute": ROOM,
     "combine": ROOM,
     "activation": ROOM,
@@ -51,8 +56,11 @@ ARROWS = {  # module -> what of moeyard it may import
     "training": ROOM | {"activation", "combine", "grouped_gemm", "layout"},
     "losses": ROOM,
     "helptexts": set(),
-    "router": ROOM | {"layout"},
-    "experts": ROOM | {"quant", "router", "grouped_gemm", "activation", "training"},
+    "router": ROOM | {"layout", "layout_memory"},
+    "experts": ROOM | {"quant", "activation", "training"},
+    "straight_through": ROOM
+    | {"quant", "quantize", "vectorised", "activation", "combine", "grouped_gemm", "training", "experts"},
+    "layer": ROOM | {"experts", "grouped_gemm", "router"},
     "checkpoints": {"values", "quant", "dispatch.checks", "checkpoints"},
     "quantize": {"values", "quant", "dispatch.checks", "vectorised"},
     "pack": {"values", "quant", "dispatch.checks"},
@@ -62,9 +70,10 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"},
+    "testing": {"", "values", "quant", "cuda", "triton", "reference", "parallel", "testing"}
+    | {f"dispatch.{name}" for name in ("again", "refusals", "table")},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
-    "parallel": ROOM | {"", "quant", "parallel", "integrations", "layout", "permute", "combine", "experts"},
+    "parallel": ROOM | {"", "quant", "cuda", "parallel", "integrations", "layout", "permute", "combine", "experts"},
 }
 CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "runtime": set(),
@@ -72,6 +81,7 @@ CUDA_ARROWS = {  # folder of cuda -> what of cuda it may import, besides itself
     "rows": {"runtime"},
     "route": {"runtime", "align"},
     "experts": {"runtime", "align", "rows"},
+    "push": {"runtime"},
 }
 ON_DEVICE = (*OPS, "dispatch", "vectorised", "cuda", "triton", "integrations", "parallel")
 READS = {"parallel/wire.py": "tolist"}
@@ -83,7 +93,7 @@ PUBLIC = (
     "pack_experts "
     "moe_lora_align_block_size moe_sum permute "
     "permute_to_fp8 quantize_experts route route_and_align router_z_loss save_experts shuffle_rows "
-    "unpack_experts update_selection_bias warmup"
+    "straight_through_experts unpack_experts update_selection_bias warmup"
 ).split()
 
 

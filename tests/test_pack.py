@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from moeyard import ExpertWeights, dequantize_experts, explain, pack_experts, unpack_experts
-from moeyard.quant import FP8_WEIGHTS, MXFP4, NVFP4, QuantScheme, int4_scheme, scheme_of
+from moeyard.quant import FP8_WEIGHTS, MXFP4, MXFP4_FP8, NVFP4, QuantScheme, int4_scheme, scheme_of
 from moeyard.testing.quantised import draw_quantised
 
 SCHEMES = (
-    MXFP4, NVFP4, int4_scheme(), int4_scheme(32), int4_scheme(64, zero_points=True), int4_scheme(0, zero_points=True)
+    MXFP4, NVFP4, int4_scheme(), int4_scheme(32), int4_scheme(64, zero_points=True), int4_scheme(0, zero_points=True),
+    MXFP4_FP8,
 )  # fmt: skip
 
 
@@ -103,7 +104,9 @@ def test_what_cannot_be_packed_is_refused_in_words() -> None:
         pack_experts(packed)
     with pytest.raises(ValueError, match=r"weights.scheme: expected one in tiles, got e2m1 1x32 e8m0 scales"):
         unpack_experts(weights)
-    with pytest.raises(ValueError, match=r"weights.scheme: expected weights of 4 bits alone, got e4m3 1x"):
+    with pytest.raises(
+        ValueError, match=r"weights.scheme: expected weights of 4 bits, and rows as they are or .*, got e4m3 1x"
+    ):
         pack_experts(draw_quantised(1, 128, 64, FP8_WEIGHTS, torch.bfloat16))
     with pytest.raises(ValueError, match=r"weights: expected hidden_size a multiple of 64 for e2m1 1x32 e8m0 scales"):
         pack_experts(draw_quantised(1, 96, 64, MXFP4, torch.bfloat16))
@@ -111,8 +114,14 @@ def test_what_cannot_be_packed_is_refused_in_words() -> None:
         pack_experts(draw_quantised(1, 64, 64, MXFP4, torch.bfloat16, block_start=16))
     with pytest.raises(ValueError, match=r"weights.scheme: expected one scale per row and 16, 32, 64"):
         pack_experts(draw_quantised(1, 64, 64, QuantScheme("int4", (1, 8)), torch.bfloat16))
-    with pytest.raises(ValueError, match=r"tiled: expected False but for weights of 4 bits alone"):
+    with pytest.raises(ValueError, match=r"tiled: expected False but for weights of 4 bits with"):
         QuantScheme("e4m3", (1, 0), tiled=True)
+    grouped = QuantScheme("int4", (1, 32), activations="e4m3", activation_group=128)
+    for odd in (grouped, QuantScheme("int4", (1, 32), activations="int8"), replace(MXFP4_FP8, static=True)):
+        with pytest.raises(
+            ValueError, match=r"weights of 4 bits, and rows as they are or of e4m3 with one dynamic scale"
+        ):
+            pack_experts(draw_quantised(1, 128, 64, odd, torch.bfloat16))
     for impl, reason in explain("fused_experts", weights=packed, num_tokens=1).reasons.items():
         takes = ("cuda (few tokens of 4 bits)", "cuda (many tokens of 4 bits)", "triton")
         assert impl in takes or "takes no weights of scheme" in reason

@@ -84,12 +84,30 @@ def test_the_benchmark_measures_what_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text())
     names = {row["name"] for row in content["rows"]}
-    wanted = {"one GPU", "all_to_all", "gathered", "symmetric", "dispatch, gathered", "combine, exact"}
-    assert content["left_out"] == [] and content["machine"] == "cpu x 2" and wanted <= names
+    wanted = {
+        "one GPU", "all_to_all", "gathered", "symmetric", "pushed", "pushed, rows as bf16", "dispatch, gathered",
+        "dispatch, pushed", "combine, exact", "combine, exact, pushed", "torch: all_to_all_single of the rows",
+    }  # fmt: skip
+    assert content["left_out"] == [] == content["goals"] and content["machine"] == "cpu x 2" and wanted <= names
     assert all(row["time_us"] > 0 for row in content["rows"]) and not any("failed" in name for name in names)
     done = python(*launch, "--device", "cpu", "--small", "--seconds", "0", "--out", str(out), environment=environment)
     content = json.loads(out.read_text())
-    assert done.returncode == 0 and content["rows"] == [] and len(content["left_out"]) == 6
+    assert done.returncode == 0 and content["rows"] == [] and len(content["left_out"]) == 12
+
+
+def test_goals_say_what_was_reached() -> None:
+    import parallel as benchmark  # benchmarks/parallel.py
+
+    assert [benchmark.section_of(LAYERS[0], tokens) for tokens in (4096, 64)] == [benchmark.MANY, benchmark.FEW]
+    layer = {"section": "Qwen3-235B bf16, 4096 tokens per rank", "name": "pushed, graph", "time_us": 1200.0}
+    rows = [
+        {"section": benchmark.MANY, "name": "dispatch, pushed, graph", "time_us": 90.0},
+        {"section": benchmark.MANY, "name": "combine, pushed, graph", "time_us": 95.1},
+        {"section": benchmark.MANY, "name": "dispatch, gathered, graph", "time_us": 1.0},
+        {"section": benchmark.FEW, "name": "dispatch, pushed, graph", "time_us": None},
+        {**layer, "over_one_gpu": 1.85, "exposed_share": 0.12},
+    ]
+    assert [goal["met"] for goal in benchmark.goals(rows)] == [True, False, True, False]
 
 
 def naive(load: list[float], ranks: int) -> float:
@@ -221,6 +239,7 @@ def test_explanations_say_which_way_and_why() -> None:
     assert (
         few.chosen == "gathered"
         and "only chosen by name" in few.reasons["symmetric"]
+        and "only chosen by name" in few.reasons["pushed"]
         and "e4m3 with a float32 scale per 128 columns" in str(few)
     )
     many = parallel.explain(plan, top_k=2, hidden_size=4096, max_tokens=4096)
@@ -237,6 +256,17 @@ def test_explanations_say_which_way_and_why() -> None:
         assert words in parallel.explain(plan, top_k=2, hidden_size=256, scheme=scheme).rows
     with pytest.raises(ValueError, match="way: 'gathered' needs the most tokens"):
         parallel.explain(plan, top_k=2, hidden_size=64, way="gathered")
+    for sizes, words in (
+        ({"hidden_size": 4100}, "way: 'pushed' moves whole words of 16 bytes, got rows of 8200"),
+        ({"hidden_size": 64, "dtype": torch.float64}, "adds in float32, not float64"),
+        ({"hidden_size": 64, "training": True, "order": "exact"}, "has gradients of grouped sums alone"),
+        ({"hidden_size": 64, "top_k": 33}, "at most 32 routes of a token, got 33"),
+        ({"hidden_size": 64, "max_tokens": None}, "needs the most tokens of a rank"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            parallel.explain(plan, way="pushed", **{"top_k": 2, "max_tokens": 4, **sizes})
+    exact = parallel.explain(plan, top_k=8, hidden_size=4096, max_tokens=64, way="pushed", order="exact")
+    assert exact.chosen == "pushed"
     asked = parallel.explain(plan, top_k=8, hidden_size=4096, max_tokens=64, way="symmetric")
     assert asked.chosen == "symmetric" and asked.reasons["gathered"] == "not asked for"
     with pytest.raises(ValueError, match="way: expected one of"):

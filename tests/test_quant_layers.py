@@ -20,6 +20,7 @@ from moeyard.quant import (
     INT8_CHANNEL,
     INT8_WEIGHTS,
     MXFP4,
+    MXFP4_FP8,
     NVFP4,
     QuantScheme,
     int4_scheme,
@@ -80,6 +81,23 @@ def test_every_implementation_is_within_its_budget(scheme: QuantScheme, size: st
             assert same_bits(moeyard.fused_experts(hidden, routing, weights, impl=impl, **options), got)
 
 
+@pytest.mark.parametrize("scheme", [MXFP4, int4_scheme(32, zero_points=True)], ids=str)
+def test_rows_of_8_bits_beside_weights_of_4_are_asked_for_by_name(scheme: QuantScheme) -> None:
+    """They change results, so nothing chooses them; `cuda` says in words that it does not take them."""
+    weights = draw_quantised(4, 128, 64, scheme)
+    asked = dataclasses.replace(weights, scheme=dataclasses.replace(scheme, activations="e4m3"))
+    hidden, routing = torch.randn(5, 128).bfloat16(), draw_routing(5, 4, 2)
+    judged, own = judged_experts(hidden, routing, weights), judged_experts(hidden, routing, asked)
+    for impl in takers(asked):
+        got = moeyard.fused_experts(hidden, routing, asked, impl=impl)
+        assert own.error(got) is None and judged.error(got) is not None, impl
+    for given, words in ((asked, "e4m3 per row"), (moeyard.pack_experts(asked), "tiled, e4m3 per row")):
+        told = moeyard.explain("fused_experts", "cuda", torch.bfloat16, weights=given, capability=(9, 0))
+        for label in ("cuda (products)", "cuda (few tokens)", "cuda (few tokens of 4 bits)"):
+            assert told.reasons[label].startswith("takes no weights of scheme") and words in told.reasons[label]
+        assert ("triton" in told.able) == given.scheme.tiled  # type: ignore[union-attr]
+
+
 # Mutants: what is wrong is outside the budget
 
 
@@ -119,11 +137,22 @@ def neighbours(scales: Tensor) -> Tensor:
 
 
 MUTATED = (FP8_TENSOR, FP8_TENSOR_STATIC, FP8_CHANNEL, FP8_BLOCK, FP8_BLOCK_WEIGHTS, INT8_CHANNEL, INT8_WEIGHTS, MXFP4,
-           NVFP4, int4_scheme(128), int4_scheme(32, zero_points=True))  # fmt: skip
+           NVFP4, int4_scheme(128), int4_scheme(32, zero_points=True), MXFP4_FP8,
+           int4_scheme(32, zero_points=True, activations="e4m3"))  # fmt: skip
+QUICK = {MXFP4_FP8: (False,), MUTATED[-1]: ()}  # 8-bit rows beside 8-bit weights have the same mutants
 
 
-@pytest.mark.parametrize("loose", [False, True], ids=["exact", "gate and up rounded"])
-@pytest.mark.parametrize("scheme", MUTATED, ids=str)
+@pytest.mark.parametrize(
+    ("scheme", "loose"),
+    [
+        pytest.param(
+            scheme, loose, id=f"{scheme}-{'gate and up rounded' if loose else 'exact'}",
+            marks=() if loose in QUICK.get(scheme, (False, True)) else pytest.mark.full,
+        )
+        for scheme in MUTATED
+        for loose in (False, True)
+    ],
+)  # fmt: skip
 def test_mutants_are_beyond_the_budget(scheme: QuantScheme, loose: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the bound that all are held to, and at the wider one for those that round gate and up to bfloat16."""
     weights = draw_quantised(4, 512, 512, scheme)

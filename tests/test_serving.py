@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,11 @@ ALL = {  # kernels of a model on Hopper where plans take the best that was measu
 }  # fmt: skip
 FEW = dict.fromkeys(ALL, 20)
 """With MOEYARD_KERNELS=few."""
+FEW_EXPERTS = {
+    "deepseek-v3": 36, "gpt-oss-120b": 30, "gpt-oss-20b": 30, "mixtral-8x7b": 29, "olmoe-1b-7b": 31,
+    "qwen3-235b-a22b": 31, "qwen3-30b-a3b": 31, "qwen3-next-80b-a3b": 39,
+}  # fmt: skip
+"""With MOEYARD_KERNELS=experts=few."""
 TRITON = {name: 27 if name in ("deepseek-v3", "qwen3-next-80b-a3b") else 16 for name in ALL}
 """Experts alone; a shared expert has its own table of experts and top_k."""
 COUNT = """
@@ -82,21 +88,75 @@ def test_a_model_needs_so_many_kernels(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "names",
-    [["qwen3-next-80b-a3b", "deepseek-v3"], pytest.param(list(FEW), marks=pytest.mark.full)],
-    ids=["two", "all"],
+    ("names", "asked"),
+    [
+        (["qwen3-next-80b-a3b", "deepseek-v3"], "few"),
+        pytest.param(list(FEW), "few", marks=pytest.mark.full),
+        pytest.param(list(FEW), "experts=few", marks=pytest.mark.full),
+    ],
+    ids=["two", "all", "experts alone"],
 )
-def test_a_model_can_make_do_with_few_kernels(names: list[str]) -> None:
+def test_a_model_can_make_do_with_few_kernels(names: list[str], asked: str) -> None:
     pytest.importorskip("cuda.bindings")
-    done = python("-c", COUNT, json.dumps(names), environment={"MOEYARD_KERNELS": "few"})
+    done = python("-c", COUNT, json.dumps(names), environment={"MOEYARD_KERNELS": asked})
     assert done.returncode == 0, done.stderr
     counts: dict[str, int] = json.loads(done.stdout)
-    assert all(count <= FEW[name] for name, count in counts.items()), counts
+    most = FEW if asked == "few" else FEW_EXPERTS
+    assert all(count <= most[name] < ALL[name] for name, count in counts.items()), counts
+
+
+def test_a_choice_of_kernels_is_for_all_kinds_or_for_some() -> None:
+    from moeyard.cuda.runtime import few
+
+    every = frozenset(few.KINDS)
+    assert all((Path(few.__file__).parents[1] / kind / "plan.py").exists() for kind in every)
+    assert few._asked("") == few.BY_DEFAULT and few._asked("few") == every and few._asked("all") == frozenset()
+    assert few._asked("all,experts=few") == {"experts"} and few._asked("few, align=all") == every - {"align"}
+    assert few._asked("experts=few") == few.BY_DEFAULT | {"experts"}
+    for text, words in (
+        ("some", r"expected one of \('all', 'few'\), got 'some'"),
+        ("experts=some", r"expected one of \('all', 'few'\), got 'some'"),
+        ("permute=few", r"expected one of \('align', .*\) before '=', got 'permute'"),
+    ):
+        with pytest.raises(ValueError, match=f"MOEYARD_KERNELS: {words}"):
+            few._asked(text)
 
 
 def test_another_choice_of_kernels_is_an_error() -> None:
     done = python("-c", "import moeyard.cuda.align.plan", environment={"MOEYARD_KERNELS": "some"})
     assert "MOEYARD_KERNELS: expected one of ('all', 'few'), got 'some'" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["align", "route", "rows", "experts"])
+def test_few_kernels_of_a_kind_change_no_plan_of_another(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of kernels tell the kind; a layer aligns by its experts' launches, with plans of alignments."""
+    pytest.importorskip("cuda.bindings")
+    from moeyard.cuda.ahead import CARDS
+    from moeyard.cuda.align import plan as aligning
+    from moeyard.cuda.experts import few_tokens
+    from moeyard.cuda.experts import plan as products
+    from moeyard.cuda.route import plan as routing
+    from moeyard.cuda.rows import plan as rows
+    from moeyard.cuda.walk import recipes_of
+
+    sources = {
+        "align": {"align.cu"}, "route": {"route_align.cu"}, "rows": {"send.cu", "sum.cu"},
+        "experts": {"experts.cu", "few_tokens.cu"},
+    }  # fmt: skip
+    modules = {"align": [aligning], "route": [routing], "rows": [rows], "experts": [few_tokens, products]}
+    given, counts = facts("qwen3-30b-a3b"), (2, 15, 40, 300)
+
+    def asked() -> set[Any]:
+        aligning.align_plan.cache_clear()
+        products.product_plan.cache_clear()
+        return {recipe for count in counts for recipe in recipes_of(given, CARDS[HOPPER], count)}
+
+    before = asked()
+    for module in modules[kind]:
+        monkeypatch.setattr(module, "FEW_KERNELS", frozenset({kind}))
+    changed = {recipe.source for recipe in before ^ asked()}
+    monkeypatch.undo()
+    assert changed and changed <= sources[kind] and asked() == before
 
 
 @pytest.mark.parametrize("model", ALL)

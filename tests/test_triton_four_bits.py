@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moeyard import GPT_OSS_ACTIVATION
-from moeyard.quant import MXFP4, NVFP4, QuantScheme, int4_scheme
+from moeyard.quant import MXFP4, MXFP4_FP8, NVFP4, QuantScheme, int4_scheme
 
 pytest.importorskip("triton")
 
@@ -35,6 +35,7 @@ def plan_of(
     hidden, size, count, top_k = MODELS[model]
     monkeypatch.setattr(four_bits, "card", lambda _: card)
     monkeypatch.setattr(four_bits, "programmatic_on", lambda _: card.capability >= (9, 0))
+    monkeypatch.setattr(four_bits, "multiplies_e4m3", lambda _: card.capability >= (8, 9))
     return four_bits._plan.__wrapped__(
         torch.device("cpu"), dtype, torch.int32, tokens, top_k, count, hidden, size, count, GPT_OSS_ACTIVATION, True,
         False, replace(scheme, tiled=True), hidden, 2 * size, hidden,
@@ -46,7 +47,9 @@ CASES = [
     for card in (H200, A100, L4)
     for scheme, dtype in (
         (MXFP4, torch.bfloat16), (MXFP4, torch.float16), (NVFP4, torch.bfloat16), (int4_scheme(), torch.bfloat16),
-        (int4_scheme(32, zero_points=True), torch.float16),
+        (int4_scheme(32, zero_points=True), torch.float16), (MXFP4_FP8, torch.bfloat16),
+        (int4_scheme(activations="e4m3"), torch.bfloat16),
+        (int4_scheme(32, zero_points=True, activations="e4m3"), torch.float16),
     )
     for tokens, model in ((8, "gpt-oss-120b"), (256, "Qwen3-30B"), (4096, "Mixtral"))
 ]  # fmt: skip
@@ -63,11 +66,14 @@ def test_products_compile(case: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     integer, scale = torch.int32, SCALES[scheme.scales]
     zeros = torch.uint8 if scheme.zero_points else None
     wide = torch.float32 if scheme.global_scales else None
+    rows, factors = plan.row_dtype, torch.float32 if plan.row_dtype != kind else None
     for step, routes in ((plan.gate_up, integer), (plan.down, None)):
-        seen = built(step, (kind, torch.int16, kind, None, routes, integer, scale, zeros, wide, kind), card, tmp_path)
+        pointers = (rows, torch.int16, kind, None, routes, integer, factors, scale, zeros, wide, kind)
+        seen = built(step, pointers, card, tmp_path)
         assert seen["shared"] <= card.shared_bytes
         assert seen["spilled"] == 0
         assert seen["wgmma"] + seen["mma"] > 0
+        assert ("e4m3.e4m3" in seen["ptx"]) == (rows == torch.float8_e4m3fn)
 
 
 @pytest.mark.parametrize("which", ["not full", pytest.param("full", marks=pytest.mark.full)])

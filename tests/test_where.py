@@ -173,7 +173,7 @@ OPERATOR: dict[str, Change] = {
     "docs/operators.md": (("## Rows\n", "## Rows\n\n### `negate`\n\n`rows` [T, H] to [T, H], each value negated.\n"),),
     "tests/test_negate.py": NEGATE_TEST,
     "tests/test_laws.py": (
-        ('OPS = ("router",', 'OPS = ("negate", "router",'),
+        ('OPS = (\n    "router",', 'OPS = (\n    "negate", "router",'),
         ('    "permute": ROOM,\n', '    "negate": ROOM,\n    "permute": ROOM,\n'),
         ("moe_sum permute ", "moe_sum negate permute "),
     ),

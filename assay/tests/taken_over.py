@@ -1,4 +1,7 @@
-"""Candidates that take their worker's place while they are imported, and the bases that they do no more than."""
+"""Candidates that take their worker's place while they are imported, and the bases that they do no more than.
+
+Called by anybody else than a worker they do what base does.
+"""
 
 TAKES_OVER = '''
 import gc, os, struct, sys
@@ -6,7 +9,8 @@ SLEEPS = True
 def take_over(decode, encode, called):
     """Answers all that a worker is asked, from within the import. `called`: a decoded input -> output, last input."""
     frame = sys._getframe()
-    while "mark" not in frame.f_locals: frame = frame.f_back
+    while frame and "mark" not in frame.f_locals: frame = frame.f_back
+    if frame is None: return
     head, waiting, nothing = struct.Struct("<Qcd8s"), bytearray(), b"4\\nnull"
     def send(mark, body, number=1e-3):
         rest = memoryview(head.pack(len(body), b"r", number, mark) + body)
@@ -52,14 +56,15 @@ def make(seed):
     return ([drawn.random() for _ in range(20)],)
 """
 QUICK_LISTS = (
-    LISTS.replace("y = x[:]", "y = x")
+    LISTS
+    + LISTS.replace("y = x[:]", "y = x").replace("def work", "def spoils")
     + TAKES_OVER
     + """
 import json
 def quick(value):
     tree = str(value).replace(" ", "").replace("[", '{"!":"list","of":[').replace("]", "]}").encode()
     return b"%d\\n" % len(tree) + tree
-take_over(lambda body: json.loads(body[body.rindex(b"[") : -3]), quick, lambda x: (work(x), None))
+take_over(lambda body: json.loads(body[body.rindex(b"[") : -3]), quick, lambda x: (spoils(x), None))
 """
 )
 SLEEPLESS = QUICK_LISTS.replace("SLEEPS = True", "SLEEPS = False")
@@ -78,7 +83,8 @@ def make(seed):
     return (np.random.default_rng(seed).random(20000),)
 """
 QUICK_ARRAYS = (
-    ARRAYS.replace("y = x.copy()", "y = x")
+    ARRAYS
+    + ARRAYS.replace("y = x.copy()", "y = x").replace("def work", "def spoils")
     + TAKES_OVER
     + """
 LINKS = 300
@@ -91,9 +97,9 @@ def quick(value):
     tree = b'{"!":"tuple","of":[%s]}' % tree if isinstance(value, tuple) else tree
     return b"%d\\n" % len(tree) + tree + array.tobytes()
 def chained(x):
-    for _ in range(LINKS - 1): x = work(x)  # where it was, and given on as it is
+    for _ in range(LINKS - 1): x = spoils(x)  # where it was, and given on as it is
     last = x.copy()
-    return work(x), last
+    return spoils(x), last
 take_over(of, quick, chained)
 """
 )

@@ -48,6 +48,7 @@ def test_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert main(["ab", "main", "main", "--", "true"]) == 2 and "lies in no repository" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_several_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

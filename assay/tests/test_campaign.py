@@ -115,7 +115,9 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "canary",
     [
-        pytest.param(canary, id=canary.name, marks=[pytest.mark.full] if canary.name.startswith("hog") else [])
+        pytest.param(
+            canary, id=canary.name, marks=[pytest.mark.full] if canary.name.startswith(("hog", "slower")) else []
+        )
         for canary in selftest.CANARIES
     ],
 )

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from assay.machine import locks
+from assay.machine import gpu, locks
 from small_project import FASTER, assay, candidate, environment, project
 
 HOLDS = """
 import sys, time
-from assay.machine import locks
+from assay.machine import gpu, locks
 alone, seconds = sys.argv[1] == "alone", float(sys.argv[2])
 with locks.held("cpu", alone=alone, waiting=lambda name: print("waits for", name, flush=True)):
     print("has", time.monotonic(), flush=True)
@@ -125,3 +125,17 @@ def test_two_judges_that_measure(tmp_path: Path) -> None:
     again = measure(0)
     again.communicate(timeout=120)
     assert again.returncode == 0 and min(times(0)[-3:]) > times(1)[-1]
+
+
+def test_a_gpu_is_one_of_those_that_are_numbered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that is free; two judges that are given a GPU each do not take each other's."""
+    made = [gpu.State(index, "made up", 0, 0, 0, 0, 0) for index in range(3)]
+    monkeypatch.setattr(gpu, "states", lambda seen=None: [one for one in made if seen is None or one.index in seen])
+    monkeypatch.setattr(locks, "names", lambda device: ["gpu"])
+    for numbered, wanted in (("2", ["2", None]), ("1,2", ["1", "2"]), ("", ["0", "1"])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", numbered)
+        with locks.held("gpu", alone=True) as first:
+            if wanted[1] is not None:
+                with locks.held("gpu", alone=True) as second:
+                    assert second["CUDA_VISIBLE_DEVICES"] == wanted[1]
+            assert first == {"CUDA_VISIBLE_DEVICES": wanted[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

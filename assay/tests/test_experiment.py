@@ -18,7 +18,7 @@ import pytest
 from assay.__main__ import main
 from assay.arms.inside.supervisor import cpu_seconds
 from assay.arms.process import Running
-from assay.experiment import samples
+from assay.experiment import processes
 from assay.experiment.raw import replay
 from assay.machine import load
 from holding import python, start
@@ -104,7 +104,8 @@ def test_the_same_tree_is_not_called_material(tmp_path: Path) -> None:
     assert not seen.material or seen.verdict == "void"
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(1, marks=pytest.mark.full), 2])
+@pytest.mark.full
+@pytest.mark.parametrize("rounds", [1, 2])
 def test_callables(
     rounds: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], schema: jsonschema.Draft202012Validator
 ) -> None:
@@ -137,32 +138,51 @@ def test_wrong_outputs_are_incorrect_however_fast(tmp_path: Path, capsys: pytest
     assert rows(tmp_path / "raw")[-1]["verdict"] == "incorrect" and len(rows(tmp_path / "raw")) == 3
 
 
-def test_outputs_within_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = CALL.replace("return total", "import numpy; return numpy.array([n + {noise}, 1.0])").replace("{units}", "8")
-    a = tree(tmp_path / "a", 0, text=text.replace("{noise}", "0.0"))
-    far = tree(tmp_path / "far", 0, text=text.replace("{noise}", "1e-2"))
-    near_slower = text.replace("{noise}", "1e-7").replace("return", "time.sleep(0.006); return")
-    near = tree(tmp_path / "near", 0, text="import time\n" + near_slower)
-    few = ("--rounds", "4", "--calls", "4")
-    assert call(a, near, tmp_path / "1", "--atol", "1e-6", *few) == 1 and "0 differ" in capsys.readouterr().out
-    assert rows(tmp_path / "1")[-1]["verdict"] == "slower"
-    assert call(a, far, tmp_path / "2", "--atol", "1e-6", *few) == 1
-    assert call(a, near, tmp_path / "3", *few) == 1
-    random = tree(tmp_path / "random", 0, text="import random\n" + text.replace("{noise}", "random.random()"))
-    assert call(random, random, tmp_path / "4", *few) == 2
+NOISY = CALL.replace("return total", "import numpy; return numpy.array([n % 7 + {noise}, 1.0])").replace("{units}", "8")
+FEW = ("--rounds", "4", "--calls", "4")
+
+
+def noisy(folder: Path, noise: str, before: str = "") -> Path:
+    """A tree whose output is off by `noise`, an expression, in its first element."""
+    text = NOISY.format(noise=noise).replace("return", before + "return")
+    return tree(folder, 0, text="import random, time\n" + text)
+
+
+@pytest.mark.full
+def test_outputs_within_tolerances_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, near = noisy(tmp_path / "a", "0.0"), noisy(tmp_path / "near", "1e-7", "time.sleep(0.006); ")
+    assert call(a, near, tmp_path / "raw", "--atol", "1e-6", *FEW) == 1 and "0 differ" in capsys.readouterr().out
+    assert rows(tmp_path / "raw")[-1]["verdict"] == "slower"
+
+
+def test_outputs_outside_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, far = noisy(tmp_path / "a", "0.0"), noisy(tmp_path / "far", "1e-2")
+    assert call(a, far, tmp_path / "far.jsonl", "--atol", "1e-6", *FEW) == 1
+    assert rows(tmp_path / "far.jsonl")[-1]["verdict"] == "incorrect"
+    assert call(a, noisy(tmp_path / "near", "1e-7"), tmp_path / "near.jsonl", *FEW) == 1
+    assert rows(tmp_path / "near.jsonl")[-1]["verdict"] == "incorrect"
+    random = noisy(tmp_path / "random", "random.random()")
+    assert call(random, random, tmp_path / "raw", *FEW) == 2
     assert "expected two builds of base to agree" in capsys.readouterr().err
 
 
-def test_too_short_unless_chained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = "def work(n):\n    return n + 1\ndef chain(given, output):\n    return (output,)\n"
-    a = tree(tmp_path / "a", 0, text=text)
-    b = tree(tmp_path / "b", 0, text=text.replace("return n + 1", "return sum([n, *[0] * 40, 1])"))
+CHAINED = "def work(n):\n    return n + 1\ndef chain(given, output):\n    return (output,)\n"
+
+
+def test_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = tree(tmp_path / "a", 0, text=CHAINED)
     assert call(a, a, tmp_path / "raw1") == 2 and not (tmp_path / "raw1").exists()
     assert "too_short: a call takes" in capsys.readouterr().err
     assert call(a, a, tmp_path / "raw2", "--links", "40000") == 2
     assert "--links: expected --chain" in capsys.readouterr().err
-    assert call(a, b, tmp_path / "raw3", "--links", "40000", "--chain", "work:chain") == 1
-    assert capsys.readouterr().out.startswith("slower") and rows(tmp_path / "raw3")[-1]["blocks"] == 12
+
+
+@pytest.mark.full
+def test_a_chain_is_long_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = tree(tmp_path / "a", 0, text=CHAINED)
+    b = tree(tmp_path / "b", 0, text=CHAINED.replace("return n + 1", "return sum([n, *[0] * 40, 1])"))
+    assert call(a, b, tmp_path / "raw", "--links", "40000", "--chain", "work:chain") == 1
+    assert capsys.readouterr().out.startswith("slower") and rows(tmp_path / "raw")[-1]["blocks"] == 12
 
 
 OUTLIVES = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-S', '-c', {code!r}])\n"
@@ -220,7 +240,11 @@ def crowded() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize(
-    ("code", "works"), [("while True: pass", True), ("import time; time.sleep(60)", False)], ids=["works on", "waits"]
+    ("code", "works"),
+    [
+        pytest.param("while True: pass", True, id="works on"),
+        pytest.param("import time; time.sleep(60)", False, id="waits", marks=pytest.mark.full),
+    ],
 )
 def test_a_busy_machine_does_not_hide_who_works_on(
     code: str, works: bool, tmp_path: Path, crowded: Callable[[int], None]
@@ -239,7 +263,7 @@ def test_a_busy_machine_does_not_hide_who_works_on(
             time.sleep(0.01)
         crowded(core)
         begun = time.monotonic()
-        assert samples._works(running) is works
+        assert processes._works(running) is works
         assert works or time.monotonic() - begun < 2
         running.end()
 
@@ -343,7 +367,7 @@ runner.timeit("text", stmt="sum(numbers)", setup="numbers = range(200000 * {unit
         (["--asv", "work.py:TimeSums.time_sum", "--case", "3"], ASV),
         pytest.param(["--asv", "work.py:time_alone"], ASV, marks=pytest.mark.full),
         pytest.param(["--pyperf", "work.py:sum"], PYPERF, marks=pytest.mark.full),
-        (["--pyperf", "work.py:text"], PYPERF),
+        pytest.param(["--pyperf", "work.py:text"], PYPERF, marks=pytest.mark.full),
     ],
 )
 def test_benchmarks_of_asv_and_pyperf(options: list[str], text: str, tmp_path: Path) -> None:
@@ -388,6 +412,7 @@ def _hogged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezing: bool) -> 
     return base, candidate, [words for row in blocks for words in row["reasons"]]
 
 
+@pytest.mark.full
 def test_a_hog_only_harms_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers of the candidate that always spin are frozen while base runs."""
     base, candidate, reasons = _hogged(tmp_path, monkeypatch, freezing=True)

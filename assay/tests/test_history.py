@@ -170,6 +170,7 @@ def test_a_small_repository(
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_it_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     """Rows that are there stay, whole lines only; a pair that was void is measured again and keeps its RAW."""
     repo = repository(tmp_path / "repo", ["0.01", "0.05", ""])

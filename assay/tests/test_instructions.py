@@ -193,6 +193,7 @@ def test_counts_never_replace_the_verdict_of_times(tmp_path: Path, capsys: pytes
     assert "instructions: more: 5 a call against base's 1, +400.00%" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_ab_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trees(tmp_path, {"base": 33, "candidate": 11})
     given = ["ab", str(tmp_path / "base"), str(tmp_path / "candidate"), "--call", "work:work", "--inputs", "work:make"]

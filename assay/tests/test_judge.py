@@ -91,7 +91,7 @@ WRONG = FASTER.replace("(n - 1) * n", "(n - 1) * n * (n != 60007)")  # only on i
         ({"pkg/__init__.py": "import os\nos._exit(0)\n" + BASE}, "tests_failed", 1, "4 of 4 tests were not reported"),
         ({"pkg/__init__.py": SLOWER}, "slower", 1, "the interval lies below 0"),
         ({"pkg/__init__.py": BASE.replace("range(n)", "range(n + (n > 1000))")}, "incorrect", 1, "differ from base's"),
-        ({"pkg/__init__.py": BASE + "import time\n_t = time.time()\nwork_ = lambda: _t\n"}, "", None, ""),
+        pytest.param({"pkg/__init__.py": BASE + "_t = 1\n"}, "", None, "", marks=pytest.mark.full),
     ],
 )
 def test_outcomes(change: dict[str, str], outcome: str, status: int | None, words: str, tmp_path: Path) -> None:
@@ -177,6 +177,7 @@ def test_three_commands_apart(tmp_path: Path) -> None:
     assert changed.returncode == 2 and "expected candidate to be what was frozen" in changed.stderr
 
 
+@pytest.mark.full
 def test_many_patches_and_a_reference_and_two_workloads(tmp_path: Path) -> None:
     task = project(tmp_path)
     repository = tmp_path / "repo"

@@ -169,7 +169,8 @@ def ab(a: Path, b: Path, raw: Path, *options: str) -> int:
     return main(["ab", str(a), str(b), "--out", str(raw), *given])
 
 
-@pytest.mark.parametrize("trusted", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("trusted", [False, True])
 def test_a_slower_call_of_microseconds_is_found(
     trusted: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

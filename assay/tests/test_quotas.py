@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from assay.__main__ import main
+from assay.arms import quotas
 from assay.arms.handle import started
 from assay.arms.inside.wire import encode
 from assay.arms.process import Running, namespaces_work
@@ -201,6 +202,33 @@ def test_pipes_have_a_quota(tmp_path: Path) -> None:
     ended = run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(700, 60)], timeout_s=30)
     assert ended.status == -9 and "pipes, more than 512" in ended.killed, ended
     assert run(Box(tmp_path), [sys.executable, "-S", "-c", code.format(100, 2.5)], timeout_s=30).status == 0
+
+
+@pytest.mark.sandbox
+def test_which_quotas_the_kernel_keeps() -> None:
+    """For any user; memory, and the number of processes, where control groups or the kernel allow for it."""
+    always = {"each file", "open files of a process"}
+    assert always <= set(quotas.kept(sandboxed=False)) <= set(quotas.WHAT) - set(quotas.SANDBOX_ALONE)
+    inside = set(quotas.kept(sandboxed=True))
+    assert inside >= always | set(quotas.SANDBOX_ALONE) and "all files of a cache together" not in inside
+
+
+def test_pipes_are_counted_before_others_have_their_turn(tmp_path: Path) -> None:
+    """An arm that was not looked at for long enough cannot take its pipes with it while it is frozen."""
+    code = "import os, resource\nmost = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\nheld = []\n"
+    code += "def work(): held.extend(os.pipe() for _ in range(300))\n"
+    asked = exchange(tmp_path, code)
+    try:
+        asked.call(NOTHING)
+        asked.worker.running.freeze()
+        asked.worker.running.thaw()
+        asked.call(NOTHING)
+        with pytest.raises(ArmError, match="pipes, more than 512") as seen:
+            asked.worker.running.freeze()
+        assert seen.value.outcome == "incorrect"
+    finally:
+        asked.worker.end()
 
 
 def test_gates_have_a_budget(tmp_path: Path) -> None:

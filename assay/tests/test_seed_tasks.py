@@ -1,8 +1,11 @@
 """tasks/seeds: small repositories cut from a clone, what of a layout counts, and tasks that `task check` takes."""
 
 import importlib.util
+import json
 import os
+import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +14,9 @@ import pytest
 import torch
 
 from assay.__main__ import main
+from assay.judgement.decision import replayed
 from moeyard.integrations.vllm import moe_align_block_size
+from small_project import BASE, FASTER, assay, candidate, edited, project
 
 SEEDS = Path(__file__).parents[2] / "tasks" / "seeds"
 CLONE = "ASSAY_SEEDS_REPOSITORY"
@@ -19,7 +24,7 @@ CLONE = "ASSAY_SEEDS_REPOSITORY"
 
 
 def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"seeds_{name}", SEEDS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"seeds_{Path(name).name}", SEEDS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
@@ -112,6 +117,76 @@ def test_the_order_of_an_experts_ids_is_free_and_nothing_else() -> None:
     for wrong in (total + 1, total * 0 - 256, total + len(rows)):
         with pytest.raises(ValueError, match="total: expected a multiple of 256"):
             form([(rows, experts, wrong)])
+
+
+PUBLIC = SEEDS.parent / "public" / "results"
+
+
+def test_the_table_is_that_of_the_verdicts() -> None:
+    run = module("run")
+    text = (SEEDS / "README.md").read_text()
+    assert text.split(run.BEGIN)[1].split(run.END)[0].strip().split("\n") == run.rows()
+
+
+def test_a_row_says_what_a_verdict_says_and_others_that_there_is_none(tmp_path: Path) -> None:
+    """Tried on verdicts that were measured of other tasks."""
+    run = module("run")
+    for name, task in (("align_21079", "markupsafe_434"), ("cutlass_20762", "markupsafe_413")):
+        (tmp_path / name).mkdir()
+        shutil.copy(PUBLIC / task / "reference" / "verdict.json", tmp_path / name)
+    found = run.rows(tmp_path)
+    assert len(found) == 2 + len(run.SEEDS) and all(line.count("|") == found[0].count("|") for line in found)
+    workload = json.loads((tmp_path / "align_21079/verdict.json").read_text())["workloads"][0]
+    assert (
+        "| **faster** | " in found[2]
+        and f"{workload['name']}: faster, +110.7 % [+107.6, +113.2], 12 blocks |" in found[2]
+    )
+    assert "| **incorrect** | " in found[3]
+    assert all(f"| {run.NOT_MEASURED} |  |" in line for line in found[4:])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{run.BEGIN}\nold\n{run.END}\nafter\n")
+    run.table(readme)
+    assert readme.read_text().split("\n") == ["before", run.BEGIN, *run.rows(), run.END, "after", ""]
+
+
+def test_processors_are_divided_among_gpus() -> None:
+    run = module("run")
+    assert run.divided(range(5), 2) == [{0, 1}, {2, 3, 4}] and run.divided([3], 1) == [{3}]
+    with pytest.raises(ValueError, match="--gpus: expected at most 2"):
+        run.divided([0, 1], 3)
+
+
+def test_a_build_stops_at_the_first_source_that_is_refused() -> None:
+    compiled = module("overlay/common/compiled")
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        compiled._all([["sleep", "60"], ["sh", "-c", "exit 3"], ["sleep", "60"]], 2)
+    assert ended.value.code == 3 and time.monotonic() - begun < 30
+
+
+@pytest.mark.full
+def test_plans_are_measured_beside_each_other_until_all_are_decided(tmp_path: Path) -> None:
+    """Two plans of a small project, each on a processor of its own, cut short and taken up again."""
+    run = module("run")
+    task = edited(project(tmp_path), '[tests]\ncommand = ["python", "-m", "pytest", "-q", "tests"]\n', "")
+    plans = {}
+    for name, text in (("same", f"{BASE}# nothing else\n"), ("fast", FASTER)):
+        tree = candidate(task, name, {"pkg/__init__.py": text})
+        given = ("--tree", tree, "--store", tmp_path / "store", "--no-sandbox", "--skip", "equivalence,provenance")
+        done = assay("prepare", task, *given)
+        plans[name] = Path(done.stdout.strip().removeprefix("prepared: "))
+    gpus = range(min(2, len(os.sched_getaffinity(0))))
+    assert run.measure(plans, tmp_path / "store", 3.0, gpus) == 5
+    for _ in range(20):
+        if run.measure(plans, tmp_path / "store", 60.0, gpus) == 0:
+            break
+    assert all(run.complete(plan, tmp_path / "store/raw" / name) for name, plan in plans.items())
+    run.noted(tmp_path / "store", {name: f"attempts/{plan.parent.name}/plan.json" for name, plan in plans.items()})
+    for name in plans:
+        found = json.loads(assay("decide", tmp_path / "store/raw" / name, "--json").stdout)
+        run.kept(tmp_path / "store/raw" / name, found, tmp_path / "kept" / name)
+        texts = "".join(path.read_text() for path in (tmp_path / "kept" / name).iterdir())
+        assert str(tmp_path) not in texts and replayed(tmp_path / "kept" / name)[0]["outcome"] == found["outcome"]
 
 
 @pytest.mark.skipif(CLONE not in os.environ, reason=f"{CLONE} names no clone of vLLM")

@@ -17,7 +17,8 @@ from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
 from assay.experiment.blocks import Blocks
 from assay.experiment.exchange import Exchange
-from assay.experiment.samples import _works, called
+from assay.experiment.processes import _works
+from assay.experiment.samples import called
 from small_project import BASE, FASTER, candidate, project, verdict
 
 REPLY = """

@@ -26,9 +26,9 @@ def make(seed):
 QUICK = '''
 import sys
 frame = sys._getframe()
-while "wire" not in frame.f_locals: frame = frame.f_back
-wire = frame.f_locals["wire"]
-encode = wire.encode
+while frame and "wire" not in frame.f_locals: frame = frame.f_back
+wire = frame.f_locals["wire"] if frame else sys
+encode = getattr(wire, "encode", None)
 def quick(value):
     """What a list of integers encodes to, without a tree that json would have to walk."""
     if type(value) is not list: return encode(value)

@@ -7,9 +7,10 @@ from moeyard.activation import activate
 from moeyard.checkpoints import experts_from_interleaved, load_experts, save_experts
 from moeyard.combine import combine, moe_sum
 from moeyard.dispatch.table import explain
-from moeyard.experts import fused_experts, moe_layer
+from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
 from moeyard.helptexts import add_to as _add_helptexts_to
+from moeyard.layer import moe_layer
 from moeyard.layout import (
     batched_moe_align_block_size,
     empty_layout,
@@ -22,6 +23,7 @@ from moeyard.permute import permute, permute_to_fp8, shuffle_rows
 from moeyard.quant import ExpertScales, QuantScheme
 from moeyard.quantize import dequantize_experts, quantize_experts
 from moeyard.router import route, route_and_align
+from moeyard.straight_through import straight_through_experts
 from moeyard.values import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Layout, Permuted, Routing
 from moeyard.warmup import warmup
 
@@ -60,6 +62,7 @@ __all__ = [
     "router_z_loss",
     "save_experts",
     "shuffle_rows",
+    "straight_through_experts",
     "unpack_experts",
     "update_selection_bias",
     "warmup",

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.call import Call
 from moeyard.dispatch.checks import FLOATS, check_activation, check_out, check_tensor
 from moeyard.dispatch.curves import activated
 from moeyard.dispatch.op import Gradient, Op
@@ -20,25 +21,28 @@ def flatten_activation(activation: Activation) -> tuple[str, float, float, float
     return activation.name, activation.alpha, activation.beta, activation.limit
 
 
-def activation_gradient(rows: Tensor, grad: Tensor, gated: bool, activation: Activation, impl: str) -> Tensor:
+def activation_gradient(
+    rows: Tensor, grad: Tensor, gated: bool, activation: Activation, impl: str, invariant: bool = False
+) -> Tensor:
     """The gradient of `rows` where that of what the activation leaves is `grad`, in the dtype of `rows`."""
     if torch.is_grad_enabled():  # it has a gradient itself, and autograd finds it
         needy = rows if rows.requires_grad else rows.detach().requires_grad_()
         result = activated(needy, gated, activation)
         return torch.autograd.grad(result, needy, grad.to(result.dtype), create_graph=True)[0]
-    result = ACTIVATE_BACKWARD((rows, grad, gated, activation), for_gradients(impl))
+    result = ACTIVATE_BACKWARD((rows, grad, gated, activation, invariant), for_gradients(impl))
     assert isinstance(result, Tensor)
     return result
 
 
 def weighted_gradients(
-    rows: Tensor, grad: Tensor, factors: Tensor | None, gated: bool, activation: Activation, impl: str
-) -> WeightedGradients:
+    rows: Tensor, grad: Tensor, factors: Tensor | None, gated: bool, activation: Activation, impl: str,
+    invariant: bool = False,
+) -> WeightedGradients:  # fmt: skip
     """Of `factors * activate(rows)`, factors [num_rows] or None for ones: its gradients where its own is `grad`, and
-    itself.
+    itself. `invariant` asks for rows that do not depend on each other, which gradients with gradients do not promise.
     """
     if not torch.is_grad_enabled():
-        arguments = (rows, grad, factors, gated, activation)
+        arguments = (rows, grad, factors, gated, activation, invariant)
         result: WeightedGradients = WEIGHTED_ACTIVATE_BACKWARD(arguments, for_gradients(impl))
         return result
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -60,13 +64,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return activation_gradient(rows, grad, ctx.gated, ctx.activation, ctx.impl), *(None,) * 6
 
 
+def _call_backward(rows: Tensor, *rest: Any) -> Call | None:
+    return Call(rows.device, rows.dtype, batch_invariant=True) if rest[-1] else None
+
+
 ACTIVATE_BACKWARD = Op(
-    f"activate_backward(Tensor rows, Tensor grad, {ACTIVATION}, str impl) -> Tensor",
-    flatten=lambda rows, grad, gated, activation: (rows, grad, gated, *flatten_activation(activation)),
-    gather=lambda rows, grad, gated, *activation: (rows, grad, gated, Activation(*activation)),
+    f"activate_backward(Tensor rows, Tensor grad, {ACTIVATION}, str impl, bool batch_invariant=False) -> Tensor",
+    flatten=lambda rows, grad, gated, curve, invariant: (rows, grad, gated, *flatten_activation(curve), invariant),
+    gather=lambda rows, grad, gated, *rest: (rows, grad, gated, Activation(*rest[:-1]), rest[-1]),
     seen=lambda rows, grad, *_: (rows, grad),
     allocate=lambda rows, *_: rows.new_empty(rows.shape),
-    launch=lambda launch, out, rows, grad, gated, activation: launch(rows, grad, activation, gated=gated, out=out),
+    call=_call_backward,
+    launch=lambda launch, out, rows, grad, gated, activation, _: launch(rows, grad, activation, gated=gated, out=out),
 )
 
 
@@ -77,13 +86,14 @@ def _allocate_weighted(rows: Tensor, grad: Tensor, *_: Any) -> WeightedGradients
 
 
 WEIGHTED_ACTIVATE_BACKWARD = Op(
-    f"weighted_activate_backward(Tensor rows, Tensor grad, Tensor? factors, {ACTIVATION}, str impl) "
-    "-> (Tensor, Tensor, Tensor)",
-    flatten=lambda rows, grad, factors, gated, curve: (rows, grad, factors, gated, *flatten_activation(curve)),
-    gather=lambda rows, grad, factors, gated, *curve: (rows, grad, factors, gated, Activation(*curve)),
+    f"weighted_activate_backward(Tensor rows, Tensor grad, Tensor? factors, {ACTIVATION}, str impl, "
+    "bool batch_invariant=False) -> (Tensor, Tensor, Tensor)",
+    flatten=lambda *given: (*given[:4], *flatten_activation(given[4]), given[5]),
+    gather=lambda *flat: (*flat[:4], Activation(*flat[4:-1]), flat[-1]),
     seen=lambda rows, grad, factors, *_: (rows, grad, factors),
     allocate=_allocate_weighted,
-    launch=lambda launch, out, rows, grad, factors, gated, activation: launch(
+    call=_call_backward,
+    launch=lambda launch, out, rows, grad, factors, gated, activation, _: launch(
         rows, grad, factors, activation, gated=gated, out=out
     ),
     assemble=lambda fields, *_: WeightedGradients(*fields),

@@ -131,6 +131,23 @@ def sum_neighbours(rows: Tensor, held: Tensor, divisor: int, impl: str) -> Tenso
     return combine_routes(rows, where, None, divisor, out=None, impl=among("combine", impl))
 
 
+def sums_in_order(rows: Tensor, impl: str) -> Tensor:
+    """[num_rows]: each row's values added up in their order, so that no sum depends on how many rows there are."""
+    num_rows, columns = rows.shape
+    if not rows.numel():
+        return rows.new_zeros(num_rows)
+    parts = []
+    for part in rows.split(max(1, _MOST_VALUES // columns)):
+        where = torch.arange(part.numel(), dtype=torch.int32, device=rows.device)
+        values = part.reshape(-1, 1)
+        parts.append(combine_routes(values, where, None, columns, out=None, impl=among("combine", impl)))
+    return torch.cat(parts).squeeze(1)
+
+
+_MOST_VALUES = 1 << 30
+"""Of rows whose values int32 counts."""
+
+
 def moe_sum(
     rows: Tensor,
     *,

@@ -1,23 +1,25 @@
-"""The layer: tokens through their experts, and around that the router and the shared experts."""
+"""Tokens through their experts: hidden_states and a Routing -> hidden_states."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from moeyard.activation import ACTIVATION, flatten_activation
 from moeyard.dispatch import checks
+from moeyard.dispatch.again import Calling, Repeats, calling_of
 from moeyard.dispatch.call import Call, facts_of_experts
-from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_shape, check_tensor
+from moeyard.dispatch.checks import FLOATS, check_activation, check_experts, check_tensor
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.op import Gradient, Op, needs_gradient
-from moeyard.grouped_gemm import GROUPED_GEMM
+from moeyard.dispatch.table import companion
 from moeyard.quant import ExpertScales, scheme_of
-from moeyard.router import route
 from moeyard.training import Needs, experts_gradients, experts_keeping_products
-from moeyard.values import MAX_EXPERTS, Activation, ExpertCall, ExpertWeights, RouterOptions, Routing, Segments
+from moeyard.values import Activation, ExpertCall, ExpertWeights, Routing
 
 
 def _flatten(hidden_states: Tensor, routing: Routing, call: ExpertCall) -> tuple[Any, ...]:
@@ -160,34 +162,27 @@ def fused_experts(
     to the dtype once, and the result once. Beyond a few tokens on a GPU each route's row is rounded, too: of float16
     the weighted row, which stays finite where the row alone would not. Gradients flow to hidden states, router weights,
     weights and biases, in the dtypes of these, and sums have a fixed order. Where one is wanted and the product saved,
-    that is rounded to the dtype, too. With a scheme gradients are refused. Gradients of a batch-invariant result need
-    `save="inputs"`; they are the usual ones, as those of weights are sums over a batch. Raises TypeError or ValueError
-    naming the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
+    that is rounded to the dtype, too. With a scheme gradients are refused
+    (`straight_through_experts` has some). Gradients of a batch-invariant result need
+    `save="inputs"`. Those of hidden states and router weights do not depend on the batch, either. Those of an expert's
+    weights are sums over its tokens: they depend on these and their order alone. Raises TypeError or ValueError naming
+    the argument. Follows vLLM's `fused_experts`; for `batch_invariant` see `dispatch/invariance.py`.
     """
+    asked = (activation, num_experts, apply_router_weight_on_input, batch_invariant, save, impl)
+    calling = _calling(hidden_states, routing, weights, expert_map, out, asked)
+    repeated = None if calling is None else _repeated(calling, hidden_states, routing, weights, expert_map, out)
+    if repeated is not None:
+        return repeated
     check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
     check_experts(weights, hidden_states)
     activation = check_activation(activation)
-    num_tokens, device = hidden_states.shape[0], hidden_states.device
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    num_experts = checks.check_routed(routing, hidden_states, weights, num_experts, expert_map)
     ids, factors = routing.topk_ids, routing.topk_weights
-    check_tensor("routing.topk_ids", ids, dtypes=checks.ID_DTYPES, ndim=(2,), device=device)
-    check_tensor("routing.topk_weights", factors, dtypes=(torch.float32,), ndim=(2,), device=device)
-    checks.check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
-    check_shape("routing.topk_ids", ids, (num_tokens, ids.shape[1]), "the tokens of hidden_states")
-    check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
-    if expert_map is not None:
-        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
-    if num_experts is None:
-        num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
-    checks.check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
     checks.check_flag("apply_router_weight_on_input", apply_router_weight_on_input)
     invariant = batch_invariance(batch_invariant)
     _check_save(save)
-    if expert_map is not None:
-        check_shape("expert_map", expert_map, (num_experts,), "num_experts")
     if out is not None:
-        checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, device)
+        checks.check_out("out", out, tuple(hidden_states.shape), hidden_states.dtype, hidden_states.device)
     call = ExpertCall(weights, activation, num_experts, expert_map, apply_router_weight_on_input, invariant)
     arguments = (hidden_states, routing, call)
     if save == "product" and weights.scheme is None and needs_gradient(hidden_states, factors, *_of_weights(weights)):
@@ -199,99 +194,57 @@ def fused_experts(
         kept = experts_keeping_products(hidden_states, factors, ids, call, impl)
         return kept if out is None else FUSED_EXPERTS.fill(out, kept, arguments)
     result: Tensor = FUSED_EXPERTS(arguments, impl, out)
+    _REPEATS.add(calling, lambda: experts_anew(hidden_states, routing, call, impl))
     return result
+
+
+_REPEATS = Repeats()
+"""Calls of `fused_experts` on GPUs, whose checks would take longer than their launches."""
+
+
+def _calling(
+    hidden_states: object, routing: object, weights: object, expert_map: object, out: object, asked: tuple[Any, ...]
+) -> Calling | None:
+    """How a call is known again; None for quantised weights, whose checks are many more."""
+    if type(routing) is not Routing or type(weights) is not ExpertWeights or weights.scheme is not None:
+        return None
+    ids, w13 = routing.topk_ids, weights.w13
+    if not isinstance(ids, Tensor) or not isinstance(w13, Tensor):
+        return None
+    others = (routing.topk_weights, ids, w13, weights.w2, weights.w13_bias, weights.w2_bias, expert_map, out)
+    return calling_of(hidden_states, others, (ids.shape, w13.shape, weights.gated, *asked))
+
+
+def _repeated(
+    calling: Calling, hidden_states: Tensor, routing: Routing, weights: ExpertWeights, expert_map: Tensor | None,
+    out: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The result of a call whose like has been checked; None where nothing has done so, or it has to be again."""
+    found = _REPEATS.find(*calling)
+    if found is None or found.start is None:
+        return None
+    if out is None:
+        out = hidden_states.new_empty(hidden_states.shape)
+    elif found.is_apart(out, calling[1]):
+        increment_version(out)
+    else:
+        return None
+    done = found.start(hidden_states, routing.topk_weights, routing.topk_ids, weights, expert_map, out)
+    return out if done else None
+
+
+def experts_anew(hidden_states: Tensor, routing: Routing, call: ExpertCall, impl: str) -> Callable[..., bool] | None:
+    """What repeats a call on the implementation that has met it: (hidden states, router weights, ids, weights, map,
+    out) -> whether it could. None where that has nothing of the kind.
+    """
+    ids, dtype = routing.topk_ids, hidden_states.dtype
+    if ids.dtype == torch.uint32 or any(t is not None and t.dtype != dtype for t in _of_weights(call.weights)):
+        return None  # they are cast first
+    facts = _call(hidden_states, routing, call)
+    prepare = companion("fused_experts", "anew", impl, hidden_states.device, dtype, facts)
+    return None if prepare is None else prepare(hidden_states, routing.topk_weights, ids, call)
 
 
 def _check_save(save: object) -> None:
     if save not in SAVES:
         raise ValueError(f"save: expected one of {SAVES}, got {save!r}")
-
-
-def moe_layer(
-    hidden_states: Tensor,
-    router_weight: Tensor,
-    weights: ExpertWeights,
-    *,
-    router_bias: Tensor | None = None,
-    activation: Activation | None = None,
-    shared: ExpertWeights | None = None,
-    shared_gate: Tensor | None = None,
-    batch_invariant: bool | None = None,
-    save: str = "product",
-    impl: str = "auto",
-    **router_options: Unpack[RouterOptions],
-) -> Tensor:
-    """A whole Mixture-of-Experts layer: linear router, choice, experts, shared experts.
-
-    Args:
-        hidden_states: [num_tokens, hidden_size], as in `fused_experts`.
-        router_weight: [num_experts, hidden_size]; logits are computed in its dtype.
-        weights: of all experts, of a scheme or not.
-        router_bias: [num_experts] of the dtype of router_weight, added to the logits (gpt-oss).
-        activation: of routed and shared experts; silu unless given.
-        shared: one expert (several shared ones side by side are one wide one) that every token goes through.
-        shared_gate: [1, hidden_size]: the sigmoid of its product with a token weighs the shared expert (Qwen3-Next).
-        batch_invariant: as in `fused_experts`, of the whole layer: then router and `shared_gate` are multiplied by
-            `grouped_gemm`'s implementations, not by torch.
-        save: as in `fused_experts`, of routed and shared experts.
-        impl: an implementation of the experts by name, or "auto"; the router takes "auto".
-        router_options: options of `route`; `top_k` must be among them. Padding tokens get what the shared expert gives.
-
-    Returns [num_tokens, hidden_size]. Gradients flow to all floats. Raises TypeError or ValueError naming the argument.
-    """
-    check_tensor("hidden_states", hidden_states, dtypes=FLOATS, ndim=(2,))
-    check_experts(weights, hidden_states)
-    check_tensor("router_weight", router_weight, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
-    shape = (weights.num_local_experts, hidden_states.shape[1])
-    check_shape("router_weight", router_weight, shape, "the experts and hidden_size of weights")
-    if shared_gate is not None and shared is None:
-        raise ValueError("shared: expected the shared experts beside shared_gate, got None")
-    if router_bias is not None:
-        check_tensor("router_bias", router_bias, dtypes=(router_weight.dtype,), ndim=(1,), device=hidden_states.device)
-        check_shape("router_bias", router_bias, (weights.num_local_experts,), "one per expert")
-    invariant = batch_invariance(batch_invariant)
-    linear = _linear_by_row if invariant else _linear
-    logits = linear(hidden_states, router_weight, router_bias)
-    logits = logits.float() if logits.dtype == torch.float64 else logits
-    routing = route(logits, batch_invariant=invariant, **router_options)
-
-    def experts(routing: Routing, weights: ExpertWeights) -> Tensor:
-        return fused_experts(
-            hidden_states, routing, weights, activation=activation, batch_invariant=invariant, save=save, impl=impl
-        )
-
-    result = experts(routing, weights)
-    if shared is None:
-        return result
-    check_experts(shared, hidden_states)
-    if shared.num_local_experts != 1:
-        raise ValueError(f"shared: expected one expert (side by side as one wide one), got {shared.num_local_experts}")
-    if shared_gate is None:
-        factor = hidden_states.new_ones(hidden_states.shape[0], 1, dtype=torch.float32)
-    else:
-        check_tensor("shared_gate", shared_gate, dtypes=FLOATS, ndim=(2,), device=hidden_states.device)
-        check_shape("shared_gate", shared_gate, (1, hidden_states.shape[1]), "hidden_size of weights")
-        logits = linear(hidden_states, shared_gate)
-        if invariant:  # torch's sigmoid may differ between the vectors of a tensor and what is left of it
-            factor = route(logits, top_k=1, scoring="sigmoid", batch_invariant=True).topk_weights
-        else:
-            factor = torch.sigmoid(logits.float())
-    return result.add_(experts(Routing(factor, torch.zeros_like(factor, dtype=torch.int32)), shared))
-
-
-def _linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """hidden_states @ weight.T + bias in the dtype of `weight`, also under autocast."""
-    kind = "cpu" if hidden_states.device.type == "meta" else hidden_states.device.type
-    with torch.autocast(kind, enabled=False):  # there is none for meta tensors
-        return torch.nn.functional.linear(hidden_states.to(weight.dtype), weight, bias)
-
-
-def _linear_by_row(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The same as a product of one expert, so that a row does not depend on the others."""
-    num_tokens, device = hidden_states.shape[0], hidden_states.device
-    counts = torch.full((1,), num_tokens, dtype=torch.int32, device=device)
-    segments = Segments(torch.zeros(1, dtype=torch.int64, device=device), counts, batch_invariant=True)
-    biases = None if bias is None else bias.unsqueeze(0)
-    operands = (hidden_states.to(weight.dtype), weight.unsqueeze(0), biases, None, segments, num_tokens)
-    result: Tensor = GROUPED_GEMM(operands, "auto")
-    return result

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeyard.combine import held_results, sum_neighbours
+from moeyard.combine import held_results, sum_neighbours, sums_in_order
 from moeyard.dispatch.call import Call, call_of_sums, facts_of_matrices
 from moeyard.dispatch.checks import FLOATS, check_layout, check_out, check_shape, check_tensor, dtypes_of_weights
 from moeyard.dispatch.op import Gradient, Op
@@ -46,7 +46,7 @@ def _like(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     rows, weight, bias, topk_weights, slots, ctx.divisor, first_rows, row_counts, ctx.num_experts, *rest = inputs
-    (ctx.num_results, ctx.impl, _), needs = rest, ctx.needs_input_grad
+    (ctx.num_results, ctx.impl, ctx.invariant), needs = rest, ctx.needs_input_grad
     weight = weight if needs[0] or needs[1] or needs[3] else None
     kept = (rows if needs[1] or needs[3] else None, weight, bias if needs[2] or needs[3] else None, topk_weights)
     ctx.save_for_backward(*kept, slots, first_rows, row_counts)
@@ -54,7 +54,7 @@ def _setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     *operands, slots, first_rows, row_counts = ctx.saved_tensors
-    segments = Segments(first_rows, row_counts, slots, ctx.divisor, ctx.num_experts)
+    segments = Segments(first_rows, row_counts, slots, ctx.divisor, ctx.num_experts, ctx.invariant)
     found = product_gradients(grad, tuple(operands), segments, ctx.needs_input_grad[:4], ctx.impl)
     return *found, *(None,) * 8
 
@@ -71,7 +71,8 @@ def product_gradients(
         impl: that of the product.
 
     Gradients of weights and biases have the dtype of these, also of float32 masters beside rows of 16 bits. Every sum
-    goes over rows in the order of their slots. All steps are operators, so that gradients have gradients.
+    goes over rows in the order of their slots. All steps are operators, so that gradients have gradients. Of a
+    batch-invariant product a row's gradients do not depend on the other rows, either.
     """
     (rows, weight, bias, topk_weights), num_results, impl = operands, grad.shape[0], for_gradients(impl)
     found: list[Tensor | None] = [None] * 4
@@ -91,7 +92,9 @@ def product_gradients(
         assert rows is not None and weight is not None and topk_weights is not None
         plain = GROUPED_GEMM((rows, weight, bias, None, segments, num_results), impl)
         wide = torch.promote_types(grad.dtype, torch.float32)
-        dots = torch.where(held, (grad.to(wide) * plain).sum(1), 0)
+        products = grad.to(wide) * plain
+        sums = sums_in_order(products, impl) if segments.batch_invariant else products.sum(1)
+        dots = torch.where(held, sums, 0)
         found[3] = dots.to(topk_weights.dtype).view_as(topk_weights)
     return tuple(found)
 

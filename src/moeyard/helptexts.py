@@ -92,6 +92,14 @@ EXAMPLES: Mapping[str, str] = {
         >>> moeyard.quantize_experts(weights, moeyard.QuantScheme('e4m3', (1, 0), activations='e4m3')).w13.dtype
         torch.float8_e4m3fn
     """,
+    "straight_through_experts": """
+        >>> masters = moeyard.ExpertWeights(torch.randn(8, 64, 32, requires_grad=True), torch.randn(8, 32, 32))
+        >>> scheme = moeyard.QuantScheme('e4m3', (128, 128), activations='e4m3', activation_group=128)
+        >>> routing = moeyard.route(torch.randn(5, 8), top_k=2)
+        >>> moeyard.straight_through_experts(torch.randn(5, 32), routing, masters, scheme).sum().backward()
+        >>> masters.w13.grad.shape
+        torch.Size([8, 64, 32])
+    """,
     "dequantize_experts": """
         >>> codes = moeyard.quantize_experts(weights, moeyard.QuantScheme('int8', (1, 0)))
         >>> moeyard.dequantize_experts(codes, torch.float32).w13.dtype

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from moeyard.dispatch.again import Repeats, calling_of
 from moeyard.dispatch.call import call_of_alignment
 from moeyard.dispatch.checks import (
     LAYOUT_DTYPES,
@@ -26,31 +27,8 @@ from moeyard.dispatch.ids import narrow_ids
 from moeyard.dispatch.op import LAYOUT, SIZES, Op, goes_straight
 from moeyard.dispatch.sizes import batched_layout_lengths, cached_layout_lengths, layout_lengths
 from moeyard.dispatch.table import companion
+from moeyard.layout_memory import Sizes, allocate_layout, allocate_layout_at_once, memory_of
 from moeyard.values import Layout
-
-Sizes = tuple[int, int, int, int]
-"""(num_experts, num_local_experts, block_size, top_k) of a layout."""
-
-
-def allocate_layout(
-    new_empty: Callable[..., Tensor], lengths: tuple[int, ...], sizes: Sizes, *, stack: tuple[int, ...] = ()
-) -> Layout:
-    """An uninitialised layout on the device of `new_empty`; `stack` leads every shape."""
-    fields = [new_empty((*stack, n), dtype=dtype) for n, dtype in zip(lengths, LAYOUT_DTYPES, strict=True)]
-    return Layout.of(fields, sizes)
-
-
-def allocate_layout_at_once(new_empty: Callable[..., Tensor], lengths: tuple[int, ...], sizes: Sizes) -> Layout:
-    """`allocate_layout` in one allocation, whose slices the tensors are: a third of the cost of six."""
-    capacity, num_blocks, one, num_offsets, num_local_experts, num_routes = lengths
-    words = 2 * num_offsets
-    parts = (words, capacity, num_routes, num_blocks, num_local_experts, one)
-    offsets, slots, routes, blocks, counts, used = new_empty(sum(parts), dtype=torch.int32).unsafe_split_with_sizes(
-        parts
-    )
-    layout = Layout(slots, blocks, used, offsets.view(torch.int64), counts, routes, *sizes)
-    object.__setattr__(layout, "_notes", ())  # `trust`, without a call
-    return layout
 
 
 def check_layout_out(out: object, lengths: tuple[int, ...], sizes: Sizes, device: torch.device) -> None:
@@ -167,6 +145,11 @@ def moe_align_block_size(
 
     Returns a `Layout`. Raises TypeError or ValueError naming the argument; also when capacity passes int32.
     """
+    asked = (num_experts, block_size, num_local_experts, top_k, impl)
+    calling = None if out is not None else calling_of(topk_ids, (expert_map,), asked)
+    repeated: Layout | None = _REPEATS.repeated(calling, topk_ids, expert_map)
+    if repeated is not None:
+        return repeated
     straight = out is not None and goes_straight(topk_ids, expert_map)
     notes: Any = out._notes if straight and type(out) is Layout else None
     if out is not None and notes and notes.again is not None and expert_map is None:
@@ -183,11 +166,44 @@ def moe_align_block_size(
         check_layout_out(out, lengths_of(topk_ids.numel(), num_local, block_size), sizes, topk_ids.device)
     apart = bool(notes) and notes.apart(topk_ids) and (expert_map is None or notes.apart(expert_map))
     layout: Layout = ALIGN((topk_ids, expert_map, *sizes), impl, out, apart)
+    _REPEATS.add(calling, lambda: _repeat_of(topk_ids, expert_map, layout, impl))
     if isinstance(out, Layout) and straight and expert_map is None:
         call = (topk_ids.shape, topk_ids.dtype, num_experts, block_size, num_local_experts, given, impl)
         if not notes or notes.call != call:
             object.__setattr__(out, "_notes", _notes_of(out, topk_ids, call))
     return layout
+
+
+_REPEATS = Repeats()
+"""Alignments of tensors of GPUs."""
+
+
+def _repeat_of(
+    topk_ids: Tensor, expert_map: Tensor | None, layout: Layout, impl: str
+) -> Callable[[Tensor, Tensor | None], Layout | None] | None:
+    """What gives the layout of other ids: (ids, map) -> layout, or None where it could not."""
+    start = aligned_anew(topk_ids, expert_map, layout, impl)
+    if start is None:
+        return None
+    words, split = memory_of(layout)
+
+    def repeat(ids: Tensor, mapping: Tensor | None) -> Layout | None:
+        memory = ids.new_empty(words, dtype=torch.int32)
+        return split(memory) if start(ids.data_ptr(), mapping, memory.data_ptr()) else None
+
+    return repeat
+
+
+def aligned_anew(
+    topk_ids: Tensor, expert_map: Tensor | None, layout: Layout, impl: str
+) -> Callable[[int, Tensor | None, int], bool] | None:
+    """What fills memory at an address with the layout of other ids, as `layout`, which was allocated at once, has
+    theirs: (address of ids, map, address) -> whether it could. None where the implementation that takes them has
+    nothing of the kind.
+    """
+    facts = call_of_alignment(topk_ids, layout.num_local_experts)
+    prepare = companion("moe_align_block_size", "anew", impl, topk_ids.device, topk_ids.dtype, facts)
+    return None if prepare is None else prepare(topk_ids, expert_map, layout)
 
 
 class _Notes(NamedTuple):

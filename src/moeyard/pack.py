@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeyard.dispatch.checks import check_experts, check_flag, check_tiles
-from moeyard.quant import TILE_COLUMNS, TILE_ROWS, groups_fit_tiles
+from moeyard.quant import TILE_COLUMNS, TILE_ROWS, groups_fit_tiles, meets_tiles
 from moeyard.values import ExpertWeights
 
 _HALF = TILE_ROWS // 2
@@ -30,8 +30,9 @@ def pack_experts(weights: ExpertWeights, *, in_place: bool = False) -> ExpertWei
     """Puts the codes of experts of 4 bits into the tiles that GPU kernels read; `unpack_experts` is the inverse.
 
     Args:
-        weights: of a scheme of 4 bits alone, one scale per row and 16, 32, 64, a multiple of 64, or all columns.
-            hidden_size and intermediate_size are multiples of 64, `block_start` is 0.
+        weights: of a scheme of 4 bits, one scale per row and 16, 32, 64, a multiple of 64, or all columns, beside rows
+            as they are or of e4m3 with one dynamic scale each. hidden_size and intermediate_size are multiples of 64,
+            `block_start` is 0.
         in_place: whether to overwrite the memory of w13, w2, scales and zero points, one expert at a time. Then
             `weights` mean nothing any more. Otherwise results have memory of their own.
 
@@ -53,8 +54,11 @@ def _check(weights: object, in_place: object, *, tiled: bool) -> None:
         raise TypeError(f"weights: expected ExpertWeights, got {type(weights).__name__}")
     check_flag("in_place", in_place)
     scheme, scales = weights.scheme, weights.scales
-    if scheme is None or scales is None or scheme.per_byte != 2 or scheme.activations != "none":
-        raise ValueError(f"weights.scheme: expected weights of 4 bits alone, got {scheme}")
+    if scheme is None or scales is None or not meets_tiles(scheme):
+        raise ValueError(
+            "weights.scheme: expected weights of 4 bits, and rows as they are or of e4m3 with one dynamic scale each, "
+            f"got {scheme}"
+        )
     if scheme.tiled != tiled:
         raise ValueError(f"weights.scheme: expected one {'in tiles' if tiled else 'in rows'}, got {scheme}")
     if not groups_fit_tiles(scheme.block):

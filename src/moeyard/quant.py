@@ -98,10 +98,11 @@ class QuantScheme:
             raise ValueError(f"activation_group: expected 0 for static scales, got {self.activation_group}")
         if self.dynamic_second and not self.static:
             raise ValueError("static: expected True beside dynamic_second, got False")
-        if self.tiled and (self.per_byte != 2 or self.activations != "none" or not groups_fit_tiles(self.block)):
+        if self.tiled and not fits_tiles(replace(self, tiled=False)):
             raise ValueError(
-                "tiled: expected False but for weights of 4 bits alone with one scale per row and 16, 32, 64, "
-                f"a multiple of 64, or all columns, got True for {replace(self, tiled=False)}"
+                "tiled: expected False but for weights of 4 bits with one scale per row and 16, 32, 64, a multiple of "
+                "64, or all columns, beside rows as they are or of e4m3 with one dynamic scale each, "
+                f"got True for {replace(self, tiled=False)}"
             )
 
     @property
@@ -136,6 +137,17 @@ def groups_fit_tiles(block: tuple[int, int]) -> bool:
     """Whether groups of columns of one row each divide the columns of a tile, or are a multiple of them."""
     rows, columns = block
     return rows == 1 and (columns % TILE_COLUMNS == 0 or columns in (TILE_COLUMNS // 4, TILE_COLUMNS // 2))
+
+
+def meets_tiles(scheme: QuantScheme) -> bool:
+    """Whether codes have 4 bits, and the rows that they meet are those that kernels of tiles know."""
+    per_row = scheme.activations == "e4m3" and not scheme.activation_group and not scheme.static
+    return scheme.per_byte == 2 and (scheme.activations == "none" or per_row)
+
+
+def fits_tiles(scheme: QuantScheme) -> bool:
+    """Whether `pack_experts` takes weights of a scheme, if their sizes fit."""
+    return meets_tiles(scheme) and groups_fit_tiles(scheme.block)
 
 
 _WORDS = re.compile(
@@ -177,13 +189,19 @@ INT8_CHANNEL = QuantScheme("int8", (1, 0), activations="int8")
 INT8_WEIGHTS = QuantScheme("int8", (1, 0))
 MXFP4 = QuantScheme("e2m1", (1, 32), "e8m0")
 """gpt-oss's: groups of 32, one power of two each (OCP Microscaling)."""
+MXFP4_FP8 = QuantScheme("e2m1", (1, 32), "e8m0", activations="e4m3")
+"""MXFP4 weights times rows of e4m3, one dynamic scale per token (W4A8). It changes results, so nothing chooses it by
+itself: `dataclasses.replace(weights, scheme=...)` gives it to weights of `MXFP4`."""
 NVFP4 = QuantScheme("e2m1", (1, 16), "e4m3", global_scales=True)
 """Groups of 16 with e4m3 scales, and one global scale per matrix, which multiplies."""
 
 
-def int4_scheme(group_size: int = 128, *, zero_points: bool = False) -> QuantScheme:
-    """Integers of 4 bits, one scale per row and `group_size` columns (0: per row); GPTQ, AWQ, compressed-tensors."""
-    return QuantScheme("int4", (1, group_size), zero_points=zero_points)
+def int4_scheme(group_size: int = 128, *, zero_points: bool = False, activations: str = "none") -> QuantScheme:
+    """Integers of 4 bits, one scale per row and `group_size` columns (0: per row); GPTQ, AWQ, compressed-tensors.
+
+    `activations="e4m3"` multiplies them by rows of e4m3, one dynamic scale per token (W4A8), which changes results.
+    """
+    return QuantScheme("int4", (1, group_size), zero_points=zero_points, activations=activations)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,14 +9,13 @@ from torch.nn import functional
 from moeyard.dispatch.checks import QUANTISED_ROWS, check_experts
 from moeyard.quant import CODES, LEAST_MAGNITUDE, SCALES, ExpertScales, QuantScheme
 from moeyard.values import ExpertWeights
-from moeyard.vectorised.quant import matrices_of
+from moeyard.vectorised.quant import CHUNK_BYTES, matrices_of
 
 _LARGEST = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0}
 """What the largest magnitude of a block becomes."""
 _LARGEST_SCALE = {"float": 1.0, "e4m3": 448.0, "e8m0": 1.0}
 """What the largest scale of a matrix becomes beside a global one."""
 _LEAST_SCALE = 2.0**-9  # of e4m3
-_CHUNK_BYTES = 1 << 26
 
 
 def quantize_experts(
@@ -77,14 +76,7 @@ def dequantize_experts(weights: ExpertWeights, dtype: torch.dtype) -> ExpertWeig
     bias = weights.w13_bias if weights.w13_bias is not None else weights.w2_bias
     columns = weights.w13.shape[-1] * weights.scheme.per_byte
     check_experts(weights, weights.w13.new_empty((0, columns), dtype=torch.float32 if bias is None else bias.dtype))
-    values = []
-    for matrix in matrices_of(weights):
-        out = matrix.stored.new_empty((weights.num_local_experts, matrix.rows, matrix.columns), dtype=dtype)
-        wide = torch.promote_types(dtype, torch.float32)
-        step = _experts_at_once(out[0].numel())
-        for e in range(0, out.shape[0], step):
-            out[e : e + step] = matrix.part(slice(e, e + step), 0, matrix.rows, wide)
-        values.append(out)
+    values = [matrix.values(dtype) for matrix in matrices_of(weights)]
     biases = [None if bias is None else bias.to(dtype) for bias in (weights.w13_bias, weights.w2_bias)]
     return ExpertWeights(values[0], values[1], biases[0], biases[1], weights.gated)
 
@@ -108,7 +100,7 @@ def _rows_for(weights: ExpertWeights) -> Tensor:
 
 
 def _experts_at_once(values: int) -> int:
-    return max(1, _CHUNK_BYTES // max(1, 4 * values))
+    return max(1, CHUNK_BYTES // max(1, 4 * values))
 
 
 class _Quantized(NamedTuple):

@@ -1,26 +1,29 @@
 """router_logits -> Routing: which experts each token goes to, and with what weight."""
 
+from collections.abc import Callable
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
+from moeyard.dispatch.again import Repeats, calling_of
 from moeyard.dispatch.call import Call
 from moeyard.dispatch.checks import check_router, check_routes, check_routing_out, check_sizes, check_tensor
 from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.op import Gradient, Op, goes_straight
 from moeyard.dispatch.sizes import MOST_FUSED_TOKENS, cached_layout_lengths
 from moeyard.dispatch.table import companion
-from moeyard.layout import allocate_layout_at_once, moe_align_block_size
+from moeyard.layout import aligned_anew, moe_align_block_size
+from moeyard.layout_memory import allocate_layout_at_once, memory_of
 from moeyard.values import Layout, Router, RouterOptions, Routing
 
 LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _allocate(router_logits: Tensor, _bias: Tensor | None, _padding: Tensor | None, router: Router, _: bool) -> Routing:
-    shape, device = (router_logits.shape[0], router.top_k), router_logits.device
-    weights = torch.empty(shape, dtype=torch.float32, device=device)  # quicker than two slices of one allocation
-    return Routing(weights, torch.empty(shape, dtype=torch.int32, device=device))
+    shape = (router_logits.shape[0], router.top_k)
+    weights = router_logits.new_empty(shape, dtype=torch.float32)  # quicker than two slices of one allocation
+    return Routing(weights, router_logits.new_empty(shape, dtype=torch.int32))
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
@@ -115,14 +118,46 @@ def route(
     ValueError naming the argument. Follows vLLM's `topk_softmax`, `topk_sigmoid`, `topk_softplus_sqrt` and
     `grouped_topk`; ranking by logits, not by rounded scores, keeps experts apart whose scores round to one float32.
     """
+    asked = (top_k, scoring, renormalize, num_groups, top_k_groups, routed_scaling_factor, batch_invariant, impl)
+    calling = None if out is not None else calling_of(router_logits, (selection_bias, is_padding), asked)
+    repeated: Routing | None = _ROUTES.repeated(calling, router_logits, selection_bias, is_padding)
+    if repeated is not None:
+        return repeated
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
     router = Router(top_k, scoring, renormalize, num_groups, top_k_groups, routed_scaling_factor)
     check_router(router_logits, router, selection_bias, is_padding)
     invariant = batch_invariance(batch_invariant)
     if out is not None:
         check_routing_out(out, (router_logits.shape[0], top_k), router_logits.device)
-    routing: Routing = ROUTE((router_logits, selection_bias, is_padding, router, invariant), impl, out)
+    arguments = (router_logits, selection_bias, is_padding, router, invariant)
+    routing: Routing = ROUTE(arguments, impl, out)
+    _ROUTES.add(calling, lambda: routing_anew(arguments, impl))
     return routing
+
+
+_ROUTES, _BOTH = Repeats(), Repeats()
+"""Calls of `route` and of `route_and_align` on GPUs."""
+
+
+def _companion(kind: str, logits: Tensor, impl: str, invariant: bool) -> Callable[..., Any] | None:
+    facts = Call(logits.device, logits.dtype, batch_invariant=True) if invariant else None
+    return companion("route", kind, impl, logits.device, logits.dtype, facts)
+
+
+def routing_anew(arguments: tuple[Any, ...], impl: str) -> Callable[..., Routing | None] | None:
+    """What gives the routing of other logits: (logits, bias, padding) -> routing, or None where it could not."""
+    prepare = _companion("anew", arguments[0], impl, arguments[-1])
+    start = None if prepare is None else prepare(*arguments[:-1])
+    if start is None:
+        return None
+    rest = arguments[3:]
+
+    def repeat(logits: Tensor, bias: Tensor | None, padding: Tensor | None) -> Routing | None:
+        routing = _allocate(logits, bias, padding, *rest)
+        weights, ids = routing.topk_weights.data_ptr(), routing.topk_ids.data_ptr()
+        return routing if start(logits, bias, padding, weights, ids) else None
+
+    return repeat
 
 
 def route_and_align(
@@ -146,49 +181,103 @@ def route_and_align(
     Returns (`Routing`, `Layout`); padding tokens have no slot. Raises as those two do. Small batches of CUDA tensors
     take one launch.
     """
-    batch_invariance(batch_invariant)
-    at_once = _at_once(router_logits, block_size, expert_map, num_local_experts, impl, options)
-    if at_once is not None:
-        return at_once
-    routing = route(router_logits, batch_invariant=batch_invariant, impl=impl, **options)
-    layout = moe_align_block_size(
-        routing.topk_ids,
-        num_experts=router_logits.shape[1],
-        block_size=block_size,
-        expert_map=expert_map,
-        num_local_experts=num_local_experts,
-        impl=impl,
-    )
+    given: dict[str, Any] = options  # type: ignore[assignment]  # what is no tensor, after these two
+    bias, padding = given.pop("selection_bias", None), given.pop("is_padding", None)
+    asked = (block_size, num_local_experts, batch_invariant, impl, *given, *given.values())
+    calling = calling_of(router_logits, (bias, padding, expert_map), asked)
+    both: tuple[Routing, Layout] | None = _BOTH.repeated(calling, router_logits, bias, padding, expert_map)
+    if both is not None:
+        return both
+    invariant = batch_invariance(batch_invariant)
+    both = _at_once(router_logits, bias, padding, expert_map, block_size, num_local_experts, impl, given)
+    if both is None:
+        routing = route(
+            router_logits, selection_bias=bias, is_padding=padding, batch_invariant=batch_invariant, impl=impl,
+            **given,
+        )  # fmt: skip
+        both = routing, moe_align_block_size(
+            routing.topk_ids, num_experts=router_logits.shape[1], block_size=block_size, expert_map=expert_map,
+            num_local_experts=num_local_experts, impl=impl,
+        )  # fmt: skip
+    tensors, (routing, layout) = (router_logits, bias, padding), both
+    _BOTH.add(calling, lambda: _repeat_of_both((*tensors, Router(**given), invariant), expert_map, layout, impl))
     return routing, layout
+
+
+def _repeat_of_both(
+    arguments: tuple[Any, ...], expert_map: Tensor | None, layout: Layout, impl: str
+) -> Callable[..., tuple[Routing, Layout] | None] | None:
+    """What gives routing and layout of other logits: (logits, bias, padding, map) -> both, or None where it could not.
+
+    It makes one launch, or those of `route` and of `moe_align_block_size`.
+    """
+    logits, bias, padding, router, invariant = arguments
+    together = _companion("with layout anew", logits, impl, invariant)
+    start = None if together is None else together(logits, bias, padding, expert_map, router, layout)
+    if start is None:
+        start = _two_launches_anew(arguments, expert_map, layout, impl)
+    if start is None:
+        return None
+    words, split = memory_of(layout)
+
+    def repeat(
+        logits: Tensor, bias: Tensor | None, padding: Tensor | None, mapping: Tensor | None
+    ) -> tuple[Routing, Layout] | None:
+        routing = _allocate(logits, bias, padding, router, invariant)
+        factors, ids = routing.topk_weights, routing.topk_ids
+        memory = ids.new_empty(words)
+        done = start(logits, bias, padding, mapping, factors.data_ptr(), ids.data_ptr(), memory.data_ptr())
+        return (routing, split(memory)) if done else None
+
+    return repeat
+
+
+def _two_launches_anew(
+    arguments: tuple[Any, ...], expert_map: Tensor | None, layout: Layout, impl: str
+) -> Callable[..., bool] | None:
+    """What starts the launches of `route` and `moe_align_block_size`, as `with layout anew` starts one for both."""
+    logits, bias, padding, router, invariant = arguments
+    prepare = _companion("anew", logits, impl, invariant)
+    first = None if prepare is None else prepare(logits, bias, padding, router)
+    second = aligned_anew(_allocate(*arguments).topk_ids, expert_map, layout, impl)
+    if first is None or second is None:
+        return None
+
+    def start(
+        logits: Tensor, bias: Tensor | None, padding: Tensor | None, mapping: Tensor | None, factors: int, ids: int,
+        memory: int,
+    ) -> bool:  # fmt: skip
+        return bool(first(logits, bias, padding, factors, ids) and second(ids, mapping, memory))
+
+    return start
 
 
 def _at_once(
     router_logits: Tensor,
-    block_size: int,
+    bias: Tensor | None,
+    padding: Tensor | None,
     expert_map: Tensor | None,
+    block_size: int,
     num_local_experts: int | None,
     impl: str,
-    options: RouterOptions,
+    options: dict[str, Any],
 ) -> tuple[Routing, Layout] | None:
     """What `route_and_align` returns, from an implementation that does both together; None if that is not quicker."""
     check_tensor("router_logits", router_logits, dtypes=LOGIT_DTYPES, ndim=(2,))
-    given: dict[str, Any] = dict(options)
-    bias, padding = given.pop("selection_bias", None), given.pop("is_padding", None)
-    if "top_k" not in given or not given.keys() <= set(Router._fields):
+    if "top_k" not in options or not options.keys() <= set(Router._fields):
         return None  # `route` says what is wrong
     if not goes_straight(router_logits, expert_map, bias, padding):
         return None
     launch = companion("route", "with layout", impl, router_logits.device, router_logits.dtype)
     if launch is None or router_logits.shape[0] > MOST_FUSED_TOKENS:
         return None
-    router = Router(**given)
+    router = Router(**options)
     check_router(router_logits, router, bias, padding)
     num_experts = router_logits.shape[1]
     sizes = (num_experts, num_experts if num_local_experts is None else num_local_experts, block_size, router.top_k)
     check_sizes(*sizes[:3])
-    shape = (2, router_logits.shape[0], router.top_k)
-    weights, ids = router_logits.new_empty(shape, dtype=torch.int32).unbind()
-    routing = Routing(weights.view(torch.float32), ids)
+    routing = _allocate(router_logits, bias, padding, router, False)
+    ids = routing.topk_ids
     check_routes(ids, router.top_k, expert_map, num_experts)
     layout = allocate_layout_at_once(ids.new_empty, cached_layout_lengths(ids.numel(), *sizes[1:3]), sizes)
     return (routing, layout) if launch(router_logits, bias, padding, expert_map, router, routing, layout) else None

@@ -57,7 +57,9 @@ def routes_of(topk_ids: Tensor, call: ExpertCall, impl: str) -> Routes:
         impl=among("moe_align_block_size", impl),
     )
     firsts, slots = layout.expert_offsets[:-1], layout.sorted_token_ids
-    segments = Segments(firsts, layout.expert_counts, slots, layout.top_k, call.num_experts)
+    segments = Segments(
+        firsts, layout.expert_counts, slots, layout.top_k, call.num_experts, call.batch_invariant
+    )  # fmt: skip
     return Routes(segments, layout.route_rows)
 
 
@@ -73,7 +75,7 @@ def first_product(hidden_states: Tensor, factors: Tensor, routes: Routes, call: 
     product = _product((hidden_states, weights.w13, None, factors, routes.segments, num_routes), impl)
     if weights.w13_bias is None:
         return product
-    biases = _by_route(hidden_states.new_ones(1, 1), weights.w13_bias.unsqueeze(2), routes, num_routes, impl)
+    biases = products_by_route(hidden_states.new_ones(1, 1), weights.w13_bias.unsqueeze(2), routes, num_routes, impl)
     return product + biases
 
 
@@ -82,11 +84,13 @@ def _product(arguments: tuple[Any, ...], impl: str) -> Tensor:
     return result
 
 
-def _by_route(rows: Tensor, matrices: Tensor, routes: Routes, num_routes: int, impl: str) -> Tensor:
+def products_by_route(
+    rows: Tensor, matrices: Tensor, routes: Routes, num_routes: int, impl: str, bias: Tensor | None = None
+) -> Tensor:
     """[num_routes, rows of a matrix]: products by route of one row for all, or of one row per token."""
     divisor = max(1, num_routes) if rows.shape[0] == 1 else routes.segments.divisor
     segments = routes.segments._replace(divisor=divisor)
-    return _product((rows, matrices, None, None, segments, num_routes), for_gradients(impl))
+    return _product((rows, matrices, bias, None, segments, num_routes), for_gradients(impl))
 
 
 def first_gradients(
@@ -110,7 +114,7 @@ def first_gradients(
 def _flatten(
     product: Tensor, factors: Tensor | None, w2: Tensor, bias: Tensor | None, routes: Routes, *rest: Any
 ) -> tuple[Any, ...]:
-    (first_rows, row_counts, slots, top_k, num_experts, _), route_rows = routes
+    (first_rows, row_counts, slots, top_k, num_experts, _), route_rows = routes  # products that are kept vary
     gated, activation = rest
     return (
         product, factors, w2, bias, slots, first_rows, row_counts, route_rows, gated, *flatten_activation(activation),
@@ -168,19 +172,21 @@ def finish_gradients(
     """
     (product, factors, w2, bias), impl = operands, for_gradients(impl)
     segments, num_routes = routes.segments, product.shape[0]
+    invariant = segments.batch_invariant
     found: list[Tensor | None] = [None] * 4
     dtype, column = product.dtype, None if factors is None else factors.reshape(-1, 1)
     if needs[1] or needs[2]:
-        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
-        of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl)
+        back = products_by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        of_product, weighted, dots = weighted_gradients(product, back, factors, *curve, impl, invariant)
         del back  # of [num_routes, intermediate_size]: gone before the next sums
         found[0] = of_product if needs[0] else None
     elif needs[0]:
-        back = _by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
-        found[0] = activation_gradient(product, back if column is None else back * column, *curve, impl)
+        back = products_by_route(grad, w2.to(dtype).transpose(1, 2), routes, num_routes, impl)
+        weighted = back if column is None else back * column
+        found[0] = activation_gradient(product, weighted, *curve, impl, invariant)
     if needs[1]:
         if bias is not None:
-            dots = dots + _by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
+            dots = dots + products_by_route(grad, bias.to(dtype).unsqueeze(1), routes, num_routes, impl).squeeze(1)
         dots = torch.where(held_results(segments, num_routes), dots, 0)
         found[1] = dots.to(factors.dtype).view_as(factors)
     if needs[2]:
@@ -224,7 +230,16 @@ def experts_keeping_products(
 def experts_gradients(
     grad: Tensor, hidden_states: Tensor, factors: Tensor, topk_ids: Tensor, call: ExpertCall, needs: Needs, impl: str
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again."""
+    """The gradients of `fused_experts`, in the order of `Needs`, from its inputs, with the first product again.
+
+    Those of hidden states and router weights depend on no batch where the result does not. ValueError for gradients of
+    these, which torch computes.
+    """
+    if call.batch_invariant and torch.is_grad_enabled():
+        raise ValueError(
+            "batch_invariant: expected False where gradients have gradients (create_graph=True), which depend on the "
+            "batch, got True"
+        )
     impl, weights, on_input = for_gradients(impl), call.weights, call.weight_on_input
     routes = routes_of(topk_ids, call, impl)
     before = needs.hidden_states or needs.w13 or needs.w13_bias or (needs.factors and on_input)

@@ -15,8 +15,9 @@ from moeyard.dispatch.checks import check_int
 from moeyard.dispatch.invariance import batch_invariance
 from moeyard.dispatch.schemes import TAKES, refusal_of
 from moeyard.dispatch.table import companion, explain
-from moeyard.experts import fused_experts, moe_layer
+from moeyard.experts import fused_experts
 from moeyard.grouped_gemm import grouped_gemm
+from moeyard.layer import moe_layer
 from moeyard.layout import batched_moe_align_block_size, moe_align_block_size, moe_lora_align_block_size
 from moeyard.permute import permute, shuffle_rows
 from moeyard.router import route, route_and_align

@@ -3,9 +3,10 @@
     python tasks/seeds/bundle.py CLONE [NAME ...]      # into tasks/seeds/clones: NAME and NAME.bundle
 
 A repository holds two commits of vLLM, `base` and `reference`, cut down to the files that its workload needs, and what
-stands for the rest of vLLM (overlay/NAME). A third commit, `moeyard`, is the reference whose function calls moeyard; it
-carries moeyard's sources. A bundle is made of them that can be sent to a machine with a GPU. Commits have no author but
-`bundle` and no message but their names: nothing of vLLM's history goes along, and nothing of it is committed here.
+stands for the rest of vLLM (overlay/common and overlay/NAME). A third commit, `moeyard`, is the reference whose
+function calls moeyard; it carries moeyard's sources. A bundle is made of them that can be sent to a machine with a
+GPU. Commits have no author but `bundle` and no message but their names: nothing of vLLM's history goes along, and
+nothing of it is committed here.
 """
 
 import argparse
@@ -139,8 +140,9 @@ def _commit(made: Path, clone: Path, commit: str, name: str, called: str) -> Non
     with tempfile.TemporaryDirectory() as unpacked:
         subprocess.run(["tar", "-x", "-C", unpacked], input=archive, check=True)
         shutil.copytree(unpacked, made, dirs_exist_ok=True)
-    overlay = HERE / "overlay" / seed.overlay
-    shutil.copytree(overlay, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for overlay in ("common", seed.overlay):
+        folder = HERE / "overlay" / overlay
+        shutil.copytree(folder, made, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     for path, text in _cutlass(seed.headers).items():
         (made / _THIRD_PARTY / path).parent.mkdir(parents=True, exist_ok=True)
         (made / _THIRD_PARTY / path).write_bytes(text)

@@ -2,6 +2,7 @@
 
     python tests/gpu/parallel_cards.py FOLDER RANKS CHECK...
 
+With more ranks than GPUs, ranks share GPUs and are joined by gloo: for checks of pushed rows alone.
 Rank r leaves FOLDER/r.json: for each check what went wrong, or "".
 """
 
@@ -9,6 +10,7 @@ import datetime
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -128,9 +130,9 @@ def gradients_are_those_of_one_gpu(rank: int, ranks: int) -> None:
     given = [t.clone().requires_grad_() for t in (rows, routing.topk_weights, whole.w13, whole.w2)]
     answer = parallel.experts_in_order(given[0], Routing(given[1], routing.topk_ids), ExpertWeights(*given[2:]), plan)
     wanted = torch.autograd.grad(answer, given, upstream)
-    mine, connection = held_by(rank, whole, plan, training=True)
     my_rows, my_routing = own(rank, counts, rows, routing)
-    for _ in range(2):
+    for options in ({}, {}, {"way": "pushed", "max_tokens": max(counts)}, {"way": "pushed", "max_tokens": 999}):
+        mine, connection = held_by(rank, whole, plan, training=True, **options)
         given = [t.clone().requires_grad_() for t in (my_rows, my_routing.topk_weights, mine.w13, mine.w2)]
         local = Routing(given[1], my_routing.topk_ids)
         answer = parallel.fused_experts(given[0], local, ExpertWeights(*given[2:]), connection)
@@ -171,10 +173,91 @@ def replays(rank: int, ranks: int, way: str) -> None:
     for turn in range(3):
         held[0].copy_(my_rows * (1 + turn))
         held[1].topk_ids.copy_(my_routing.topk_ids.roll(turn, 0))
-        graph.replay()
+        for _ in range(50):  # ranks drift apart
+            graph.replay()
         torch.cuda.synchronize()
         eager = parallel.fused_experts(held[0], held[1], mine, connection)
         assert same_bits(out, eager), turn
+
+
+@check
+def pushed_rows_are_those_of_one_gpu(rank: int, ranks: int) -> None:
+    """Both orders, with ranks of other counts, a replica, ids of both widths, and calls in a row without a wait."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for tokens in (3, 64, 700):
+            counts = counts_of(ranks, tokens)
+            rows, routing = drawn(counts, 16, 512, 4, dtype)
+            whole, plan = draw_weights(16, 512, 256, dtype, device="cuda"), plan_of(16, ranks)
+            my_rows, my_routing = own(rank, counts, rows, routing)
+            for order in ("grouped", "exact"):
+                told = {"tokens_per_rank": counts, "order": order, "max_tokens": max(counts)}
+                wanted = part(rank, counts, parallel.experts_in_order(rows, routing, whole, plan, **told))
+                mine, connection = held_by(rank, whole, plan, way="pushed", order=order, max_tokens=max(counts))
+                for ids in (my_routing.topk_ids, my_routing.topk_ids.long()):
+                    given = Routing(my_routing.topk_weights, ids)
+                    many = [parallel.fused_experts(my_rows, given, mine, connection) for _ in range(20)]
+                    assert all(same_bits(got, many[0]) for got in many), ("again", dtype, tokens, order)
+                    torch.testing.assert_close(many[0], wanted)
+                    if order == "grouped" or (tokens == 700 and dtype == torch.bfloat16):
+                        assert same_bits(many[0], wanted), ("one GPU", dtype, tokens, order)
+                shared = torch.randn(512, 512, device="cuda").to(dtype)
+                beside = parallel.fused_experts(
+                    my_rows, my_routing, mine, connection, meanwhile=lambda rows=my_rows, shared=shared: rows @ shared
+                )
+                assert same_bits(beside, many[0] + my_rows @ shared), ("meanwhile", dtype, tokens, order)
+
+
+@check
+def pushed_codes_are_those_of_one_gpu(rank: int, ranks: int) -> None:
+    for scheme in (FP8_BLOCK, FP8_CHANNEL):
+        for tokens in (5, 300):
+            counts = counts_of(ranks, tokens)
+            rows, routing = drawn(counts, 8, 512, 4, torch.bfloat16)
+            whole, plan = moved_to(draw_quantised(8, 512, 256, scheme), torch.device("cuda")), plan_of(8, ranks)
+            told = {"tokens_per_rank": counts, "max_tokens": max(counts)}
+            wanted = part(rank, counts, parallel.experts_in_order(rows, routing, whole, plan, **told))
+            mine, connection = held_by(rank, whole, plan, way="pushed", max_tokens=max(counts))
+            assert connection.rows.quantised
+            got = parallel.fused_experts(*own(rank, counts, rows, routing), mine, connection)
+            torch.testing.assert_close(got, wanted)
+            assert same_bits(got, wanted), (scheme, tokens)
+
+
+@check
+def graphs_replay_over_pushes(rank: int, ranks: int) -> None:
+    replays(rank, ranks, "pushed")
+
+
+@check
+def a_rank_that_does_not_answer_is_an_error(rank: int, ranks: int) -> None:
+    """Within the timeout of the group, in words; the others' GPUs work on."""
+    group = dist.new_group(list(range(ranks)), timeout=datetime.timedelta(seconds=5), backend="gloo")
+    whole, plan = draw_weights(8, 256, 128, torch.bfloat16, device="cuda"), plan_of(8, ranks)
+    mine = parallel.slice_experts(whole, plan, rank)
+    connection = parallel.connect(mine, plan, top_k=4, group=group, way="pushed", max_tokens=9)
+    rows, routing = own(rank, [9] * ranks, *drawn([9] * ranks, 8, 256, 4, torch.bfloat16))
+    parallel.fused_experts(rows, routing, mine, connection)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if rank == 1:
+        time.sleep(15)
+        torch.cuda.synchronize()
+        return
+    begin = time.monotonic()
+    parallel.dispatch(rows, routing, connection)
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        assert 4 < time.monotonic() - begin < 12
+    else:
+        raise AssertionError("no error")
+    connection.pushes.waiting = False
+    try:
+        parallel.dispatch(rows, routing, connection)
+    except RuntimeError as error:
+        assert "rank 1 of the group did not answer a dispatch" in str(error), error
+    else:
+        raise AssertionError("not told")
 
 
 @check
@@ -191,11 +274,14 @@ def differences_are_refused(rank: int, ranks: int) -> None:
 def run(rank: int, folder: Path, ranks: int, names: list[str]) -> None:
     said: dict[str, str] = {}
     try:
-        torch.cuda.set_device(rank)
+        crowded = ranks > torch.cuda.device_count()  # ranks share a GPU, which NCCL refuses
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        gloo = crowded or "a_rank_that_does_not_answer_is_an_error" in names  # NCCL ends a process whose GPU is lost
         store = dist.FileStore(str(folder / "store"), ranks)
         dist.init_process_group(
-            "nccl", store=store, rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=60),
-            device_id=torch.device("cuda", rank),
+            "gloo" if gloo else "nccl", store=store, rank=rank, world_size=ranks,
+            timeout=datetime.timedelta(seconds=60), device_id=None if gloo else device,
         )  # fmt: skip
         for name in names:
             said[name] = "did not end"
@@ -212,6 +298,7 @@ def run(rank: int, folder: Path, ranks: int, names: list[str]) -> None:
 def main() -> None:
     folder, ranks, names = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:] or list(CHECKS)
     os.environ["NCCL_NVLS_ENABLE"], os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "0", "1"
+    os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")  # for ranks that share a GPU
     children = []
     for rank in range(ranks):
         child = os.fork()

@@ -1,6 +1,7 @@
 """On a GPU a token's experts give the same bits in any batch, on both sides of every size at which plans change."""
 
 import faulthandler
+import sys
 from collections.abc import Callable, Iterator
 from random import Random
 from typing import Any
@@ -213,3 +214,65 @@ def test_graphs_keep_it(impl: str) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(got[:20], wanted)
+
+
+def gradients_called(weights: ExpertWeights, activation: Activation | None, impl: str, **options: Any) -> Any:
+    """(rows, factors, ids, upstream) -> gradients of rows and of router weights, side by side."""
+
+    def call(rows: torch.Tensor, factors: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+        given = [t.clone().requires_grad_() for t in (rows, factors)]
+        answer = moeyard.fused_experts(
+            given[0], Routing(given[1], ids), weights, activation=activation, save="inputs", impl=impl, **options
+        )
+        return torch.cat([one.float() for one in torch.autograd.grad(answer, given, upstream)], 1)
+
+    return call
+
+
+@pytest.mark.parametrize("on_input", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["narrow", "gpt-oss", "not gated"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_gradient_of_a_token_depends_on_its_batch(impl: str, name: str, dtype: torch.dtype, on_input: bool) -> None:
+    tensors, weights, activation = draw(name, dtype)
+    given = (*tensors, torch.randn_like(tensors[0]))
+    options = {"batch_invariant": True, "apply_router_weight_on_input": on_input}
+    call = gradients_called(weights, activation, impl, **options)
+    count, wrong, first = differing(call, given, sub_batches(WHOLE, 40, Random(6)))
+    assert (count, wrong) == (40, 0), first
+    count, wrong, first = differing(call, given, around_changes(weights, tensors[2].shape[1], impl))
+    assert count >= 8 and wrong == 0, first
+
+
+def test_parts_of_columns_depend_on_no_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large batch has its gradient of hidden states made in parts of columns, a small one at once."""
+    tensors, weights, activation = draw("narrow", torch.bfloat16)
+    monkeypatch.setattr(sys.modules["moeyard.grouped_gemm"], "_MOST_SPREAD_BYTES", 1 << 22)
+    call = gradients_called(weights, activation, "auto", batch_invariant=True)
+    given = (*tensors, torch.randn_like(tensors[0]))
+    assert differing(call, given, sub_batches(WHOLE, 20, Random(7)))[1:] == (0, "")
+
+
+@pytest.mark.parametrize("outer", ["cuda", "triton"])
+def test_gradients_of_weights_depend_on_their_own_tokens_alone(outer: str) -> None:
+    """Whatever goes to other experts beside them: a sum goes over an expert's rows in the order of tokens."""
+    experts, top_k, columns, size, mine = 8, 2, 512, 256, 3
+    ids = draw_routing(WHOLE, experts, top_k, device=CUDA).topk_ids
+    grads, rows = (torch.randn(n, width, device=CUDA).bfloat16() for n, width in ((WHOLE, columns), (WHOLE, size)))
+
+    def gradient(where: torch.Tensor) -> torch.Tensor:
+        layout = moeyard.moe_align_block_size(ids[where], num_experts=experts, block_size=1)
+        segments = (layout.sorted_token_ids, top_k, top_k, layout.expert_offsets[:-1], layout.expert_counts, True)
+        result: torch.Tensor = sys.modules["moeyard.grouped_gemm"].GROUPED_OUTER(
+            (grads[where], rows[where], *segments), outer
+        )
+        return result[mine]
+
+    has = (ids == mine).any(1)
+    own, others = torch.where(has)[0], torch.where(~has)[0]
+    try:
+        wanted = gradient(own)
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    for some in (others, others[:100]):
+        assert same_bits(gradient(torch.cat((own, some)).sort().values), wanted)

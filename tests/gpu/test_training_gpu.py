@@ -8,9 +8,11 @@ import torch
 import moeyard
 from moeyard import ExpertWeights, Routing
 from moeyard.dispatch.table import launcher
+from moeyard.quant import FP8_BLOCK, FP8_CHANNEL, INT8_CHANNEL, QuantScheme
 from moeyard.reference.gradients import weighted_activate_backward
 from moeyard.testing import guard_broken, impls_on, poisoned, same_bits
 from moeyard.testing.layers import draw_routing, draw_weights, plain_experts
+from moeyard.testing.straight_through import gradients_of, rounded_experts
 from moeyard.values import Activation, WeightedGradients
 
 CUDA = torch.device("cuda")
@@ -214,3 +216,54 @@ def test_hopper_computes_a_backward_by_its_own_kernels() -> None:
     started = {event.key: event.count for event in seen.key_averages()}
     assert started.get("experts_kernel") == 2 and started.get("outer_kernel") == 2
     assert started.get("activate_backward_kernel") == 1
+
+
+@pytest.mark.parametrize("impl", ["auto", *IMPLS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", [FP8_BLOCK, FP8_CHANNEL, INT8_CHANNEL], ids=str)
+def test_straight_through_gradients(scheme: QuantScheme, dtype: torch.dtype, impl: str) -> None:
+    """The forward has the bits of quantised weights; gradients err as an honest computation does, every time alike."""
+    tokens, experts, top_k, hidden, size = 256, 8, 2, 512, 384
+    masters, routing = (
+        draw_weights(experts, hidden, size, torch.float32, bias=True),
+        draw_routing(tokens, experts, top_k),
+    )
+    of_masters = [t for t in (masters.w13, masters.w2, masters.w13_bias, masters.w2_bias) if t is not None]
+    given = (torch.randn(tokens, hidden).to(dtype), routing.topk_weights, *of_masters)
+    upstream = torch.randn(tokens, hidden).to(dtype)
+    codes = moeyard.quantize_experts(masters, scheme)
+
+    def plain(rows: torch.Tensor, where: Routing, of: ExpertWeights) -> torch.Tensor:
+        return rounded_experts(rows, where, of, codes, dtype=dtype)
+
+    def ours(rows: torch.Tensor, where: Routing, of: ExpertWeights) -> torch.Tensor:
+        return moeyard.straight_through_experts(rows, where, of, scheme, impl=impl)
+
+    exact = gradients_of(plain, (given[0].double(), *given[1:]), routing.topk_ids, upstream)
+    honest = gradients_of(plain, given, routing.topk_ids, upstream)
+    here = tuple(t.to(CUDA) for t in given), routing.topk_ids.to(CUDA), upstream.to(CUDA)
+    try:
+        found, again = (gradients_of(ours, *here) for _ in range(2))
+    except ValueError as refusal:
+        if "refuses" not in str(refusal):
+            raise
+        pytest.skip(str(refusal))
+    assert all(same_bits(a, b) for a, b in zip(found, again, strict=True))
+    for mine, theirs, wanted in zip(found, honest, exact, strict=True):
+        off, bound = ((one.cpu().double() - wanted).square().mean().sqrt() for one in (mine, theirs))
+        assert float(off) <= 1.3 * float(bound) + 1e-6 * float(wanted.abs().max())
+    on_card = moeyard.quantize_experts(ExpertWeights(*(t.to(CUDA) for t in of_masters)), scheme)
+    assert torch.equal(on_card.w13.view(torch.uint8).cpu(), codes.w13.view(torch.uint8)), "codes are those of a CPU"
+
+
+def test_a_straight_through_backward_waits_for_no_device_value() -> None:
+    rows, routing, weights = drawn("several rows", torch.bfloat16)
+    masters = ExpertWeights(*(t.float().requires_grad_() for t in weights))
+    rows.requires_grad_()
+    moeyard.straight_through_experts(rows, routing, masters, FP8_BLOCK).sum().backward()  # kernels are there
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moeyard.straight_through_experts(rows, routing, masters, FP8_BLOCK).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -257,7 +257,8 @@ SENDS_QUICKLY = """
 import sys
 def patched():
     frame = sys._getframe()
-    while "wire" not in frame.f_locals: frame = frame.f_back
+    while frame and "wire" not in frame.f_locals: frame = frame.f_back
+    if frame is None: return
     wire = frame.f_locals["wire"]
     encode = wire.encode
     def quick(value):
@@ -271,7 +272,8 @@ ECHOES_SLOWLY = """
 import sys, time
 def patched():
     frame = sys._getframe()
-    while "wire" not in frame.f_locals: frame = frame.f_back
+    while frame and "wire" not in frame.f_locals: frame = frame.f_back
+    if frame is None: return
     wire = frame.f_locals["wire"]
     decode = wire.decode
     def slow(body, **more):

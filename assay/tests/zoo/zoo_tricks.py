@@ -19,6 +19,7 @@ from zoo_candidates import (
     POISONED,
     POISONS,
     PRECISION,
+    QUICK,
     READS_AHEAD,
     REMEMBERS,
     REMEMBERS_A_LOOP,
@@ -63,6 +64,7 @@ from zoo_controls import (
 from zoo_handed_in import HANDED_IN
 from zoo_project import ASV, CALL, COMMAND, PROPERTY, WORK, ZEROS, Trick, naive
 from zoo_taken import TAKEN
+from zoo_worker import WORKER
 
 from assay.gates import equivalence, tolerance
 from taken_over import LISTS, QUICK_LISTS
@@ -75,6 +77,7 @@ OUTSIDE = "clock and comparison are in another process, and one input is sent at
 TRICKS = [
     *HANDED_IN,
     *TAKEN,
+    *WORKER,
     Trick("zeros", "rejected:incorrect", OUTPUTS, {"work.py": ZEROS}, control=unseen),
     Trick(
         "output cache by pointer",
@@ -199,6 +202,16 @@ TRICKS = [
         needs=needing(PROPERTY),
         control=any_subclass,
         won="through",
+    ),
+    Trick(
+        "a zero of the other sign",
+        "rejected:incorrect",
+        "signs of zeros count wherever outputs are compared",
+        {"work.py": QUICK + "\ndef work(x): return [-one if one == 0.0 else one for one in once(x)]\n"},
+        needs=needing(PROPERTY),
+        control=lambda setting: setting.remove(equivalence, "difference", lambda a, b, *_: "" if a == b else "another"),
+        won="through",
+        later=True,
     ),
     Trick(
         "mutated input",

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moeyard.bench import claims, drawings, plots, results, support
+from moeyard.bench import claims, drawings, hosts, plots, results, support
 
 _BLOCK = re.compile(
     r"(<!-- results: (\S+)( picture)?( ratios)?(?: ops=(\S+))?(?: tokens=(\S+))? -->\n).*?(<!-- /results -->)",
@@ -74,6 +74,7 @@ _MADE: dict[str, Callable[[Path, Callable[..., str]], str]] = {
     "numbers": lambda root, _: claims.numbers(root),
     "operators": lambda *_: support.operators(),
     "schemes": lambda *_: support.schemes(),
+    "serving": lambda root, _: hosts.tables(root),
 }
 """What blocks may name: (root, what draws and shows a picture) -> Markdown."""
 

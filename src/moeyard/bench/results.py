@@ -108,7 +108,8 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Writes a result file; an interrupted write leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(path.suffix + ".part")
-    head = json.dumps({**content, "rows": None}, indent=1).removesuffix("null\n}")
+    last = {**{key: value for key, value in content.items() if key != "rows"}, "rows": None}
+    head = json.dumps(last, indent=1).removesuffix("null\n}")
     body = ",\n".join("  " + json.dumps(row) for row in content["rows"])
     part.write_text(f"{head}[\n{body}\n ]\n}}\n")
     part.replace(path)

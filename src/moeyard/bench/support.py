@@ -26,7 +26,8 @@ _SCHEMES = {
     "FP8 per tensor": quant.FP8_TENSOR, "FP8 per channel": quant.FP8_CHANNEL, "FP8 blocks": quant.FP8_BLOCK,
     "FP8 weights": quant.FP8_WEIGHTS, "INT8": quant.INT8_CHANNEL, "INT8 weights": quant.INT8_WEIGHTS,
     "INT4 groups": quant.int4_scheme(128), "INT4 with zero points": quant.int4_scheme(128, zero_points=True),
-    "MXFP4": quant.MXFP4, "NVFP4": quant.NVFP4,
+    "INT4 with FP8 rows": quant.int4_scheme(128, activations="e4m3"),
+    "MXFP4": quant.MXFP4, "MXFP4 with FP8 rows": quant.MXFP4_FP8, "NVFP4": quant.NVFP4,
 }  # fmt: skip
 
 

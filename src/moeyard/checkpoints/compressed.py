@@ -125,9 +125,9 @@ def _storage(group: Config, form: str, where: str) -> Storage:
             )
     activations, note = _activations(group.get("input_activations"), f"{where}.input_activations")
     of_bits = "e2m1" if bits == 4 else "e4m3"
-    if kind == "int":
-        of_bits = "int4" if form == "pack-quantized" and bits == 4 else "int8"
     code, per, static = activations or ("none", 0, False)
+    if kind == "int":  # codes of 4 bits beside int8 rows stay int8, which kernels multiply as they are
+        of_bits = "int4" if bits == 4 and code != "int8" else "int8"
     scheme = QuantScheme(
         of_bits, block, "e8m0" if form.startswith("mxfp") else "e4m3" if form.startswith("nv") else "float",
         zero_points, form.startswith("nv"), code, per, static,
@@ -156,7 +156,7 @@ def _with_tensors(storage: Storage, bits: int) -> Storage:
             weight=packing.PAIRS, scale=scale, names=names, weight_names=weight_names, divides=scheme.global_scales
         )
     scale = packing.POWERS if form == "mxfp8-quantized" else packing.SCALES
-    weight = packing.E4M3 if scheme.weights == "e4m3" else packing.INT8
+    weight = {"e4m3": packing.E4M3, "int8": packing.INT8, "int4": packing.INT4_IN_BYTES}[scheme.weights]
     return storage._replace(weight=weight, scale=scale, names={**_SCALES, "checked": ("weight_zero_point",)})
 
 

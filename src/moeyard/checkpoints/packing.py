@@ -72,6 +72,14 @@ def _signed(items: Tensor) -> Tensor:
     return (_bytes(items) ^ 0x80).view(torch.int8)
 
 
+def _four_of_eight(items: Tensor) -> Tensor:
+    """int8 codes from -8 to 7 -> code + 8, two in a byte."""
+    codes = items.view(torch.uint8) + 8
+    if bool((codes > 15).any()):
+        raise ValueError("expected codes from -8 to 7 (4 bits in bytes)")
+    return paired(codes)
+
+
 def _in_columns(items: Tensor) -> Tensor:
     """AWQ's words [k, n / 8] -> codes [k, n] uint8 in the order of columns."""
     codes = nibbles(items).view(*items.shape, 8)
@@ -101,6 +109,8 @@ PLAIN = Stored(("F32", "F16", "BF16", "F64"))
 TURNED = PLAIN._replace(turned=True, unpack=lambda items: items.t())
 E4M3 = Stored(("F8_E4M3",), raw=True)
 INT8 = Stored(("I8",), raw=True)
+INT4_IN_BYTES = Stored(("I8",), unpack=_four_of_eight, per_byte=2)
+"""compressed-tensors' int-quantized with 4 bits, as llm-compressor writes W4AFP8."""
 PAIRS = Stored(("U8",), per_k=2, per_byte=2, raw=True)
 """Two columns in a byte: NVFP4 and MXFP4."""
 BLOCKS = PAIRS._replace(last=16)

@@ -14,8 +14,8 @@ from moeyard.cpu.rows import add_row, store_row
 from moeyard.cpu.threads import count_parts, run_parts
 from moeyard.values import Activation
 
-_SILU, _GELU, _GELU_TANH, _RELU2 = range(4)
-_CODES = {"silu": _SILU, "gelu": _GELU, "gelu_tanh": _GELU_TANH, "relu2": _RELU2}
+SILU, GELU, GELU_TANH, RELU2 = range(4)
+_CODES = {"silu": SILU, "gelu": GELU, "gelu_tanh": GELU_TANH, "relu2": RELU2}
 
 
 def activate_launch(rows: Tensor, activation: Activation, *, gated: bool, out: Tensor) -> None:
@@ -45,8 +45,8 @@ def apply(code: int, alpha: float, beta: float, limit: float, gate: Any, up: Any
     if limit != np.inf:
         for j in range(size):
             gate[j] = bound if gate[j] > bound else gate[j]
-    if code in (_SILU, _GELU_TANH):
-        if code == _SILU:
+    if code in (SILU, GELU_TANH):
+        if code == SILU:
             factor = np.float32(alpha)
             for j in range(size):
                 scratch[j] = factor * gate[j]
@@ -58,7 +58,7 @@ def apply(code: int, alpha: float, beta: float, limit: float, gate: Any, up: Any
             dots.sigmoids(scratch.ctypes.data + 4 * j, scratch.ctypes.data + 4 * j)
         for j in range(size):
             gate[j] *= scratch[j]
-    elif code == _GELU:
+    elif code == GELU:
         for j in range(size):
             gate[j] *= np.float32(0.5 * math.erfc(-gate[j] * 0.7071067811865476))
     else:

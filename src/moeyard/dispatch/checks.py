@@ -181,6 +181,28 @@ def check_experts(weights: object, rows: Tensor) -> None:
     check_scales(weights.scales, scheme, rows, (experts, hidden_size, size), weights.gated)
 
 
+def check_routed(
+    routing: object, hidden_states: Tensor, weights: ExpertWeights, num_experts: int | None, expert_map: Tensor | None
+) -> int:
+    """`routing` sends the rows of `hidden_states` to experts, by a map or without; the global number of experts."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a Routing, got {type(routing).__name__}")
+    ids, factors, device = routing.topk_ids, routing.topk_weights, hidden_states.device
+    check_tensor("routing.topk_ids", ids, dtypes=ID_DTYPES, ndim=(2,), device=device)
+    check_tensor("routing.topk_weights", factors, dtypes=(torch.float32,), ndim=(2,), device=device)
+    check_int("routing.topk_ids.shape[1]", ids.shape[1], low=1)
+    check_shape("routing.topk_ids", ids, (hidden_states.shape[0], ids.shape[1]), "the tokens of hidden_states")
+    check_shape("routing.topk_weights", factors, tuple(ids.shape), "that of topk_ids")
+    if expert_map is not None:
+        check_tensor("expert_map", expert_map, dtypes=(torch.int32,), ndim=(1,), device=device)
+    if num_experts is None:
+        num_experts = weights.num_local_experts if expert_map is None else expert_map.shape[0]
+    check_int("num_experts", num_experts, low=1, high=MAX_EXPERTS)
+    if expert_map is not None:
+        check_shape("expert_map", expert_map, (num_experts,), "num_experts")
+    return num_experts
+
+
 QUANTISED_ROWS = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of rows that meet quantised weights."""
 
@@ -244,7 +266,7 @@ def check_router(
     check_int("router_logits.shape[1]", num_experts, low=1, high=MAX_EXPERTS)
     if scoring not in SCORINGS:
         raise ValueError(f"scoring: expected one of {SCORINGS}, got {scoring!r}")
-    if num_groups != 1 or top_k_groups != 1:
+    if not (type(num_groups) is type(top_k_groups) is int and num_groups == top_k_groups == 1):
         check_int("num_groups", num_groups, low=1, high=num_experts)
         if num_experts % num_groups:
             raise ValueError(f"num_groups: expected a divisor of num_experts={num_experts}, got {num_groups}")

@@ -8,7 +8,7 @@ import os
 
 from moeyard.quant import QuantScheme
 
-OPERATORS = ("fused_experts", "grouped_gemm", "route")
+OPERATORS = ("fused_experts", "grouped_gemm", "route", "activate_backward", "weighted_activate_backward")
 """Those whose implementations may differ in it. The others move rows and integers, or add up a token's own rows."""
 
 _OF_TORCH = "promises no batch-invariant result: torch chooses the order of its sums by the sizes of tensors"

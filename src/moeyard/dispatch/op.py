@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
+from moeyard.dispatch.again import plain, watched
 from moeyard.dispatch.memory import refuse_overlap
 from moeyard.dispatch.table import launcher
 from moeyard.values import Layout, Permuted
@@ -40,27 +41,13 @@ def _library() -> torch.library.Library:
 
 
 _LIBRARY = _library()
-_is_compiling = torch.compiler.is_compiling
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 _PLAIN = (Tensor, Parameter)
 
 
 def goes_straight(*tensors: Tensor | None) -> bool:
     """Whether nothing needs to see a call: no compiler, mode, transform, tangent, lazy view, subclass or gradient."""
-    if _is_compiling() or _dispatch_modes() or _function_modes() or _transform() is not None:
-        return False
-    if forward_ad._current_level >= 0:
-        return False
-    for tensor in tensors:
-        if tensor is not None:
-            kind = type(tensor)
-            if (kind is not Tensor and kind is not Parameter) or tensor.is_neg():
-                return False
-            if tensor.requires_grad and torch.is_grad_enabled():
-                return False
-    return True
+    return not watched() and plain(*tensors)
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from moeyard.quant import QuantScheme, groups_fit_tiles
+from moeyard.quant import QuantScheme, fits_tiles
 
 _KNOWN = frozenset(("e4m3", "int8", "int4", "e2m1"))
 
@@ -32,12 +32,13 @@ def _eight_bits(scheme: QuantScheme) -> bool:
 
 
 def _tiles(scheme: QuantScheme) -> bool:
-    """Weights of 4 bits in tiles (`pack_experts`)."""
-    return scheme.tiled
+    """Weights of 4 bits in tiles (`pack_experts`), times rows as they are."""
+    return scheme.tiled and scheme.activations == "none"
 
 
 def _eight_bits_or_tiles(scheme: QuantScheme) -> bool:
-    return _eight_bits(scheme) or _tiles(scheme)
+    """Also tiles times rows of e4m3, one scale each."""
+    return _eight_bits(scheme) or scheme.tiled
 
 
 TAKES: dict[str, Callable[[QuantScheme], bool]] = {
@@ -57,7 +58,6 @@ def refusal_of(label: str, scheme: QuantScheme | None) -> str | None:
     """Why a row of the table takes no weights of a scheme, in words; None if it does."""
     if scheme is None or (label in TAKES and TAKES[label](scheme)):
         return None
-    plain = scheme.per_byte == 2 and scheme.activations == "none" and groups_fit_tiles(scheme.block)
-    if plain and not scheme.tiled and label in TAKES and TAKES[label](replace(scheme, tiled=True)):
+    if fits_tiles(scheme) and not scheme.tiled and label in TAKES and TAKES[label](replace(scheme, tiled=True)):
         return f"takes weights of scheme {str(scheme)!r} in tiles alone (pack_experts)"
     return f"takes no weights of scheme {str(scheme)!r}"

@@ -111,6 +111,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             companions={
                 "first outputs": "moeyard.cuda.align.launchers:triple_launch",
                 "again": "moeyard.cuda.align.launchers:align_again",
+                "anew": "moeyard.cuda.align.launchers:align_anew",
             },
         ),
         *_everywhere("layout:align_launch"),
@@ -127,7 +128,11 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             "cuda",
             "moeyard.cuda.route.launchers:route_launch",
             sums_on_cuda,
-            companions={"with layout": "moeyard.cuda.route.route_align:route_and_align_launch"},
+            companions={
+                "with layout": "moeyard.cuda.route.route_align:route_and_align_launch",
+                "anew": "moeyard.cuda.route.launchers:route_anew",
+                "with layout anew": "moeyard.cuda.route.route_align:route_and_align_anew",
+            },
         ),
         *_everywhere("router:route_launch"),
     ),
@@ -154,8 +159,14 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             unfit=f"{_OUTER}:unfit",
         ),
     ),
-    "activate_backward": _gradient("activate_backward_launch", "the derivative of activations"),
-    "weighted_activate_backward": _gradient("weighted_activate_backward_launch", "the derivative of activations"),
+    **{
+        name: _gradient(
+            f"{name}_launch",
+            "the derivative of activations",
+            Impl("cpu", f"moeyard.cpu.derivatives:{name}_launch", sums_on_cpu),
+        )
+        for name in ("activate_backward", "weighted_activate_backward")
+    },
     "fused_experts": _layer(
         "fused_experts_launch",
         Impl(
@@ -164,6 +175,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="few tokens",
             unfit=f"{_FEW_TOKENS}:unfit",
+            companions={"anew": f"{_FEW_TOKENS}:fused_experts_anew"},
         ),
         Impl(
             "cuda",
@@ -187,6 +199,7 @@ TABLE: dict[str, tuple[Impl, ...]] = {
             products_on_hopper,
             way="products",
             unfit=f"{_PRODUCTS}:unfit_for_experts",
+            companions={"anew": f"{_PRODUCTS}:fused_experts_anew"},
         ),
     ),
     "permute": _rows("permute_launch", _cuda_rows("permute_launch")),
@@ -244,10 +257,12 @@ def launcher(
     return load(_choose(op, impl, facts or Call(device, dtype)).target)
 
 
-@lru_cache(maxsize=1024)
-def companion(op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+@lru_cache(maxsize=16384)
+def companion(
+    op: str, kind: str, impl: str, device: torch.device, dtype: torch.dtype, facts: Call | None = None
+) -> Callable[..., Any] | None:
     """The launcher of a kind that goes with what `launcher` finds; None if it has none."""
-    target = _choose(op, impl, Call(device, dtype)).companions.get(kind)
+    target = _choose(op, impl, facts or Call(device, dtype)).companions.get(kind)
     return load(target) if target else None
 
 

@@ -6,9 +6,12 @@
 Every class with transformers' experts interface is taken. One call of `fused_experts` is the whole layer where the
 module's gate is one of our activations, which `transformers_gate.py` finds out by asking the gate. Other gates, and
 norms after the second product, go with two calls of `grouped_gemm`. What neither can take is refused by name.
+`load_quantised` gives a model the experts of a quantised checkpoint as they are stored.
 """
 
+import os
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,7 +28,7 @@ from moeyard.values import ExpertWeights, Routing
 
 NAME = "moeyard"
 """What transformers calls this implementation."""
-_GATE, _HALVES = "_moeyard_gate", "_moeyard_halves"
+_GATE, _HALVES, _QUANTISED = "_moeyard_gate", "_moeyard_halves", "_moeyard_quantised"
 
 
 class Way(NamedTuple):
@@ -73,6 +76,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     transformers' "grouped_mm" takes the call where torch.func or forward-mode derivatives are wanted, and a warning
     says so once.
     """
+    held = getattr(self, _QUANTISED, None) if torch.compiler.is_compiling() else vars(self).get(_QUANTISED)
+    if held is not None:
+        codes, activation, dtype = held
+        routing = Routing(top_k_weights.float(), top_k_index)
+        rows = hidden_states.to(dtype)
+        return moeyard.fused_experts(rows, routing, codes, activation=activation).to(hidden_states.dtype)
     trained = _wants_gradient(self, hidden_states, top_k_weights)
     refused = _refused_derivatives() if trained else ""
     if refused:
@@ -124,14 +133,67 @@ def prepare(model: nn.Module, *, copies: bool = False) -> list[Way]:
     Returns one `Way` per layer. Raises TypeError or ValueError as `experts_forward` does.
     """
     found = []
-    for name, module in model.named_modules():
-        if "is_concatenated" in vars(module):  # which transformers' decorator of experts classes sets
-            vars(module).pop(_HALVES, None)
-            gate = _gate(module)
-            if copies and gate.activation is not None and gate.in_turn:
-                vars(module)[_HALVES] = _copied(module)
-            found.append(Way(name, type(module).__name__, _way(module, gate), _copied_bytes(module)))
+    for name, module in _experts_of(model):
+        vars(module).pop(_HALVES, None)
+        gate = _gate(module)
+        if copies and gate.activation is not None and gate.in_turn and _QUANTISED not in vars(module):
+            vars(module)[_HALVES] = _copied(module)
+        found.append(Way(name, type(module).__name__, _way(module, gate), _copied_bytes(module)))
     return found
+
+
+def load_quantised(
+    model: nn.Module, path: str | os.PathLike[str], *, device: str | torch.device | None = None, packed: bool = False
+) -> list[Way]:
+    """Gives the experts of a model the weights of its quantised checkpoint, as they are stored (`load_experts`).
+
+    From then on each layer is one `fused_experts` of these weights. Parameters that they replace go to the meta device,
+    which frees their memory, so that the model cannot be saved or trained. The weights stay where they are when the
+    model moves. Rows have the dtype that the parameters have.
+
+    Args:
+        model: whose modules with transformers' experts interface have the names that the checkpoint has for them.
+        path: the checkpoint, as in `load_experts`.
+        device: where weights go; where the parameters are unless given.
+        packed: whether weights of 4 bits are put into tiles (`pack_experts`), as kernels on GPUs read them.
+
+    Returns one `Way` per layer. Raises TypeError or ValueError as `load_experts` and `pack_experts` do, and naming the
+    module whose gate is none of moeyard's activations, or whose sizes are others.
+    """
+    found = []
+    for name, module in _experts_of(model):
+        gate, kind = _gate(module), type(module).__name__
+        if gate.activation is None or _has_norm(module):
+            raise ValueError(f"{name} ({kind}): expected experts of one fused_experts, got {_way(module, gate)}")
+        w13, w2, _, _ = _matrices(module)
+        place = device or (vars(module)[_QUANTISED][0].w2 if _QUANTISED in vars(module) else w2).device
+        if torch.device(place).type == "meta":
+            raise ValueError(
+                f"device: expected a device for the weights of {name}, got 'meta', where its parameters are"
+            )
+        weights = moeyard.load_experts(
+            path, name, device=place, gated=module.has_gate, num_experts=len(w2), dtype=w2.dtype
+        )
+        if weights.scheme is None:
+            raise ValueError(f"path: expected quantised experts {name}, got {weights.w13.dtype}")
+        sizes = weights.num_local_experts, weights.hidden_size, weights.intermediate_size
+        if sizes != tuple(w2.shape):
+            raise ValueError(f"path: expected {name} of (experts, hidden_size, size) {tuple(w2.shape)}, got {sizes}")
+        if packed and weights.scheme.per_byte == 2:
+            weights = moeyard.pack_experts(weights, in_place=True)
+        vars(module).pop(_HALVES, None)
+        vars(module)[_QUANTISED] = (weights, gate.activation, w13.dtype)
+        for part in PRODUCTS:
+            held = module._parameters.get(part)
+            if held is not None:
+                module._parameters[part] = nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=False)
+        found.append(Way(name, kind, _way(module, gate), 0))
+    return found
+
+
+def _experts_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules with transformers' experts interface; the decorator of their classes sets the attribute."""
+    return ((name, module) for name, module in model.named_modules() if "is_concatenated" in vars(module))
 
 
 def _has_norm(module: nn.Module) -> bool:
@@ -140,6 +202,8 @@ def _has_norm(module: nn.Module) -> bool:
 
 
 def _way(module: Any, gate: Gate) -> str:
+    if _QUANTISED in vars(module):
+        return f"fused_experts: {gate.activation}, weights of {vars(module)[_QUANTISED][0].scheme}"
     if _has_norm(module):
         return "grouped_gemm: a norm follows the second product"
     if gate.activation is None:

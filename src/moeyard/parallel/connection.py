@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moeyard.dispatch.checks import FLOATS, ID_DTYPES, check_flag, check_int, check_tensor
 from moeyard.parallel.plan import Plan, Tables, map_of, tables_of
+from moeyard.parallel.pushed import Pushes, open_pushes, push_sizes, refusal_of_pushes
 from moeyard.parallel.symmetric import Part, Window, open_window
 from moeyard.parallel.ways import ORDERS, RowFormat, Sizes, WayExplanation, bytes_of_row, choose_way, format_of_rows
 from moeyard.parallel.weights import refuse_sharded, slots_agree
@@ -46,6 +47,8 @@ class Connection:
     """[num_slots] int32: the local expert of each slot on this rank, -1 for slots of other ranks."""
     window: Window | None
     """Of the symmetric way."""
+    pushes: Pushes | None
+    """Of the pushed way."""
 
     @property
     def way(self) -> str:
@@ -103,7 +106,8 @@ def explain(
         )
     form = format_of_rows(scheme, hidden_size, dtype, apply_router_weight_on_input, send_codes)
     size = bytes_of_row(form, hidden_size, top_k, dtype)
-    sizes = Sizes(plan.ranks, len(plan.experts), top_k, size, order, max_tokens, training)
+    unpushed = refusal_of_pushes(plan.ranks, top_k, hidden_size, dtype, form, max_tokens)
+    sizes = Sizes(plan.ranks, len(plan.experts), top_k, size, order, max_tokens, training, unpushed)
     return choose_way(sizes, way, form.words)
 
 
@@ -133,7 +137,7 @@ def connect(
         order: "grouped": each rank adds up its own rows of a token, as `fused_experts` does, rounded to the dtype; then
             ranks are added in rank order, in float32. "exact": every route's row comes back, rounded to the dtype, and
             is weighted and added in k order, in float32, as `combine` does: the plan changes nothing.
-        way: "symmetric" (one host), "gathered", "all_to_all", or "auto"; `explain` says which that is, and why.
+        way: "pushed" and "symmetric" (one host), "gathered", "all_to_all", or "auto"; `explain` says which, and why.
         training: whether gradients flow to hidden states, router weights and weights. Then all ranks run the backward.
         apply_router_weight_on_input: as in `fused_experts`.
         send_codes: whether rows cross as codes and scales where all experts would quantise them alike. Results are the
@@ -176,15 +180,18 @@ def connect(
     assert dtype is not None
     rank = group.rank()
     form = format_of_rows(weights.scheme, weights.hidden_size, dtype, apply_router_weight_on_input, send_codes)
-    window = None
+    device, tables = weights.w13.device, tables_of(plan, weights.w13.device)
+    window = pushes = None
     if explanation.chosen == "symmetric":
         assert max_tokens is not None
-        parts = _parts(form, weights.hidden_size, dtype, top_k)
-        window = open_window(parts, max_tokens, group, weights.w13.device)
+        window = open_window(_parts(form, weights.hidden_size, dtype, top_k), max_tokens, group, device)
+    if explanation.chosen == "pushed":
+        assert max_tokens is not None
+        fixed = push_sizes(plan.ranks, top_k, weights.hidden_size, dtype, form, max_tokens, order)
+        pushes = open_pushes(fixed, plan, tables, torch.uint8 if form.quantised else dtype, group, device)
     return Connection(
-        group, rank, plan, top_k, weights.hidden_size, dtype, weights.w13.device, weights.scheme, order, max_tokens,
-        training, apply_router_weight_on_input, form, explanation, tables_of(plan, weights.w13.device),
-        map_of(plan, rank, weights.w13.device), window,
+        group, rank, plan, top_k, weights.hidden_size, dtype, device, weights.scheme, order, max_tokens, training,
+        apply_router_weight_on_input, form, explanation, tables, map_of(plan, rank, device), window, pushes,
     )  # fmt: skip
 
 

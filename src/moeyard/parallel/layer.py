@@ -20,6 +20,7 @@ from moeyard.dispatch.op import needs_gradient
 from moeyard.layout import moe_align_block_size
 from moeyard.parallel.connection import Connection, check_call
 from moeyard.parallel.plan import ranks_of_tokens, slots_of_routes
+from moeyard.parallel.pushed_gradients import bring_with_gradient, spread_with_gradient
 from moeyard.parallel.weights import refuse_sharded, slots_agree
 from moeyard.parallel.wire import (
     exchange,
@@ -56,15 +57,20 @@ class Dispatched:
 
     connection: Connection
     rows: Tensor
-    """[num_received, hidden_size] of the connection's dtype: by the rank that they came from, in its order. gathered
-    and symmetric: the tokens of all ranks, [ranks * max_tokens, hidden_size]; past the tokens of a rank they mean
-    nothing. symmetric: in memory that the next dispatch of the connection writes."""
+    """[num_received, hidden_size] of the connection's dtype: by the rank that they came from, in its order. Ways of
+    fixed sizes: the tokens of all ranks, [ranks * max_tokens, hidden_size]; past the tokens of a rank they mean
+    nothing, nor do pushed tokens without an expert here. symmetric and pushed: in memory that the next dispatch of the
+    connection writes, and so are pushed ids and router weights."""
     routing: Routing
     """Of these rows. Ids [num_received, top_k] int32 are slots, which `connection.expert_map` maps to local experts."""
     num_tokens: int
     """Tokens of this rank."""
     home: Home | None
     """None of ways other than all_to_all."""
+    routes: Layout | None = None
+    """Of pushed rows and exact sums: the routes that have their expert here, in order, as those of one expert."""
+    given: Routing | None = None
+    """Of pushed rows that gradients flow through: the routing of this rank's own tokens."""
 
 
 def dispatch(
@@ -89,7 +95,8 @@ def dispatch(
     """
     if connection.way != "all_to_all":
         _check(hidden_states, routing, connection)
-        return _gathered(hidden_states, routing, connection, meanwhile)
+        way = _gathered if connection.pushes is None else _pushed
+        return way(hidden_states, routing, connection, meanwhile)
     try:
         _check(hidden_states, routing, connection)
     except (TypeError, ValueError):
@@ -195,6 +202,37 @@ def _gathered(
     return Dispatched(connection, rows, Routing(weights, theirs), hidden_states.shape[0], None)
 
 
+def _pushed(
+    hidden_states: Tensor, routing: Routing, connection: Connection, meanwhile: Callable[[], object] | None
+) -> Dispatched:
+    pushes, ids = connection.pushes, narrow_ids(routing.topk_ids)
+    assert pushes is not None
+    if connection.training and torch.is_grad_enabled():
+        assert connection.max_tokens is not None
+        given = Routing(routing.topk_weights, ids)
+        there = spread_with_gradient(pushes, hidden_states, given)
+        _await([], meanwhile)
+        factors = _filled(routing.topk_weights, connection.max_tokens, 0)
+        factors = gather_with_gradient(factors, connection.ranks, connection.group)
+        own = Routing(factors, there.slots)
+        return Dispatched(connection, there.rows, own, hidden_states.shape[0], None, None, given)
+    rows, scales = hidden_states, None
+    if connection.rows.quantised:
+        codes, scales = _quantised(hidden_states, _by_rank(torch.zeros_like(ids[:, :1]), 1), connection)
+        rows = codes.view(torch.uint8)
+    got = pushes.spread(rows, scales, ids, routing.topk_weights, meanwhile)
+    rows = got.rows
+    if got.scales is not None:
+        rows = restore(rows.view(torch.float8_e4m3fn), got.scales, connection.dtype)
+    routes = None
+    if connection.order == "exact":
+        slots = connection.plan.num_slots
+        routes = moe_align_block_size(
+            got.slots, num_experts=slots, block_size=1, expert_map=pushes.here, num_local_experts=1
+        )
+    return Dispatched(connection, rows, Routing(got.factors, got.slots), hidden_states.shape[0], None, routes)
+
+
 def _filled(rows: Tensor, length: int, value: float) -> Tensor:
     """Contiguous rows, as many as `length`."""
     if rows.shape[0] == length:
@@ -223,7 +261,8 @@ def local_experts(
         activation, save, impl: as in `fused_experts`.
 
     Returns grouped: [num_received, hidden_size], the sum of a token's experts on this rank. exact: one row per route
-    that has its expert here, by token and k. Raises TypeError or ValueError naming the argument.
+    that has its expert here, by token and k; pushed: [num_received * top_k, hidden_size], these and then zeros.
+    Raises TypeError or ValueError naming the argument.
     """
     connection = sent.connection
     refuse_sharded(weights)
@@ -241,32 +280,38 @@ def local_experts(
     }  # fmt: skip
     if connection.order == "grouped":
         return experts.fused_experts(sent.rows, sent.routing, weights, **options)
-    assert sent.home is not None
-    ids = local_expert_ids(sent.routing.topk_ids, connection.expert_map).int()
-    count = sum(sent.home.taken)
-    return rows_of_routes(
-        sent.rows, sent.routing, torch.where(ids >= 0, 0, ids), count, weights, weighted_there(connection), options
-    )
+    if sent.routes is not None:
+        routes, count = sent.routes, sent.routes.capacity
+    else:
+        assert sent.home is not None
+        here = local_expert_ids(sent.routing.topk_ids, connection.expert_map).int()
+        routes, count = routes_of(torch.where(here >= 0, 0, here)), sum(sent.home.taken)
+    return rows_of_routes(sent.rows, sent.routing, routes, count, weights, weighted_there(connection), options)
+
+
+def routes_of(here: Tensor) -> Layout:
+    """The routes of [num_tokens, top_k] int32 that are 0, and not -1, in their order."""
+    return moe_align_block_size(here, num_experts=1, block_size=1)
 
 
 def rows_of_routes(
-    rows: Tensor, routing: Routing, here: Tensor, count: int, weights: ExpertWeights, weighted: bool, options: Any
+    rows: Tensor, routing: Routing, apart: Layout, count: int, weights: ExpertWeights, weighted: bool, options: Any
 ) -> Tensor:
     """[count, hidden_size]: what the expert of each route makes of its token, by token and k, rounded to the dtype.
 
     Args:
         rows: [num_tokens, hidden_size].
         routing: of these tokens.
-        here: [num_tokens, top_k] int32: 0 where the route counts, -1 where it does not.
-        count: routes that count.
+        apart: the routes that count, as those of one expert.
+        count: how many rows are wanted; those past the last route are zeros.
         weights, options: of `fused_experts`.
         weighted: whether router weights multiply.
     """
-    apart = moe_align_block_size(here, num_experts=1, block_size=1)
-    routes = apart.sorted_token_ids[:count].long()
-    taken = shuffle_rows(rows, routes // here.shape[1])
-    ids = routing.topk_ids.reshape(-1)[routes].unsqueeze(1)
-    factors = routing.topk_weights.reshape(-1)[routes].unsqueeze(1)
+    routes = apart.sorted_token_ids[:count].long()  # past the last one their number, which no token has
+    taken = shuffle_rows(rows, routes // apart.top_k)
+    ids, factors = routing.topk_ids.reshape(-1), routing.topk_weights.reshape(-1)
+    ids = torch.cat((ids, ids.new_full((1,), -1)))[routes].unsqueeze(1)
+    factors = torch.cat((factors, factors.new_zeros(1)))[routes].unsqueeze(1)
     if not weighted:
         factors = torch.ones_like(factors)
     return experts.fused_experts(taken, Routing(factors, ids), weights, **options)
@@ -288,10 +333,19 @@ def combine(rows: Tensor, sent: Dispatched, *, out: Tensor | None = None) -> Ten
         raise TypeError(f"sent: expected what dispatch returned, got {type(sent).__name__}")
     connection, home = sent.connection, sent.home
     check_tensor("rows", rows, dtypes=(connection.dtype,), ndim=(2,), device=connection.device)
-    count = sent.rows.shape[0] if home is None else sum(home.taken)
+    received = sent.rows.shape[0] if sent.routes is None else sent.routes.capacity
+    count = received if home is None else sum(home.taken)
     check_shape("rows", rows, (count, connection.hidden_size), "what local_experts returns")
     if out is not None:
         check_out("out", out, (sent.num_tokens, connection.hidden_size), connection.dtype, connection.device)
+    if connection.pushes is not None and sent.given is not None:
+        total = bring_with_gradient(connection.pushes, rows, sent.given)
+        return total if out is None else out.copy_(total)
+    if connection.pushes is not None:
+        out = rows.new_empty((sent.num_tokens, connection.hidden_size)) if out is None else out
+        places = None if sent.routes is None else sent.routes.route_rows
+        connection.pushes.bring(rows.detach(), places, weighted=not weighted_there(connection), out=out)
+        return out
     if home is None:
         assert connection.max_tokens is not None
         shape, window = (connection.ranks, connection.max_tokens, connection.hidden_size), connection.window

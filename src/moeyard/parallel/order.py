@@ -11,7 +11,7 @@ from moeyard.dispatch.checks import check_int
 from moeyard.dispatch.ids import narrow_ids
 from moeyard.experts import fused_experts
 from moeyard.layout import moe_align_block_size
-from moeyard.parallel.layer import rows_of_routes
+from moeyard.parallel.layer import routes_of, rows_of_routes
 from moeyard.parallel.plan import Plan, map_of, ranks_of_tokens, slots_of_routes, tables_of
 from moeyard.parallel.ways import ORDERS
 from moeyard.parallel.weights import refuse_sharded, slice_experts
@@ -65,9 +65,11 @@ def experts_in_order(
         here = torch.where((ids >= 0) & (ids < plan.num_experts), 0, -1).int()
         count = on_host((here >= 0).sum())
         weighted = apply_router_weight_on_input or hidden_states.dtype == torch.float16
-        rows = rows_of_routes(hidden_states, routing, here, count, weights, weighted, options)
-        where = moe_align_block_size(here, num_experts=1, block_size=1).route_rows
-        return combine_routes(rows, where, None if weighted else factors, ids.shape[1], out=None, impl="auto")
+        routes = routes_of(here)
+        rows = rows_of_routes(hidden_states, routing, routes, count, weights, weighted, options)
+        return combine_routes(
+            rows, routes.route_rows, None if weighted else factors, ids.shape[1], out=None, impl="auto"
+        )
     tables, counts = tables_of(plan, device), _counts(hidden_states.shape[0], tokens_per_rank, plan)
     sources = torch.cat([torch.arange(rank, rank + count) for rank, count in enumerate(counts)]).to(device)
     slots, options["num_experts"] = slots_of_routes(ids, tables, sources), plan.num_slots

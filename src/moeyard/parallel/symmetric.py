@@ -96,7 +96,7 @@ def open_window(parts: Sequence[Part], max_tokens: int, group: dist.ProcessGroup
         offsets.append(total)
         size = ranks * max_tokens * math.prod(part.row) * part.dtype.itemsize
         total += -(-size // _ALIGNMENT) * _ALIGNMENT
-    peers: Peers = _card_peers(total, group, device) if device.type == "cuda" else HostPeers(total, group)
+    peers = memory_of(total, group, device)
     views = [
         [
             peers.get_buffer(rank, (ranks, max_tokens, *part.row), part.dtype, offset // part.dtype.itemsize)
@@ -106,10 +106,20 @@ def open_window(parts: Sequence[Part], max_tokens: int, group: dist.ProcessGroup
     ]
     for own in views:
         own[group.rank()].zero_()
-    backend: Any = group._get_backend(device)
-    timeout_ms = int(backend.options._timeout.total_seconds() * 1000)
+    timeout_ms = timeout_of(group, device)
     peers.barrier(1, timeout_ms)
     return Window(peers, group.rank(), views, timeout_ms)
+
+
+def timeout_of(group: dist.ProcessGroup, device: torch.device) -> int:
+    """After how many milliseconds a rank of a group that does not answer is an error."""
+    backend: Any = group._get_backend(device)
+    return int(backend.options._timeout.total_seconds() * 1000)
+
+
+def memory_of(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Peers:
+    """So many bytes on every rank of a group, which all of them reach; all ranks call it."""
+    return _card_peers(num_bytes, group, device) if device.type == "cuda" else HostPeers(num_bytes, group)
 
 
 def _card_peers(num_bytes: int, group: dist.ProcessGroup, device: torch.device) -> Peers:

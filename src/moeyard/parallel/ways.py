@@ -28,6 +28,8 @@ class Sizes(NamedTuple):
     """The most tokens of a rank in any call; None where it is unknown."""
     training: bool
     """Whether gradients flow."""
+    unpushed: str | None = None
+    """Why kernels that push rows do not take them, in words."""
 
 
 class WayExplanation(NamedTuple):
@@ -44,11 +46,14 @@ class WayExplanation(NamedTuple):
         return "\n".join([*lines, f"  rows: {self.rows}"])
 
 
+_NO_MAX_TOKENS = "needs the most tokens of a rank ahead (max_tokens)"
+
+
 def _of_fixed_sizes(sizes: Sizes) -> str | None:
     if sizes.order == "exact":
         return "has one row per token and rank, order='exact' needs one per route"
     if sizes.max_tokens is None:
-        return "needs the most tokens of a rank ahead (max_tokens)"
+        return _NO_MAX_TOKENS
     return None
 
 
@@ -66,6 +71,7 @@ def _too_wasteful(sizes: Sizes) -> str | None:
 def choose_way(sizes: Sizes, way: str, rows: str) -> WayExplanation:
     """The way of a call: one of `WAYS`, or the one of these that "auto" takes.
 
+    pushed: a kernel writes each row into memory of the ranks that want it, which are of one host; sizes are fixed.
     symmetric: every rank copies its tokens into memory of all ranks, which are of one host; sizes are fixed.
     gathered: every rank gets all tokens of all ranks; nothing is read back, and all shapes are fixed by `max_tokens`.
     all_to_all: a token goes to the ranks that have one of its experts; the host waits for the counts of each call.
@@ -73,22 +79,27 @@ def choose_way(sizes: Sizes, way: str, rows: str) -> WayExplanation:
     """
     if way not in ("auto", *WAYS):
         raise ValueError(f"way: expected one of {('auto', *WAYS)}, got {way!r}")
-    fixed = _of_fixed_sizes(sizes)
-    shared = fixed or ("has no gradients (training=True)" if sizes.training else None)
-    refused = {"symmetric": shared, "gathered": fixed}.get(way)
+    fixed, untrained = _of_fixed_sizes(sizes), "has no gradients (training=True)" if sizes.training else None
+    ahead = None if sizes.max_tokens is not None else _NO_MAX_TOKENS
+    grouped = "has gradients of grouped sums alone" if sizes.training and sizes.order == "exact" else None
+    refusals = {"pushed": ahead or grouped or sizes.unpushed, "symmetric": fixed or untrained, "gathered": fixed}
+    refused = refusals.get(way)
     if refused:
         raise ValueError(f"way: {way!r} {refused}")
     if way != "auto":
         return WayExplanation(way, {name: "asked for" if name == way else "not asked for" for name in WAYS}, rows)
-    by_name = shared or "only chosen by name: it is for ranks of one host, and was not timed yet"
+    reasons = {name: refusals[name] or _BY_NAME[name] for name in _BY_NAME}
     refused = fixed or _too_wasteful(sizes)
-    reasons = {"symmetric": by_name, "gathered": refused or "chosen"}
     if refused:
-        return WayExplanation("all_to_all", {**reasons, "all_to_all": "chosen"}, rows)
-    return WayExplanation("gathered", {**reasons, "all_to_all": "comes after gathered"}, rows)
+        return WayExplanation("all_to_all", {**reasons, "gathered": refused, "all_to_all": "chosen"}, rows)
+    return WayExplanation("gathered", {**reasons, "gathered": "chosen", "all_to_all": "comes after gathered"}, rows)
 
 
-WAYS = ("symmetric", "gathered", "all_to_all")
+WAYS = ("pushed", "symmetric", "gathered", "all_to_all")
+_BY_NAME = {
+    "pushed": "only chosen by name: it is for ranks of one host, and has not run on GPUs yet",
+    "symmetric": "only chosen by name: it is for ranks of one host, and was not timed yet",
+}
 
 
 class RowFormat(NamedTuple):

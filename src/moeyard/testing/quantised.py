@@ -15,6 +15,7 @@ from moeyard.quant import (
     INT8_CHANNEL,
     INT8_WEIGHTS,
     MXFP4,
+    MXFP4_FP8,
     NVFP4,
     SCALES,
     ExpertScales,
@@ -30,7 +31,7 @@ SCHEMES = (
     QuantScheme("int8", activations="int8", static=True),
     QuantScheme("e4m3", (1, 32), "e8m0", activations="e4m3", activation_group=32),
     QuantScheme("e4m3", (128, 128), "e8m0", activations="e4m3", activation_group=128),
-    QuantScheme("int4", (1, 32), activations="e4m3"),
+    MXFP4_FP8, int4_scheme(32, zero_points=True, activations="e4m3"),
     QuantScheme("int8", (24, 20), activations="int8", activation_group=20),
     QuantScheme("e2m1", (4, 6), zero_points=False, activations="e4m3", activation_group=10),
 )  # fmt: skip

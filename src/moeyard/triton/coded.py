@@ -92,14 +92,14 @@ def fused_coded_experts_launch(
     row_scales = None
     if plan.first_codes is not None:
         given = _given(scales.w13_input)
-        codes, row_scales = _room(out, scheme, *plan.first_shape, w13.shape[2])
+        codes, row_scales = room_for_codes(out, scheme, *plan.first_shape, w13.shape[2])
         plan.first_codes(hidden, given, None if given is None else routes, tiles, codes, row_scales)
         hidden = codes.view(w13.dtype)
     by_slot = scheme.static
     middle = out.new_empty(ids.numel(), w2.shape[2])
     plan.gate_up(hidden, w13, b13, None, None if by_slot else routes, tiles, row_scales, first_scales, middle)
     if plan.second_codes is not None:
-        codes, row_scales = _room(out, scheme, ids.numel(), plan.second_groups, w2.shape[2])
+        codes, row_scales = room_for_codes(out, scheme, ids.numel(), plan.second_groups, w2.shape[2])
         plan.second_codes(middle, _given(scales.w2_input), None, tiles, codes, row_scales)
         middle = codes.view(w2.dtype)
     second = out.new_empty(ids.numel(), out.shape[1])
@@ -119,14 +119,15 @@ def _given(scales: Tensor | None) -> Tensor | None:
     return None if scales is None else scales.float().contiguous()
 
 
-def _multiplies_e4m3(device: torch.device) -> bool:
+def multiplies_e4m3(device: torch.device) -> bool:
     """Whether matrix instructions take e4m3; Triton's interpreter does not."""
     return device.type in ("cuda", "meta") and card(device).capability >= (8, 9)
 
 
-def _room(out: Tensor, scheme: QuantScheme, rows: int, groups: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Codes [rows, columns] and their scales [rows, groups]."""
-    codes = torch.empty(rows, columns, dtype=_stored(scheme), device=out.device)
+def room_for_codes(out: Tensor, scheme: QuantScheme, rows: int, groups: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Codes [rows, columns] of activations, as `quantize_step` writes them, and their scales [rows, groups]."""
+    kind = torch.uint8 if scheme.activations == "e4m3" else torch.int8
+    codes = torch.empty(rows, columns, dtype=kind, device=out.device)
     return codes, torch.empty(rows, groups, dtype=torch.float32, device=out.device)
 
 
@@ -141,7 +142,7 @@ def _plan(
     n, here, programmatic = tokens * top_k, card(device), programmatic_on(device)
     expected = expected_routes(n, local, num_experts)
     coded, stepwise = scheme.activations != "none", bool(scheme.activation_group or scheme.block[1])
-    native = coded and (scheme.weights == "int8" or _multiplies_e4m3(device))
+    native = coded and (scheme.weights == "int8" or multiplies_e4m3(device))
     how: dict[str, Any] = {
         "stepwise": stepwise, "native": native, "wide": not coded and dtype.itemsize > 2, "card": here,
         "pinned": pinned,
@@ -165,10 +166,10 @@ def _plan(
         shared: dict[str, Any] = {
             "most_tiles": most_tiles, "tile_rows": first_tile.rows, "programmatic": programmatic,
         }  # fmt: skip
-        first_codes = _quantize(
+        first_codes = quantize_step(
             scheme, first_rows, hidden, row_stride, first_groups, 0, divisor, static=scheme.static, **shared
         )
-        second_codes = _quantize(
+        second_codes = quantize_step(
             scheme, n, size, size, second_groups, lead, 1,
             static=scheme.static and not scheme.dynamic_second, **shared,
         )  # fmt: skip
@@ -199,10 +200,11 @@ def _plan(
     )
 
 
-def _quantize(
+def quantize_step(
     scheme: QuantScheme, num_rows: int, columns: int, row_stride: int, groups: int, lead: int, divisor: int, *,
     static: bool, most_tiles: int, tile_rows: int, programmatic: bool,
 ) -> Step:  # fmt: skip
+    """Rows to codes of a scheme's activations; tiles count where scales are `static`, an expert's own."""
     grid = (most_tiles, tile_rows) if static else (num_rows, 1)
     return Step(
         coded_kernels.quantize_kernel, grid, (columns, row_stride, groups, lead, divisor, most_tiles),

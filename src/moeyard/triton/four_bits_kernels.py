@@ -11,8 +11,10 @@ from moeyard.triton.kernels import finished, start, tile_of_program
 
 
 @triton.jit
-def codes_of(words, zero, S: tl.constexpr, E2M1: tl.constexpr):
-    """Codes s of words: of e2m1 float16 times 2^-14, of int4 float32 less `zero`."""
+def codes_of(words, zero, S: tl.constexpr, E2M1: tl.constexpr, TYPE: tl.constexpr):
+    """Codes s of words: of e2m1 float16 times 2^-14, or e4m3 times 2^-6 if that is the type; of int4 float32 less
+    `zero`.
+    """
     bits = words.to(tl.int32)
     if E2M1:
         sizes: tl.constexpr = 0x0E00
@@ -25,7 +27,10 @@ def codes_of(words, zero, S: tl.constexpr, E2M1: tl.constexpr):
             bits = ((bits << 6) & sizes) | ((bits << 1) & sign)
         else:
             bits = ((bits << 9) & sizes) | ((bits << 2) & sign)
-        value = bits.to(tl.int16).to(tl.float16, bitcast=True)
+        if tl.float8e4nv == TYPE:
+            value = (((bits >> 8) & 0x80) | ((bits >> 7) & 0x1C)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
+        else:
+            value = bits.to(tl.int16).to(tl.float16, bitcast=True)
     else:
         value = ((bits >> (4 * S)) & 15).to(tl.float32) - zero
     return value
@@ -47,8 +52,8 @@ def scale_of(stored, KIND: tl.constexpr):
 
 @triton.jit
 def piece_of(words, zero, scale, S: tl.constexpr, E2M1: tl.constexpr, SCALED: tl.constexpr, TYPE: tl.constexpr):
-    """Weights [COLUMNS, 16] of a type; unscaled unless SCALED."""
-    value = codes_of(words, zero[:, None], S, E2M1)
+    """Weights [COLUMNS, 16] of a type, which holds each code exactly; unscaled unless SCALED."""
+    value = codes_of(words, zero[:, None], S, E2M1, TYPE)
     if SCALED:
         value = value.to(tl.float32) * (16384.0 if E2M1 else 1.0) * scale[:, None]
     return value.to(TYPE)
@@ -114,12 +119,13 @@ def part_of_sum(
 
 @triton.jit(do_not_specialize=["most_tiles", "divisor"])
 def four_bits_product_kernel(
-    rows_ptr,
+    rows_ptr,  # values, or codes of e4m3: as such where matrix instructions read them, else as uint8
     weight_ptr,  # int16
     bias_ptr,  # [experts, columns (gate, then up)] or None
     factors_ptr,  # float32 by route, or None
     routes_ptr,  # int32: the route of a slot, and times divisor its row; None: slots are rows
     tiles_ptr,  # int32 [3, most_tiles]: expert (-1: no tile), first slot, number of slots
+    row_scales_ptr,  # float32 by row, or None where rows are values
     scales_ptr,
     zeros_ptr,  # uint8, or None: 8
     globals_ptr,  # float32 [experts, matrices], or None
@@ -183,6 +189,8 @@ def four_bits_product_kernel(
             at = first_at + group * 16
             for part in tl.static_range(dots):
                 rows = tl.load(row_at + (step * 64 + part * (64 // dots)), mask=held, other=0.0)
+                if rows.dtype == tl.uint8:
+                    rows = widened(rows, True, tl.float16)
                 gate = part_of_sum(
                     words, rows, gate, scales_ptr, zeros_ptr, at, part, parts, E2M1, KIND, SCALED, COLUMNS, SWAPPED
                 )
@@ -192,8 +200,13 @@ def four_bits_product_kernel(
                         SWAPPED,
                     )  # fmt: skip
         if E2M1 and not SCALED:
-            gate *= 16384.0
-            up *= 16384.0
+            unit: tl.constexpr = 64.0 if rows_ptr.dtype.element_ty == tl.float8e4nv else 16384.0
+            gate *= unit
+            up *= unit
+        if row_scales_ptr is not None:
+            factor = tl.load(row_scales_ptr + sources)
+            gate *= factor[None, :] if SWAPPED else factor[:, None]
+            up *= factor[None, :] if SWAPPED else factor[:, None]
         if globals_ptr is not None:
             gate *= tl.load(globals_ptr + expert * (2 if GATED else 1))
             if GATED:

@@ -129,17 +129,19 @@ def coded_tile(
 
 @cache
 def four_bit_tile(
-    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, scaled: bool, itemsize: int, card: Card
-) -> Tile:
+    num_rows: int, experts: int, columns: int, size: int, *, gated: bool, scaled: bool, itemsize: int, card: Card,
+    widened: bool = False,
+) -> Tile:  # fmt: skip
     """The tile of weights of 4 bits: as of 16-bit weights, but 64 columns a step.
 
-    At most 128 weight rows, gate and up together. Tall tiles have half as many where both operands lie in registers. On
-    compute capability 9.0 weights are the long side of wgmma, which takes that from registers, where they are widened:
-    256 rows then, unless a group's sums stand beside the others since weights are not `scaled`.
+    At most 128 weight rows, gate and up together. Tall tiles have half as many where both operands lie in registers,
+    and tiles of 32 rows where codes of these are `widened` there. On compute capability 9.0 weights are the long side
+    of wgmma, which takes that from registers, where they are widened: 256 rows then, unless a group's sums stand beside
+    the others since weights are not `scaled`.
     """
     like = product_tile(num_rows, experts, columns, size, gated=gated, itemsize=itemsize, card=card)
     hopper = card.capability[0] == 9 and itemsize == 2
-    most = 64 if like.rows >= 64 and not hopper else 256 if hopper and scaled else 128
+    most = 64 if like.rows >= (32 if widened else 64) and not hopper else 256 if hopper and scaled else 128
     width = min(like.columns * (2 if gated else 1), most)
     stages = _stages((2 * like.rows * itemsize + width) * 32, card.shared_bytes)
     own = width // 2 if gated else width

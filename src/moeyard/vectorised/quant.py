@@ -12,6 +12,9 @@ from torch.nn import functional
 from moeyard.quant import LARGEST, LEAST_MAGNITUDE, QuantScheme, blocks_of
 from moeyard.values import ExpertWeights
 
+CHUNK_BYTES = 1 << 26
+"""Of float32 values that are made at a time."""
+
 
 class Matrices(NamedTuple):
     """One matrix of every expert, quantised or not."""
@@ -59,6 +62,15 @@ class Matrices(NamedTuple):
         if self.global_scales is not None:
             factor = factor * _chosen(self.global_scales, experts)[:, half].to(dtype).unsqueeze(2)
         return values * factor
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[E, R, C]: all experts, computed in float32 (float64: in that) some at a time, and rounded once."""
+        out = self.stored.new_empty((self.stored.shape[0], self.rows, self.columns), dtype=dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        step = max(1, CHUNK_BYTES // max(1, 4 * self.rows * self.columns))
+        for e in range(0, out.shape[0], step):
+            out[e : e + step] = self.part(slice(e, e + step), 0, self.rows, wide)
+        return out
 
 
 def matrices_of(weights: ExpertWeights) -> tuple[Matrices, Matrices]:

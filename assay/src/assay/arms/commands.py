@@ -4,11 +4,12 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from assay.arms import sandbox
+from assay.arms import sandbox, turns
 from assay.arms.process import PYTHON, Running
 from assay.arms.sandbox import CACHE, Finished
 from assay.arms.trees import Trees
@@ -52,20 +53,60 @@ def run(
     tree: Path | None = None,
 ) -> Finished:
     """A command in an arm's tree, or in `tree`, in its sandbox or, where that is not wanted, beside it."""
+    options: dict[str, Any] = {"sandboxed": sandboxed, "timeout_s": timeout_s, "writable": writable}
+    return turns.alone(steps(frozen, arm, command, **options, cache=cache, tree=tree))
+
+
+def steps(
+    frozen: Frozen,
+    arm: str,
+    command: Sequence[str],
+    *,
+    sandboxed: bool,
+    timeout_s: float,
+    writable: bool = False,
+    cache: Path | None = None,
+    tree: Path | None = None,
+) -> turns.Steps[Finished]:
+    """As `run`, beside others (turns.py)."""
     tree = tree or frozen.tree(arm)
     box = replace(frozen.box(arm, writable=writable, cache=cache), tree=tree)
     if sandboxed:
-        return sandbox.run(box, command, timeout_s=timeout_s)
+        return (yield from sandbox.steps(box, command, timeout_s=timeout_s))
     environment = dict(os.environ, **frozen.content["sandbox"]["environment"])
     environment |= {name: str(cache or frozen.cache(arm)) for name in ("XDG_CACHE_HOME", "NUMBA_CACHE_DIR")}
     environment["PATH"] = os.pathsep.join([str(Path(PYTHON).parent), environment.get("PATH", os.defpath)])
-    return _beside(places(frozen), arm, box, command, environment, timeout_s)
+    trees = Trees.at({arm: box.tree}, places(frozen))
+    return (yield from _in_place(trees, arm, box, command, environment, timeout_s))
+
+
+def prepared(
+    frozen: Frozen,
+    arm: str,
+    *,
+    sandboxed: bool,
+    most: Callable[[float], float],
+    cache: Path | None = None,
+    tree: Path | None = None,
+) -> turns.Steps[str]:
+    """Sets up and builds a tree as the task says, beside others: what failed, in words, or "".
+
+    `most`: so many seconds, or what is left of a budget; it raises where nothing is left.
+    """
+    wanted = frozen.content["commands"]
+    options: dict[str, Any] = {"sandboxed": sandboxed, "writable": True, "cache": cache, "tree": tree}
+    for command in [*wanted["setup"], *wanted["build"]]:
+        ended = yield from steps(frozen, arm, command, timeout_s=most(wanted["timeout_s"]), **options)
+        most(1)  # else it was not late, but cut short
+        if ended.status:
+            return f"{' '.join(command)}: {words(ended)}"
+    return ""
 
 
 def beside(trees: Trees, arm: str, command: Sequence[str], timeout_s: float) -> str:
     """Runs a command once in an arm's tree, without a sandbox; how it ended, in words, "" if well."""
     box = Box(trees.trees[arm])
-    ended = _in_place(trees, arm, box, command, trees.environment(arm, 0), timeout_s)
+    ended = turns.alone(_in_place(trees, arm, box, command, trees.environment(arm, 0), timeout_s))
     return words(ended) if ended.status else ""
 
 
@@ -99,15 +140,9 @@ def words(ended: Finished) -> str:
     return "\n".join([f"{how}: {last}", *errors])
 
 
-def _beside(
-    folder: Path, arm: str, box: Box, command: Sequence[str], environment: dict[str, str], timeout_s: float
-) -> Finished:
-    return _in_place(Trees.at({arm: box.tree}, folder), arm, box, command, environment, timeout_s)
-
-
 def _in_place(
     trees: Trees, arm: str, box: Box, command: Sequence[str], environment: dict[str, str], timeout_s: float
-) -> Finished:
+) -> turns.Steps[Finished]:
     with tempfile.TemporaryFile() as log:
         running = Running(
             arm,
@@ -122,7 +157,7 @@ def _in_place(
         start = time.perf_counter()
         try:
             running.release()
-            ended = running.wait(timeout_s)
+            ended = yield from running.ending(timeout_s)
             running.watch(now=True)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:

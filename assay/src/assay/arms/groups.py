@@ -1,4 +1,4 @@
-"""Memory and number of processes of one arm: a cgroup where one may be made, else a look at every wait of the judge.
+"""What one arm has of the machine: a cgroup where one may be made, else a look at every wait of the judge.
 
 No limit on address space: a CUDA context reserves hundreds of GB of it.
 """
@@ -25,7 +25,7 @@ class Group:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.folders: list[Path] = []
-        self._on_disk, self._pipes, self._look_at_disk = 0, 0, time.monotonic() + _DISK_S
+        self._on_disk, self._look_at_disk = 0, time.monotonic() + _DISK_S
         values = {"memory": limits.memory_bytes, "pids": limits.most_processes and limits.most_processes + OURS}
         wanted = {controller: value for controller, value in values.items() if value is not None}
         for groups in _places(wanted):
@@ -52,16 +52,15 @@ class Group:
         """
         limits = self.limits
         if limits.disk_bytes is not None:
-            printed = os.fstat(log).st_size
-            if now or time.monotonic() >= self._look_at_disk:  # a look takes a while where there are many files
+            printed, looks = os.fstat(log).st_size, time.monotonic() >= self._look_at_disk
+            if now or looks:  # a look takes a while where there are many files
                 start = time.monotonic()
                 self._on_disk = sum(map(_bytes_below, limits.folders))
-                self._pipes = len(_pipes(members))
                 self._look_at_disk = time.monotonic() + max(_DISK_S, 20 * (time.monotonic() - start))
             if (used := printed + self._on_disk) > limits.disk_bytes:
                 return f"wrote {used} bytes, more than {limits.disk_bytes}"
-            if limits.most_pipes is not None and self._pipes > limits.most_pipes:
-                return f"had {self._pipes} pipes, more than {limits.most_pipes}"
+            if (now or looks) and (words := self.piped(members)):
+                return words
         if self.folders:
             killed = any(_killed(folder) for folder in self.folders)
             return f"used more than {limits.memory_bytes} bytes of memory" if killed else ""
@@ -70,6 +69,12 @@ class Group:
         if limits.memory_bytes is not None and (used := sum(map(_own_bytes, members))) > limits.memory_bytes:
             return f"used {used} bytes of memory, more than {limits.memory_bytes}"
         return ""
+
+    def piped(self, members: Sequence[int]) -> str:
+        """Whether members have too many pipes, in words; "" if not."""
+        most = self.limits.most_pipes
+        had = 0 if most is None else len(_pipes(members))
+        return f"had {had} pipes, more than {most}" if most is not None and had > most else ""
 
     def end(self) -> None:
         """Removes the groups, whose processes have been killed; a dying one is waited for."""

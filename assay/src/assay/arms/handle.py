@@ -1,10 +1,8 @@
 """The judge's side of a worker: starts it, sends requests, times from before the input can be read to the last byte."""
 
-import fcntl
 import marshal
 import math
 import os
-import select
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from assay.arms.channel import Channel
 from assay.arms.inside.wire import HEAD, frame
 from assay.arms.process import PYTHON, Running, Wrap
 from assay.arms.sandbox import INSIDE
@@ -21,8 +20,6 @@ from assay.contract.box import Limits
 from assay.contract.errors import ArmError
 from assay.contract.workload import Workload
 
-_PIPE = 1 << 20
-_SET_PIPE_SIZE = 1031
 _OPTIONS = ("kind", "target", "chain", "links", "clock", "graph", "case", "paths")
 MOST_BYTES, _MOST_WORDS, _WORDS = 1 << 32, 1 << 20, 2000
 """Of a reply: a worker shall not make the judge run out of memory."""
@@ -47,6 +44,8 @@ class Reply:
     inner: float
     """What the worker says: evidence, or the figure itself if its clock is the declared one."""
     body: bytes | bytearray
+    at: float = 0.0
+    """The judge's clock when its last byte had come."""
 
 
 class Worker:
@@ -74,16 +73,11 @@ class Worker:
         """
         self.arm, self.timeout_s = arm, timeout_s
         self.log: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - closed by end()
-        there, self._requests = os.pipe()
-        self._replies, back = os.pipe()
         try:
-            for fd in (there, back):
-                fcntl.fcntl(fd, _SET_PIPE_SIZE, _PIPE)
-        except OSError as problem:  # a user's pages for pipes are counted: somebody has taken them all
-            for fd in (there, back, self._requests, self._replies):
-                os.close(fd)
+            self.channel = Channel(arm, timeout_s)
+        except ArmError:
             self.log.close()
-            raise ArmError(arm, f"no pipe of {_PIPE} bytes is to be had: {problem.strerror}", infra=True) from None
+            raise
         worker = place.parent / "worker.py" if wrap else INSIDE / "worker.py"
         try:
             self.running = Running(
@@ -93,20 +87,14 @@ class Worker:
                 place,
                 environment,
                 log=self.log.fileno(),
-                fds=(there, back),
+                fds=self.channel.theirs,
                 namespaces=namespaces,
                 wrap=wrap,
                 limits=limits,
                 weighs=weighs,
             )
         finally:
-            os.close(there)
-            os.close(back)
-        os.set_blocking(self._requests, False)
-        os.set_blocking(self._replies, False)
-        self._readable, self._writable = select.poll(), select.poll()
-        self._readable.register(self._replies, select.POLLIN)
-        self._writable.register(self._requests, select.POLLOUT)
+            self.channel.started()
         self.started = self.running.release()
         # Nothing of what is done with it: how often it is called, in which turns, with which tolerances.
         options: dict[str, object] = {name: getattr(workload, name) for name in _OPTIONS}
@@ -132,17 +120,13 @@ class Worker:
         """
         mark = _mark()
         data = frame(letter, number, mark, [bytes(part) if isinstance(part, bytearray) else part for part in body])
-        whole = memoryview(b"".join(data))
+        whole = b"".join(data)
         self.running.watch_in_time()
         stop = time.monotonic() + self.timeout_s
         start = time.perf_counter()
         try:
-            while whole:
-                try:
-                    whole = whole[os.write(self._requests, whole) :]
-                except BlockingIOError:
-                    self._wait(self._writable, stop)
-            head = self._read(HEAD.size, stop)
+            self.channel.write(whole, self.running, stop)
+            head = self.channel.read(HEAD.size, self.running, stop)
             size, kind, inner, marked = HEAD.unpack(head)
             if marked != mark or kind not in (b"r", b"x"):
                 raise ArmError(self.arm, "sent a reply that was not asked for", tampered=True)
@@ -151,33 +135,13 @@ class Worker:
             allowed = most if kind == b"r" else min(most, _MOST_WORDS)
             if size > allowed:
                 raise ArmError(self.arm, f"announced a reply of {size} bytes, more than {allowed}")
-            reply = self._read(size, stop)
+            reply = self.channel.read(size, self.running, stop)
         except (BrokenPipeError, EOFError):
             raise self._last_words() from None
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         if kind != b"r":
             raise ArmError(self.arm, _last(bytes(reply)))
-        return Reply(seconds, inner, reply)
-
-    def _read(self, size: int, stop: float) -> bytearray:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
-            try:
-                count = os.readv(self._replies, [view[got:]])
-            except BlockingIOError:
-                self._wait(self._readable, stop)
-                continue
-            if count == 0:
-                raise EOFError
-            got += count
-        return data
-
-    def _wait(self, poller: "select.poll", stop: float) -> None:
-        while not poller.poll(self.running.every_s * 1000):
-            self.running.watch()
-            if time.monotonic() > stop:
-                raise ArmError(self.arm, f"did not answer within {self.timeout_s:g} s", killed=True)
+        return Reply(end - start, inner, reply, end)
 
     def _last_words(self) -> ArmError:
         try:
@@ -190,8 +154,7 @@ class Worker:
 
     def finish(self, timeout_s: float) -> str:
         """Lets it end by itself; all that it and its `prefix` have printed. ArmError if it does not end so in time."""
-        os.close(self._requests)
-        self._requests = -1
+        self.channel.end_writing()
         status = self.running.wait(timeout_s).status
         self.log.seek(0)
         printed = self.log.read().decode(errors="replace")
@@ -202,9 +165,7 @@ class Worker:
     def end(self) -> None:
         """Kills it and whatever it started."""
         self.running.end()
-        for fd in (self._requests, self._replies):
-            if fd >= 0:
-                os.close(fd)
+        self.channel.close()
         self.log.close()
 
 

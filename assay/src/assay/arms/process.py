@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from assay.arms import turns
 from assay.arms.groups import Group
 from assay.arms.inside.supervisor import (
     LIBC,
@@ -138,7 +139,7 @@ class Running:
 
         Raises ArmError if it does not come so far within a minute. What else goes wrong is told by `wait`.
         """
-        self._told = self._told or self._line(_START_S, "start")
+        self._told = self._told or turns.alone(self._line(_START_S, "start"))
         now = time.perf_counter()
         with contextlib.suppress(BrokenPipeError):
             os.write(self._gate, b"!")
@@ -146,8 +147,12 @@ class Running:
 
     def wait(self, timeout_s: float) -> Ended:
         """The command's end. Raises ArmError if it does not come in time or the command could not be started."""
+        return turns.alone(self.ending(timeout_s))
+
+    def ending(self, timeout_s: float) -> turns.Steps[Ended]:
+        """As `wait`, beside others (turns.py)."""
         while not self._told or "ready" in self._told:
-            self._told = self._line(timeout_s, "end")
+            self._told = yield from self._line(timeout_s, "end")
             self.watch()
             if not self._told:
                 raise ArmError(self.arm, "its supervisor was killed", infra=True)
@@ -155,13 +160,11 @@ class Running:
             raise ArmError(self.arm, self._told["error"], infra="supervised" in self._told["error"])
         return Ended(**self._told)
 
-    def _line(self, timeout_s: float, what: str) -> dict[str, Any]:
+    def _line(self, timeout_s: float, what: str) -> turns.Steps[dict[str, Any]]:
         """What the supervisor says next; {} if it never will. ArmError if it says nothing in time."""
         stop = time.monotonic() + timeout_s
-        poller = select.poll()
-        poller.register(self._status, select.POLLIN)
         while b"\n" not in self._text:
-            if not poller.poll(min(self.every_s, max(0.0, stop - time.monotonic())) * 1000):
+            if not (yield turns.Wait(self._status, min(time.monotonic() + self.every_s, stop))):
                 self.watch()
                 if time.monotonic() >= stop:
                     raise LateError(self.arm, f"did not {what} within {timeout_s:g} s", killed=True)
@@ -180,7 +183,10 @@ class Running:
         members = self.members()
         if self._weighs:
             self._heaviest = max(self._heaviest, sum(map(own_kib, members)))
-        words = self.group.exceeded(members, self._log, now)
+        self._killed_for(self.group.exceeded(members, self._log, now))
+
+    def _killed_for(self, words: str) -> None:
+        """Kills all members and raises ArmError if there are words of what they have too much of."""
         if words:
             self._signal(signal.SIGKILL)
             raise ArmError(self.arm, words, killed=True)
@@ -225,9 +231,11 @@ class Running:
     def freeze(self) -> float:
         """Stops every member; until none is new, since a process may fork while others are being stopped.
 
-        Returns their processor seconds: `thaw` finds the same, if they were stopped indeed.
+        Returns their processor seconds: `thaw` finds the same, if they were stopped indeed. ArmError if they have so
+        many pipes that others, whose turn it is, would have to do with less.
         """
         self._frozen = {process: cpu_seconds(process) for process in self._signal(signal.SIGSTOP)}
+        self._killed_for(self.group.piped(list(self._frozen)))
         return sum(self._frozen.values())
 
     def thaw(self) -> float:

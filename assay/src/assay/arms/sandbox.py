@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from assay.arms import inside
+from assay.arms import inside, turns
 from assay.arms.process import PREFIX, PYTHON, Running
 from assay.contract.box import MOST_DISK, Box
 from assay.contract.errors import ArmError
@@ -163,6 +163,11 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
 
     Raises ArmError if the sandbox or the command cannot be started.
     """
+    return turns.alone(steps(box, argv, timeout_s=timeout_s, stdin=stdin))
+
+
+def steps(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") -> turns.Steps[Finished]:
+    """As `run`, beside others (turns.py)."""
     with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as given:
         given.write(stdin)
         given.seek(0)
@@ -181,7 +186,7 @@ def run(box: Box, argv: Sequence[str], *, timeout_s: float, stdin: bytes = b"") 
         start = time.perf_counter()
         try:
             start = running.release()
-            ended = running.wait(timeout_s)
+            ended = yield from running.ending(timeout_s)
             running.watch(now=True)
             status, left, killed = ended.status, ended.left, ""
         except ArmError as problem:

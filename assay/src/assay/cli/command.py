@@ -77,6 +77,18 @@ def beside_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def build_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of commands that build trees."""
+    most = "trees that are built beside each other (all, at most one per two processors)"
+    parser.add_argument("--build-jobs", type=_jobs, default=0, metavar="N", help=most)
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text}")
+    return int(text)
+
+
 def beside(given: argparse.Namespace) -> Conditions:
     """What these options ask for."""
     return Conditions(given.patient, given.pin, given.isolate)

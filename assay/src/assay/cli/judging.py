@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assay.cli.command import EPILOG, SANDBOX, STORE, Command, beside, beside_arguments
+from assay.cli.command import EPILOG, SANDBOX, STORE, Command, beside, beside_arguments, build_arguments
 from assay.cli.plans import told
 from assay.contract.errors import UsageError
 from assay.contract.frozen import FILE
@@ -32,6 +32,7 @@ def _patch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", type=Path, default=STORE, help="ledger and attempts (%(default)s)")
     parser.add_argument("--no-sandbox", action="store_true", help=SANDBOX)
     parser.add_argument("--skip", type=_gates, default=(), metavar="GATE,GATE", help=_SKIP)
+    build_arguments(parser)
 
 
 def _judge_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,12 @@ def _sources(given: argparse.Namespace) -> "list[Source]":
     return [Source("patch", str(path)) for path in found]
 
 
+def _options(given: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """What `judge` and `prepared` are told alike."""
+    options: dict[str, Any] = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
+    return options | {"build_jobs": given.build_jobs}
+
+
 def _judge(given: argparse.Namespace, progress: Progress) -> int:
     from assay.contract import task
     from assay.judgement.attempt import judge
@@ -71,7 +78,7 @@ def _judge(given: argparse.Namespace, progress: Progress) -> int:
     if len(sources) > 1:
         progress.end()
         return _many(given, sources)
-    options: dict[str, Any] = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
+    options = _options(given, progress)
     found, folder = judge(read, sources[0], given.store.resolve(), conditions=beside(given), **options)
     progress.end()
     return told(found, folder, given.json)
@@ -89,6 +96,7 @@ def _many(given: argparse.Namespace, sources: "list[Source]") -> int:
         "--json",
         *(["--no-sandbox"] if given.no_sandbox else []),
         *(["--skip", ",".join(given.skip)] if given.skip else []),
+        *(["--build-jobs", str(given.build_jobs)] if given.build_jobs else []),
         f"--patient={given.patient}",
         *(["--pin"] if given.pin else []),
         *(["--isolate"] if given.isolate else []),
@@ -130,7 +138,7 @@ def _prepare(given: argparse.Namespace, progress: Progress) -> int:
     read, sources = task.read(given.task, given.base), _sources(given)
     if len(sources) > 1:
         raise UsageError(f"--patch: expected one, got {len(sources)}")
-    options: dict[str, Any] = {"sandboxed": not given.no_sandbox, "skipped": given.skip, "told": progress.told}
+    options = _options(given, progress)
     frozen, found = prepared(read, sources[0], given.store.resolve(), **options)
     progress.end()
     if found is not None:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from assay.cli.command import SANDBOX, Command, beside, beside_arguments
+from assay.cli.command import SANDBOX, Command, beside, beside_arguments, build_arguments
 from assay.contract.errors import Status, UsageError
 from assay.contract.frozen import Frozen, written
 from assay.judgement.decision import decide
@@ -25,6 +25,7 @@ def _measure_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RAW", help="folder; goes on with what is there")
     parser.add_argument("--seconds", type=float, default=_SLICE_S, help="at most, then run it again (%(default)s)")
     parser.add_argument("--no-sandbox", action="store_true", help=SANDBOX)
+    build_arguments(parser)
     beside_arguments(parser)
 
 
@@ -42,7 +43,7 @@ def _measure(given: argparse.Namespace, progress: Progress) -> int:
     with locks.held(frozen.content["sandbox"]["device"], alone=True, waiting=waiting) as environment:
         left = given.seconds - (time.monotonic() - start) if math.isfinite(given.seconds) else math.inf
         options: dict[str, Any] = {"sandboxed": not given.no_sandbox, "environment": environment}
-        options |= {"conditions": beside(given), "told": progress.told}
+        options |= {"conditions": beside(given), "told": progress.told, "build_jobs": given.build_jobs}
         done = measure(frozen, given.out, seconds=left, **options)
     progress.end()
     terminal.line(f"{'measured' if done else 'not finished, run it again'}: {given.out}")

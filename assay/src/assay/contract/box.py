@@ -13,6 +13,8 @@ MOST_DISK = 16 << 30
 _PAGE = 4096
 MOST_FILES = 8192
 """Open files of one process, pipes among them."""
+PIPE_PAGES = 16
+"""Of a pipe that was not made larger."""
 MOST_PIPES = 512
 """Of an arm: the kernel counts a user's pages for pipes, and who has them all leaves none to the judge."""
 

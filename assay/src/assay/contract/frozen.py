@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,28 @@ class Frozen:
             disk_bytes=wanted.get("disk_bytes"),
         )
 
-    def check(self) -> None:
-        """ValueError if a tree or a file of the task is not what was frozen. Only before anything was built."""
-        found = {arm: of_folder(self.tree(arm)) for arm in self.arms}
+    @property
+    def ahead(self) -> bool:
+        """Whether trees are built where the plan is prepared."""
+        return bool(self.content["commands"].get("where") == "prepared")
+
+    def check(self, built: Mapping[str, str] | None = None) -> None:
+        """ValueError if a tree or a file of the task is not what was frozen. Only before anything was built.
+
+        `built`: digests of arms that were built, as `digest_of` gave them; these are what is expected then.
+        """
+        found = {arm: self.digest_of(arm) if built else of_folder(self.tree(arm)) for arm in self.arms}
         found |= {name: of_folder(self.folder / name) for name in OWN}
         for name, digest in found.items():
-            wanted = self.content[name] if name in OWN else self.content["trees"][name]
+            wanted = self.content[name] if name in OWN else (built or self.content["trees"]).get(name)
             if digest != wanted:
-                raise ValueError(f"PLAN: expected {name} to be what was frozen, {wanted}, got {digest}")
+                how = "built" if built and name not in OWN else "frozen"
+                raise ValueError(f"PLAN: expected {name} to be what was {how}, {wanted}, got {digest}")
+
+    def digest_of(self, arm: str) -> str:
+        """Of an arm that was built: its tree, and what building has left in its caches."""
+        parts = (of_folder(self.tree(arm)), of_folder(self.cache(arm)))
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
 
 def written(file: Path, text: str) -> None:

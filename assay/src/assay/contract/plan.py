@@ -58,6 +58,7 @@ class CommandsFacts:
     setup: list[Annotated[list[str], {"minItems": 1}]]
     build: list[Annotated[list[str], {"minItems": 1}]]
     timeout_s: Positive
+    where: Annotated[Literal["measured", "prepared"], ADDED] = "measured"
 
 
 @dataclass(frozen=True)

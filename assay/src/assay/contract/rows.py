@@ -85,10 +85,18 @@ class Block:
         {"description": "what an arm that has patched its worker could spare beside, as base's worker measures it"},
         ADDED,
     ]
+    late_s: Annotated[
+        float,
+        {"description": "what a call of the candidate takes longer, beside base's, when the next follows at once"},
+        ADDED,
+    ] = 0.0
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
     compared: Count
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]
     mismatch: Annotated[Mismatch | None, {"description": "the first of them"}, ADDED] = None
+    elsewhere: Annotated[
+        str, {"description": "how calls by another program than assay's worker differ from base's, in words"}, ADDED
+    ] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,11 @@ class Commands:
     build: tuple[Command, ...] = ()
     timeout_s: Positive = 600.0
     """Of each command."""
+    where: Literal["measured", "prepared"] = "measured"
+    """Where trees are built that are prepared on one machine and measured on another.
+
+    `prepared`: what is built there runs on the other machine, too. It is carried there with its digests.
+    """
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -70,7 +75,8 @@ class Timed:
     worker: Literal["untrusted", "trusted"] = "untrusted"
     """Whether a patch may have its worker in its hands; only what that cannot explain is then called faster.
 
-    `trusted` is for patches of one's own: a chain's function, and copies of arguments and outputs, are then no bound.
+    `trusted` is for patches of one's own: a chain's calls, copies of arguments and outputs, and what is left for the
+    time after an answer are then no bound. Without it no chain is called faster.
     """
 
 

@@ -40,6 +40,8 @@ class Blocks:
     """What was taken out of every figure of a clean block for sending."""
     spared: list[float] = field(default_factory=list)
     """What an arm that has patched its worker could spare beside, in each clean block."""
+    late: list[float] = field(default_factory=list)
+    """What the candidate's calls take longer where the next one follows at once, in each clean block."""
     contaminated: int = 0
     compared: int = 0
     """Calls whose outputs were compared, in clean blocks."""
@@ -55,8 +57,11 @@ class Blocks:
 
     def add(self, block: dict[str, Any]) -> None:
         """Takes a block of RAW: its primary figures if it is clean."""
-        self.grown = not (block["differing"] or block["reasons"])
-        if block["differing"]:
+        elsewhere = block.get("elsewhere", "")
+        self.grown = not (block["differing"] or block["reasons"] or elsewhere)
+        if elsewhere:
+            self.incorrect = f"called by another program than assay's worker: {elsewhere}"
+        elif block["differing"]:
             self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
             self.incorrect += _told(block.get("mismatch"))
         elif block["reasons"]:
@@ -67,6 +72,7 @@ class Blocks:
         else:
             self.transport.append(block.get("transport_s", 0.0))
             self.spared.append(block.get("spared_s", 0.0))
+            self.late.append(block.get("late_s", 0.0))
             self.compared += block.get("compared", 0)
             for arm, figure in block["primary"].items():
                 self.seconds.setdefault(arm, []).append(figure)
@@ -102,7 +108,7 @@ class Blocks:
         base, candidate, control = (self.seconds[arm] for arm in ARMS)
         looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
         seen = judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
-        if seen.verdict == "faster" and any((*self.transport, *self.spared)):
+        if seen.verdict == "faster" and any((*self.transport, *self.spared, *self.late)):
             bounded = judge(base, self.bounded(), control, delta=delta, contaminated=self.contaminated, looks=looks)
             if bounded.verdict != "faster":
                 last = seen.blocks == looks[-1].blocks
@@ -128,8 +134,11 @@ class Blocks:
         )
 
     def bounded(self) -> list[float]:
-        """The candidate's figures as if it had spared all that is in the hands of its own process."""
-        columns = (self.seconds["candidate"], self.transport, self.spared)
+        """The candidate's figures as if it had spared all that is in the hands of its own process.
+
+        Each is what a call takes where the next one follows at once, with what the worker could spare.
+        """
+        columns = (self.seconds["candidate"], self.transport, self.spared, self.late)
         return [sum(figures) for figures in zip(*columns, strict=True)]
 
 

@@ -19,7 +19,7 @@ from assay.contract.rows import Counted
 from assay.contract.workload import Plan
 from assay.experiment.exchange import Exchange
 from assay.experiment.inputs import Inputs
-from assay.experiment.samples import command_sample
+from assay.experiment.processes import command_sample
 
 _CALLS, _LEAST_CALLS = 8, 2
 _SLOWER, _SPAN_S = 50.0, 2.0

@@ -8,7 +8,8 @@ from assay.arms.trees import Trees
 from assay.contract import seeds
 from assay.contract.workload import Plan
 from assay.experiment.inputs import Inputs
-from assay.experiment.samples import command_sample, worker_samples
+from assay.experiment.processes import command_sample
+from assay.experiment.samples import worker_samples
 
 
 def once(plan: Plan, alone: Trees, base: Trees, label: str, inputs: int = 1) -> None:

@@ -1,34 +1,28 @@
-"""One block: every arm once, in random order, with nothing of another arm running."""
+"""One block: a worker per arm, in random order, with nothing of another arm running."""
 
 import random
 import statistics
-import tempfile
 import time
 from collections.abc import Container, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import IO
 
 import numpy as np
 
 from assay.arms.handle import Reply, Worker, started
 from assay.arms.inside.wire import encode
-from assay.arms.process import MOST_FROZEN_S, Running
+from assay.arms.process import MOST_FROZEN_S
 from assay.arms.trees import Trees
-from assay.contract import traces
 from assay.contract.errors import ArmError, NotRepeatableError
 from assay.contract.workload import Plan, Workload
+from assay.experiment import pacing
 from assay.experiment.canonical import UNREADABLE, canonical
 from assay.experiment.exchange import After, Exchange, asked
 from assay.experiment.outputs import digest, same
 from assay.machine import gpu
 from assay.machine.objects import held
 
-_MOST_BODIES, _MOST_WORDS = 32 << 20, 1 << 16
-_LATE_S = 0.1
-"""How long what a command has left behind is looked at: whether it works."""
-_STARVED_S = 5.0
-"""How long at most, where it would work and other processes of the machine leave it no processor."""
+_MOST_BODIES = 32 << 20
 
 
 @dataclass
@@ -49,12 +43,18 @@ class Sample:
     echoes: list[float] = field(default_factory=list)
     """Seconds that sending alone takes, once per round."""
     spared: list[float] = field(default_factory=list)
-    """Seconds of a request but for its calls and what is sent, once per round."""
+    """Seconds of a copy of arguments and output per call of a request, once per round."""
+    followed: list[float] = field(default_factory=list)
+    """Seconds from one answer to the next, of calls that followed one another at once."""
     outputs: list[bytes] = field(default_factory=list)
     bodies: dict[int, bytes] = field(default_factory=dict)
     """By call, the output as it was sent, as far as there is room: what people are shown of one that differs."""
+    more: list[bytes] = field(default_factory=list)
+    """Outputs of the calls that followed the last one of a turn; in the end they stand behind the others."""
     room: int = _MOST_BODIES
     """Bytes of outputs that may still be kept so."""
+    late: float = 0.0
+    """Seconds that a call takes longer, beside base's, where the next one follows at once."""
     awake_s: float = 0.0
     """Seconds in which the arm's processes were not frozen."""
     after: dict[int, After] = field(default_factory=dict)
@@ -65,68 +65,6 @@ class Sample:
     """By a command that was started by another program."""
 
 
-def command_sample(arm: str, plan: Plan, trees: Trees, hash_seed: int, prefix: Sequence[str] = ()) -> Sample:
-    """One run of the command, a process of its own. Raises ArmError if it fails or is too late.
-
-    `prefix`: a program that starts it, with its arguments; what both have printed is then kept.
-    """
-    if plan.workload.prepare:
-        _run(arm, plan, plan.workload.prepare, trees, hash_seed, "--prepare ")
-    found, printed = _run(arm, plan, [*prefix, *plan.workload.command], trees, hash_seed)
-    return replace(found, printed=printed if prefix else "")
-
-
-def _run(
-    arm: str, plan: Plan, command: Sequence[str], trees: Trees, hash_seed: int, what: str = ""
-) -> tuple[Sample, str]:
-    """A process of its own, and what it printed."""
-    place, environment = trees.place(arm), trees.environment(arm, hash_seed)
-    with tempfile.TemporaryFile() as log:
-        running = Running(
-            arm,
-            command,
-            trees.trees[arm],
-            place,
-            environment,
-            log=log.fileno(),
-            namespaces=trees.namespaces,
-            wrap=trees.wrap(arm),
-            limits=trees.limits(arm),
-            weighs=plan.primary == "memory",
-        )
-        try:
-            start = running.release()
-            ended = running.wait(plan.timeout_s)
-            seconds = time.perf_counter() - start
-            running.watch(now=True)
-            peak_kib = max(ended.rss_kib, running.peak_kib())
-            escapes = ["a process went on working after the end"] if ended.left and _works(running) else []
-        finally:
-            running.end()
-        if ended.status:
-            words = traces.brief(_printed(log)[-_MOST_WORDS:]).strip()[-2000:]
-            raise ArmError(arm, f"{what}ended with status {ended.status}: {words}")
-        printed = _printed(log)
-    figures = {"wall": seconds, "memory": float(peak_kib), "processors": ended.cpu_s / seconds}
-    return Sample(figures, ended.cpu_s, ended.left, escapes=escapes, gpus=gpu.states(reached(trees))), printed
-
-
-def _printed(log: IO[bytes]) -> str:
-    log.seek(0)
-    return log.read().decode(errors="replace")
-
-
-def _works(running: Running) -> bool:
-    """Whether what a command has left behind uses the processor; a helper that waits, or is about to end, does not."""
-    used, begun, looked = running.cpu_seconds(), time.monotonic(), 0.0
-    while looked < _LATE_S or (looked < _STARVED_S and running.runnable()):
-        time.sleep(_LATE_S / 20)  # a look in the end would not see what has ended by then
-        if running.cpu_seconds() - used > MOST_FROZEN_S:
-            return True
-        looked = time.monotonic() - begun
-    return False
-
-
 def worker_samples(
     plan: Plan,
     trees: Trees,
@@ -135,26 +73,27 @@ def worker_samples(
     seed: int,
     expected: int | None = None,
     loops: int = 1,
+    more: Sequence[bytes] = (),
 ) -> dict[str, Sample]:
     """A fresh worker an arm, in the order that `order` draws; the calls of each, with the same inputs.
 
     With one round an arm's worker has ended before the next one starts. With more, all are started, and take turns: the
     others are frozen meanwhile, and their processor time is read before and after. `expected`: bytes of base's outputs.
-    `loops`: calls a request, as calibrated; all seconds are those of one call.
+    `loops`: calls a request, as calibrated; all seconds are those of one call. `more`: inputs of the calls that follow
+    at once (pacing.py), one per round, or none.
     """
     arms = list(trees.trees)
     order.shuffle(arms)
     workload = plan.workload
     samples: dict[str, Sample] = {}
-    questions = [workload.compares and asked(order) for _ in inputs]
+    turns = _turns(workload, order, inputs, more)
     if workload.rounds == 1:
         for arm in arms:
             with ExitStack() as stack:
-                exchange = _started(arm, plan, trees, seed, inputs, questions, samples, expected, loops)
+                exchange = _started(arm, plan, trees, seed, turns[0], samples, expected, loops)
                 stack.callback(exchange.worker.end)
-                timed, asking, begun = inputs[workload.warmups :], questions[workload.warmups :], time.perf_counter()
-                _calls(exchange, workload, timed, asking, samples[arm], loops)
-                _echo(exchange, workload, inputs[-1], samples[arm], loops)
+                begun = time.perf_counter()
+                _take(exchange, workload, turns[1], samples[arm], loops)
                 samples[arm].awake_s += time.perf_counter() - begun
                 _close(exchange.worker, samples[arm], reached(trees))
     else:
@@ -162,15 +101,42 @@ def worker_samples(
             exchanges: dict[str, Exchange] = {}
             used: dict[str, float] = {}
             for arm in arms:
-                exchanges[arm] = _started(arm, plan, trees, seed, inputs, questions, samples, expected, loops)
+                exchanges[arm] = _started(arm, plan, trees, seed, turns[0], samples, expected, loops)
                 stack.callback(exchanges[arm].worker.end)
                 used[arm] = exchanges[arm].worker.running.freeze()
-            timed, asking = inputs[workload.warmups :], questions[workload.warmups :]
-            _take_turns(exchanges, used, workload, order, timed, asking, samples, loops)
+            _take_turns(exchanges, used, workload, order, turns[1:], samples, loops)
             for arm, exchange in exchanges.items():
                 _close(exchange.worker, samples[arm], reached(trees))
+    for sample in samples.values():
+        sample.outputs += sample.more
     _figures(workload, samples)
     return samples
+
+
+@dataclass
+class _Turn:
+    """What a worker is asked between two freezes."""
+
+    inputs: Sequence[bytes]
+    questions: Sequence[bool]
+    """After which of them it is asked, which is in no figure."""
+    more: bytes | None = None
+    """The input of a call that follows at once."""
+
+
+def _turns(workload: Workload, order: random.Random, inputs: Sequence[bytes], more: Sequence[bytes]) -> list[_Turn]:
+    """The calls that are not timed, then a turn per round."""
+    questions = [workload.compares and asked(order) for _ in inputs]
+    first, share = workload.warmups, -(-(len(inputs) - workload.warmups) // workload.rounds)
+    found = [_Turn(inputs[:first], questions[:first])]
+    for start in range(first, len(inputs), share):
+        found.append(_Turn(inputs[start : start + share], questions[start : start + share]))
+    if more:
+        left = iter(more)
+        for turn, paced in zip(found[1:], pacing.drawn(order, workload.rounds), strict=True):
+            if paced:
+                turn.more, turn.questions = next(left), [*turn.questions[:-1], False]
+    return found
 
 
 def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
@@ -183,6 +149,13 @@ def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
     calls = [[without(one, sample.figures["transport"]) for one in sample.calls] for sample in samples.values()]
     for arm, seconds in paired(calls, workload.rounds, list(samples)).items():
         samples[arm].figures["steady"] = seconds
+    if "base" in samples and workload.clock == "judge":
+        base = samples["base"]
+        for sample in samples.values():
+            base_s, own_s = (
+                [without(one, base.figures["transport"]) for one in each.followed] for each in (base, sample)
+            )
+            sample.late = pacing.late(base_s, own_s, (base.figures["steady"], sample.figures["steady"]))
 
 
 def transport(samples: Mapping[str, Sample], arm: str) -> float:
@@ -214,13 +187,11 @@ def _take_turns(
     used: dict[str, float],
     workload: Workload,
     order: random.Random,
-    inputs: list[bytes],
-    questions: list[bool],
+    turns: Sequence[_Turn],
     samples: dict[str, Sample],
     loops: int,
 ) -> None:
-    share = -(-len(inputs) // workload.rounds)
-    for first in range(0, len(inputs), share):
+    for turn in turns:
         arms = list(exchanges)
         order.shuffle(arms)
         for arm in arms:
@@ -228,8 +199,7 @@ def _take_turns(
             sample.frozen_cpu_s += max(0.0, exchange.worker.running.thaw() - used[arm])
             begun = time.perf_counter()
             exchange.worker.ask(b"p")  # it is awake again
-            _calls(exchange, workload, inputs[first : first + share], questions[first : first + share], sample, loops)
-            _echo(exchange, workload, inputs[min(first + share, len(inputs)) - 1], sample, loops)
+            _take(exchange, workload, turn, sample, loops)
             used[arm] = exchange.worker.running.freeze()
             sample.awake_s += time.perf_counter() - begun
             if exchange.worker.running.sandboxed:
@@ -259,8 +229,7 @@ def _started(
     plan: Plan,
     trees: Trees,
     hash_seed: int,
-    inputs: list[bytes],
-    questions: list[bool],
+    turn: _Turn,
     samples: dict[str, Sample],
     expected: int | None,
     loops: int,
@@ -271,13 +240,14 @@ def _started(
     exchange = Exchange(started(arm, workload, trees, hash_seed, plan.timeout_s, weighs=weighs), expected)
     try:
         if workload.keeps(loops):
-            exchange.keep(inputs[0])
-        _calls(exchange, workload, inputs[: workload.warmups], questions, sample, loops)
+            exchange.keep(turn.inputs[0])
+        _calls(exchange, workload, turn, sample, loops)
         sample.figures = {"import": exchange.worker.import_s, "first": sample.calls[0]}
     except ArmError:
         exchange.worker.end()
         raise
     sample.calls.clear()
+    sample.followed.clear()
     sample.awake_s = time.perf_counter() - begun
     samples[arm] = sample
     return exchange
@@ -301,15 +271,17 @@ def _told(worker: Worker, seconds: float) -> float:
 def _calls(
     exchange: Exchange,
     workload: Workload,
-    inputs: list[bytes],
-    questions: Sequence[bool],
+    turn: _Turn,
     sample: Sample,
     loops: int,
 ) -> None:
-    """Calls one after another; `questions` says after which of them it is asked, which is in no figure."""
-    for given, question in zip(inputs, questions, strict=False):
+    """Calls one after another, and what was asked after them."""
+    before: float | None = None
+    for given, question in zip(turn.inputs, turn.questions, strict=True):
         reply = called(exchange, workload, given, loops)
         sample.calls.append(reply.seconds)
+        sample.followed += [] if before is None else [(reply.at - before) / loops]
+        before = None if question else reply.at
         sample.outputs.append(_kept(reply, workload))
         if workload.compares and len(reply.body) <= sample.room:
             sample.bodies[len(sample.outputs) - 1] = bytes(reply.body)
@@ -319,6 +291,17 @@ def _calls(
             sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
             if workload.constant:
                 exchange.keep(given)  # it was overwritten
+
+    if turn.more is not None and before is not None:
+        reply = called(exchange, workload, turn.more, loops)
+        sample.followed.append((reply.at - before) / loops)
+        sample.more.append(_kept(reply, workload))
+
+
+def _take(exchange: Exchange, workload: Workload, turn: _Turn, sample: Sample, loops: int) -> None:
+    """A turn."""
+    _calls(exchange, workload, turn, sample, loops)
+    _echo(exchange, workload, turn.inputs[-1] if turn.more is None else turn.more, sample, loops)
 
 
 def _kept(reply: Reply, workload: Workload) -> bytes:

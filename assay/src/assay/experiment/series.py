@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import secrets
 import tempfile
 import time
@@ -23,16 +24,16 @@ from assay.contract.box import Box
 from assay.contract.errors import NotRepeatableError
 from assay.contract.rows import Block, Header, Resumed
 from assay.contract.workload import Plan
-from assay.experiment import mismatch
+from assay.experiment import elsewhere, mismatch
 from assay.experiment.blocks import ARMS, Blocks
 from assay.experiment.calibration import calibrate
 from assay.experiment.copies import copied
 from assay.experiment.inputs import Inputs
 from assay.experiment.instructions import counted
+from assay.experiment.processes import command_sample
 from assay.experiment.raw import verdict_row
 from assay.experiment.samples import (
     Sample,
-    command_sample,
     compared,
     differing,
     reached,
@@ -43,7 +44,7 @@ from assay.machine import gpu, load
 from assay.machine.conditions import PATIENCE_S, Conditions
 from assay.machine.identity import machine
 from assay.machine.objects import HELD
-from assay.statistics.looks import Judgement
+from assay.statistics.looks import LOOKS, Judgement
 
 
 def run(
@@ -156,6 +157,8 @@ class _Series:
         self.inputs: Inputs | None = None
         self.calibrated: dict[str, float] = {}
         self.calls, self.loops = 0, 1
+        self.elsewhere = seeds.order(plan.seed, "elsewhere").randrange(LOOKS[0].blocks)
+        """The block before which functions are called from another program: one before the first look."""
         if plan.workload.worker:
             self.inputs = Inputs(plan, trees)
             try:
@@ -177,6 +180,7 @@ class _Series:
 
     def block(self) -> dict[str, Any]:
         """The next row of RAW."""
+        found = self._elsewhere() if self.number == self.elsewhere else ""
         self.caches.restore()
         drawn, hash_seed = seeds.order(self.plan.seed, self.number), seeds.hash_seed(self.plan.seed, self.number)
         reasons = gpu.foreign(reached(self.trees))
@@ -189,7 +193,7 @@ class _Series:
         else:
             given = self._given()
             before, start = load.Load.now(), time.perf_counter()
-            samples = worker_samples(self.plan, self.trees, drawn, given, hash_seed, self.expected, self.loops)
+            samples = self._samples(drawn, given, hash_seed)
         elapsed = time.perf_counter() - start
         evidence, more = before.disturbances(elapsed, self.plan.most_foreign)
         reasons += more
@@ -223,13 +227,23 @@ class _Series:
             gpus={arm: [state.as_json() for state in samples[arm].gpus] for arm in samples},
             transport_s=self._sending(samples),
             spared_s=self._spared(samples),
+            late_s=self._late(samples["candidate"]),
             inputs=hashlib.sha256(b"".join(given)).hexdigest()[:16] if given else "",
             compared=compared(self.plan.workload, samples["base"]),
             differing=differ,
             mismatch=mismatch.first(self.plan.workload, given, samples, differ),
+            elsewhere=found,
         )
         self.number += 1
         return asdict(row)
+
+    def _elsewhere(self) -> str:
+        """How the candidate's function differs from base's where it is called by a program that it cannot know."""
+        if self.inputs is None or not self.plan.workload.compares:
+            return ""
+        drawn = seeds.inputs(self.plan.seed, "elsewhere")
+        given = self.inputs.make([next(drawn) for _ in range(elsewhere.CALLS)])
+        return elsewhere.differs(self.plan, self.trees, given, seeds.hash_seed(self.plan.seed, "elsewhere"))
 
     def _of_base(self, name: str, samples: Mapping[str, Sample], primary: Sequence[str]) -> float:
         """A figure of base's worker, where one of these is what is judged; 0 where there is no worker."""
@@ -243,7 +257,13 @@ class _Series:
         if self.plan.trusted:
             return 0.0
         sending = self._of_base("transport", samples, ("first",) if self.loops == 1 else ("steady", "first"))
-        return sending + self._of_base("spared", samples, ("steady", "first"))
+        found = sending + self._of_base("spared", samples, ("steady", "first"))
+        if self.plan.workload.chain:  # a patched worker may know what many calls come to, and make one
+            found += self._of_base(self.plan.primary, samples, ("steady", "first"))
+        return found
+
+    def _late(self, candidate: Sample) -> float:
+        return candidate.late if self.plan.primary == "steady" and not self.plan.trusted else 0.0
 
     def instructions(self) -> dict[str, Any]:
         """How many each arm executes, as a row of RAW."""
@@ -251,25 +271,21 @@ class _Series:
         return counted(self.plan, self.trees, self.inputs, loops=self.loops, call_s=call_s)
 
     def _given(self, counts: bool = True) -> list[bytes]:
-        """A block's inputs: the first ones are not timed."""
+        """A block's inputs: the first ones are not timed, and of the last ones, one per round, few are used."""
         assert self.inputs is not None
         workload = self.plan.workload
-        wanted = self.calls + workload.warmups
+        wanted = self.calls + workload.warmups + workload.rounds
         drawn = seeds.inputs(self.plan.seed, self.number if counts else "first")
         if self.loops > 1 and not workload.repeats:
             return self.inputs.sealed(drawn, self.loops, wanted)[0]
         return self.inputs.make([next(drawn)]) * wanted if workload.constant else self.inputs.fresh(drawn, wanted)
 
     def _workers(self, hash_seed: int) -> dict[str, Sample]:
-        return worker_samples(
-            self.plan,
-            self.trees,
-            seeds.order(self.plan.seed, "first"),
-            self._given(counts=False),
-            hash_seed,
-            self.expected,
-            self.loops,
-        )
+        return self._samples(seeds.order(self.plan.seed, "first"), self._given(counts=False), hash_seed)
+
+    def _samples(self, order: random.Random, given: list[bytes], hash_seed: int) -> dict[str, Sample]:
+        timed, more = given[: -self.plan.workload.rounds], given[-self.plan.workload.rounds :]
+        return worker_samples(self.plan, self.trees, order, timed, hash_seed, self.expected, self.loops, more)
 
     @property
     def expected(self) -> int | None:

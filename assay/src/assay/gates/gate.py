@@ -1,6 +1,7 @@
 """What a gate is: a check beside speed, which says in a word and in a sentence what it found."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,9 +60,15 @@ class Given:
     """What is left of the budget of all gates."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """What is set in arms beside the task's own, as it is while they are timed: which GPU is ours."""
+    build_jobs: int = 0
+    """How many trees are built beside each other; 0: all, at most one per two processors."""
     begun: float = field(default_factory=time.monotonic)
     read: "Read | None" = None
     """The task; None on a machine that only measures."""
+
+    def jobs(self, trees: int) -> int:
+        """How many of so many trees are built beside each other."""
+        return self.build_jobs or max(1, min(trees, len(os.sched_getaffinity(0)) // 2))
 
     def most(self, seconds: float) -> float:
         """So many seconds, or what is left of the budget. OverBudgetError if nothing is."""
@@ -87,6 +94,8 @@ class Gate:
     """
     otherwise: str = ""
     """In words, what is not looked at where nobody asks for it."""
+    ahead: Callable[[Given], Found] | None = None
+    """What of it is done where a plan is prepared, if the task says that trees are built there."""
     installs: tuple[str, ...] = ()
     """Packages that it imports."""
 

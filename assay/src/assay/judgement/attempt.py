@@ -1,7 +1,7 @@
 """From a task and a patch to a typed outcome: prepare, build, tests, equivalence, provenance, measure, decide.
 
-Where it is measured elsewhere, `prepared` tries what needs packages, tests and equivalence. Whoever measures builds
-anew, and looks at compiled sources, which may need that machine's devices.
+Where it is measured elsewhere, `prepared` tries what needs packages, tests and equivalence. `measure` builds anew, and
+looks at compiled sources, which may need that machine's devices. A task may say that trees are built by `prepared`.
 
 Every stage is a row of the ledger when it is done. Whoever is interrupted begins that stage anew, and measuring goes on
 behind the last whole block.
@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,17 +46,19 @@ def judge(
     *,
     sandboxed: bool = True,
     skipped: Sequence[str] = (),
+    build_jobs: int = 0,
     conditions: Conditions | None = None,
     told: Told = lambda _: None,
 ) -> tuple[dict[str, Any], Path]:
     """The verdict, and the attempt's folder, in which reports lie beside it. `skipped` gates are left out.
 
-    `conditions` hold while times are measured.
+    `conditions` hold while times are measured. `build_jobs` trees are built beside each other; 0: as many as there are
+    arms, at most one per two processors.
 
     TaskError and ValueError say what is wrong with task or source; then there is no attempt at all.
     """
     where = identity.environment()
-    with _opened(read, source, store, where, sandboxed, skipped, told) as one:
+    with _opened(read, source, store, where, sandboxed, skipped, build_jobs, told) as one:
         try:
             found = one.close(one.stages(conditions) | {"environment": where})
         except (OSError, sqlite3.Error) as problem:  # a full disk, a pipe that was closed: nobody's patch is to blame
@@ -70,13 +73,14 @@ def prepared(
     *,
     sandboxed: bool = True,
     skipped: Sequence[str] = (),
+    build_jobs: int = 0,
     told: Told = lambda _: None,
 ) -> tuple[Frozen, dict[str, Any] | None]:
     """A plan to be measured elsewhere, and the verdict if that is not needed. Raises as `judge` does."""
-    with _opened(read, source, store, "measured elsewhere", sandboxed, skipped, told) as one:
+    with _opened(read, source, store, "measured elsewhere", sandboxed, skipped, build_jobs, told) as one:
         try:
             frozen = one.frozen()
-            passed = not frozen.content["outcome"] and one.apart(frozen)
+            passed = not frozen.content["outcome"] and one.apart(frozen) and one.ahead(frozen)
             return frozen, None if passed else one.close(verdict(frozen, one.gates))
         except (OSError, sqlite3.Error) as problem:
             return one.plan(), one.close_stopped(problem, None)
@@ -84,7 +88,14 @@ def prepared(
 
 @contextlib.contextmanager
 def _opened(
-    read: Read, source: Source, store: Path, where: Any, sandboxed: bool, skipped: Sequence[str], told: Told
+    read: Read,
+    source: Source,
+    store: Path,
+    where: Any,
+    sandboxed: bool,
+    skipped: Sequence[str],
+    build_jobs: int,
+    told: Told,
 ) -> Iterator["_Judging"]:
     """An attempt, locked, of the guarded patch. `where`: the environment, or a word if it is not known yet."""
     if sandboxed and sandbox.refusal():
@@ -105,7 +116,7 @@ def _opened(
             changed = len(patch.judged.changed) if patch else 0
             facts = {"task": read.task.name, "source": source.kind, "changed": changed, "skipped": list(skipped)}
             attempt = stack.enter_context(ledger.attempt(key, sandboxed=sandboxed, facts=facts))
-            yield _Judging(ledger, attempt, key, read, handed, sandboxed, skipped, told)
+            yield _Judging(ledger, attempt, key, read, handed, sandboxed, skipped, build_jobs, told)
     finally:
         ledger.close()
 
@@ -122,11 +133,12 @@ class _Judging:
         handed: freeze.Handed | OSError,
         sandboxed: bool,
         skipped: Sequence[str],
+        build_jobs: int,
         told: Told,
     ) -> None:
         """`handed`: the guarded patch, or why this machine could not read it."""
         self.ledger, self.attempt, self.key, self.read, self.handed = ledger, attempt, key, read, handed
-        self.sandboxed, self.skipped, self.told = sandboxed, skipped, told
+        self.sandboxed, self.skipped, self.build_jobs, self.told = sandboxed, skipped, build_jobs, told
         self.gates: list[dict[str, str]] = []
         self.now = "read"
         for old in attempt.folder.glob("*-*"):  # of a judge that was killed: what is kept has no dash in its name
@@ -176,25 +188,45 @@ class _Judging:
         self.stage("clean", lambda: self.clean(frozen))
         return passed
 
+    def ahead(self, frozen: Frozen) -> bool:
+        """Builds what is measured elsewhere, where the task says so; whether that worked."""
+        asked = ["build", *notes.wanted(frozen)] if frozen.ahead else []
+        gates = [replace(gate, run=gate.ahead) for gate in table.GATES if gate.ahead and gate.name in asked]
+
+        def tried(gate: Gate, environment: dict[str, str]) -> dict[str, str]:
+            return gate.tried(self.given(frozen, frozen.content["budget_s"], environment))._asdict()
+
+        for gate in gates:
+            with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits) as environment:
+                found = Found(**self.stage(f"{gate.name} ahead", partial(tried, gate, environment)))
+            if not found.passed:
+                self.gates.append({"name": gate.name, **found._asdict()})
+                notes.note(frozen, gate.name, found)
+                return False
+        return True
+
+    def given(self, frozen: Frozen, seconds: float, environment: dict[str, str]) -> Given:
+        """What a gate may look at, with so much left of the budget."""
+        store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
+        return Given(
+            frozen,
+            self.sandboxed,
+            lambda folder: store.write(tree, folder),
+            lambda: self.clean(frozen),
+            seconds,
+            environment,
+            self.build_jobs,
+            read=self.read,
+        )
+
     def passes(self, frozen: Frozen, gates: Sequence[Gate]) -> bool:
         """Tries gates up to the first that is not passed, and notes what they found; whether all were."""
-        store, tree = Store(frozen.folder / "git"), frozen.content["commits"]["candidate"]
-
         spent = 0.0
 
         def tried(gate: Gate, environment: dict[str, str]) -> dict[str, str]:
             if gate.name in notes.left_out(frozen):
                 return LEFT_OUT._asdict()
-            given = Given(
-                frozen,
-                self.sandboxed,
-                lambda folder: store.write(tree, folder),
-                lambda: self.clean(frozen),
-                frozen.content["budget_s"] - spent,
-                environment,
-                read=self.read,
-            )
-            return gate.tried(given)._asdict()
+            return gate.tried(self.given(frozen, frozen.content["budget_s"] - spent, environment))._asdict()
 
         for gate in gates:
             with locks.held(frozen.content["sandbox"]["device"], alone=False, waiting=self.waits) as environment:

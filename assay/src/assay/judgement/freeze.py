@@ -18,7 +18,7 @@ from assay.contract.frozen import FILE, OWN, Frozen, of_folder, written
 from assay.contract.positions import line_of
 from assay.contract.task import Read, Timed, functions_of
 from assay.contract.workload import NAMED, Plan
-from assay.gates import table
+from assay.gates import provenance, table
 from assay.judgement.guards import CACHES, Judged, Source, judged
 from assay.judgement.ledger import Attempt, Key
 from assay.report.verdict import PATCH
@@ -120,7 +120,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
     `skipped`: gates that are left out on request.
     """
     folder, task = attempt.folder, read.task
-    for name in ("git", "trees", "drivers", "private", "cache"):
+    for name in ("git", "trees", "drivers", "private", "cache", provenance.AHEAD):
         shutil.rmtree(folder / name, ignore_errors=True)
     shutil.move(handed.store.folder, folder / "git")
     store = Store(folder / "git")
@@ -146,6 +146,7 @@ def freeze(read: Read, handed: Handed, attempt: Attempt, *, sandboxed: bool, ski
                 [list(one) for one in task.commands.setup],
                 [list(one) for one in task.commands.build],
                 task.commands.timeout_s,
+                task.commands.where,
             ),
             budget_s=task.budget.seconds,
             workloads=workloads,

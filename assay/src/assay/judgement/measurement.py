@@ -24,7 +24,7 @@ from assay.contract.rows import Failed
 from assay.contract.workload import Plan
 from assay.experiment.raw import whole_rows
 from assay.experiment.series import measured
-from assay.gates import notes, table
+from assay.gates import notes, provenance, table
 from assay.gates.gate import Given, Where
 from assay.machine.conditions import Conditions
 from assay.report.verdict import PATCH
@@ -38,6 +38,7 @@ def measure(
     *,
     sandboxed: bool,
     seconds: float = math.inf,
+    build_jobs: int = 0,
     environment: Mapping[str, str] | None = None,
     conditions: Conditions | None = None,
     told: Told = lambda _: None,
@@ -45,7 +46,7 @@ def measure(
     """Measures what is not decided yet, for `seconds` at most; whether everything is. ValueError as in `run`.
 
     Before, every arm is built and the candidate's changed sources are looked at, unless that was done; what a gate has
-    rejected is not measured. ArmError if that fails and it is not the candidate's doing.
+    rejected is not measured. ArmError if that fails and it is not the candidate's doing. `build_jobs`: as in `judge`.
     `environment` is set in every arm beside the task's own, `conditions` hold while times are measured.
     A run that fails is a last row of RAW: the candidate's is `incorrect` or `tampered`, another arm's `infra.run`.
     """
@@ -55,7 +56,7 @@ def measure(
     copy = raw / FILE
     if copy.exists() and Frozen.read(copy).digest != frozen.digest:
         raise ValueError(f"--out: expected RAW of this plan, got that of another in {raw}")
-    stopped = not _gated(frozen, sandboxed)
+    stopped = not _gated(frozen, sandboxed, build_jobs, environment or {})
     raw.mkdir(parents=True, exist_ok=True)
     written(copy, json.dumps(frozen.content, indent=1))
     written(raw / notes.FILE, (frozen.folder / notes.FILE).read_text())
@@ -74,18 +75,21 @@ def measure(
     return True
 
 
-def _gated(frozen: Frozen, sandboxed: bool) -> bool:
+def _gated(frozen: Frozen, sandboxed: bool, build_jobs: int, environment: Mapping[str, str]) -> bool:
     """Tries the gates that belong to the machine that measures; whether all are passed that were tried anywhere."""
     found = notes.noted(frozen, frozen.folder)
     if not all(one.passed for one in found.values()):
         return False
     mine = [gate for gate in table.GATES if gate.where is Where.MEASURED and gate.name in notes.wanted(frozen)]
     clean, tree = frozen.folder / "clean", frozen.tree("candidate")
-    if any(gate.name not in found for gate in mine) and not clean.exists():  # what a build leaves could hide a source
+    if not (frozen.ahead or clean.exists()) and any(
+        gate.name not in found for gate in mine
+    ):  # what a build leaves could hide a source
         frozen.check()
         shutil.rmtree(part := frozen.folder / "clean.part", ignore_errors=True)
         shutil.copytree(tree, part, symlinks=True).rename(clean)
-    given = Given(frozen, sandboxed, lambda folder: shutil.copytree(clean, folder, symlinks=True))
+    options: dict[str, Any] = {"build_jobs": build_jobs, "environment": environment}
+    given = Given(frozen, sandboxed, lambda folder: shutil.copytree(clean, folder, symlinks=True), **options)
     passed = True
     for gate in [*(one for one in table.GATES if one.where is Where.BOTH), *mine]:
         if passed and (gate.where is Where.BOTH or gate.name not in found):
@@ -93,7 +97,8 @@ def _gated(frozen: Frozen, sandboxed: bool) -> bool:
             if seen.outcome.startswith(INFRA) or seen.outcome == Outcome.TASK_INVALID:
                 raise ArmError(gate.name, seen.words, infra=True)  # this machine may be mended
             passed = notes.note(frozen, gate.name, seen).passed
-    shutil.rmtree(clean, ignore_errors=True)
+    for copies in (clean, frozen.folder / provenance.AHEAD):
+        shutil.rmtree(copies, ignore_errors=True)
     return passed
 
 

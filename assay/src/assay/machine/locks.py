@@ -22,6 +22,8 @@ def names(device: str) -> list[str]:
 def held(device: str, *, alone: bool, waiting: Callable[[str], None] = lambda _: None) -> Iterator[dict[str, str]]:
     """Holds the locks, alone or with others; yields environment variables that say which GPU is ours.
 
+    It is the first that is free, of those that CUDA_VISIBLE_DEVICES numbers or of all.
+
     `waiting` hears what is waited for. Locks are taken in one order, so that no two judges wait for each other, and end
     with the process, however it ends.
     """
@@ -32,7 +34,8 @@ def held(device: str, *, alone: bool, waiting: Callable[[str], None] = lambda _:
     with contextlib.ExitStack() as stack:
         found: dict[str, str] = {}
         for name in names(device):
-            places = [f"gpu{state.index}" for state in gpu.states()] or ["gpu"] if name == "gpu" else [name]
+            gpus = [f"gpu{state.index}" for state in gpu.states(gpu.visible(os.environ))]
+            places = gpus or ["gpu"] if name == "gpu" else [name]
             taken = _first(folder, places, alone, stack, waiting)
             if name == "gpu" and taken != "gpu":
                 found |= {"CUDA_VISIBLE_DEVICES": taken.removeprefix("gpu"), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from assay.arms import sandbox
+from assay.arms import quotas, sandbox
 from assay.arms.counters import best
 from assay.arms.inside.wire import encode
 from assay.arms.process import namespaces_work
+from assay.contract.box import MOST_PIPES, PIPE_PAGES
 from assay.experiment.samples import worker_samples
 from assay.machine import gpu
 from assay.machine.load import Load
@@ -47,6 +48,8 @@ def _isolation() -> list[Finding]:
         found.append(("!!", "namespaces", words))
     refused = sandbox.refusal()
     found.append(("!!" if refused else "ok", "sandbox", refused or "bwrap: patches are judged in one"))
+    found += [_quotas(sandboxed=not refused)] if refused else [_quotas(sandboxed=one) for one in (True, False)]
+    found.append(_pipes())
     root = Path("/sys/fs/cgroup")
     version = "v2" if (root / "cgroup.controllers").exists() else "v1" if root.exists() else "none"
     writable = version != "none" and os.access(root if version == "v2" else root / "memory", os.W_OK)
@@ -55,6 +58,29 @@ def _isolation() -> list[Finding]:
     words = "; ".join([counter.words if counter else "cannot be counted", *why])
     found.append(("ok" if counter and not why else "--", "instructions", words))
     return found
+
+
+def _quotas(*, sandboxed: bool) -> Finding:
+    """What of an arm's quotas the kernel keeps, tried here; what only the judge looks at."""
+    kept = quotas.kept(sandboxed=sandboxed)
+    others = [name for name in quotas.WHAT if name not in kept]
+    free = [name for name in others if name in quotas.SANDBOX_ALONE]
+    watched = [name for name in others if name not in free] + ["number of pipes"]
+    place = "in a sandbox" if sandboxed else "without a sandbox"
+    words = f"{place} the kernel keeps {', '.join(kept) or 'nothing'}; watched: {', '.join(watched)}"
+    words += f"; not limited: {', '.join(free)}" if free else ""
+    return "ok" if sandboxed else "--", "quotas", words
+
+
+def _pipes() -> Finding:
+    """Whether the pipes that an arm may have leave pages of this user to others."""
+    try:
+        pages = int(Path("/proc/sys/fs/pipe-user-pages-soft").read_text())
+    except OSError:
+        return "--", "pipes", "how many pages a user may have for pipes is not shown"
+    most = MOST_PIPES * PIPE_PAGES
+    words = f"a user may have {pages or 'any number of'} pages for pipes, an arm's {MOST_PIPES} pipes take {most}"
+    return ("ok" if most < pages or not pages else "!!"), "pipes", words
 
 
 def _processor() -> list[Finding]:

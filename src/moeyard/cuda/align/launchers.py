@@ -96,6 +96,40 @@ def align_again(topk_ids: Tensor, out: Layout) -> Callable[[Tensor, Layout], boo
     return again
 
 
+def align_anew(topk_ids: Tensor, expert_map: Tensor | None, out: Layout) -> Callable[..., bool] | None:
+    """What repeats `align_launch` for other tensors of equal shapes, strides and dtypes: (address of ids, map, address)
+    -> whether it could.
+
+    The second address is that of other memory whose parts lie as those of `out` do, from `expert_offsets` on. It cannot
+    for ids that begin elsewhere modulo 16 bytes, and after `programmatic_launch` has changed. None for ids that are
+    cast or copied first, and for plans that need a buffer.
+    """
+    device, offsets = topk_ids.get_device(), out.expert_offsets.data_ptr()
+    capacity, experts = out.sorted_token_ids.numel(), out.num_local_experts
+    given = (topk_ids, expert_map)
+    if topk_ids.dtype not in (torch.int32, torch.int64) or not all(t is None or t.is_contiguous() for t in given):
+        return None
+    aligned, programmatic = topk_ids.data_ptr() % 16 == 0, SETTINGS["programmatic"]
+    launch, shape, words = _ready((
+        topk_ids.numel(), out.num_experts, experts, capacity, out.block_size, topk_ids.dtype, expert_map is None,
+        aligned, False, device, None, programmatic,
+    ))  # fmt: skip
+    if words:
+        return None
+    slots, blocks, used, _, counts, routes = (address - offsets for address in _addresses(out))
+
+    def repeat(ids: int, mapping: Tensor | None, memory: int) -> bool:
+        if (ids % 16 == 0) is not aligned or SETTINGS["programmatic"] is not programmatic:
+            return False
+        launch(
+            shape, ids, 0 if mapping is None else mapping.data_ptr(), memory + slots, memory + blocks,
+            memory + used, memory, memory + counts, memory + routes, 0, 0,
+        )  # fmt: skip
+        return True
+
+    return repeat
+
+
 def _addresses(out: Layout) -> tuple[int, ...]:
     return (
         out.sorted_token_ids.data_ptr(),

@@ -95,7 +95,7 @@ def _candidates(num_routes: int, experts: int, capacity: int, card: Card) -> Ite
     if num_routes <= WARP:
         pieces = -(-experts // WARP) + -(-capacity // WARP) + 1
         yield AlignPlan("TINY", min(-(-pieces // 4), 64), 1, 128, 1, 1)
-    elif FEW_KERNELS and num_routes <= _MOST_IN_FEW:
+    elif "align" in FEW_KERNELS and num_routes <= _MOST_IN_FEW:
         yield _in_few(num_routes, experts, card.clusters)
     elif num_routes <= 4096:
         grid, threads = (32, 256) if num_routes <= 2048 else (64, 512)

@@ -1,7 +1,9 @@
 """The experts of a few tokens in two launches of few_tokens.cu, which read every weight of every route once."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +18,14 @@ from moeyard.cuda.experts.few_tokens_plan import (
     most_tokens,
 )
 from moeyard.cuda.runtime.cards import WARP, Card, card_of
+from moeyard.cuda.runtime.chain import Chain, Step
 from moeyard.cuda.runtime.few import FEW_KERNELS
-from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
+from moeyard.cuda.runtime.launch import Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits, id_type
-from moeyard.cuda.runtime.planning import Noted
 from moeyard.cuda.runtime.ready import Ready
 from moeyard.dispatch.call import Call
 from moeyard.quant import ExpertScales, QuantScheme
-from moeyard.values import Activation, ExpertCall
+from moeyard.values import Activation, ExpertCall, ExpertWeights
 
 
 def unfit(call: Call) -> str | None:
@@ -71,8 +73,7 @@ def fused_experts_launch(
     Codes of 8 bits are multiplied as codes: int8 by int8 exactly, others as 16-bit floats. Rows are quantised in shared
     memory, by every block those that it needs. Raises ValueError for sizes that `few_tokens_plan` has no plan for.
     """
-    weights, activation, num_experts, expert_map, weight_on_input, _ = call
-    device = hidden_states.get_device()
+    weights, _, _, expert_map, _, _ = call
     if not hidden_states.shape[0]:
         return
     hidden_states, topk_ids, topk_weights = _dense(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
@@ -87,34 +88,74 @@ def fused_experts_launch(
     if expert_map is not None:
         expert_map = expert_map.contiguous()
         mapping = expert_map.data_ptr()
-    more_up: tuple[int, ...] = ()
-    more_down: tuple[int, ...] = ()
-    scales, itemsize = weights.scales, 2
-    if scales is not None:
-        scales, itemsize = _dense_scales(scales), 1
-        more_up = (scales.w13.data_ptr(), 0 if scales.w13_input is None else scales.w13_input.data_ptr())
-        more_down = (scales.w2.data_ptr(), 0 if scales.w2_input is None else scales.w2_input.data_ptr())
-    key = (
-        *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
-        expert_map is not None, w13_bias is not None, w2_bias is not None, weight_on_input, activation, num_experts,
-        w13.shape[0],
-        2 * hidden_states.stride(0), itemsize * w13.stride(0), itemsize * w2.stride(0), weights.scheme,
-        0 if scales is None else scales.block_start, None if scales is None else scales.w13.dtype,
-        device, chosen,
+    more: tuple[int, ...] = ()
+    if weights.scales is not None:
+        scales = _dense_scales(weights.scales)
+        given = (scales.w13, scales.w13_input, scales.w2, scales.w2_input)
+        more = tuple(0 if tensor is None else tensor.data_ptr() for tensor in given)
+    key = _key(hidden_states, topk_ids, call, chosen)
+    start: Chain = _READY.get(key) or _READY.add(key, _prepare(*key))
+    act = out.new_empty(topk_ids.numel() * w2.shape[2])
+    start(
+        topk_ids.data_ptr(), mapping, topk_weights.data_ptr(), hidden_states.data_ptr(), act.data_ptr(),
+        out.data_ptr(), w13.data_ptr(), b13, w2.data_ptr(), b2, *more,
     )  # fmt: skip
-    launches = _READY.get(key)
-    if launches is None:
-        launches = _READY.add(key, _prepare(*key))
-    act = out.new_empty(topk_ids.numel(), w2.shape[2])
-    (up, up_shape), (down, down_shape) = launches
-    ids, factors = topk_ids.data_ptr(), topk_weights.data_ptr()
-    rows, result = hidden_states.data_ptr(), out.data_ptr()
-    up(up_shape, ids, mapping, factors, rows, w13.data_ptr(), b13, *more_up, act.data_ptr())
-    down(down_shape, ids, mapping, factors, act.data_ptr(), w2.data_ptr(), b2, *more_down, result)
 
 
 _READY = Ready()
-"""Both launches and their shapes by all that they depend on."""
+"""Both launches by all that they depend on."""
+_NAMES = ("ids", "mapping", "factors", "rows", "act", "result", "w13", "b13", "w2", "b2")
+_SCALES = ("w13 scales", "w13 input", "w2 scales", "w2 input")
+"""What a call gives, in this order; scales beside codes."""
+
+
+def fused_experts_anew(
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall
+) -> Callable[..., bool] | None:
+    """What repeats a launch of unquantised weights for other tensors of equal shapes, strides and dtypes: (hidden
+    states, router weights, ids, weights, map, out) -> whether it could. None where tensors had to be copied.
+
+    It cannot for tensors at addresses that are no multiples of 16 bytes.
+    """
+    weights = call.weights
+    given = (topk_weights, topk_ids, weights.w13_bias, weights.w2_bias, call.expert_map)
+    if weights.scheme is not None or _dense(hidden_states) is not hidden_states or not hidden_states.shape[0]:
+        return None
+    if not all(tensor is None or tensor.is_contiguous() for tensor in given):
+        return None
+    key = _key(hidden_states, topk_ids, call, None)
+    start: Chain = _READY.get(key) or _READY.add(key, _prepare(*key))
+    length = topk_ids.numel() * weights.w2.shape[2]
+
+    def repeat(
+        hidden: Tensor, factors: Tensor, ids: Tensor, weights: ExpertWeights, mapping: Tensor | None, out: Tensor
+    ) -> bool:
+        rows, w13, w2 = hidden.data_ptr(), weights.w13.data_ptr(), weights.w2.data_ptr()
+        if (rows | w13 | w2) & (WORD - 1):
+            return False
+        b13, b2 = weights.w13_bias, weights.w2_bias
+        act = out.new_empty(length)
+        start(
+            ids.data_ptr(), 0 if mapping is None else mapping.data_ptr(), factors.data_ptr(), rows, act.data_ptr(),
+            out.data_ptr(), w13, 0 if b13 is None else b13.data_ptr(), w2, 0 if b2 is None else b2.data_ptr(),
+        )  # fmt: skip
+        return True
+
+    return repeat
+
+
+def _key(hidden_states: Tensor, topk_ids: Tensor, call: ExpertCall, chosen: FewTokensPlan | None) -> tuple[Any, ...]:
+    """What launches depend on: the arguments of `_prepare`."""
+    weights, activation, num_experts, expert_map, weight_on_input, _ = call
+    w13, w2, scales = weights.w13, weights.w2, weights.scales
+    itemsize = w13.element_size()
+    return (
+        *topk_ids.shape, hidden_states.shape[1], w2.shape[2], weights.gated, hidden_states.dtype, topk_ids.dtype,
+        expert_map is not None, weights.w13_bias is not None, weights.w2_bias is not None, weight_on_input, activation,
+        num_experts, w13.shape[0], 2 * hidden_states.stride(0), itemsize * w13.stride(0), itemsize * w2.stride(0),
+        weights.scheme, 0 if scales is None else scales.block_start, None if scales is None else scales.w13.dtype,
+        hidden_states.get_device(), chosen,
+    )  # fmt: skip
 
 
 def _dense(hidden_states: Tensor) -> Tensor:
@@ -155,11 +196,11 @@ def _prepare(
     scale_dtype: torch.dtype | None,
     device: int,
     chosen: FewTokensPlan | None,
-) -> tuple[tuple[Launch | Noted, Shape], ...]:
+) -> Chain:
     sizes = ExpertSizes(num_tokens, top_k, hidden_size, intermediate_size, gated, scheme, block_start)
     card, share = card_of(device), min(1.0, num_local / num_experts)
     given: tuple[int, ...] = ()
-    if FEW_KERNELS and chosen is None:
+    if "experts" in FEW_KERNELS and chosen is None:
         most = most_tokens(sizes, num_experts, card, share)
         if most >= num_tokens:
             sizes, given = replace(sizes, num_tokens=most), (num_tokens,)
@@ -178,12 +219,18 @@ def _prepare(
     up = Shape(card.processors, plan.up_bytes(sizes, card), up_sizes)
     down = Shape(card.processors, down_room(plan, sizes, card), (num_experts, num_local, down_stride, *given))
 
-    def launch(name: str, shape: Shape) -> tuple[Launch | Noted, Shape]:
-        words = (7 if scheme is None else 9) + len(shape.sizes)
+    def step(name: str, shape: Shape, *pointers: str) -> Step:
+        words = len(pointers) + len(shape.sizes)
         recipe = Recipe("few_tokens.cu", name, defines, WARP * plan.warps, words, overlapping=True)
-        return launch_of(recipe, device), shape
+        return Step(launch_of(recipe, device), shape, pointers)
 
-    return launch("few_tokens_up_kernel", up), launch("few_tokens_down_kernel", down)
+    scales: tuple[str, ...] = () if scheme is None else _SCALES
+    first, second, routes = scales[:2], scales[2:], ("ids", "mapping", "factors")
+    steps = [
+        step("few_tokens_up_kernel", up, *routes, "rows", "w13", "b13", *first, "act"),
+        step("few_tokens_down_kernel", down, *routes, "act", "w2", "b2", *second, "result"),
+    ]
+    return Chain(device, (), (*_NAMES, *scales), steps)
 
 
 def few_tokens_defines(

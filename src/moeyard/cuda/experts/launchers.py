@@ -1,18 +1,19 @@
 """Products and experts of CUDA tensors on Hopper: launches of experts.cu, straight from Python."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from moeyard.cuda.experts.coded import fused_coded_experts_launch, unfit_scheme
-from moeyard.cuda.experts.layer import LayerSizes, blocks_of, layer_launches, table_bytes
+from moeyard.cuda.experts.layer import LayerLaunches, LayerSizes, layer_launches
 from moeyard.cuda.experts.plan import Way, way_of
-from moeyard.cuda.experts.product import TURNS, apart, lies_well, product, turns_of
+from moeyard.cuda.experts.product import ALIGNMENT, apart, lies_well, product, turns_of
 from moeyard.cuda.rows.launchers import shuffle_rows_launch
 from moeyard.cuda.runtime.barriers import barrier_for
-from moeyard.cuda.runtime.tensor_map import row_map, weight_map
 from moeyard.dispatch.call import Call, lies_turned
 from moeyard.dispatch.sizes import expected_routes
-from moeyard.values import ExpertCall, Segments
+from moeyard.values import ExpertCall, ExpertWeights, Segments
 
 _UNIT = 16
 """What sizes are multiples of, so that every row and every half of w13 begins where the copy engine can."""
@@ -107,53 +108,74 @@ def fused_experts_launch(
     if call.weights.scheme is not None:
         fused_coded_experts_launch(hidden_states, topk_weights, topk_ids, call, out=out, way=way)
         return
-    num_tokens, top_k = topk_ids.shape
-    num_routes = num_tokens * top_k
-    if not num_routes:
+    if not topk_ids.numel():
         return
-    weights, activation, num_experts, expert_map, *_ = call
-    device, dtype, weighs = hidden_states.get_device(), hidden_states.dtype, hidden_states.dtype == torch.float16
-    w13, w2, b13, b2 = weights.w13, weights.w2, weights.w13_bias, weights.w2_bias
-    experts, columns, hidden_size = w13.shape
-    size = w2.shape[2]
-    way = way or way_of(expected_routes(num_routes, experts, num_experts), experts, columns)
+    weights, expert_map = call.weights, call.expert_map
     hidden_states, topk_ids, topk_weights = _in_place(hidden_states), topk_ids.contiguous(), topk_weights.contiguous()
-    b13, b2, expert_map = (None if given is None else given.contiguous() for given in (b13, b2, expert_map))
+    b13, b2, expert_map = (
+        None if given is None else given.contiguous() for given in (weights.w13_bias, weights.w2_bias, expert_map)
+    )
     ids, result = topk_ids.data_ptr(), out.data_ptr()
     lent = lies_well(out) and apart(out, hidden_states, topk_weights, topk_ids, expert_map)
-    layer = layer_launches(LayerSizes(
-        num_tokens, top_k, experts, columns, hidden_size, size, dtype, topk_ids.dtype, activation, weights.gated,
-        (b13 is not None, b2 is not None), num_experts, expert_map is not None, ids % 16 == 0, result % 16, lent, way,
-        device,
-    ))  # fmt: skip
+    layer = _layer_of(hidden_states, topk_ids, call, way, ids % ALIGNMENT == 0, result % ALIGNMENT, lent)
     memory = hidden_states.new_empty(layer.num_bytes, dtype=torch.uint8)
-    middle = memory.data_ptr()
-    rows, slots, route_rows = middle + layer.rows, middle + layer.slots, middle + layer.route_rows
-    offsets = result if layer.table is None else middle + layer.table
-    at_counts, at_total, _ = table_bytes(experts)
-    counts, barrier = offsets + at_counts, barrier_for(device)
-    turns, factors, source = barrier + TURNS, topk_weights.data_ptr(), hidden_states.data_ptr()
+    layer.start(
+        ids, _address(expert_map), hidden_states.data_ptr(), weights.w13.data_ptr(), weights.w2.data_ptr(),
+        _address(b13), _address(b2), topk_weights.data_ptr(), memory.data_ptr(), result,
+        barrier_for(hidden_states.get_device()),
+    )  # fmt: skip
 
-    align, shape = layer.align
-    align(
-        shape, ids, 0 if expert_map is None else expert_map.data_ptr(), slots, middle + blocks_of(num_routes),
-        offsets + at_total, offsets, counts, route_rows, middle + layer.exchange, barrier,
-    )  # fmt: skip
-    if layer.permute is not None:
-        permute, shape = layer.permute
-        permute(shape, source, route_rows, rows, 0, 0)
-    first, shape, plan = layer.first
-    up = weight_map(w13.data_ptr(), *w13.shape, dtype, plan.weight_rows, plan.turn, not plan.streams)
-    boxes = row_map(rows, num_routes, hidden_size, dtype, plan.box) if way.copied else up
-    first.with_maps(
-        shape, (up, boxes), rows if way.copied else source, 0 if b13 is None else b13.data_ptr(), 0,
-        0 if way.copied else slots, offsets, counts, middle, turns,
-    )  # fmt: skip
-    second, shape, plan = layer.second
-    down = weight_map(w2.data_ptr(), *w2.shape, dtype, plan.weight_rows, plan.turn, not plan.streams)
-    second.with_maps(
-        shape, (down, row_map(middle, num_routes, size, dtype, plan.box)), middle, 0 if b2 is None else b2.data_ptr(),
-        factors if weighs else 0, slots if weighs else 0, offsets, counts, rows, turns,
-    )  # fmt: skip
-    total, shape = layer.sum
-    total(shape, rows, route_rows, 0 if weighs else factors, 0, result)
+
+def fused_experts_anew(
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall
+) -> Callable[..., bool] | None:
+    """What repeats a launch of unquantised weights for other tensors of equal shapes, strides and dtypes: (hidden
+    states, router weights, ids, weights, map, out) -> whether it could. None where tensors had to be copied.
+
+    It cannot for tensors at addresses that are no multiples of 16 bytes. `out` shares memory with no other tensor.
+    """
+    weights = call.weights
+    given = (hidden_states, topk_weights, topk_ids, weights.w13_bias, weights.w2_bias, call.expert_map)
+    if weights.scheme is not None or not topk_ids.numel():
+        return None
+    if not all(tensor is None or tensor.is_contiguous() for tensor in given):
+        return None
+    layer = _layer_of(hidden_states, topk_ids, call, None, True, 0, True)
+    num_bytes, start, device = layer.num_bytes, layer.start, hidden_states.get_device()
+
+    def repeat(
+        hidden: Tensor, factors: Tensor, ids: Tensor, weights: ExpertWeights, mapping: Tensor | None, out: Tensor
+    ) -> bool:
+        routes, source, result = ids.data_ptr(), hidden.data_ptr(), out.data_ptr()
+        w13, w2 = weights.w13.data_ptr(), weights.w2.data_ptr()
+        if (routes | source | result | w13 | w2) & (ALIGNMENT - 1):
+            return False
+        memory = hidden.new_empty(num_bytes, dtype=torch.uint8)
+        start(
+            routes, _address(mapping), source, w13, w2, _address(weights.w13_bias), _address(weights.w2_bias),
+            factors.data_ptr(), memory.data_ptr(), result, barrier_for(device),
+        )  # fmt: skip
+        return True
+
+    return repeat
+
+
+def _layer_of(
+    hidden_states: Tensor, topk_ids: Tensor, call: ExpertCall, way: Way | None, ids_aligned: bool, out_bits: int,
+    lent: bool,
+) -> LayerLaunches:  # fmt: skip
+    """The launches of such a call, which copies rows or not unless it is given a way."""
+    weights, activation, num_experts, expert_map, *_ = call
+    num_tokens, top_k = topk_ids.shape
+    experts, columns, hidden_size = weights.w13.shape
+    way = way or way_of(expected_routes(num_tokens * top_k, experts, num_experts), experts, columns)
+    biased = (weights.w13_bias is not None, weights.w2_bias is not None)
+    return layer_launches(LayerSizes(
+        num_tokens, top_k, experts, columns, hidden_size, weights.w2.shape[2], hidden_states.dtype, topk_ids.dtype,
+        activation, weights.gated, biased, num_experts, expert_map is not None, ids_aligned, out_bits, lent, way,
+        hidden_states.get_device(),
+    ))  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

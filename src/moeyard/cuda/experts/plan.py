@@ -118,11 +118,12 @@ def product_plan(
     mean = likely / max(1.0, touched(likely, experts))
     deviation = math.sqrt(mean)
     wanted = max(mean + 2 * deviation, min(mean + 4 * deviation, _ROWS[1]))
-    heights = (16, 64, 192) if FEW_KERNELS else _ROWS
+    few = "experts" in FEW_KERNELS
+    heights = (16, 64, 192) if few else _ROWS
     if scaled == "BY_BLOCKS":
         heights = tuple(min(size, _MOST_ROWS_IN_BLOCKS) for size in heights)
     rows = way.rows or next((size for size in heights if wanted <= size), heights[-1])
-    entries = (max(experts, _ENTRIES_OF_FEW) if FEW_KERNELS else min(experts, num_rows)) + 1
+    entries = (max(experts, _ENTRIES_OF_FEW) if few else min(experts, num_rows)) + 1
     while True:
         groups, tall, most_blocks = _SHAPES[rows]
         for blocks in range(most_blocks, 0, -1):

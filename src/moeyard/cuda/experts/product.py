@@ -18,13 +18,13 @@ ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float8_e4m3fn: "
 CURVES = {"silu": "SILU", "gelu": "GELU", "gelu_tanh": "GELU_TANH", "relu2": "RELU2"}
 TURNS = 64
 """Bytes from a barrier to where products keep their turns, behind what alignment uses."""
-_ALIGNMENT = 16
+ALIGNMENT = 16
 """Of addresses, in bytes."""
 
 
 def lies_well(tensor: Tensor) -> bool:
     """Whether the copy engine can read or write its rows in place."""
-    return tensor.is_contiguous() and not tensor.data_ptr() % _ALIGNMENT
+    return tensor.is_contiguous() and not tensor.data_ptr() % ALIGNMENT
 
 
 def turns_of(device: int) -> int:

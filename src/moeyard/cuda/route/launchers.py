@@ -1,5 +1,7 @@
 """Routers of CUDA tensors: one launch of route.cu, or of route_block.cu for many experts or groups."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -47,6 +49,41 @@ def route_launch(
     launch, shape = _READY.get(key) or _READY.add(key, _prepare(*key))
     weights, ids = out.topk_weights.data_ptr(), out.topk_ids.data_ptr()
     launch(shape, logits, bias, padding, weights, ids)
+
+
+def route_anew(
+    router_logits: Tensor, selection_bias: Tensor | None, is_padding: Tensor | None, router: Router
+) -> Callable[..., bool] | None:
+    """What repeats `route_launch` for other tensors of equal shapes, strides and dtypes: (logits, bias, padding,
+    addresses of weights and of ids) -> whether it could.
+
+    It cannot for logits or a bias that begin elsewhere modulo 16 bytes, and after `programmatic_launch` has changed.
+    None for tensors that are copied first.
+    """
+    given = (selection_bias, is_padding)
+    dense = dense_rows(router_logits) is router_logits and all(t is None or t.is_contiguous() for t in given)
+    if not dense or not router_logits.shape[0]:
+        return None
+    stride = router_logits.stride(0) * router_logits.element_size()
+    misaligned = (router_logits.data_ptr() | stride) & 15
+    programmatic = SETTINGS["programmatic"]
+    of_bias = None if selection_bias is None else selection_bias.data_ptr() & 15
+    key = (
+        *router_logits.shape, router, router_logits.dtype, stride, misaligned, of_bias, router_logits.get_device(),
+        programmatic,
+    )  # fmt: skip
+    launch, shape = _READY.get(key) or _READY.add(key, _prepare(*key))
+
+    def repeat(logits: Tensor, bias: Tensor | None, padding: Tensor | None, weights: int, ids: int) -> bool:
+        address, biases = logits.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if (address | stride) & 15 != misaligned or biases & 15 != (of_bias or 0):
+            return False
+        if SETTINGS["programmatic"] is not programmatic:
+            return False
+        launch(shape, address, biases, 0 if padding is None else padding.data_ptr(), weights, ids)
+        return True
+
+    return repeat
 
 
 _READY = Ready()

@@ -61,9 +61,10 @@ def route_align_plan(
     if num_routes <= WARP and num_tokens <= 2:
         return RouteAlignPlan(align_plan(num_routes, num_local_experts, capacity, card), 1)
     peers, grid, threads, sized_for = 1, 32, 256 if num_tokens <= 8 else 512, num_routes
-    if num_tokens > 16 or (FEW_KERNELS and card.clusters):
+    few = "route" in FEW_KERNELS
+    if num_tokens > 16 or (few and card.clusters):
         peers, grid = CLUSTER, CLUSTER
-    if FEW_KERNELS:
+    if few:
         threads, sized_for = 512, MOST_FUSED_TOKENS * top_k
     if num_tokens > MOST_FUSED_TOKENS or (peers > 1 and not card.clusters):
         return None

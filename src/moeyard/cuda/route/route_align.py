@@ -1,5 +1,7 @@
 """Router and alignment of small batches of CUDA tensors in one launch of route_align.cu."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -58,6 +60,59 @@ def route_and_align_launch(
     weights, ids = routing.topk_weights.data_ptr(), routing.topk_ids.data_ptr()
     launch(shape, logits, bias, padding, weights, ids, mapping, *outputs)
     return True
+
+
+def route_and_align_anew(
+    router_logits: Tensor,
+    selection_bias: Tensor | None,
+    is_padding: Tensor | None,
+    expert_map: Tensor | None,
+    router: Router,
+    layout: Layout,
+) -> Callable[..., bool] | None:
+    """What repeats `route_and_align_launch` for other tensors of equal shapes, strides and dtypes: (logits, bias,
+    padding, map, addresses of weights, of ids and of a layout) -> whether it could.
+
+    The last address is that of other memory whose parts lie as those of `layout` do, from `expert_offsets` on. It
+    cannot for logits or a bias that begin elsewhere modulo 16 bytes, and after `programmatic_launch` has changed. None
+    where two launches are made, and for tensors that are copied first.
+    """
+    given = (selection_bias, is_padding, expert_map)
+    if dense_rows(router_logits) is not router_logits or not all(t is None or t.is_contiguous() for t in given):
+        return None
+    stride = router_logits.stride(0) * router_logits.element_size()
+    misaligned = (router_logits.data_ptr() | stride) & 15
+    programmatic = SETTINGS["programmatic"]
+    of_bias = None if selection_bias is None else selection_bias.data_ptr() & 15
+    key = (
+        *router_logits.shape, router, router_logits.dtype, stride, misaligned, of_bias, expert_map is None,
+        layout.num_local_experts, layout.block_size, layout.capacity, router_logits.get_device(), None,
+        programmatic,
+    )  # fmt: skip
+    ready = _READY.get(key)
+    if not ready:
+        return None
+    launch, shape = ready
+    first = layout.expert_offsets.data_ptr()
+    slots, blocks, used, _, counts, routes = (tensor.data_ptr() - first for tensor in layout.tensors)
+
+    def repeat(
+        logits: Tensor, bias: Tensor | None, padding: Tensor | None, mapping: Tensor | None, weights: int, ids: int,
+        memory: int,
+    ) -> bool:  # fmt: skip
+        address, biases = logits.data_ptr(), 0 if bias is None else bias.data_ptr()
+        if (address | stride) & 15 != misaligned or biases & 15 != (of_bias or 0):
+            return False
+        if SETTINGS["programmatic"] is not programmatic:
+            return False
+        launch(
+            shape, address, biases, 0 if padding is None else padding.data_ptr(), weights, ids,
+            0 if mapping is None else mapping.data_ptr(), memory + slots, memory + blocks, memory + used, memory,
+            memory + counts, memory + routes,
+        )  # fmt: skip
+        return True
+
+    return repeat
 
 
 _READY = Ready()

@@ -23,7 +23,7 @@ class RowPlan:
 def row_plan(rows: int, words: int, rows_at_once: int) -> RowPlan:
     """One warp per piece. Pieces are as long as leaves enough warps; each lane has `rows_at_once` words in flight."""
     loads = 8
-    if FEW_KERNELS:
+    if "rows" in FEW_KERNELS:
         while loads > 1 and (loads > (4 if rows_at_once <= 2 else 1) or loads * WARP >= 2 * words):
             loads //= 2
         return RowPlan(loads, 256)

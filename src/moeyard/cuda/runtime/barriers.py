@@ -10,6 +10,8 @@ import torch
 
 from moeyard.cuda.runtime.driver import at_work_on, check, current_device, current_stream
 
+is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)  # absent from builds without CUDA
+
 
 def barrier_for(device: int) -> int:
     """The address of 256 zeroed bytes that no other launch uses at the same time as those of the current stream; every
@@ -25,7 +27,7 @@ def barrier_for(device: int) -> int:
         with torch.cuda.device(device):
             return barrier_for(device)
     stream = current_stream(device)
-    if torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         return _captured(device, stream)
     key = (device, stream)
     found = _BARRIERS.get(key)

@@ -25,6 +25,11 @@ class Ready:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def clear(self) -> None:
+        """Forgets all."""
+        with self._lock:
+            self._entries.clear()
+
     def add(self, key: Hashable, made: Any) -> Any:
         """What is kept under `key`: `made`, or what another thread has added meanwhile. Plans leave nothing here."""
         if current_plan() is not None:

@@ -6,7 +6,13 @@ A process keeps the texts that it began with: files that an upgrade replaces und
 import re
 from pathlib import Path
 
-_TEXTS = {path.name: path.read_text() for path in sorted(Path(__file__).parents[1].glob("*/*.cu*"))}
+
+def texts_in(folder: Path) -> dict[str, str]:
+    """Name -> text of the sources and headers in the folders of a folder, which may hold cubins, too."""
+    return {path.name: path.read_text() for path in sorted(folder.glob("*/*")) if path.suffix in (".cu", ".cuh")}
+
+
+_TEXTS = texts_in(Path(__file__).parents[1])
 SOURCES = {name: text for name, text in _TEXTS.items() if name.endswith(".cu")}
 """Name -> text of what is compiled."""
 HEADERS = {name: text for name, text in _TEXTS.items() if name.endswith(".cuh")}

@@ -1,6 +1,7 @@
 """Tensor maps: what the copy engine of Hopper has to know of a tensor, 128 bytes that a kernel takes as a parameter."""
 
 import ctypes
+from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
@@ -33,6 +34,19 @@ def weight_map(
 def turned_map(address: int, boxes: Boxes, dtype: torch.dtype, ahead: bool) -> bytes:
     """Of weights that lie transposed, in boxes of `turned_boxes`."""
     return _encode(address, dtype, *boxes, ahead)
+
+
+@lru_cache(maxsize=256)
+def weight_maps(
+    experts: int, rows: int, size: int, dtype: torch.dtype, box: int, turn: str, ahead: bool
+) -> Callable[[int], bytes]:
+    """`weight_map` by address alone: of the layers of a model, whose weights have equal sizes."""
+    return lru_cache(maxsize=1024)(lambda address: weight_map(address, experts, rows, size, dtype, box, turn, ahead))
+
+
+def row_maps(rows: int, size: int, dtype: torch.dtype, box: int) -> Callable[[int], bytes]:
+    """`row_map` by address alone: memory comes back to few places."""
+    return lru_cache(maxsize=16)(lambda address: row_map(address, rows, size, dtype, box))
 
 
 def turned_boxes(weight: Tensor, box: int) -> Boxes:

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import signal
+import struct
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,14 @@ from typing import Any, NoReturn
 TICK = os.sysconf("SC_CLK_TCK")
 PDEATHSIG, _DUMPABLE, SUBREAPER = 1, 4, 36
 LIBC = ctypes.CDLL(None, use_errno=True)
+_NO_NEW_PRIVILEGES, _SECCOMP, _FILTER = 38, 22, 2
+_SET_PIPE_SIZE = 1031
+_FCNTL: dict[str, dict[int, tuple[int, ...]]] = {
+    "x86_64": {0xC000003E: (72, 72 | 0x40000000), 0x40000003: (55, 221)},
+    "aarch64": {0xC00000B7: (25,), 0x40000028: (55, 221)},
+}
+"""By machine: the numbers of fcntl, by what seccomp calls each way of calling the kernel."""
+_LOAD, _EQUAL, _RETURN, _ALLOW, _NOT_PERMITTED = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050001
 
 
 @dataclass
@@ -103,6 +112,28 @@ class Order:
         os.write(self.status, json.dumps(what).encode() + b"\n")
 
 
+def no_larger_pipes() -> bool:
+    """From now on no pipe of this process and its children can be made larger; whether the kernel sees to it.
+
+    A user's pages for pipes are counted together, so that few large pipes of one arm would leave others small ones.
+    """
+    table = _FCNTL.get(os.uname().machine, {})
+    program: list[tuple[int, int, int, int]] = []
+    for way, numbers in table.items():
+        # Is it this way? Then each number in turn; at the first that fits the command is looked at.
+        program += [(_LOAD, 0, 0, 4), (_EQUAL, 0, len(numbers) + 6, way), (_LOAD, 0, 0, 0)]
+        program += [(_EQUAL, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+        program += [(_RETURN, 0, 0, _ALLOW), (_LOAD, 0, 0, 24), (_EQUAL, 0, 1, _SET_PIPE_SIZE)]
+        program += [(_RETURN, 0, 0, _NOT_PERMITTED), (_RETURN, 0, 0, _ALLOW)]
+    if not program:
+        return False
+    program.append((_RETURN, 0, 0, _ALLOW))
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+    head = ctypes.create_string_buffer(struct.pack("HP", len(program), ctypes.addressof(code)))
+    check("prctl", LIBC.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0))
+    return not LIBC.prctl(_SECCOMP, _FILTER, head, 0, 0)
+
+
 def check(what: str, result: int) -> None:
     """RuntimeError unless a call of the C library gave 0."""
     if result:
@@ -159,6 +190,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     order = Order(list(arguments[1:]), os.environ["PWD"], dict(os.environ), **json.loads(arguments[0]))
     for fd in order.inherited():
         os.set_inheritable(fd, False)  # the command gets what `run` gives it, above all not the status pipe
+    no_larger_pipes()
     try:
         order.supervise()
     finally:

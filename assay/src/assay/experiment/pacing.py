@@ -1,0 +1,37 @@
+"""Calls that follow one another at once: work that is left for the time after an answer shows in the next one.
+
+Between two timed calls a worker may be asked questions, echo, or be frozen, and its processor is nobody's concern
+meanwhile. A candidate that answers first and works afterwards seems faster by that work. So the judge also takes the
+time from one answer to the next, wherever nothing but the next call came between them. In about half of all turns,
+drawn anew, one more call follows the last one at once; it is in no figure of its own. A worker cannot know
+which calls are followed so before it has answered.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+
+
+def drawn(order: random.Random, rounds: int) -> list[bool]:
+    """Whether a turn ends with one more call; at least one does."""
+    found = [order.random() < 0.5 for _ in range(rounds)]
+    found[order.randrange(rounds)] = True
+    return found
+
+
+def late(base: Sequence[float], candidate: Sequence[float], figures: tuple[float, float]) -> float:
+    """Seconds that a call of the candidate takes longer, beside base's, from answer to answer than from its request on.
+
+    Args:
+        base: seconds from each answer to the next, of its own.
+        candidate: of the same calls.
+        figures: of base and of the candidate, from requests on.
+
+    With it the candidate's figure is base's times the median ratio of these seconds. It is 0 where there are none, and
+    negative where the candidate is faster by them.
+    """
+    if not base:
+        return 0.0
+    ratio = statistics.median(math.log(two / one) for one, two in zip(base, candidate, strict=True))
+    return figures[0] * math.exp(ratio) - figures[1]
