@@ -13,10 +13,11 @@ import experts_variants
 import host_path
 import serving
 import training
-from moeyard.bench import experts_cells, layers, results, run, timing
+from moeyard.bench import experts_cells, layers, quantised, results, run, timing
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider
 from moeyard.bench.training import TrainingStep
+from moeyard.cuda.experts.four_bits_many_plan import Operand, Tile, many_plan
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import refusals, table
@@ -40,6 +41,20 @@ def test_ways_to_be_timed_can_be_planned(which: str) -> None:
         way = Way(**options)
         plan = product_plan(65536, 128, 768, True, False, Card(132, 232448, True), way)
         assert plan.rows == (way.rows or 192), label
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "qwen3-30b-a3b"])
+def test_tiles_of_four_bits_to_be_timed_can_be_planned(model: str) -> None:
+    for tokens in (256, 1024, 4096, 16384):
+        case = cell("four bits", tokens, 1, model)
+        labels = [label for label, _ in experts_variants.four_bits(case)]
+        assert labels[:2] == ["triton", "many"] and len(labels) >= 3
+        scheme = quantised.scheme_named(dict(case.sizes)["scheme"])
+        sizes = case["intermediate_size"], case["hidden_size"]
+        operand = Operand(case["num_experts"], *sizes, True, scheme, 1 + (scheme.scales == "float"), torch.bfloat16)
+        for label in labels[2:]:
+            tile = Tile(*map(int, label.removeprefix("many ").split(" x ")))
+            assert many_plan(operand, 4096, 4096, False, Card(132, 232448, True), tile).stages >= 4, label
 
 
 def test_launchers_as_variants() -> None:
