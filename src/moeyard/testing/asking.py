@@ -392,11 +392,9 @@ NEED_OUTPUTS = (
     asks_for_the_memory_of_an_input,
 )  # fmt: skip
 """Callers that give `out=`."""
-CALLERS: dict[str, Callable[[Drawn], None]] = {
-    caller.__name__: caller
-    for caller in (
-        asks, asks_in_inference_mode, asks_under_settings, asks_with_more_threads, *NEED_OUTPUTS, asks_with_gradients,
-        asks_with_tangents, asks_without_memory, asks_and_keeps_answers, asks_and_is_interrupted,
-    )
-}  # fmt: skip
+_CALLERS = (
+    asks, asks_in_inference_mode, asks_under_settings, asks_with_more_threads, *NEED_OUTPUTS, asks_with_gradients,
+    asks_with_tangents, asks_without_memory, asks_and_keeps_answers, asks_and_is_interrupted,
+)  # fmt: skip
+CALLERS: dict[str, Callable[[Drawn], None]] = {caller.__name__: caller for caller in _CALLERS}
 """By name."""
