@@ -183,6 +183,7 @@ def test_no_token_depends_on_its_batch(dtype: torch.dtype) -> None:
     assert (count, wrong) == (4, 0), first
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # rows of dropped routes hold anything
 def test_no_gradient_of_a_token_depends_on_its_batch() -> None:
     tokens = 70

@@ -56,7 +56,7 @@ def errors(
     ("scheme", "dtype"),
     [
         (FP8_BLOCK, torch.bfloat16),
-        (FP8_BLOCK, torch.float32),
+        pytest.param(FP8_BLOCK, torch.float32, marks=pytest.mark.full),
         pytest.param(FP8_CHANNEL, torch.float16, marks=pytest.mark.full),
         pytest.param(INT8_CHANNEL, torch.bfloat16, marks=pytest.mark.full),
         pytest.param(MXFP4, torch.bfloat16, marks=pytest.mark.full),

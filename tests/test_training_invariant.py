@@ -52,7 +52,7 @@ def gradients_of_tokens(weights: ExpertWeights, **options: Any) -> Callable[...,
     ("dtype", "options"),
     [
         (torch.bfloat16, {}),
-        (torch.float16, {"apply_router_weight_on_input": True}),
+        pytest.param(torch.float16, {"apply_router_weight_on_input": True}, marks=pytest.mark.full),
         (torch.float32, {"activation": Activation("gelu")}),
     ],
     ids=str,

@@ -198,8 +198,7 @@ def straight_through_experts(
         raise ValueError(f"scheme: expected one in rows whose scales of activations are dynamic, got '{scheme}'")
     activation = check_activation(activation)
     if quantized is None:
-        with torch.no_grad():
-            quantized = quantize_experts(weights, scheme)
+        quantized = quantize_experts(_detached(weights), scheme)
     elif not isinstance(quantized, ExpertWeights) or quantized.scheme != scheme:
         said = quantized.scheme if isinstance(quantized, ExpertWeights) else type(quantized).__name__
         raise ValueError(f"quantized: expected weights of scheme '{scheme}', got '{said}'")
@@ -214,6 +213,16 @@ def straight_through_experts(
     )  # fmt: skip
     result: Tensor = STRAIGHT_THROUGH_EXPERTS((hidden_states, routing, weights, call), impl)
     return result
+
+
+def _detached(weights: ExpertWeights) -> ExpertWeights:
+    """The same values without gradients; what is no such weights is left to a check."""
+    if not isinstance(weights, ExpertWeights):
+        return weights
+    biases = [None if bias is None else bias.detach() for bias in (weights.w13_bias, weights.w2_bias)]
+    return replace(
+        weights, w13=weights.w13.detach(), w2=weights.w2.detach(), w13_bias=biases[0], w2_bias=biases[1]
+    )  # fmt: skip
 
 
 def _check_same(weights: object, quantized: ExpertWeights) -> None:
