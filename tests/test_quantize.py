@@ -23,6 +23,7 @@ from moeyard.quant import (
 from moeyard.reference.quant import code_values, dequantised
 from moeyard.testing import draw_quantised, draw_routing, draw_weights, judged_experts, same_bits
 from moeyard.testing.quantised import SCHEMES
+from moeyard.vectorised import quant as vectorised_quant
 
 LARGEST = {"e4m3": 448.0, "int8": 127.0, "int4": 7.0, "e2m1": 6.0}
 
@@ -162,15 +163,18 @@ def test_nan_and_infinities_stay_in_their_block(scheme: QuantScheme) -> None:
 def test_some_experts_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = draw_weights(5, 64, 32, torch.bfloat16)
     for scheme in (FP8_BLOCK, NVFP4, MXFP4, int4_scheme(32, zero_points=True)):
-        monkeypatch.setattr(quantize, "_CHUNK_BYTES", 1 << 26)
-        whole = quantize_experts(weights, scheme)
-        monkeypatch.setattr(quantize, "_CHUNK_BYTES", 2 * 4 * 64 * 64)
-        parts = quantize_experts(weights, scheme)
+        found = []
+        for at_once in (1 << 26, 2 * 4 * 64 * 64):
+            for room in (quantize, vectorised_quant):
+                monkeypatch.setattr(room, "CHUNK_BYTES", at_once)
+            codes = quantize_experts(weights, scheme)
+            found.append((codes, dequantize_experts(codes, torch.bfloat16).w13))
+        (whole, whole_values), (parts, values) = found
         assert whole.scales is not None and parts.scales is not None
         assert same_bits(whole.w13, parts.w13) and same_bits(whole.w2, parts.w2)
         for a, b in zip(whole.scales.tensors, parts.scales.tensors, strict=True):
             assert (a is None) == (b is None) and (a is None or b is None or same_bits(a, b))
-        assert same_bits(dequantize_experts(parts, torch.bfloat16).w13, dequantize_experts(whole, torch.bfloat16).w13)
+        assert same_bits(values, whole_values)
 
 
 def test_what_cannot_be_rounded_is_named() -> None:
