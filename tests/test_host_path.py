@@ -396,11 +396,22 @@ def test_threads_have_memory_of_their_own(driver: Driver) -> None:
 def test_a_full_memory_of_calls_forgets_the_oldest() -> None:
     repeats, tensors = Repeats(most=3), [torch.zeros(3)]
     for key in range(5):
-        repeats.add(((key,), tensors), lambda key=key: lambda: key)  # type: ignore[misc]
-        assert len(repeats) == min(key + 1, 3)
+        for time in range(2):
+            repeats.add(((key,), tensors), lambda key=key: lambda: key)  # type: ignore[misc]
+            assert len(repeats) == min(key + time, 3), "a key that comes once leaves nothing"
     assert [repeats.repeated(((key,), tensors)) for key in range(5)] == [None, None, 2, 3, 4]
     asked: list[int] = []
     for _ in range(3):
         repeats.add((("none",), tensors), lambda: asked.append(1))  # type: ignore[func-returns-value]
     assert len(asked) == 1, "what has nothing is asked once"
     assert repeats.repeated(((4,), [torch.zeros(4)])) is None and repeats.repeated(((4,), [[0.0]])) is None
+
+
+def test_sizes_that_never_come_again_leave_next_to_nothing() -> None:
+    """Python's collector would walk through it: thousands of prepared calls stopped a process for 0.1 s and more."""
+    repeats, tensors = Repeats(most=4), [torch.zeros(3)]
+    for key in range(100):
+        repeats.add(((key,), tensors), lambda: pytest.fail("nothing is to be made"))
+    assert len(repeats) == 0 and len(repeats._met) == 16
+    repeats.clear()
+    assert not repeats._met
