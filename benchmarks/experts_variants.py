@@ -72,29 +72,34 @@ def batches(case: Case) -> Runs:
     return ways("batches", case)
 
 
-_TILE_ROWS = (16, 32, 64, 128, 160)
-"""Rows of a tile of moeyard.cuda.experts.four_bits_many; the tallest are for weights that are scaled alone."""
+_TILES = (
+    (16, 2, 2), (16, 2, 1), (32, 2, 2), (32, 1, 2), (48, 2, 2), (48, 1, 2), (64, 1, 2), (64, 2, 1), (128, 2, 1),
+    (160, 2, 1),
+)  # fmt: skip
+"""Rows, products of a warpgroup, blocks per multiprocessor: tiles of moeyard.cuda.experts.four_bits_many_plan."""
 
 
 def four_bits(case: Case) -> Runs:
-    """Weights of 4 bits: what "auto" chooses now, and many tokens by experts.cu as planned and in all tiles."""
+    """Weights of 4 bits: by Triton, and by experts.cu as planned and in tiles that hold what an expert has on average.
+
+    Where sums are scaled, registers do not hold those of `no_sums`.
+    """
     quantised = importlib.import_module("moeyard.bench.quantised")
+    plans = importlib.import_module("moeyard.cuda.experts.four_bits_many_plan")
     many = importlib.import_module("moeyard.cuda.experts.four_bits_many").fused_experts_launch
     triton = importlib.import_module("moeyard.triton.experts").fused_experts_launch
+    mean = case["num_tokens"] * case["top_k"] / case["num_experts"]
+    no_sums = ((32, 2, 2), (48, 2, 2), (64, 1, 2), (160, 2, 1))
+    int4 = "int4" in str(dict(case.sizes)["scheme"])
     runs = [("triton", launched(triton, case)), ("many", launched(many, case))]
-    runs += [(f"many, {rows}", launched(many, case, rows=rows)) for rows in _TILE_ROWS if fits(case, rows)]
+    for tile in _TILES:
+        if min(mean / 4, 128) <= tile[0] <= 4 * mean + 16 and not (int4 and tile in no_sums):
+            runs.append((f"many {' x '.join(map(str, tile))}", launched(many, case, tile=plans.Tile(*tile))))
 
     def tiled(run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
         return lambda x: run(replace(x, weights=quantised.as_kernels_read(x.weights)))
 
     return [(label, tiled(run)) for label, run in runs]
-
-
-def fits(case: Case, rows: int) -> bool:
-    """Whether tiles of so many rows are worth a try: not far from the rows that an expert has, and there are such."""
-    mean = case["num_tokens"] * case["top_k"] / case["num_experts"]
-    scaled_weights = "int4" not in str(dict(case.sizes).get("scheme", ""))
-    return rows / 8 <= mean + 4 and mean <= 8 * rows + 64 and (rows <= 128 or scaled_weights)
 
 
 def ways(which: str, case: Case) -> Runs:

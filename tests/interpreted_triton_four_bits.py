@@ -93,7 +93,7 @@ def test_wrong_weights_are_outside_their_budgets(scheme: QuantScheme) -> None:
 @pytest.mark.full
 def test_scales_at_their_ends() -> None:
     """e8m0 of 0, a subnormal, and of 255, NaN; e4m3 scales that are negative, zero or NaN."""
-    for scheme, stored in ((MXFP4, (0, 255)), (NVFP4, (0xB8, 0x00, 0x7F, 0x80))):
+    for scheme, stored in ((MXFP4, (0, 255)), (NVFP4, (0xB8, 0x00, 0x7F, 0x80)), (MXFP4_FP8, (0, 255))):
         for byte in stored:
             weights = draw_quantised(1, 64, 64, scheme, bias=True)
             assert weights.scales is not None

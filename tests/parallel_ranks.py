@@ -323,7 +323,9 @@ def with_gradients(
 @check
 def gradients_are_those_of_one_process(rank: int) -> None:
     """Of hidden states, router weights, weights and biases; also of a rank without tokens."""
-    for order, way in (("grouped", "all_to_all"), ("grouped", "gathered"), ("exact", "all_to_all")):
+    for order, way in (
+        ("grouped", "all_to_all"), ("grouped", "gathered"), ("grouped", "pushed"), ("exact", "all_to_all"),
+    ):  # fmt: skip
         rows, routing = drawn(10, 24, 3, torch.float32)
         whole = draw_weights(10, 24, 20, torch.float32, bias=True)
         upstream = torch.randn_like(rows)
@@ -351,6 +353,11 @@ def gradients_are_those_of_one_process(rank: int) -> None:
             assert all(map(same_bits, got, again))
         with torch.no_grad():
             assert same_bits(parallel.fused_experts(my_rows, my_routing, mine, connection), got[0])
+        if way == "pushed":
+            leaf = my_rows.clone().requires_grad_()
+            sent = parallel.dispatch(leaf, my_routing, connection)
+            parallel.combine(parallel.local_experts(sent, mine), sent)
+            refused(lambda leaf=leaf, sent=sent: torch.autograd.grad(sent.rows.sum(), leaf), "what was dispatched last")
 
 
 def steps(rank: int, count: int) -> None:
@@ -413,7 +420,8 @@ def a_model_is_sharded(rank: int) -> None:
         lambda: parallel.shard_model(model, groups[rank // 2], plans=other if rank % 2 else None), "plans", "rank 1"
     )
     assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 6  # nothing was changed
-    found = parallel.shard_model(model, groups[rank // 2], training=rank >= 2)
+    trained = {"training": True, "way": "pushed", "max_tokens": 44} if rank >= 2 else {}
+    found = parallel.shard_model(model, groups[rank // 2], **trained)
     assert found[0].connection is found[1].connection
     assert len(found) == 2 and "3 of 6 experts" in str(found[0]), list(map(str, found))
     experts = model.model.layers[0].mlp.experts

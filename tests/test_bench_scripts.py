@@ -1,5 +1,6 @@
 """The scripts of benchmarks/: goals of experts, and plans of kernels that are to be timed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import torch
 import batch_invariant
 import experts_goals
 import experts_variants
+import host_path
 import serving
 import training
-from moeyard.bench import experts_cells, layers, results, run, timing
+from moeyard.bench import experts_cells, layers, quantised, results, run, timing
 from moeyard.bench.cases import grouped_gemm
 from moeyard.bench.operators import Case, Provider
 from moeyard.bench.training import TrainingStep
+from moeyard.cuda.experts.four_bits_many_plan import Operand, Tile, many_plan
 from moeyard.cuda.experts.plan import Way, product_plan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.dispatch import refusals, table
@@ -38,6 +41,20 @@ def test_ways_to_be_timed_can_be_planned(which: str) -> None:
         way = Way(**options)
         plan = product_plan(65536, 128, 768, True, False, Card(132, 232448, True), way)
         assert plan.rows == (way.rows or 192), label
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "qwen3-30b-a3b"])
+def test_tiles_of_four_bits_to_be_timed_can_be_planned(model: str) -> None:
+    for tokens in (256, 1024, 4096, 16384):
+        case = cell("four bits", tokens, 1, model)
+        labels = [label for label, _ in experts_variants.four_bits(case)]
+        assert labels[:2] == ["triton", "many"] and len(labels) >= 3
+        scheme = quantised.scheme_named(dict(case.sizes)["scheme"])
+        sizes = case["intermediate_size"], case["hidden_size"]
+        operand = Operand(case["num_experts"], *sizes, True, scheme, 1 + (scheme.scales == "float"), torch.bfloat16)
+        for label in labels[2:]:
+            tile = Tile(*map(int, label.removeprefix("many ").split(" x ")))
+            assert many_plan(operand, 4096, 4096, False, Card(132, 232448, True), tile).stages >= 4, label
 
 
 def test_launchers_as_variants() -> None:
@@ -216,6 +233,8 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
     of_part = {row["op"] for row in rows if row["op"].startswith("part")}
     assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    fp8 = next(row for row in rows if row["op"] == "training step, fp8 blocks")
+    assert fp8["correct"] and fp8["errors"]["w13"] < 2 * fp8["honest_errors"]["w13"] < 0.1
     mine = found["moeyardauto"]
     assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]
 
@@ -239,6 +258,22 @@ def test_serving_writes_what_it_measured(tmp_path: Path) -> None:
     }
     (stalls,) = found["stalls"]
     assert stalls["calls"] >= 16 and stalls["compilations"] == 0 and "moe_layer" in stalls["longest_ms"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and one is there")
+def test_the_host_path_is_timed_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr("sys.argv", ["host_path.py", "--rounds", "1", "--tokens", "1", "70"])
+    host_path.main()
+    one, more = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["tokens"], more["tokens"]) == (1, 70)
+    assert one["us (least, median)"].keys() == one["calls"].keys() >= {"torch.mm", "fused_experts", "moe_layer"}
+    launches = [
+        found["calls"][name]["launches"] for found in (one, more) for name in ("fused_experts", "route_and_align")
+    ]
+    assert launches == [2, 1, 4, 2] and one["calls"]["torch.mm"]["launches"] == 0
 
 
 def test_what_either_compiler_is_asked_for_is_noted() -> None:

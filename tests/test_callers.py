@@ -15,7 +15,7 @@ import torch
 import moeyard
 from moeyard import training
 from moeyard.dispatch import ids, memory, op
-from moeyard.testing import same_bits, thresholds
+from moeyard.testing import exempt, same_bits, thresholds
 from moeyard.testing.callers import OPERATORS, Question, question, rebuilt, tensors
 from moeyard.testing.draws import Sizes
 from moeyard.testing.soundness import Range, check, check_for
@@ -55,7 +55,7 @@ def test_every_threshold_of_the_sources_has_sizes_or_a_reason() -> None:
 def test_a_new_threshold_is_met(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("cpu.layout:_LEAST_ROUTES", "cuda.align.plan:_candidates:4096", "cpu.layout:_APART")
     for name in names:
-        known = thresholds.REACHES if name in thresholds.REACHES else thresholds.EXEMPT
+        known = thresholds.REACHES if name in thresholds.REACHES else exempt.EXEMPT
         with monkeypatch.context() as patched:
             patched.delitem(known, name)
             assert thresholds.unknown() == [name]

@@ -36,7 +36,7 @@ def build(folder: Path, defines: tuple[tuple[str, str], ...], change: tuple[str,
     for name in (
         "experts.cu",
         "activation.cuh",
-        *(f"experts_{part}.cuh" for part in ("loads", "results", "stages", "sums", "tiles")),
+        *(f"experts_{part}.cuh" for part in ("loads", "nibbles", "results", "stages", "sums", "tiles")),
     ):
         text = TEXTS[name]
         if change is not None and change[0] in text:

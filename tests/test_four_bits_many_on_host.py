@@ -13,7 +13,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, pack_experts
 from moeyard.cuda.experts.four_bits_many import many_defines, operand_boxes
-from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan
+from moeyard.cuda.experts.four_bits_many_plan import Operand, Tile, many_plan
 from moeyard.cuda.experts.plan import ProductPlan
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.parameters import float_bits
@@ -35,13 +35,17 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN: dict[str, Any] = {
     "scheme": MXFP4, "tile": 16, "counts": [5, 0, 17, 1], "sizes": (192, 128), "gated": True, "bias": True,
     "activation": Activation(), "dtype": BF16, "scales": BF16, "second": False, "blocks": 3, "stages": 3,
+    "shape": (),
 }  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {  # sizes: hidden, intermediate
     "gpt-oss": {"activation": GPT_OSS_ACTIVATION},
     "gpt-oss, second": {"second": True, "sizes": (320, 192)},
     "large scales": {"large": True, "counts": [3, 2]},
     "taller": {"tile": 32, "counts": [50, 20, 0], "sizes": (128, 320)},
+    "three chunks": {"tile": 48, "counts": [100, 40], "sizes": (128, 192), "bias": False},
+    "three chunks, flat": {"tile": 48, "counts": [90, 7], "scheme": int4_scheme()},
     "flat": {"tile": 64, "counts": [100, 0, 30], "sizes": (256, 64), "stages": 2},
+    "flat, one block": {"tile": 64, "counts": [70, 3], "shape": (2, 1)},
     "prefill": {"tile": 128, "counts": [140, 33], "sizes": (192, 192), "activation": GPT_OSS_ACTIVATION},
     "prefill, widest": {"tile": 160, "counts": [200, 0, 33, 1], "sizes": (128, 192), "blocks": 2},
     "prefill, second": {"tile": 160, "counts": [170, 9], "sizes": (320, 128), "second": True, "stages": 2},
@@ -110,7 +114,9 @@ def planned(case: dict[str, Any]) -> tuple[Operand, ProductPlan, torch.dtype]:
         case["dtype"],
     )  # fmt: skip
     total = sum(case["counts"])
-    plan = many_plan(operand, max(total, 1), max(total, 1), case["dtype"] == F16, H200, case["tile"])
+    plan = many_plan(
+        operand, max(total, 1), max(total, 1), case["dtype"] == F16, H200, Tile(case["tile"], *case["shape"])
+    )
     return operand, replace(plan, grid=case["blocks"], stages=case["stages"]), kind
 
 
@@ -242,9 +248,6 @@ MUTANTS = {
     "the zero point of another row": ("int4, zero points", "zeros & 0xff, zeros >> 8", "zeros & 0xff, zeros & 0xff"),
     "scales of the other row for sums": ("int4", "fmaf(scales.y, own[4 * i + 2]", "fmaf(scales.x, own[4 * i + 2]"),
     "the next group too early": ("int4", "column / WIDTH", "min(step, u32(2 * BK / WIDTH))"),
-    "codes given away while they are read": (
-        "int4", "    __syncwarp();  // all lanes have read codes and scales\n", "",
-    ),
     "one global scale for gate and up": (
         "NVFP4", "__ldg(a.weight_scales + first + 1)", "__ldg(a.weight_scales + first)",
     ),

@@ -1,6 +1,8 @@
 """What eager calls do on the host before the driver starts their launches, on a GPU that is not there."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -346,6 +348,18 @@ def test_other_settings_are_followed(driver: Driver) -> None:
     assert {recipe.programmatic for recipe in driver.recipes} == {False, True}
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_what_repeats_a_call_keeps_no_tensor(name: str, driver: Driver) -> None:
+    driver.started, x = None, Layer(40, full=True)
+    for _ in range(3):
+        result = CALLS[name](x)
+    shared = {id(tensor) for tensor in (x.weights.w13, x.weights.w2, x.weights.w13_bias, x.weights.w2_bias)}
+    left = [weakref.ref(tensor) for tensor in (*x.named.values(), *tensors_of(result)) if id(tensor) not in shared]
+    del x, result
+    gc.collect()
+    assert len(left) > 7 and not any(one() is not None for one in left)
+
+
 @pytest.mark.parametrize("name", ["route", "fused_experts"])
 def test_a_thread_without_a_context_gets_one_and_a_refusal_is_an_error(
     name: str, driver: Driver, monkeypatch: pytest.MonkeyPatch
@@ -382,11 +396,22 @@ def test_threads_have_memory_of_their_own(driver: Driver) -> None:
 def test_a_full_memory_of_calls_forgets_the_oldest() -> None:
     repeats, tensors = Repeats(most=3), [torch.zeros(3)]
     for key in range(5):
-        repeats.add(((key,), tensors), lambda key=key: lambda: key)  # type: ignore[misc]
-        assert len(repeats) == min(key + 1, 3)
+        for time in range(2):
+            repeats.add(((key,), tensors), lambda key=key: lambda: key)  # type: ignore[misc]
+            assert len(repeats) == min(key + time, 3), "a key that comes once leaves nothing"
     assert [repeats.repeated(((key,), tensors)) for key in range(5)] == [None, None, 2, 3, 4]
     asked: list[int] = []
     for _ in range(3):
         repeats.add((("none",), tensors), lambda: asked.append(1))  # type: ignore[func-returns-value]
     assert len(asked) == 1, "what has nothing is asked once"
     assert repeats.repeated(((4,), [torch.zeros(4)])) is None and repeats.repeated(((4,), [[0.0]])) is None
+
+
+def test_sizes_that_never_come_again_leave_next_to_nothing() -> None:
+    """Python's collector would walk through it: thousands of prepared calls stopped a process for 0.1 s and more."""
+    repeats, tensors = Repeats(most=4), [torch.zeros(3)]
+    for key in range(100):
+        repeats.add(((key,), tensors), lambda: pytest.fail("nothing is to be made"))
+    assert len(repeats) == 0 and len(repeats._met) == 16
+    repeats.clear()
+    assert not repeats._met

@@ -70,7 +70,7 @@ ARROWS = {  # module -> what of moeyard it may import
     "cpu": IMPLEMENTATION | {"cpu"},
     "cuda": IMPLEMENTATION | {"dispatch.invariance", "dispatch.schemes", "cuda"},
     "triton": IMPLEMENTATION | {"triton"},
-    "testing": {"", "values", "quant", "cuda", "triton", "reference", "testing"}
+    "testing": {"", "values", "quant", "cuda", "triton", "reference", "parallel", "testing"}
     | {f"dispatch.{name}" for name in ("again", "refusals", "table")},
     "integrations": ROOM | {"", "quant", "combine", "integrations", "parallel"},
     "parallel": ROOM | {"", "quant", "cuda", "parallel", "integrations", "layout", "permute", "combine", "experts"},

@@ -95,6 +95,21 @@ def test_the_benchmark_measures_what_is_right(tmp_path: Path) -> None:
     assert done.returncode == 0 and content["rows"] == [] and len(content["left_out"]) == 12
 
 
+def test_goals_say_what_was_reached() -> None:
+    import parallel as benchmark  # benchmarks/parallel.py
+
+    assert [benchmark.section_of(LAYERS[0], tokens) for tokens in (4096, 64)] == [benchmark.MANY, benchmark.FEW]
+    layer = {"section": "Qwen3-235B bf16, 4096 tokens per rank", "name": "pushed, graph", "time_us": 1200.0}
+    rows = [
+        {"section": benchmark.MANY, "name": "dispatch, pushed, graph", "time_us": 90.0},
+        {"section": benchmark.MANY, "name": "combine, pushed, graph", "time_us": 95.1},
+        {"section": benchmark.MANY, "name": "dispatch, gathered, graph", "time_us": 1.0},
+        {"section": benchmark.FEW, "name": "dispatch, pushed, graph", "time_us": None},
+        {**layer, "over_one_gpu": 1.85, "exposed_share": 0.12},
+    ]
+    assert [goal["met"] for goal in benchmark.goals(rows)] == [True, False, True, False]
+
+
 def naive(load: list[float], ranks: int) -> float:
     return max(parallel.contiguous_plan(len(load), ranks).loads(load))
 
@@ -244,7 +259,7 @@ def test_explanations_say_which_way_and_why() -> None:
     for sizes, words in (
         ({"hidden_size": 4100}, "way: 'pushed' moves whole words of 16 bytes, got rows of 8200"),
         ({"hidden_size": 64, "dtype": torch.float64}, "adds in float32, not float64"),
-        ({"hidden_size": 64, "training": True}, "has no gradients"),
+        ({"hidden_size": 64, "training": True, "order": "exact"}, "has gradients of grouped sums alone"),
         ({"hidden_size": 64, "top_k": 33}, "at most 32 routes of a token, got 33"),
         ({"hidden_size": 64, "max_tokens": None}, "needs the most tokens of a rank"),
     ):

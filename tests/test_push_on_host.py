@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pushed_ranks import Ranks, build, outcome, run
 
 from moeyard.cuda.push import plan as push_plan
 from moeyard.cuda.push.launchers import back_recipe, lost_rank, push_recipe
@@ -18,7 +17,10 @@ from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import SOURCES
 from moeyard.parallel import Plan, contiguous_plan
 from moeyard.testing.few_tokens import COMPILER, cuobjdump
+from moeyard.testing.pushes import Ranks, build, outcome, run
 
+HERE = Path(__file__).parent
+HEADERS = HERE / "host_push" / "peers.cuh", HERE / "host_push" / "run.cpp", HERE / "host_few_tokens" / "rows.cuh"
 H200 = Card(132, 232448, True)
 on_host = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 CASES: dict[str, dict[str, Any]] = {
@@ -54,18 +56,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @on_host
 @pytest.mark.parametrize("name", [n if i < 1 else pytest.param(n, marks=pytest.mark.full) for i, n in enumerate(CASES)])
-def test_rows_go_and_come_back(name: str, folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(CASES[name], monkeypatch)
-    library = build(folder(name), ranks)
+def test_rows_go_and_come_back(name: str, folder: Callable[[str], Path]) -> None:
+    ranks = Ranks(CASES[name])
+    library = build(HEADERS, folder(name), ranks)
     for slow in (-1, 0, 1):
         assert outcome(library, ranks, slow) == ""
     assert outcome(library, ranks, 0, (1, 1), 1) == "", "a dispatch needs one block at a time"
 
 
 @on_host
-def test_a_rank_that_does_not_answer_is_named(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(CASES["two ranks"], monkeypatch)
-    library = build(folder("two ranks"), ranks)
+def test_a_rank_that_does_not_answer_is_named(folder: Callable[[str], Path]) -> None:
+    ranks = Ranks(CASES["two ranks"])
+    library = build(HEADERS, folder("two ranks"), ranks)
     for kept, words in ((0, "rank 1 of the group did not answer a dispatch of rank 0"), (2, "a combine of rank 0")):
         for rank in range(2):
             ranks.draw(rank)
@@ -110,10 +112,10 @@ MUTANTS: dict[str, tuple[str, str, str, str]] = {
 @on_host
 @pytest.mark.full
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_wrong_kernels_are_found(mutant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_kernels_are_found(mutant: str, tmp_path: Path) -> None:
     name, *change = MUTANTS[mutant]
-    ranks = Ranks(CASES[name], monkeypatch)
-    library = build(tmp_path, ranks, (change[0], change[1], change[2]))
+    ranks = Ranks(CASES[name])
+    library = build(HEADERS, tmp_path, ranks, (change[0], change[1], change[2]))
     assert any(outcome(library, ranks, slow) for slow in (0, 1, -1, 0, 1))
 
 
@@ -148,7 +150,7 @@ def test_memory_and_grids_follow_from_sizes() -> None:
         assert (places.tiles_back - 1) * places.tile_back < tokens <= places.tiles_back * places.tile_back
         pushers, adders = back_grid(sizes, places, H200)
         assert 1 <= pushers <= 132 and 1 <= adders <= 132
-        assert push_plan.push_grid(places) <= 128
+        assert push_plan.push_grid(places, True) <= 48 and push_plan.push_grid(places, False) <= 128
     assert "32 ranks" in str(push_plan.refusal_of_sizes(PushSizes(33, 4, 8, 64, 0, 64, False)))
     assert "32 routes" in str(push_plan.refusal_of_sizes(PushSizes(2, 4, 33, 64, 0, 64, False)))
     assert "16 bytes" in str(push_plan.refusal_of_sizes(PushSizes(2, 4, 8, 72, 0, 72, False)))

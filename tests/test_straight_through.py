@@ -200,3 +200,15 @@ def test_a_model_trains_in_fp8_as_in_float32() -> None:
     last, wanted = (sum(run.losses[-10:]) / 10 for run in (rounded, plain))
     assert last < wanted + 0.03 and last < 4.0 < rounded.losses[0], (last, wanted)
     assert rounded.losses != plain.losses, "nothing was rounded"
+
+
+def test_opcheck() -> None:
+    """Without the comparison of inputs, for which torch would have to multiply float8."""
+    (rows, factors, *of_masters), ids, _ = drawn(torch.float32)
+    codes = moeyard.quantize_experts(ExpertWeights(*of_masters), FP8_BLOCK)
+    assert codes.scales is not None
+    leaves = [t.requires_grad_() for t in of_masters]
+    told = (codes.w13, codes.w2, *codes.scales.tensors[:6], str(FP8_BLOCK), True, "silu", 1.0, 0.0, None, EXPERTS)
+    call = (rows.requires_grad_(), factors.clone(), ids, None, *leaves, *told, "auto")
+    op = torch.ops.moeyard.straight_through_experts.default
+    torch.library.opcheck(op, call, test_utils=("test_autograd_registration", "test_faketensor"))

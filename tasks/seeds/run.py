@@ -94,11 +94,12 @@ def tell(words: str) -> None:
     sys.stdout.flush()
 
 
-def prepare(names: Sequence[str], store: Path) -> int:
+def prepare(names: Sequence[str], store: Path, options: Sequence[str] = ()) -> int:
     """Prepares plans without a sandbox and notes where they are; the largest exit status."""
     worst = 0
     for name in names:
         command = assay("prepare", HERE / SEEDS[name].task, *SEEDS[name].options, "--store", store, "--no-sandbox")
+        command += options
         begun = time.monotonic()
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         tell(f"{name}: {done.stdout.strip()} ({time.monotonic() - begun:.0f} s)")
@@ -118,17 +119,25 @@ def noted(store: Path, plans: dict[str, str] | None = None) -> dict[str, str]:
     return found
 
 
+def failures(plan: Path, raw: Path) -> list[str]:
+    """Workloads whose measurement this machine could not do, with the file that has to go before it is tried again."""
+    files = [raw / f"{workload}.jsonl" for workload in json.loads(plan.read_text())["workloads"]]
+    last = [(file, (whole_rows(file) or [{"kind": "none"}])[-1]) for file in files]
+    failed = [(file, row) for file, row in last if row["kind"] == "failed" and row["outcome"].startswith("infra.")]
+    return [f"{row['outcome']}: {row['words']}; measured again without {file}" for file, row in failed]
+
+
 def complete(plan: Path, raw: Path) -> bool:
     """Whether all workloads of a plan are decided, or a gate has rejected its patch."""
     try:
         gates = json.loads((raw / "gates.json").read_text())["gates"]
-        workloads = json.loads(plan.read_text())["workloads"]
     except (OSError, ValueError):
         return False
     if any(outcome not in ("", "skipped", "not_asked") for outcome, _ in gates.values()):
         return True
-    rows = [whole_rows(raw / f"{workload}.jsonl") for workload in workloads]
-    return all(some and some[-1]["kind"] in ("verdict", "failed") for some in rows)
+    rows = [whole_rows(raw / f"{workload}.jsonl") for workload in json.loads(plan.read_text())["workloads"]]
+    decided = all(some and some[-1]["kind"] in ("verdict", "failed") for some in rows)
+    return decided and not failures(plan, raw)
 
 
 def measure(plans: dict[str, Path], store: Path, seconds: float, gpus: Sequence[int]) -> int:
@@ -172,6 +181,9 @@ def measure(plans: dict[str, Path], store: Path, seconds: float, gpus: Sequence[
             child.kill()
             child.wait()
     open_ = [name for name, plan in plans.items() if not complete(plan, store / "raw" / name)]
+    for name in open_:
+        for words in failures(plans[name], store / "raw" / name):
+            tell(f"{name}: {words}")
     tell(f"decided: {len(plans) - len(open_)} of {len(plans)}{'; open: ' if open_ else ''}{', '.join(open_)}")
     return max(failed.values(), default=5 if open_ else 0)
 
@@ -246,18 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=Path("build/seeds"), help="plans and RAW (%(default)s)")
     parser.add_argument("--seconds", type=float, default=540.0, help="of `measure`, at most (%(default)s)")
     parser.add_argument("--gpus", metavar="N,N", help="their numbers; all unless given")
+    parser.add_argument("--build-jobs", default="", metavar="N", help="of `prepare`: as of `assay prepare`")
     given = parser.parse_args(arguments)
     store, names = given.store.resolve(), given.names or list(SEEDS)
     plans = {Path(name).resolve().parent.name: Path(name) for name in names if name.endswith(".json")}
     if unknown := [name for name in names if name not in SEEDS and not name.endswith(".json")]:
         parser.error(f"NAME: expected one of {', '.join(SEEDS)}, got {', '.join(unknown)}")
     if given.what == "prepare":
-        return prepare(names, store)
+        return prepare(names, store, ["--build-jobs", given.build_jobs] if given.build_jobs else [])
     if given.what == "measure":
         where = noted(store)
         if missing := [name for name in given.names if name in SEEDS and name not in where]:
             parser.error(f"NAME: expected one that is prepared in {store}, got {', '.join(missing)}")
         plans = {name: store / where[name] for name in names if name in where} | plans
+        if "VLLM_C" not in os.environ and any(name.startswith("cutlass") for name in plans):
+            parser.error("VLLM_C: expected it to name the compiled library of vLLM's wheel, got nothing")
         seen = [state.index for state in gpu.states()]
         gpus = [int(number) for number in given.gpus.split(",")] if given.gpus else seen
         if not gpus:

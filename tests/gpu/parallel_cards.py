@@ -130,9 +130,9 @@ def gradients_are_those_of_one_gpu(rank: int, ranks: int) -> None:
     given = [t.clone().requires_grad_() for t in (rows, routing.topk_weights, whole.w13, whole.w2)]
     answer = parallel.experts_in_order(given[0], Routing(given[1], routing.topk_ids), ExpertWeights(*given[2:]), plan)
     wanted = torch.autograd.grad(answer, given, upstream)
-    mine, connection = held_by(rank, whole, plan, training=True)
     my_rows, my_routing = own(rank, counts, rows, routing)
-    for _ in range(2):
+    for options in ({}, {}, {"way": "pushed", "max_tokens": max(counts)}, {"way": "pushed", "max_tokens": 999}):
+        mine, connection = held_by(rank, whole, plan, training=True, **options)
         given = [t.clone().requires_grad_() for t in (my_rows, my_routing.topk_weights, mine.w13, mine.w2)]
         local = Routing(given[1], my_routing.topk_ids)
         answer = parallel.fused_experts(given[0], local, ExpertWeights(*given[2:]), connection)
@@ -200,6 +200,11 @@ def pushed_rows_are_those_of_one_gpu(rank: int, ranks: int) -> None:
                     torch.testing.assert_close(many[0], wanted)
                     if order == "grouped" or (tokens == 700 and dtype == torch.bfloat16):
                         assert same_bits(many[0], wanted), ("one GPU", dtype, tokens, order)
+                shared = torch.randn(512, 512, device="cuda").to(dtype)
+                beside = parallel.fused_experts(
+                    my_rows, my_routing, mine, connection, meanwhile=lambda rows=my_rows, shared=shared: rows @ shared
+                )
+                assert same_bits(beside, many[0] + my_rows @ shared), ("meanwhile", dtype, tokens, order)
 
 
 @check

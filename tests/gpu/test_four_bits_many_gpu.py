@@ -7,6 +7,7 @@ import torch
 
 from moeyard import GPT_OSS_ACTIVATION, Activation, ExpertWeights, Routing, fused_experts, pack_experts
 from moeyard.cuda.experts.four_bits_many import fused_experts_launch, interleave
+from moeyard.cuda.experts.four_bits_many_plan import PLANNED, Tile
 from moeyard.dispatch import table
 from moeyard.quant import MXFP4, NVFP4, QuantScheme, int4_scheme
 from moeyard.testing import draw_routing, guard_broken, poisoned, same_bits
@@ -29,8 +30,9 @@ MODELS = {  # top_k, hidden size, intermediate size, experts (fewer than the mod
     "Qwen3-Next": (10, 2048, 512, 64, (333,)),
     "small": (3, 64, 64, 5, (1, 17, 100, 700)),
 }
-TILES = {True: (16, 32, 64, 128, 160), False: (16, 32, 64, 128)}
-"""Rows of a tile, by whether weights are scaled."""
+_ALL = (Tile(16), Tile(32), Tile(32, 1, 2), Tile(48), Tile(64), Tile(64, 2, 1), Tile(128))
+TILES = {True: (*_ALL, Tile(160)), False: _ALL}
+"""By whether weights are scaled."""
 
 
 def drawn(model: str, scheme: QuantScheme, dtype: torch.dtype, **options: Any) -> tuple[ExpertWeights, ExpertWeights]:
@@ -48,7 +50,7 @@ def rows_of(tokens: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def by_name(
-    rows: torch.Tensor, routing: Routing, weights: ExpertWeights, *, tile: int = 0, num_experts: int = 0,
+    rows: torch.Tensor, routing: Routing, weights: ExpertWeights, *, tile: Tile = PLANNED, num_experts: int = 0,
     activation: Activation | None = None, expert_map: torch.Tensor | None = None, out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """The launcher itself: few tokens would go another way by name, too."""
@@ -56,7 +58,7 @@ def by_name(
     call = ExpertCall(
         weights, activation or Activation(), num_experts or weights.num_local_experts, expert_map
     )  # fmt: skip
-    fused_experts_launch(rows, routing.topk_weights, routing.topk_ids, call, out=out, rows=tile)
+    fused_experts_launch(rows, routing.topk_weights, routing.topk_ids, call, out=out, tile=tile)
     return out
 
 
@@ -98,7 +100,7 @@ def test_all_tiles(scheme: QuantScheme, dtype: torch.dtype) -> None:
         rows, routing = rows_of(tokens, hidden, dtype), draw_routing(tokens, experts, top_k, device=CUDA)
         for tile in TILES[scaled]:
             got = by_name(rows, routing, weights, tile=tile)
-            assert wrong(got, rows, routing, plain) is None, f"{tokens} tokens, tiles of {tile} rows"
+            assert wrong(got, rows, routing, plain) is None, f"{tokens} tokens, {tile}"
             assert all(same_bits(by_name(rows, routing, weights, tile=tile), got) for _ in range(10))
 
 
@@ -172,3 +174,6 @@ def test_rows_are_interleaved() -> None:
     interleave(rows, slots, 2, out)
     wanted = rows[slots.long() // 2].unflatten(1, (-1, 4, 2, 2)).transpose(2, 3).flatten(1)
     assert same_bits(out, wanted) and not guard_broken(out)
+    some, count = torch.zeros_like(out), torch.tensor([33], dtype=torch.int32, device=CUDA)
+    interleave(rows, slots, 2, some, count=count)
+    assert same_bits(some[:33], wanted[:33]) and not some[33:].any()

@@ -42,7 +42,8 @@ def connections(whole: ExpertWeights, order: str, timeout_ms: int = 30_000) -> l
         launches = launch_tables(memory, PLAN, rank, timeout_ms, device)
         here = torch.where(mapping >= 0, 0, -1).int()
         none: Any = None
-        pushes = Pushes(none, memory, sizes, places, PLAN, tables, rank, dtype, launches, here, timeout_ms)
+        side = torch.cuda.Stream()
+        pushes = Pushes(none, memory, sizes, places, PLAN, tables, rank, dtype, launches, side, here, timeout_ms)
         told = parallel.explain(
             PLAN, top_k=TOP_K, hidden_size=HIDDEN, dtype=dtype, max_tokens=max(COUNTS), order=order, way="pushed"
         )

@@ -46,6 +46,7 @@ inline void begin_products() {}
 typedef float Sum;
 inline float float_of(float sum) { return sum; }
 inline void settle(float&) {}
+inline u32 kept(u32 value) { return value; }
 inline u64 tile_descriptor(u32 address) {
   return u64(1) << 62 | u64(1024 >> 4) << 32 | u64(1) << 16 | (address & 0x3ffff) >> 4;
 }

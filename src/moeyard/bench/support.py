@@ -71,9 +71,14 @@ def _mark(label: str, scheme: quant.QuantScheme) -> str:
 
 
 def schemes() -> str:
-    """One line per scheme in use: which implementations of `fused_experts` take it, as it is or in tiles."""
-    labels = [row.label for row in TABLE["fused_experts"]]
-    lines = [f"| weights of experts | {' | '.join(labels)} |", "|---|" + ":-:|" * len(labels)]
+    """One line per scheme in use: which implementations of `fused_experts` take it, as it is or in tiles.
+
+    Those that "auto" never chooses say so.
+    """
+    rows = TABLE["fused_experts"]
+    labels = [row.label for row in rows]
+    heads = [f"{row.label}, by name alone" if row.by_name_only else row.label for row in rows]
+    lines = [f"| weights of experts | {' | '.join(heads)} |", "|---|" + ":-:|" * len(labels)]
     for name, scheme in _SCHEMES.items():
         tiled = replace(scheme, tiled=True) if scheme.per_byte == 2 else scheme
         marks = [_mark(label, scheme) or ("tiles" if _mark(label, tiled) else "") for label in labels]

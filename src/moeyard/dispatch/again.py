@@ -19,7 +19,8 @@ _is_compiling = torch.compiler.is_compiling
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _function_modes: Callable[[], int] = torch._C._len_torch_function_stack
 _transform: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-_MOST = 4096
+_MOST = 512
+"""Python's collector walks through what is kept: a server's sizes are few where the host's time counts."""
 
 
 def watched() -> bool:
@@ -90,11 +91,15 @@ class Repeat(NamedTuple):
 
 
 class Repeats:
-    """What calls of one function have left, by their keys; a full one forgets its oldest for a new one."""
+    """What calls of one function have left, by their keys; a full one forgets its oldest for a new one.
+
+    A call leaves something when its key comes for the second time, so that sizes that never come again cost nothing.
+    """
 
     def __init__(self, most: int = _MOST) -> None:
         """Holds at most so many."""
         self._entries: dict[Hashable, Repeat] = {}
+        self._met: dict[int, None] = {}  # hashes: integers are nothing that a collector walks through
         self._most, self._lock = most, Lock()
 
     def __len__(self) -> int:
@@ -119,9 +124,9 @@ class Repeats:
 
     def add(self, calling: Calling | None, make: Callable[[], Callable[..., Any] | None]) -> None:
         """Keeps what `make` gives, which repeats a call that has been met: None where nothing does; then it is asked
-        no more. Nothing is kept of calls that did not go straight.
+        no more. Nothing is kept of calls that did not go straight, or of keys that come for the first time.
         """
-        if calling is None or not plain(*calling[1]):
+        if calling is None or not plain(*calling[1]) or not self._comes_again(calling[0]):
             return
         found = self.find(*calling)
         if found is not None and found.start is None:
@@ -135,10 +140,22 @@ class Repeats:
                 del self._entries[next(iter(self._entries))]
             self._entries[key] = Repeat(fits, asking, extents, start)
 
+    def _comes_again(self, key: Hashable) -> bool:
+        """Whether such a key came before, lately."""
+        number = hash(key)
+        if number in self._met:
+            return True
+        with self._lock:
+            while len(self._met) >= 4 * self._most:
+                del self._met[next(iter(self._met))]
+            self._met[number] = None
+        return False
+
     def clear(self) -> None:
         """Forgets all."""
         with self._lock:
             self._entries.clear()
+            self._met.clear()
 
 
 def _extent(tensor: Tensor) -> int:

@@ -20,6 +20,7 @@ from moeyard.dispatch.op import needs_gradient
 from moeyard.layout import moe_align_block_size
 from moeyard.parallel.connection import Connection, check_call
 from moeyard.parallel.plan import ranks_of_tokens, slots_of_routes
+from moeyard.parallel.pushed_gradients import bring_with_gradient, spread_with_gradient
 from moeyard.parallel.weights import refuse_sharded, slots_agree
 from moeyard.parallel.wire import (
     exchange,
@@ -68,6 +69,8 @@ class Dispatched:
     """None of ways other than all_to_all."""
     routes: Layout | None = None
     """Of pushed rows and exact sums: the routes that have their expert here, in order, as those of one expert."""
+    given: Routing | None = None
+    """Of pushed rows that gradients flow through: the routing of this rank's own tokens."""
 
 
 def dispatch(
@@ -204,12 +207,20 @@ def _pushed(
 ) -> Dispatched:
     pushes, ids = connection.pushes, narrow_ids(routing.topk_ids)
     assert pushes is not None
+    if connection.training and torch.is_grad_enabled():
+        assert connection.max_tokens is not None
+        given = Routing(routing.topk_weights, ids)
+        there = spread_with_gradient(pushes, hidden_states, given)
+        _await([], meanwhile)
+        factors = _filled(routing.topk_weights, connection.max_tokens, 0)
+        factors = gather_with_gradient(factors, connection.ranks, connection.group)
+        own = Routing(factors, there.slots)
+        return Dispatched(connection, there.rows, own, hidden_states.shape[0], None, None, given)
     rows, scales = hidden_states, None
     if connection.rows.quantised:
         codes, scales = _quantised(hidden_states, _by_rank(torch.zeros_like(ids[:, :1]), 1), connection)
         rows = codes.view(torch.uint8)
-    got = pushes.spread(rows, scales, ids, routing.topk_weights)
-    _await([], meanwhile)
+    got = pushes.spread(rows, scales, ids, routing.topk_weights, meanwhile)
     rows = got.rows
     if got.scales is not None:
         rows = restore(rows.view(torch.float8_e4m3fn), got.scales, connection.dtype)
@@ -327,6 +338,9 @@ def combine(rows: Tensor, sent: Dispatched, *, out: Tensor | None = None) -> Ten
     check_shape("rows", rows, (count, connection.hidden_size), "what local_experts returns")
     if out is not None:
         check_out("out", out, (sent.num_tokens, connection.hidden_size), connection.dtype, connection.device)
+    if connection.pushes is not None and sent.given is not None:
+        total = bring_with_gradient(connection.pushes, rows, sent.given)
+        return total if out is None else out.copy_(total)
     if connection.pushes is not None:
         out = rows.new_empty((sent.num_tokens, connection.hidden_size)) if out is None else out
         places = None if sent.routes is None else sent.routes.route_rows

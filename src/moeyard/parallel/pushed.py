@@ -5,6 +5,7 @@ every rank. So nothing is counted or read back, and a graph holds all of it. Row
 their token; slots and router weights cross to all.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +32,12 @@ class Arrived(NamedTuple):
     factors: Tensor
     """[ranks * max_tokens, top_k] float32."""
 
+    def copied(self) -> "Arrived":
+        """Slots and router weights in memory of their own."""
+        return self._replace(slots=self.slots.clone(), factors=self.factors.clone())
 
-@dataclass(slots=True, eq=False)
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Pushes:
     """The memory of one connection. Dispatch and combine take turns, each ends when those of all ranks are here.
 
@@ -52,26 +57,53 @@ class Pushes:
     """Of what is dispatched."""
     launches: Any
     """`PushTables` of a GPU; None on a CPU."""
+    side: Any
+    """A stream of a GPU; None on a CPU."""
     here: Tensor
     """[num_slots] int32: 0 for slots of this rank, -1 for others."""
     timeout_ms: int
     waiting: bool = False
     """Whether what was dispatched last has not come back yet."""
+    sent: int = 0
+    """Where the ids of the last dispatch lie that gradients flow through."""
 
-    def spread(self, rows: Tensor, scales: Tensor | None, topk_ids: Tensor, topk_weights: Tensor) -> Arrived:
+    def spread(
+        self,
+        rows: Tensor,
+        scales: Tensor | None,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        meanwhile: Callable[[], object] | None = None,
+    ) -> Arrived:
         """Sends this rank's tokens: rows [num_tokens, ...], their scales, int32 or int64 ids and router weights.
 
+        `meanwhile` is called once they are under way, on a stream of their own, and before they are waited for.
         Raises ValueError where a combine is due, RuntimeError where a rank did not answer an earlier call.
         """
         if self.waiting:
             raise ValueError("connection: expected a combine after each dispatch, as both share memory, got a dispatch")
         if self.launches is None:
             self._spread_on_host(rows, scales, topk_ids, topk_weights)
+            if meanwhile is not None:
+                meanwhile()
         else:
             from moeyard.cuda.push.launchers import push_launch
 
-            self._launch(push_launch, rows.detach(), scales, topk_ids, topk_weights.detach(), self.sizes, self.launches)
+            given = (rows.detach(), scales, topk_ids, topk_weights.detach(), self.sizes, self.launches)
+            if meanwhile is None:
+                self._launch(push_launch, *given)
+            else:
+                stream = torch.cuda.current_stream(rows.device)
+                self.side.wait_stream(stream)
+                with torch.cuda.stream(self.side):
+                    self._launch(push_launch, *given, beside=True)
+                meanwhile()
+                stream.wait_stream(self.side)
         self.waiting = True
+        return self.arrived()
+
+    def arrived(self) -> Arrived:
+        """What the last dispatch brought."""
         return Arrived(
             self._part(self.rank, self.places.rows, self.rows_dtype, self.sizes.sent_bytes).flatten(0, 1),
             self._part(self.rank, self.places.scales, torch.float32, 4 * self.sizes.scales).flatten(0, 1)
@@ -210,11 +242,11 @@ def open_pushes(
     memory = [peers.get_buffer(r, (places.total,), torch.uint8) for r in range(sizes.ranks)]
     memory[rank].zero_()
     here = torch.where(map_of(plan, rank, device) >= 0, 0, -1).int()
-    launches = None
+    launches = side = None
     if device.type == "cuda":
-        launches = launch_tables(memory, plan, rank, timeout_ms, device)
+        launches, side = launch_tables(memory, plan, rank, timeout_ms, device), torch.cuda.Stream(device, priority=-1)
     peers.barrier(1, timeout_ms)
-    return Pushes(peers, memory, sizes, places, plan, tables, rank, rows_dtype, launches, here, timeout_ms)
+    return Pushes(peers, memory, sizes, places, plan, tables, rank, rows_dtype, launches, side, here, timeout_ms)
 
 
 def packed_places(plan: Plan) -> tuple[list[list[int]], list[int]]:

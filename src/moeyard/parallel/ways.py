@@ -81,7 +81,8 @@ def choose_way(sizes: Sizes, way: str, rows: str) -> WayExplanation:
         raise ValueError(f"way: expected one of {('auto', *WAYS)}, got {way!r}")
     fixed, untrained = _of_fixed_sizes(sizes), "has no gradients (training=True)" if sizes.training else None
     ahead = None if sizes.max_tokens is not None else _NO_MAX_TOKENS
-    refusals = {"pushed": ahead or untrained or sizes.unpushed, "symmetric": fixed or untrained, "gathered": fixed}
+    grouped = "has gradients of grouped sums alone" if sizes.training and sizes.order == "exact" else None
+    refusals = {"pushed": ahead or grouped or sizes.unpushed, "symmetric": fixed or untrained, "gathered": fixed}
     refused = refusals.get(way)
     if refused:
         raise ValueError(f"way: {way!r} {refused}")

@@ -22,6 +22,7 @@ from moeyard.testing.draws import (
     draw_batched,
     draw_combine,
     draw_experts,
+    draw_experts_at_a_scheme,
     draw_gemm_by_counts,
     draw_gemm_by_layout,
     draw_gemm_by_offsets,
@@ -126,6 +127,13 @@ def _call_experts(
     options["expert_map"] = given.get("expert_map")
     weights = weights_of(given, gated, scheme, block_start)
     return moeyard.fused_experts(given["hidden_states"], routing, weights, impl=impl, **options)
+
+
+def _call_at_a_scheme(given: Tensors, impl: str, *, gated: bool, scheme: QuantScheme, **options: Any) -> Any:
+    routing = Routing(given["topk_weights"], given["topk_ids"])
+    options["expert_map"] = given.get("expert_map")
+    weights = weights_of(given, gated)
+    return moeyard.straight_through_experts(given["hidden_states"], routing, weights, scheme, impl=impl, **options)
 
 
 def weights_of(given: Tensors, gated: bool, scheme: QuantScheme | None = None, block_start: int = 0) -> ExpertWeights:
@@ -236,6 +244,14 @@ OPERATORS: dict[str, Operator] = {
         differentiable=("hidden_states", "topk_weights", "w13", "w2", "w13_bias", "w2_bias"),
     ),
     "quantised experts": Operator("fused_experts", draw_quantised_experts, _call_experts, _FLOATS),
+    "experts at a scheme": Operator(
+        "fused_experts",
+        draw_experts_at_a_scheme,
+        _call_at_a_scheme,
+        _FLOATS,
+        takes_out=False,
+        differentiable=("hidden_states", "topk_weights", "w13", "w2", "w13_bias", "w2_bias"),
+    ),
     "moe_layer": Operator(
         "fused_experts",
         draw_layer,

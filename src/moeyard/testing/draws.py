@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import moeyard
+from moeyard.quant import FP8_BLOCK, FP8_WEIGHTS, INT8_CHANNEL
 from moeyard.testing.layers import draw_weights
 from moeyard.testing.quantised import SCHEMES, draw_quantised
 from moeyard.testing.routings import ROUTINGS
@@ -250,6 +251,13 @@ def draw_quantised_experts(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str
         if tensor is not None:
             given[name] = tensor
     return given, {**options, "scheme": scheme, "block_start": start}
+
+
+def draw_experts_at_a_scheme(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:
+    """Masters of the dtype of the rows, and a scheme."""
+    given, options = draw_experts(sizes, rng)
+    scheme = rng.choice([FP8_BLOCK, INT8_CHANNEL, FP8_WEIGHTS])
+    return given, {"activation": options["activation"], "gated": options["gated"], "scheme": scheme}
 
 
 def draw_layer(sizes: Sizes, rng: Random) -> tuple[Tensors, dict[str, Any]]:

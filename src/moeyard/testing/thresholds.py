@@ -1,7 +1,7 @@
 """The thresholds of the sources, collected from the code, and what each means as a size of an operator.
 
 A threshold is a module's integer constant with an upper-case name, or an integer above 2 that a function compares with.
-`REACHES` says how each becomes a size, so that sizes are drawn on both sides of it; `EXEMPT` says why one does not.
+`REACHES` says how each becomes a size, so that sizes are drawn on both sides of it; `exempt.py` says why one does not.
 `unknown` gives those of the sources that are in neither.
 """
 
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from moeyard.testing.callers import OPERATORS
 from moeyard.testing.draws import Sizes
+from moeyard.testing.exempt import EXEMPT
 
 SOURCE = Path(__file__).parents[1]
 FOLDERS = ("cpu", "vectorised", "triton", "dispatch", "cuda")
@@ -218,7 +219,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_in_few:16384": (("align",), _routes),
     "cuda.align.plan:_in_few:131072": (("align",), _routes),
     "cuda.align.plan:_MOST_IN_FEW": (("align",), _routes),
-    "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
+    "cuda.experts.product:ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
     "cuda.experts.launchers:_BLOCK": (_PRODUCTS, _columns),
     "cuda.experts.outer:_PIECE": (_PRODUCTS, _sides),
@@ -250,101 +251,6 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.rows.plan:whole_row_plan:512": (("permute_to_fp8",), lambda value, off, s: _hidden(4 * value, off, s)),
     "cuda.runtime.cards:WARP": (("align", "fused_experts", "route_and_align"), _routes),
 }
-EXEMPT = {
-    # a name: why nothing is drawn beside it
-    "cpu.activation:_SILU": "the code of an activation",
-    "cpu.activation:_GELU": "the code of an activation",
-    "cpu.activation:_GELU_TANH": "the code of an activation",
-    "cpu.activation:_RELU2": "the code of an activation",
-    "cpu.coded.": "codes of dtypes and schemes, fields of plans; sizes meet cpu.products and cpu.dots",
-    "cpu.layout:_APART": "the distance of counters, which no size is compared with",
-    "cpu.layout:_place:4": "the bytes of an id: both widths are drawn as dtypes",
-    "cpu.layout:_rank_any:8": "the bytes of an id: both widths are drawn as dtypes",
-    "cpu.layout:_place_any:8": "the bytes of an id: both widths are drawn as dtypes",
-    "cpu.products:FLOAT32": "the code of a dtype",
-    "cpu.products:BFLOAT16": "the code of a dtype",
-    "cpu.products:FLOAT16": "the code of a dtype",
-    "cpu.router:SOFTMAX": "a way of scoring",
-    "cpu.router:SIGMOID": "a way of scoring",
-    "cpu.rows:_FLOAT32": "the code of a dtype",
-    "cpu.rows:_BFLOAT16": "the code of a dtype",
-    "cpu.rows:_FLOAT16": "the code of a dtype",
-    "vectorised.quant:code_values:4": "a code of e2m1",
-    "vectorised.quant:code_values:7": "a code of e2m1",
-    "vectorised.router:_LEAST": "a key below all others",
-    "triton.steps:MOST_PLANS": "the length of a cache",
-    "triton.plan:PINNED_ROWS": "a tile's rows, whatever the sizes",
-    "triton.launch:_kind:2147483648": "the width of an integer",
-    "triton.plan:product_tile:9": "a compute capability",
-    "triton.plan:outer_tile:9": "a compute capability",
-    "triton.plan:_BUFFERS": "stages of shared memory, which sizes of tiles decide",
-    "triton.plan:_LARGE": "the size of a tile, which a card and sizes of matrices decide",
-    "triton.plan:coded_tile:9": "a compute capability",
-    "triton.coded_kernels:widened:127": "a code of e4m3",
-    "cuda.align.plan:_REGISTERS": "what a card has",
-    "cuda.align.plan:_REGISTERS_A_THREAD": "what a card has",
-    "cuda.align.plan:_PARTITIONS": "what a card has",
-    "cuda.align.plan:CLUSTER": "blocks of a cluster, whatever the sizes",
-    "cuda.experts.plan:_TABLE_BITS": "the width of an entry",
-    "cuda.experts.plan:_ENTRY_BYTES": "the width of an entry",
-    "cuda.experts.plan:_MOST_STAGES": "stages of shared memory, which sizes of tiles decide",
-    "cuda.experts.outer:_TALL": "columns of a tile; gradients have tests of their own",
-    "cuda.experts.outer:_STAGES": "stages of shared memory",
-    "cuda.experts.outer:_STAGE_ROWS": "rows of a stage; gradients have tests of their own",
-    "cuda.experts.outer:_BARRIERS_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.layer:_LINE": "where parts of a layer's memory begin",
-    "cuda.experts.product:TURNS": "where products keep their turns",
-    "cuda.experts.plan:_ENTRIES_OF_FEW": "the length of a table, which shared memory has room for",
-    "cuda.experts.few_tokens_plan:_ROUTES_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.few_tokens_plan:_BARRIER_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.few_tokens_plan:_RING_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.few_tokens_plan:_ENOUGH_RING_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.few_tokens_plan:_LEAST_RING_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.few_tokens_plan:_LITTLE_BYTES": "chooses between plans of several hundred MB of weights",
-    "cuda.experts.few_tokens_plan:_MOST_SLOTS": "slots of shared memory, which sizes of tiles decide",
-    "cuda.experts.few_tokens_plan:_MOST_VALUES": "rows of 65536 values: weights of several GB",
-    "cuda.experts.few_tokens_plan:_MOST_REPEATED_BYTES": "chooses between plans of several hundred MB of weights",
-    "triton.plan:four_bit_tile:64": "tiles of 4 bits; quantised layers have tests of their own",
-    "triton.plan:four_bit_tile:9": "a compute capability",
-    "triton.four_bits_kernels:scale_of:255": "a code of e8m0",
-    "triton.four_bits_kernels:part_of_sum:4": "groups of a tile",
-    "triton.four_bits_kernels:four_bits_product_kernel:64": "columns of a tile",
-    "cuda.push.plan:MOST_RANKS": "ranks of a group",
-    "cuda.push.plan:WORD": "bytes of a store between ranks",
-    "cuda.push.plan:THREADS": "threads of a block",
-    "cuda.push.plan:LOADS": "words on their way between ranks",
-    "cuda.push.plan:_PART": "where parts of a rank's memory begin",
-    "cuda.push.plan:_TILES": "tiles between ranks: tests/test_push_on_host.py has several sizes",
-    "cuda.push.plan:_TILES_BACK": "tiles between ranks: tests/test_push_on_host.py has several sizes",
-    "cuda.push.plan:_TILES_OF_ROUTES": "tiles between ranks: tests/test_push_on_host.py has several sizes",
-    "cuda.experts.coded:GROUP": "columns of a scale; quantised layers have tests of their own",
-    "cuda.experts.four_bits_plan:TOGETHER": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_plan:MOST_TOKENS": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_plan:_MOST_MEAN": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_plan:_TILE_BYTES": "the bytes of a tile",
-    "cuda.experts.four_bits_plan:_RING_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.four_bits_plan:_LEAST_RING_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.four_bits_plan:_LEAST_SLOTS": "slots of shared memory, which sizes of tiles decide",
-    "cuda.experts.four_bits_plan:_MOST_SLOTS": "slots of shared memory, which sizes of tiles decide",
-    "cuda.experts.four_bits_plan:_WARPS": "warps of a block, whatever the sizes",
-    "cuda.experts.four_bits_plan:_BESIDE_ROUTES": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_plan:_LEAST_ROUTES": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_many:_BLOCK": "threads of a block, whatever the sizes",
-    "cuda.experts.four_bits_many:_BLOCKS": "blocks of a multiprocessor, whatever the sizes",
-    "cuda.experts.four_bits_many:_COLUMNS": "columns that tiles are a multiple of",
-    "cuda.experts.four_bits_many:_STEP_BYTES": "the bytes of a tile",
-    "cuda.experts.four_bits_many_plan:_WEIGHT_ROWS": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.four_bits_many_plan:_STAGE_ALIGNMENT": "bytes of a block's shared memory",
-    "cuda.experts.four_bits_many_plan:_BARRIER_BYTES": "bytes of a block's shared memory",
-    "cuda.experts.four_bits_many_plan:_MOST_STAGES": "stages of shared memory, which sizes of tiles decide",
-    "cuda.experts.four_bits_many_plan:_STREAMED_ROWS": "tiles of 4 bits; quantised layers have tests of their own",
-    "cuda.experts.plan:_MOST_ROWS_IN_BLOCKS": "tiles of codes; quantised layers have tests of their own",
-    "cuda.experts.plan:_COPIED_CODE_COLUMNS": "tiles of codes; quantised layers have tests of their own",
-    "dispatch.schemes:_coded:128": "the block of a scheme",
-    "dispatch.sizes:_SINGLY": "which numbers of tokens are tried ahead of time",
-    "cuda.runtime.": "driver, caches and alignment of tables, which no size is compared with",
-}
-"""A name that ends in "." stands for a folder; `REACHES` comes first."""
 
 
 def _exempt(name: str) -> bool:

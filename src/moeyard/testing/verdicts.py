@@ -15,7 +15,7 @@ from moeyard.testing.draws import Tensors
 from moeyard.testing.layers import plain_activation
 from moeyard.testing.lies import dense
 from moeyard.testing.oracles import routing_error, sum_error, wide_scores
-from moeyard.values import Routing
+from moeyard.values import ExpertWeights, Routing
 
 _MOVES = ("align", "batched", "lora", "permute", "permute_to_fp8", "shuffle_rows")
 """Their answers have the bits of the reference."""
@@ -70,22 +70,26 @@ def _error(question: Question, plain: Tensors, parts: list[Tensor]) -> str | Non
         return _routing_error(question, plain, Routing(*parts))
     if name == "route_and_align":
         return _routing_error(question, plain, Routing(*parts[:2])) or _layout_error(question, plain, parts)
+    options = question.options
     if name == "quantised experts":
-        return _quantised_error(question, plain, parts[0])
+        codes = weights_of(plain, options["gated"], options["scheme"], options["block_start"])
+        return _quantised_error(question, plain, codes, parts[0])
+    if name == "experts at a scheme":
+        codes = moeyard.quantize_experts(weights_of(plain, options["gated"]), options["scheme"])
+        return _quantised_error(question, plain, codes, parts[0])
     wide, bound = answer_and_bound(question, plain)
     if name in ("combine", "moe_sum"):
         return sum_error(wide[0], parts[0], question.sizes.top_k)
     return _beyond(parts[0], wide[0], bound[0])
 
 
-def _quantised_error(question: Question, plain: Tensors, got: Tensor) -> str | None:
+def _quantised_error(question: Question, plain: Tensors, weights: ExpertWeights, got: Tensor) -> str | None:
     options = question.options
-    weights = weights_of(plain, options["gated"], options["scheme"], options["block_start"])
     ids = plain["topk_ids"]
     routing = Routing(plain["topk_weights"], ids.view(torch.int32) if ids.dtype == torch.uint32 else ids)
     judged = judged_experts(
         plain["hidden_states"], routing, weights, activation=options["activation"], expert_map=plain.get("expert_map"),
-        apply_router_weight_on_input=options["apply_router_weight_on_input"],
+        apply_router_weight_on_input=options.get("apply_router_weight_on_input", False),
     )  # fmt: skip
     return judged.error(got)
 

@@ -93,18 +93,50 @@ def block_of(p: Any, row: int) -> Any:
 
 
 @kernel
+def _first_scale(p: Any, expert: int, row: int) -> Any:
+    """Where the scales of a row begin."""
+    return (expert * p[HALVES] * p[BLOCK_ROWS] + block_of(p, row)) * p[BLOCK_COLUMNS]
+
+
+@kernel
+def _global_scale(p: Any, expert: int, row: int) -> Any:
+    """The scale of the matrix that a row is of."""
+    if p[GLOBALS] == 0:
+        return np.float32(1)
+    half = 1 if row >= p[ROWS] // p[HALVES] else 0
+    return float32_at(p[GLOBALS], (expert + 1) * p[HALVES])[expert * p[HALVES] + half]
+
+
+@kernel
+def _laid_out(p: Any) -> Any:
+    """Whether scales lie as steps read them."""
+    return p[MODE] != EACH and (p[MODE] == PAIRS or p[BLOCK_COLUMNS] == 1 or p[WIDE] == STEP)
+
+
+@kernel
+def read_side_by_side(plan: int, expert: int, row: int, rows: int, target: int) -> Any:
+    """Writes the scales of rows of one matrix one behind the other, as they lie, if steps can read them so.
+
+    Returns the bytes from row to row; 0 where `read_scales` has to write each row's.
+    """
+    p = int64_at(plan, 20)
+    if not _laid_out(p) or p[TALL] != 1 or p[CODE] == UINT4 or p[SIZE] % STEP != 0:
+        return 0
+    count = p[BLOCK_COLUMNS]
+    first, more = _first_scale(p, expert, row), _global_scale(p, expert, row)
+    _widen_scales(p[SCALE_KIND], target, p[SCALE], first, more, rows * count)
+    return 4 * count
+
+
+@kernel
 def read_scales(plan: int, expert: int, row: int, target: int, spare: int) -> None:
     """Writes the scales of a row as its mode reads them, and zero points half of `scale_room` behind.
 
     `spare` has `scale_room` floats.
     """
     p = int64_at(plan, 20)
-    at, count = (expert * p[HALVES] * p[BLOCK_ROWS] + block_of(p, row)) * p[BLOCK_COLUMNS], p[BLOCK_COLUMNS]
-    more = np.float32(1)
-    if p[GLOBALS] != 0:
-        half = 1 if row >= p[ROWS] // p[HALVES] else 0
-        more = float32_at(p[GLOBALS], (expert + 1) * p[HALVES])[expert * p[HALVES] + half]
-    laid_out = p[MODE] != EACH and (p[MODE] == PAIRS or count == 1 or p[WIDE] == STEP)
+    at, count, more = _first_scale(p, expert, row), p[BLOCK_COLUMNS], _global_scale(p, expert, row)
+    laid_out = _laid_out(p)
     kind, source, out = p[SCALE_KIND], p[SCALE], target
     for _ in range(2 if p[CODE] == UINT4 else 1):
         given = out if laid_out else spare
@@ -117,11 +149,11 @@ def read_scales(plan: int, expert: int, row: int, target: int, spare: int) -> No
 
 @kernel
 def _widen_scales(kind: int, target: int, source: int, first: int, factor: Any, count: int) -> None:
-    """target[:count] = factor * source[first : first + count]."""
-    whole = count // LANES * LANES
+    """target[:count] = factor * source[first : first + count]; the last vector begins early, so that it fits."""
     width = 4 if kind == _FLOAT else (2 if kind in (_BFLOAT, _HALF) else 1)
     here = source + width * first
-    for i in range(0, whole, LANES):
+    for begin in range(0, count if count >= LANES else 0, LANES):
+        i = min(begin, count - LANES)
         at, out = here + width * i, target + 4 * i
         if kind == _FLOAT:
             codes.widen_floats(out, at, factor)
@@ -135,7 +167,7 @@ def _widen_scales(kind: int, target: int, source: int, first: int, factor: Any, 
             codes.widen_e4m3s(out, at, factor)
         else:
             codes.widen_bytes(out, at, factor)
-    for i in range(whole, count):
+    for i in range(0 if count < LANES else count, count):
         at, out = here + width * i, target + 4 * i
         if kind == _FLOAT:
             codes.widen_float(out, at, factor)
@@ -161,12 +193,11 @@ def _lay_out(p: Any, target: int, source: int) -> None:
         for k in range(steps * STEP):
             out[k] = given[(start + _column(p[CODE], k)) // wide]
         return
-    step = 0
+    repeat, step = wide // STEP, -(start // STEP)  # blocks are whole steps here
     for i in range(count):
-        end = min(((i + 1) * wide - start) // STEP, steps)
-        while step < end:
-            out[step] = given[i]
-            step += 1
+        for k in range(max(step, 0), min(step + repeat, steps)):
+            out[k] = given[i]
+        step += repeat
 
 
 @kernel

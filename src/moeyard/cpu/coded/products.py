@@ -19,6 +19,7 @@ from moeyard.cpu.coded.plan import (
     STORED,
     block_of,
     read_scales,
+    read_side_by_side,
     rest_at,
     scale_room,
     step_bytes,
@@ -131,10 +132,12 @@ def coded_product(plan: int, sums: int, rows: int, x: int, expert: int, row: int
     for j in range(0, columns, unit):
         some = min(unit, columns - j)
         w = p[STORED] + (expert * p[ROWS] + row + j) * width
-        shared = block_of(p, row + j) == block_of(p, row + j + some - 1)
-        next_row = 0 if shared else apart
-        for i in range(1 if shared else some):
-            read_scales(plan, expert, row + j + i, scales + i * apart, spare)
+        next_row = read_side_by_side(plan, expert, row + j, some, scales)
+        if next_row == 0:
+            shared = block_of(p, row + j) == block_of(p, row + j + some - 1)
+            next_row = 0 if shared else apart
+            for i in range(1 if shared else some):
+                read_scales(plan, expert, row + j + i, scales + i * apart, spare)
         for start in range(0, whole, BLOCK):
             steps, here = min(BLOCK, whole - start) // STEP, sums + 4 * j
             w_at, s_at = w + start // per_byte, scales + start // STEP * step_bytes(p)

@@ -14,6 +14,12 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// A value that the compiler keeps, and does not make anew where it is used.
+__device__ __forceinline__ u32 kept(u32 value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // mbarriers: a phase ends when as many have arrived as `count` says and all expected bytes have come.
 
 __device__ __forceinline__ void open_barrier(u32 barrier, u32 count) {

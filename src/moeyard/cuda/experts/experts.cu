@@ -16,8 +16,9 @@
 // no exchange; results are transposed in shared memory, which for the largest tiles is the stage behind a tile's last
 // step. Without a gate a box takes 8 even and 8 odd rows: a lane then holds two columns side by side, and 8 lanes a
 // sector of a row of results, which goes straight to memory. Transposed weights (TURNED, of backward passes) come as 64
-// values of 64 columns, whose columns are side by side; lanes exchange results instead. Rows come by the copy engine too, or (GATHER) by cp.async
-// from wherever the tokens lie.
+// values of 64 columns, whose columns are side by side; lanes exchange results instead. Weights of 4 bits (TILED) come as
+// tiles (`pack.py`), and registers hold what they are worth (experts_nibbles.cuh). Rows come by the copy engine too, or
+// (GATHER) by cp.async from wherever the tokens lie.
 //
 // Programmatic launch: TABLE_READY says that the layout was there before the launch ahead began. Then only reading
 // rows waits for that launch, and the first stages' weights are on their way before.

@@ -28,7 +28,7 @@ struct Share {
 
 __device__ __forceinline__ Share share_of(u32 group) {
   const u32 lane = threadIdx.x & 31, tile = group * TALL * 4 + (threadIdx.x >> 5 & 3);
-  return {tile * TILE_BYTES + lane * 16, SCALES_AT + tile * OWN + lane / 4 * 2 * SCALE_SIZE,
+  return {kept(tile * TILE_BYTES + lane * 16), SCALES_AT + tile * OWN + lane / 4 * 2 * SCALE_SIZE,
           ZEROS_AT + tile * PARTS * 16 + lane / 4 * 2};
 }
 
@@ -130,10 +130,16 @@ __device__ __forceinline__ void multiply_scaled_weights(Sum (&sums)[TALL][BN / 2
           widen_tile(own, s, codes[m], 0, 0, masks);
           if (s % PRODUCTS == 0) factors[m] = factors_of(bytes[m][part]);
           scale_values(own, factors[m]);
-          if (large) {
-            const Factors rests = rests_of(bytes[m][part]);
-            scale_values(own, rests);
-            scale_values(own, rests);
+        }
+      }
+      if (large) {
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+          for (int m = 0; m < TALL; ++m) {
+            const Factors rests = rests_of(bytes[m][(batch * BATCH + i) / PRODUCTS]);
+            scale_values(values[batch & 1][i][m], rests);
+            scale_values(values[batch & 1][i][m], rests);
           }
         }
       }
@@ -225,7 +231,6 @@ __device__ __forceinline__ void multiply_scaled_sums(Sum (&sums)[TALL][BN / 2], 
         if (STAGGERS && m == 0 && part == 0 && step == signals.lead) arrive(room.lead);
       }
     }
-    __syncwarp();  // all lanes have read codes and scales
     if (signals.releases) arrive(room.empty + 8 * stage.number);
     stage.advance();
   }

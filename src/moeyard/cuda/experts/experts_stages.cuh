@@ -28,7 +28,7 @@ constexpr int STEP = BN <= 16 ? BN : BN <= 64 ? 16 : 32;  // rows of a box
 #ifndef FINE_FROM_128
 #define FINE_FROM_128 16
 #endif
-constexpr int FINE = BN <= 16 ? BN : BN < 128 ? 16 : FINE_FROM_128;  // and what multiplied rows are a multiple of
+constexpr int FINE = BN <= (TILED ? 64 : 16) ? BN : BN < 128 ? 16 : FINE_FROM_128;  // multiplied rows are a multiple of it
 constexpr int GROUP = BN > 128 ? 8 : 16;
 #if TILED
 // Of a stage: tiles of 16 weight rows by 64 values (`pack.py`), the scales of their groups, their zero points.
@@ -56,7 +56,7 @@ constexpr bool ROW_SCALES = SCALED == BY_ROWS, BLOCK_SCALES = SCALED == BY_BLOCK
 constexpr int SUMS = TALL * BN / 2 + (BLOCK_SCALES || !SCALES_WEIGHTS ? BN / 2 : 0);  // of a lane
 constexpr int FEW_SUMS = TILED ? 64 : 128;                          // that leave registers for biases
 constexpr bool MOVES_REGISTERS = SUMS >= 128 || TILED;  // more registers than an even share
-constexpr int LOADERS_REGISTERS = SUMS > 128 || TILED ? 40 : GATHERS ? 88 : 72;
+constexpr int LOADERS_REGISTERS = SUMS > 128 || TILED ? (BLOCKS_A_PROCESSOR == 2 ? 32 : 40) : GATHERS ? 88 : 72;
 constexpr bool MANY_LOAD = GATHERS || BLOCK_SCALES;             // all threads of the warpgroup that loads do
 constexpr int SCALE_BYTES = BLOCK_SCALES ? BN * 8 : 0;          // of a stage: its rows' scales times two of weights
 constexpr int EVEN_REGISTERS = BLOCKS_A_PROCESSOR == 1 ? 168 : 80;       // what each of 384 threads begins with
@@ -66,7 +66,7 @@ constexpr int COLUMNS_A_GROUP = TALL * COLUMNS_A_PRODUCT;
 constexpr bool IN_STAGE = GATED && BN > 128 && !TILED;    // how results leave: through a stage,
 constexpr bool IN_CHUNKS = GATED && !IN_STAGE;  // or through memory of their own, or straight from registers
 constexpr bool AS_CODES = RESULTS_AS_CODES;     // quantised on their way, in groups of 128 columns, which a tile has
-constexpr int CHUNK = BN < 32 / TALL ? BN : 32 / TALL;  // rows of results that are written at a time
+constexpr int CHUNK = BN < 32 / TALL ? BN : BN % (32 / TALL) ? 16 : 32 / TALL;  // rows that are written at a time
 constexpr int PITCH = COLUMNS_A_GROUP * 2 + 16;  // bytes from row to row of results: no two of 8 rows in one bank
 constexpr int CHUNK_BYTES = IN_CHUNKS ? CHUNK * PITCH : 0;
 constexpr bool STAGGERS = CONSUMERS == 2;
@@ -80,7 +80,7 @@ static_assert(!BLOCK_SCALES || (ITEM == 1 && BN <= 128), "a second set of sums f
 static_assert(!AS_CODES || (IN_CHUNKS && BLOCK_SCALES && BM == 256), "two warpgroups have the 128 columns of a scale");
 static_assert(!TURNS_WEIGHTS || (ITEM == 2 && !GATED_RESULT && !BIASES && !WEIGHS && CURVE == IDENTITY),
               "products of transposed weights are no more than that");
-static_assert(BN % STEP == 0 && STEP % FINE == 0, "boxes bring the rows that are multiplied");
+static_assert(BN % STEP == 0 && (TILED || STEP % FINE == 0), "boxes bring the rows that are multiplied");
 static_assert(!(GATED_RESULT && KNOWS_ROUTES), "the first product of a layer knows rows alone");
 
 struct Stage {

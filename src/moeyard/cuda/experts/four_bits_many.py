@@ -5,11 +5,11 @@ from torch import Tensor
 
 from moeyard.cuda.align.launchers import align_launch
 from moeyard.cuda.experts.four_bits import SCALE_KINDS, dense, dense_rows
-from moeyard.cuda.experts.four_bits_many_plan import Operand, many_plan, streams
+from moeyard.cuda.experts.four_bits_many_plan import PLANNED, Operand, Tile, many_plan, streams
 from moeyard.cuda.experts.plan import ProductPlan
 from moeyard.cuda.experts.product import CURVES, ELEMENTS, apart, compact_layout, lies_well, turns_of
 from moeyard.cuda.rows.launchers import combine_launch
-from moeyard.cuda.runtime.cards import card_of
+from moeyard.cuda.runtime.cards import WARP, card_of
 from moeyard.cuda.runtime.launch import Launch, Recipe, Shape, launch_of
 from moeyard.cuda.runtime.parameters import KINDS, float_bits
 from moeyard.cuda.runtime.planning import Noted
@@ -24,6 +24,8 @@ _BLOCK = 256
 """Threads of a block that interleaves rows."""
 _BLOCKS = 8
 """Of these, per multiprocessor at most."""
+INTERLEAVING = (("BLOCK", str(_BLOCK)),)
+"""What interleave.cu is compiled for."""
 _COLUMNS = 16
 """Columns that are interleaved."""
 _STEP_BYTES = TILE_ROWS * TILE_COLUMNS // 2
@@ -40,14 +42,15 @@ def unfit(call: Call) -> str | None:
 
 
 def fused_experts_launch(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor, rows: int = 0
-) -> None:
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, call: ExpertCall, *, out: Tensor,
+    tile: Tile = PLANNED,
+) -> None:  # fmt: skip
     """Fills `out` by five launches: layout, rows in the order of experts, two products, sum.
 
     Rows come interleaved, as lanes have the columns of weights (experts_nibbles.cuh). Weights become values of the
     rows' dtype in registers where that rounds none; otherwise codes are multiplied, and the sums of a group are
-    scaled. Sums are float32, in a fixed order. A row of float16 is weighted before it is rounded. `rows` of a tile are
-    as planned unless given. Allocates [T * K, I] and [T * K, H] of the dtype.
+    scaled. Sums are float32, in a fixed order. A row of float16 is weighted before it is rounded. Tiles are as
+    planned unless `tile` says otherwise. Allocates [T * K, I] and [T * K, H] of the dtype.
     """
     weights, activation, num_experts, expert_map, *_ = call
     scheme, scales = weights.scheme, weights.scales
@@ -66,30 +69,33 @@ def fused_experts_launch(
         topk_ids, num_experts, experts, middle, None if weighs else middle, out if lent else None
     )  # fmt: skip
     align_launch(topk_ids, expert_map, layout, programmatic=True)
-    interleave(hidden_states, layout.sorted_token_ids, top_k, taken)
+    interleave(hidden_states, layout.sorted_token_ids, top_k, taken, count=layout.num_tokens_post_padded)
     expected, turns = expected_routes(num_routes, experts, num_experts), turns_of(device)
     first = Operand(experts, size, hidden_size, weights.gated, scheme, s13.element_size(), dtype)
     second = Operand(experts, hidden_size, size, False, scheme, s2.element_size(), dtype)
     segments = layout.expert_offsets.data_ptr(), layout.expert_counts.data_ptr()
     _product(
         first, taken, weights.w13, weights.w13_bias, (s13, z13, g13), None, None, segments, middle, activation,
-        expected, turns, rows,
+        expected, turns, tile,
     )  # fmt: skip
     slots, factors = (layout.sorted_token_ids, topk_weights) if weighs else (None, None)
     _product(
         second, middle, weights.w2, weights.w2_bias, (s2, z2, g2), slots, factors, segments, taken, None, expected,
-        turns, rows,
+        turns, tile,
     )  # fmt: skip
     left = None if weighs else topk_weights
     combine_launch(taken, left, route_rows=layout.route_rows, top_k=top_k, out=out, programmatic=True)
 
 
-def interleave(rows: Tensor, slots: Tensor | None, divisor: int, out: Tensor) -> None:
-    """Row r of `out` is row slots[r] // divisor of `rows`, or row r, with its columns as products take them."""
+def interleave(rows: Tensor, slots: Tensor | None, divisor: int, out: Tensor, *, count: Tensor | None = None) -> None:
+    """Row r of `out` is row slots[r] // divisor of `rows`, or row r, with its columns as products take them.
+
+    Rows from `count` on, one int32, are left as they are.
+    """
     device = rows.get_device()
     key = (out.shape[0], out.shape[1], rows.stride(0), divisor, device)
     launch, shape = _INTERLEAVES.get(key) or _INTERLEAVES.add(key, _prepare_interleave(*key))
-    launch(shape, rows.data_ptr(), _at(slots), out.data_ptr())
+    launch(shape, rows.data_ptr(), _at(slots), _at(count), out.data_ptr())
 
 
 def _prepare_interleave(
@@ -97,10 +103,8 @@ def _prepare_interleave(
 ) -> tuple[Launch | Noted, Shape]:
     blocks = columns // _COLUMNS
     sizes = (num_rows, blocks, 2 * stride, divisor)
-    recipe = Recipe(
-        "interleave.cu", "interleave_kernel", (("BLOCK", str(_BLOCK)),), _BLOCK, 3 + len(sizes), overlapping=True
-    )
-    grid = min(card_of(device).processors * _BLOCKS, -(-num_rows * blocks // _BLOCK))
+    recipe = Recipe("interleave.cu", "interleave_kernel", INTERLEAVING, _BLOCK, 4 + len(sizes), overlapping=True)
+    grid = min(card_of(device).processors * _BLOCKS, -(-num_rows * WARP // _BLOCK))
     return launch_of(recipe, device), Shape(max(1, grid), 0, sizes)
 
 
@@ -111,7 +115,7 @@ _INTERLEAVES, _READY = Ready(), Ready()
 def _product(
     operand: Operand, rows: Tensor, codes: Tensor, bias: Tensor | None,
     scales: tuple[Tensor, Tensor | None, Tensor | None], slots: Tensor | None, factors: Tensor | None,
-    segments: tuple[int, int], out: Tensor, activation: Activation | None, expected: int, turns: int, tile: int,
+    segments: tuple[int, int], out: Tensor, activation: Activation | None, expected: int, turns: int, tile: Tile,
 ) -> None:  # fmt: skip
     """One launch, as `product` has it. `scales` are those of groups, zero points, global ones."""
     of_groups, zeros, whole = scales
@@ -144,21 +148,24 @@ def operand_boxes(operand: Operand, plan: ProductPlan) -> tuple[tuple[torch.dtyp
 
 
 def operand_maps(operand: Operand, plan: ProductPlan, *addresses: int) -> tuple[bytes, ...]:
-    """Maps of codes, scales and zero points at these addresses."""
+    """Maps of codes, scales and zero points at these addresses.
+
+    A box has as little as 16 bytes of scales in a row, and the next step those behind them: the L2 cache brings both.
+    """
     boxes = operand_boxes(operand, plan)
     if not operand.scheme.zero_points:  # a map that is not read
         boxes = (*boxes[:2], boxes[1])
     return tuple(
-        tile_map(address, (box[0], box[1], box[2]), dtype, not streams(plan))
+        tile_map(address, (box[0], box[1], box[2]), dtype, dtype == torch.uint8 or not streams(plan))
         for address, (dtype, box) in zip(addresses, boxes, strict=True)
     )
 
 
 def _prepare(
     operand: Operand, num_rows: int, expected: int, scale_dtype: torch.dtype, biased: bool, weighted: bool,
-    activation: Activation | None, rows: int, device: int,
+    activation: Activation | None, tile: Tile, device: int,
 ) -> tuple[Launch | Noted, Shape, ProductPlan]:  # fmt: skip
-    plan = many_plan(operand, num_rows, expected, weighted, card_of(device), rows)
+    plan = many_plan(operand, num_rows, expected, weighted, card_of(device), tile)
     defines = many_defines(operand, plan, scale_dtype, activation, biased=biased, weighted=weighted)
     curve = (1.0, 0.0, 0.0) if activation is None else (activation.alpha, activation.beta, activation.limit or 0.0)
     sizes = (operand.experts, operand.columns, operand.size, 2 * operand.size, 1, *map(float_bits, curve))

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -11,11 +12,11 @@ from moeyard.cuda.runtime.cards import RESERVED, Card
 from moeyard.dispatch.sizes import round_up
 from moeyard.quant import TILE_COLUMNS, TILE_ROWS, QuantScheme
 
-_SHAPES = {16: (2, 2, 2), 32: (2, 2, 2), 64: (2, 1, 2), 128: (2, 2, 1), 160: (2, 2, 1)}
+_SHAPES = {16: (2, 2, 2), 32: (2, 2, 2), 48: (2, 2, 2), 64: (2, 1, 2), 128: (2, 2, 1), 160: (2, 2, 1)}
 """Of a tile's rows: warpgroups that multiply, products of 64 weight rows of each, blocks that share a multiprocessor.
 
-Two blocks have 96 registers for a thread that multiplies, one has 232: for sums and values of two batches."""
-_SHAPES_OF_SCALED_SUMS = {16: (2, 2, 2), 32: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1)}
+Two blocks have 104 registers for a thread that multiplies, one has 232: for sums and values of two batches."""
+_SHAPES_OF_SCALED_SUMS = {16: (2, 2, 2), 32: (2, 1, 2), 48: (2, 1, 2), 64: (2, 2, 1), 128: (2, 2, 1)}
 """The same where a group's products have sums of their own."""
 _WEIGHT_ROWS = 64
 _STAGE_ALIGNMENT = 1024
@@ -24,6 +25,20 @@ _BARRIER_BYTES = 16
 _MOST_STAGES = 12
 _STREAMED_ROWS = 32
 """Up to so many rows of a tile an expert's weights are read once, and leave the L2 cache first."""
+
+
+class Tile(NamedTuple):
+    """What a plan leaves open: `many_plan` answers what is 0, unless benchmarks and tests do."""
+
+    rows: int = 0
+    """Of a tile at most."""
+    tall: int = 0
+    """Products of 64 weight rows of a warpgroup."""
+    blocks: int = 0
+    """That share a multiprocessor."""
+
+
+PLANNED = Tile()
 
 
 @dataclass(frozen=True)
@@ -66,8 +81,10 @@ class Operand:
 
 
 @lru_cache(maxsize=4096)
-def many_plan(operand: Operand, num_rows: int, expected: int, routed: bool, card: Card, rows: int = 0) -> ProductPlan:
-    """The launch for at most `num_rows` rows, of which `expected` are likely to come; `rows` of a tile, if not 0.
+def many_plan(
+    operand: Operand, num_rows: int, expected: int, routed: bool, card: Card, tile: Tile = PLANNED
+) -> ProductPlan:
+    """The launch for at most `num_rows` rows, of which `expected` are likely to come.
 
     As `product_plan`: a tile holds the rows of most experts. The smallest has 16: products of 8 rows take no less. Up
     to 64 rows reading and widening codes are the limit. There two blocks share a multiprocessor, so that four warps per
@@ -76,8 +93,9 @@ def many_plan(operand: Operand, num_rows: int, expected: int, routed: bool, card
     mean = expected / max(1.0, touched(expected, operand.experts))
     wanted = max(mean + 2 * math.sqrt(mean), 1)
     shapes = _SHAPES if operand.scales_weights else _SHAPES_OF_SCALED_SUMS
-    rows = rows or next((size for size in shapes if wanted <= size), max(shapes))
+    rows = tile.rows or next((size for size in shapes if wanted <= size), max(shapes))
     groups, tall, blocks = shapes[rows]
+    tall, blocks = tile.tall or tall, tile.blocks or blocks
     entries = min(operand.experts, num_rows) + 1
     fixed = many_shared_bytes(operand, rows, groups, tall, 0, entries, routed)
     room = (card.shared_limit + RESERVED) // blocks - RESERVED
@@ -102,7 +120,8 @@ def many_shared_bytes(
     operand: Operand, rows: int, groups: int, tall: int, stages: int, entries: int, routed: bool
 ) -> int:
     """Shared memory of a block, as experts.cu divides it."""
-    chunk = min(rows, 32 // tall) * (tall * _WEIGHT_ROWS + 16) if operand.gated else 0
+    chunk = 16 if rows % (32 // tall) else 32 // tall
+    chunk *= (tall * _WEIGHT_ROWS + 16) * operand.gated
     fixed = groups * 2 * chunk + 16 + 256 + groups * rows * 4 * routed + entries * 4
     return fixed + stages * (many_stage_bytes(operand, rows, groups, tall) + _BARRIER_BYTES)
 

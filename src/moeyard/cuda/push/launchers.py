@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from moeyard.cuda.push.plan import (
-    LOADS,
-    THREADS,
+    CUT,
     WORD,
+    Cut,
     Places,
     PushSizes,
     back_grid,
@@ -64,7 +64,14 @@ def lost_rank(tables: PushTables) -> str | None:
 
 
 def push_launch(
-    rows: Tensor, scales: Tensor | None, topk_ids: Tensor, topk_weights: Tensor, sizes: PushSizes, tables: PushTables
+    rows: Tensor,
+    scales: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    sizes: PushSizes,
+    tables: PushTables,
+    *,
+    beside: bool = False,
 ) -> None:
     """Sends this rank's tokens to the ranks of their experts; ends when those of all ranks are here.
 
@@ -74,6 +81,7 @@ def push_launch(
         topk_ids: [num_tokens, top_k] int32 or int64, of global experts.
         topk_weights: [num_tokens, top_k] float32.
         sizes, tables: of the connection.
+        beside: whether multiprocessors are left to other work.
     """
     device = tables.bases.get_device()
     num_tokens = topk_ids.shape[0]
@@ -85,8 +93,8 @@ def push_launch(
         rows = rows.clone(memory_format=torch.contiguous_format)
     stride = rows.stride(0) * rows.element_size()
     ids, factors = topk_ids.contiguous(), topk_weights.contiguous()
-    found = _READY.get(("push", sizes, tables.rank, ids.dtype, device)) or _push_ready(sizes, tables, ids.dtype, device)
-    launch, places, grid, shared = found
+    key = ("push", sizes, tables.rank, ids.dtype, beside, device)
+    launch, places, grid, shared = _READY.get(key) or _push_ready(sizes, tables, ids.dtype, beside, device)
     sized = numbers_of_push(sizes, places, tables, num_tokens, stride)
     launch(
         Shape(grid, shared, sized), tables.bases.data_ptr(), tables.here, rows.data_ptr(),
@@ -144,28 +152,28 @@ def numbers_of_push_back(
 _READY = Ready()
 
 
-def push_recipe(ids: torch.dtype) -> Recipe:
+def push_recipe(ids: torch.dtype, cut: Cut = CUT) -> Recipe:
     """The kernel of a dispatch."""
-    defines = (("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ID", id_type(ids)))
-    return Recipe("push.cu", "push_kernel", defines, THREADS, 9 + 21)
+    defines = (("BLOCK", str(cut.threads)), ("LOADS", str(cut.loads)), ("ID", id_type(ids)))
+    return Recipe("push.cu", "push_kernel", defines, cut.threads, 9 + 21)
 
 
-def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype) -> Recipe:
+def back_recipe(sizes: PushSizes, weighted: bool, dtype: torch.dtype, cut: Cut = CUT) -> Recipe:
     """The kernel of a combine. Its blocks wait for blocks of other ranks, so all of them have to be at work."""
     defines = (
-        ("BLOCK", str(THREADS)), ("LOADS", str(LOADS)), ("ROW_KIND", KINDS[dtype]),
+        ("BLOCK", str(cut.threads)), ("LOADS", str(cut.loads)), ("ROW_KIND", KINDS[dtype]),
         ("EXACT", "true" if sizes.exact else "false"), ("WEIGHTS", "true" if sizes.exact and weighted else "false"),
         ("ADDED", str(sizes.top_k if sizes.exact else sizes.ranks)),
     )  # fmt: skip
-    return Recipe("push_back.cu", "push_back_kernel", defines, THREADS, 6 + 18, cooperative=True)
+    return Recipe("push_back.cu", "push_back_kernel", defines, cut.threads, 6 + 18, cooperative=True)
 
 
 def _push_ready(
-    sizes: PushSizes, tables: PushTables, ids: torch.dtype, device: int
+    sizes: PushSizes, tables: PushTables, ids: torch.dtype, beside: bool, device: int
 ) -> tuple[Launch | Noted, Places, int, int]:
-    places = places_of(sizes)
-    made = launch_of(push_recipe(ids), device), places, push_grid(places), push_shared_bytes(places)
-    kept: tuple[Launch | Noted, Places, int, int] = _READY.add(("push", sizes, tables.rank, ids, device), made)
+    places, key = places_of(sizes), ("push", sizes, tables.rank, ids, beside, device)
+    made = launch_of(push_recipe(ids), device), places, push_grid(places, beside), push_shared_bytes(places)
+    kept: tuple[Launch | Noted, Places, int, int] = _READY.add(key, made)
     return kept
 
 

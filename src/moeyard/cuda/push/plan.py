@@ -8,17 +8,28 @@ MOST_RANKS = 32
 """As many as a mask of 32 bits has; `MOST_RANKS` of peers.cuh."""
 WORD = 16
 """Bytes of a store."""
-THREADS = 256
-LOADS = 4
-"""Words of a row that a lane sends at a time."""
-_PART = 256
-"""Where parts of the memory begin."""
-_TILES = 128
-"""Of what is dispatched: as many blocks as a card has multiprocessors, or nearly."""
-_TILES_BACK = 512
-"""Of what comes back, one row per token and rank: so many that sums hide behind rows that are under way."""
-_TILES_OF_ROUTES = 4096
-"""The same where all routes of a token come back."""
+
+
+class Cut(NamedTuple):
+    """How rows are cut for blocks, lanes and flags. All ranks have the same."""
+
+    threads: int = 256
+    """Of a block."""
+    loads: int = 4
+    """Words of a row that a lane sends at a time."""
+    part: int = 256
+    """Bytes, at a multiple of which each part of the memory begins."""
+    tiles: int = 128
+    """The most tiles of what a rank dispatches: as many blocks as a card has multiprocessors, or nearly."""
+    tiles_back: int = 512
+    """The same of one row per token and rank that comes back: so many that sums hide behind rows that are under way."""
+    tiles_of_routes: int = 4096
+    """The same of a row per route."""
+    blocks_beside: int = 48
+    """Of a dispatch that leaves multiprocessors to other work: 16 KB on their way in each."""
+
+
+CUT = Cut()
 
 
 class PushSizes(NamedTuple):
@@ -70,10 +81,10 @@ class Places(NamedTuple):
     tiles_back: int
 
 
-def places_of(sizes: PushSizes) -> Places:
+def places_of(sizes: PushSizes, cut: Cut = CUT) -> Places:
     """Where everything lies, the same on every rank."""
     ranks, tokens, top_k, sent, scales, row, exact = sizes
-    tile, tile_back = (-(-tokens // most) for most in (_TILES, _TILES_OF_ROUTES if exact else _TILES_BACK))
+    tile, tile_back = (-(-tokens // n) for n in (cut.tiles, cut.tiles_of_routes if exact else cut.tiles_back))
     tiles, tiles_back = -(-tokens // tile), -(-tokens // tile_back)
     all_tokens = ranks * tokens
     parts = (
@@ -83,13 +94,13 @@ def places_of(sizes: PushSizes) -> Places:
     offsets, total = [], 0
     for size in parts:
         offsets.append(total)
-        total += -(-size // _PART) * _PART
+        total += -(-size // cut.part) * cut.part
     return Places(*(*offsets, total, tile, tiles, tile_back, tiles_back))
 
 
-def push_grid(places: Places) -> int:
-    """Blocks of a dispatch: one per tile, as none waits but the first."""
-    return places.tiles
+def push_grid(places: Places, beside: bool) -> int:
+    """Blocks of a dispatch: one per tile, as none waits but the first; fewer `beside` other work."""
+    return min(places.tiles, CUT.blocks_beside) if beside else places.tiles
 
 
 def push_shared_bytes(places: Places) -> int:

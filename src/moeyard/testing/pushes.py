@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from moeyard.cuda.push import plan as push_plan
 from moeyard.cuda.push.launchers import (
     PushTables,
     back_recipe,
@@ -19,7 +17,7 @@ from moeyard.cuda.push.launchers import (
     numbers_of_push_back,
     push_recipe,
 )
-from moeyard.cuda.push.plan import PushSizes, back_grid, places_of
+from moeyard.cuda.push.plan import CUT, PushSizes, back_grid, places_of
 from moeyard.cuda.runtime.cards import Card
 from moeyard.cuda.runtime.sources import HEADERS, SOURCES
 from moeyard.parallel.plan import slots_of_routes, tables_of
@@ -27,7 +25,6 @@ from moeyard.parallel.pushed import packed_places
 from moeyard.testing import guard_broken, poisoned, same_bits
 from moeyard.testing.few_tokens import COMPILER
 
-HERE = Path(__file__).parent
 EPOCHS = 3
 Program = list[tuple[int, int, int, list[int], tuple[int, ...]]]
 """Steps of a rank: kind, blocks, blocks at work at the same time, pointers, numbers."""
@@ -36,17 +33,17 @@ Program = list[tuple[int, int, int, list[int], tuple[int, ...]]]
 class Ranks:
     """The memory, inputs and results of all ranks of a case, and what their experts would make of rows."""
 
-    def __init__(self, case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, most in zip(("_TILES", "_TILES_BACK"), case["tiles"], strict=True):
-            monkeypatch.setattr(push_plan, name, most)
-        monkeypatch.setattr(push_plan, "_TILES_OF_ROUTES", case["tiles"][1])
+    def __init__(self, case: dict[str, Any]) -> None:
+        """Memory of zeros, and inputs that `draw` fills."""
+        sent, back = case["tiles"]
+        self.cut = CUT._replace(threads=64, loads=2, tiles=sent, tiles_back=back, tiles_of_routes=back)
         self.case, self.plan, self.exact = case, case["plan"], case.get("exact", False)
         self.dtype, self.hidden, self.scales = case.get("dtype", torch.bfloat16), 136, case.get("scales", 0)
         self.ranks, self.top_k = self.plan.ranks, case.get("top_k", 3)
         most = max(max(counts) for counts in case["counts"])
         sent = 144 if self.scales else 2 * self.hidden  # codes of a wider row: the kernel only moves them
         self.sizes = PushSizes(self.ranks, most, self.top_k, sent, self.scales, 2 * self.hidden, self.exact)
-        self.places = places_of(self.sizes)
+        self.places = places_of(self.sizes, self.cut)
         self.memory = [poisoned((self.places.total,), torch.uint8) for _ in range(self.ranks)]
         for part in self.memory:
             part.zero_()
@@ -56,7 +53,7 @@ class Ranks:
         all_rows = self.ranks * most * (self.top_k if self.exact else 1)
         self.made = [torch.empty(all_rows, self.hidden, dtype=self.dtype) for _ in range(self.ranks)]
         self.routes = [torch.empty(self.ranks * most * self.top_k, dtype=torch.int32) for _ in range(self.ranks)]
-        self.weighted, self.wrong = case.get("weighted", True), ""
+        self.weighted = case.get("weighted", True)
 
     def _tables(self, rank: int) -> PushTables:
         rows, counts = packed_places(self.plan)
@@ -87,15 +84,18 @@ class Ranks:
         self.outs[rank].fill_(torch.nan)
 
     def part(self, rank: int, offset: int, dtype: torch.dtype, row_bytes: int) -> Tensor:
+        """[ranks, max_tokens, ...] of a rank's memory."""
         ranks, most = self.sizes.ranks, self.sizes.max_tokens
         return self.memory[rank][offset : offset + ranks * most * row_bytes].view(dtype).view(ranks, most, -1)
 
     def slots(self, source: int, count: int) -> Tensor:
+        """[max_tokens, top_k] int32: those of a rank's tokens."""
         found = torch.full((self.sizes.max_tokens, self.top_k), -1, dtype=torch.int32)
         found[:count] = slots_of_routes(self.inputs[source]["ids"][:count], tables_of(self.plan, found.device), source)
         return found
 
     def held(self, rank: int, slots: Tensor) -> Tensor:
+        """Which slots are of a rank."""
         first, count = self.tables[rank].first_slot, self.tables[rank].num_slots
         return (slots >= first) & (slots < first + count)
 
@@ -181,6 +181,7 @@ class Ranks:
         return steps
 
     def test(self, rank: int, step: int) -> str:
+        """What the test finds wrong at a step of a rank's program, or nothing."""
         counts = self.case["counts"][step // 4]
         if step % 4 == 1:
             return self.experts(rank, counts)
@@ -189,8 +190,8 @@ class Ranks:
         return found
 
 
-def build(folder: Path, ranks: Ranks, change: tuple[str, str, str] | None = None) -> Any:
-    """Both kernels as a library of the host, `change` of a file made first."""
+def build(headers: tuple[Path, ...], folder: Path, ranks: Ranks, change: tuple[str, str, str] | None = None) -> Any:
+    """Both kernels as a library of the host with `headers`, in a folder, `change` of a file made first."""
     if (folder / "kernels.so").exists():
         return loaded(folder)
     for name in ("push.cu", "push_back.cu", "push.cuh"):
@@ -199,14 +200,13 @@ def build(folder: Path, ranks: Ranks, change: tuple[str, str, str] | None = None
             assert change[1] in text, change
             text = text.replace(*change[1:])
         (folder / name).write_text(text)
-    for path in (
-        HERE / "host_push" / "peers.cuh",
-        HERE / "host_push" / "run.cpp",
-        HERE / "host_few_tokens" / "rows.cuh",
-    ):
+    for path in headers:
         shutil.copy(path, folder)
-    recipes = push_recipe(ranks.inputs[0]["ids"].dtype), back_recipe(ranks.sizes, ranks.weighted, ranks.dtype)
-    defines = {**dict(recipes[0].defines), **dict(recipes[1].defines), "BLOCK": "64", "LOADS": "2"}
+    recipes = (
+        push_recipe(ranks.inputs[0]["ids"].dtype, ranks.cut),
+        back_recipe(ranks.sizes, ranks.weighted, ranks.dtype, ranks.cut),
+    )
+    defines = {**dict(recipes[0].defines), **dict(recipes[1].defines)}
     options = ["-std=c++20", "-O1", "-shared", "-fPIC", *(f"-D{name}={value}" for name, value in defines.items())]
     done = subprocess.run(
         [str(COMPILER), *options, "-o", "kernels.so", "run.cpp"],
@@ -220,16 +220,10 @@ def build(folder: Path, ranks: Ranks, change: tuple[str, str, str] | None = None
 
 
 def loaded(folder: Path) -> Any:
+    """The library that `build` left in a folder."""
     library = ctypes.CDLL(str(folder / "kernels.so"))
     library.run.restype = ctypes.c_char_p
     return library
-
-
-class Step(ctypes.Structure):
-    _fields_ = (
-        ("kind", ctypes.c_int64), ("blocks", ctypes.c_int64), ("resident", ctypes.c_int64),
-        ("pointers", ctypes.c_void_p), ("numbers", ctypes.c_void_p),
-    )  # fmt: skip
 
 
 def run(library: Any, programs: list[Program], test: Callable[[int, int], str], slow: int) -> str:
@@ -237,13 +231,12 @@ def run(library: Any, programs: list[Program], test: Callable[[int, int], str], 
     kept: list[Any] = []
     arrays = []
     for program in programs:
-        steps = (Step * max(1, len(program)))()
-        for step, (kind, blocks, resident, pointers, numbers) in zip(steps, program, strict=False):
+        words: list[int] = []  # the fields of `Step` in run.cpp
+        for kind, blocks, resident, pointers, numbers in program:
             made = (ctypes.c_void_p * 16)(*pointers), (ctypes.c_int64 * 32)(*numbers)
             kept += made
-            step.kind, step.blocks, step.resident = kind, blocks, resident
-            step.pointers, step.numbers = (ctypes.addressof(one) for one in made)
-        arrays.append(steps)
+            words += [kind, blocks, resident, ctypes.addressof(made[0]), ctypes.addressof(made[1])]
+        arrays.append((ctypes.c_int64 * (len(words) + 1))(*words))
     said: list[str] = []
 
     def told(rank: int, step: int) -> int:
@@ -259,6 +252,7 @@ def run(library: Any, programs: list[Program], test: Callable[[int, int], str], 
 
 
 def outcome(library: Any, ranks: Ranks, slow: int, blocks: tuple[int, int] = (3, 2), resident: int = 2) -> str:
+    """What goes wrong in three epochs of all ranks, or nothing; of a dispatch `resident` blocks are at work at once."""
     for rank in range(ranks.ranks):
         ranks.draw(rank)
     for part in ranks.memory:
