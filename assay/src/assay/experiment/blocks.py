@@ -59,11 +59,11 @@ class Blocks:
         """Takes a block of RAW: its primary figures if it is clean."""
         elsewhere = block.get("elsewhere", "")
         self.grown = not (block["differing"] or block["reasons"] or elsewhere)
-        if elsewhere:
-            self.incorrect = f"called by another program than assay's worker: {elsewhere}"
-        elif block["differing"]:
+        if block["differing"]:
             self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
             self.incorrect += _told(block.get("mismatch"))
+        elif elsewhere:
+            self.incorrect = f"called by another program than assay's worker: {elsewhere}"
         elif block["reasons"]:
             self.contaminated += 1
             for arm, words in block.get("escapes", {}).items():
