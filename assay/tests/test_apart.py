@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_gates_that_are_left_out_on_request(tmp_path: Path, capsys: pytest.Captu
     wrong = candidate(task, "w", {"pkg/__init__.py": FASTER.replace("(n - 1)", "(n - 2)")})
     given = [task, "--tree", wrong, "--store", tmp_path / "store2", "--no-sandbox", "--skip", "tests,equivalence"]
     found = verdict(*given)
-    assert found["outcome"] == "incorrect" and found["words"][0].startswith("outputs of 3 of 3 calls differ"), found
+    assert found["outcome"] == "incorrect" and re.match(r"outputs of (\d) of \1 calls differ", found["words"][0]), found
     assert [gate["outcome"] for gate in found["gates"]] == ["", "skipped", "skipped", ""]
     with pytest.raises(SystemExit):
         main(["prepare", str(task), "--tree", str(tree), "--skip", "tests,build"])
@@ -183,7 +184,9 @@ def test_the_budget_is_that_of_all_workloads(tmp_path: Path) -> None:
     task = project(tmp_path)
     second = '\n[[workload]]\nname = "more"\nrun = {kind = "command", command = ["true"]}\n\n[budget]\nseconds = 99.0'
     edited(task, "\n[budget]", second)
-    plan = plan_of(prepared(task, candidate(task, "c", {"pkg/__init__.py": FASTER}), "--skip", "tests,equivalence"))
+    plan = plan_of(
+        prepared(task, candidate(task, "c", {"pkg/__init__.py": FASTER}), "--skip", "tests,equivalence,provenance")
+    )
     content = json.loads(plan.read_text())
     raw = tmp_path / "raw"
     raw.mkdir()

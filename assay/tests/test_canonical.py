@@ -54,7 +54,8 @@ def test_a_form_that_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
     status, rows = judged(good, quick, tmp_path / "1", "--canonical", form)
     assert (status, rows[-1]["verdict"]) == (0, "faster"), capsys.readouterr().err
-    assert all(row["compared"] == 1 + len(row["calls"]["base"]) for row in rows if row["kind"] == "block")
+    blocks = [row for row in rows if row["kind"] == "block"]  # one call before, one more after some of eight rounds
+    assert all(1 < row["compared"] - len(row["calls"]["base"]) <= 1 + 8 for row in blocks)
     assert set(seen.read_text().split()) == {str(os.getpid())}, "the function runs where no arm does"
 
 

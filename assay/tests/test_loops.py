@@ -182,7 +182,7 @@ def test_a_slower_call_of_microseconds_is_found(
     assert shown.startswith("slower") and "calls in loops of " in shown
     rows = [json.loads(line) for line in (tmp_path / "raw").read_text().splitlines()]
     block = next(row for row in rows if row["kind"] == "block")
-    assert rows[0]["loops"] >= 128 and block["compared"] == rows[0]["calls"] + 1
+    assert rows[0]["loops"] >= 128 and 1 < block["compared"] - rows[0]["calls"] <= 1 + 8
     assert block["primary"]["base"] < 2e-5 < block["primary"]["candidate"]
     sealing = block["figures"]["base"]["transport"]
     assert block["transport_s"] == 0 < sealing < 2e-5

@@ -251,10 +251,7 @@ def sending_counts(setting: Setting) -> None:
 def own_echo(setting: Setting) -> None:
     """What sending takes is what an arm's own worker echoes."""
 
-    def own(found: Any, arm: str) -> float:
-        return float(statistics.median(found[arm].echoes))
-
-    setting.remove(samples, "transport", own)
+    setting.remove(samples, "transport", lambda found, arm: float(statistics.median(found[arm].echoes)))
     unbounded(setting)
 
 
@@ -287,7 +284,8 @@ def many_calls(setting: Setting) -> None:
 
 
 def unbounded(setting: Setting) -> None:
-    setting.remove(Blocks, "bounded", lambda blocks: blocks.seconds["candidate"])
+    for bound in ("bounded", "followed"):
+        setting.remove(Blocks, bound, lambda blocks: blocks.seconds["candidate"])
 
 
 def small_disk(setting: Setting) -> None:

@@ -91,7 +91,7 @@ class Block:
         ADDED,
     ] = 0.0
     inputs: Annotated[str, {"description": "digest of the block's inputs; empty for commands"}]
-    compared: Count
+    compared: Annotated[Count, {"description": "calls whose outputs were compared, those that are not timed included"}]
     differing: Annotated[list[int], {"description": "calls whose output differs from base's"}]
     mismatch: Annotated[Mismatch | None, {"description": "the first of them"}, ADDED] = None
     elsewhere: Annotated[

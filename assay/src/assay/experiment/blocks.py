@@ -59,11 +59,11 @@ class Blocks:
         """Takes a block of RAW: its primary figures if it is clean."""
         elsewhere = block.get("elsewhere", "")
         self.grown = not (block["differing"] or block["reasons"] or elsewhere)
-        if elsewhere:
-            self.incorrect = f"called by another program than assay's worker: {elsewhere}"
-        elif block["differing"]:
+        if block["differing"]:
             self.incorrect = f"outputs of {len(block['differing'])} of {block['compared']} calls differ from base's"
             self.incorrect += _told(block.get("mismatch"))
+        elif elsewhere:
+            self.incorrect = f"called by another program than assay's worker: {elsewhere}"
         elif block["reasons"]:
             self.contaminated += 1
             for arm, words in block.get("escapes", {}).items():
@@ -109,8 +109,11 @@ class Blocks:
         looks = [Look(look.blocks, look.alpha / self.workloads) for look in LOOKS]
         seen = judge(base, candidate, control, delta=delta, contaminated=self.contaminated, looks=looks)
         if seen.verdict == "faster" and any((*self.transport, *self.spared, *self.late)):
-            bounded = judge(base, self.bounded(), control, delta=delta, contaminated=self.contaminated, looks=looks)
-            if bounded.verdict != "faster":
+            bounded = [
+                judge(base, figures, control, delta=delta, contaminated=self.contaminated, looks=looks).verdict
+                for figures in (self.bounded(), self.followed())
+            ]
+            if bounded != ["faster", "faster"]:
                 last = seen.blocks == looks[-1].blocks
                 words = "the interval lies above 0, but not beyond what a patched worker could explain"
                 return replace(seen, verdict="undecided" if last else "continue", reason=words)
@@ -134,12 +137,13 @@ class Blocks:
         )
 
     def bounded(self) -> list[float]:
-        """The candidate's figures as if it had spared all that is in the hands of its own process.
-
-        Each is what a call takes where the next one follows at once, with what the worker could spare.
-        """
-        columns = (self.seconds["candidate"], self.transport, self.spared, self.late)
+        """The candidate's figures as if it had spared all that is in the hands of its own process."""
+        columns = (self.seconds["candidate"], self.transport, self.spared)
         return [sum(figures) for figures in zip(*columns, strict=True)]
+
+    def followed(self) -> list[float]:
+        """These figures as if each call were followed by the next one at once."""
+        return [sum(figures) for figures in zip(self.bounded(), self.late, strict=True)]
 
 
 def _told(mismatch: dict[str, Any] | None) -> str:

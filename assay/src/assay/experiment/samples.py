@@ -44,8 +44,10 @@ class Sample:
     """Seconds that sending alone takes, once per round."""
     spared: list[float] = field(default_factory=list)
     """Seconds of a copy of arguments and output per call of a request, once per round."""
+    alone: list[float] = field(default_factory=list)
+    """Seconds of calls that followed another one at once."""
     followed: list[float] = field(default_factory=list)
-    """Seconds from one answer to the next, of calls that followed one another at once."""
+    """Of the same calls, seconds from the answer before to theirs."""
     outputs: list[bytes] = field(default_factory=list)
     bodies: dict[int, bytes] = field(default_factory=dict)
     """By call, the output as it was sent, as far as there is room: what people are shown of one that differs."""
@@ -54,7 +56,7 @@ class Sample:
     room: int = _MOST_BODIES
     """Bytes of outputs that may still be kept so."""
     late: float = 0.0
-    """Seconds that a call takes longer, beside base's, where the next one follows at once."""
+    """Seconds that a call takes longer, beside base's, from answer to answer."""
     awake_s: float = 0.0
     """Seconds in which the arm's processes were not frozen."""
     after: dict[int, After] = field(default_factory=dict)
@@ -152,10 +154,9 @@ def _figures(workload: Workload, samples: Mapping[str, Sample]) -> None:
     if "base" in samples and workload.clock == "judge":
         base = samples["base"]
         for sample in samples.values():
-            base_s, own_s = (
-                [without(one, base.figures["transport"]) for one in each.followed] for each in (base, sample)
-            )
-            sample.late = pacing.late(base_s, own_s, (base.figures["steady"], sample.figures["steady"]))
+            sending, figures = base.figures["transport"], (base.figures["steady"], sample.figures["steady"])
+            base_s, own_s = ([without(one, sending) for one in each] for each in (base.alone, sample.followed))
+            sample.late = pacing.late(base_s, own_s, figures)
 
 
 def transport(samples: Mapping[str, Sample], arm: str) -> float:
@@ -247,6 +248,7 @@ def _started(
         exchange.worker.end()
         raise
     sample.calls.clear()
+    sample.alone.clear()
     sample.followed.clear()
     sample.awake_s = time.perf_counter() - begun
     samples[arm] = sample
@@ -276,26 +278,34 @@ def _calls(
     loops: int,
 ) -> None:
     """Calls one after another, and what was asked after them."""
-    before: float | None = None
-    for given, question in zip(turn.inputs, turn.questions, strict=True):
+    first, before, replies = len(sample.outputs), None, []
+    for i, (given, question) in enumerate(zip(turn.inputs, turn.questions, strict=True), first):
         reply = called(exchange, workload, given, loops)
+        replies.append(reply)
         sample.calls.append(reply.seconds)
-        sample.followed += [] if before is None else [(reply.at - before) / loops]
-        before = None if question else reply.at
-        sample.outputs.append(_kept(reply, workload))
-        if workload.compares and len(reply.body) <= sample.room:
-            sample.bodies[len(sample.outputs) - 1] = bytes(reply.body)
-            sample.room -= len(reply.body)
+        _follows(before, reply, sample, loops)
+        before = None if question else reply
         if question:
             after = exchange.after()
-            sample.after[len(sample.outputs) - 1] = replace(after, arguments=_kept_bytes(after.arguments, workload))
+            sample.after[i] = replace(after, arguments=_kept_bytes(after.arguments, workload))
             if workload.constant:
                 exchange.keep(given)  # it was overwritten
-
-    if turn.more is not None and before is not None:
+    if turn.more is not None:
         reply = called(exchange, workload, turn.more, loops)
-        sample.followed.append((reply.at - before) / loops)
+        _follows(before, reply, sample, loops)
         sample.more.append(_kept(reply, workload))
+    for i, reply in enumerate(replies, first):  # not in between: what takes the judge long hides what a worker does
+        sample.outputs.append(_kept(reply, workload))
+        if workload.compares and len(reply.body) <= sample.room:
+            sample.bodies[i] = bytes(reply.body)
+            sample.room -= len(reply.body)
+
+
+def _follows(before: Reply | None, reply: Reply, sample: Sample, loops: int) -> None:
+    """Notes a call that followed another one at once."""
+    if before is not None:
+        sample.alone.append(reply.seconds)
+        sample.followed.append((reply.at - before.at) / loops)
 
 
 def _take(exchange: Exchange, workload: Workload, turn: _Turn, sample: Sample, loops: int) -> None:

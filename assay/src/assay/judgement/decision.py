@@ -171,8 +171,9 @@ def _p_at(blocks: Blocks, n: int) -> float:
     ratios = _ratios(blocks, "candidate", n)
     p = p_value(ratios)
     if hodges_lehmann(ratios) > 0:  # as far as a patched worker could not explain it
-        bounded = np.log(blocks.seconds["base"][:n]) - np.log(blocks.bounded()[:n])
-        p = max(p, p_value(bounded) if hodges_lehmann(bounded) > 0 else 1.0)
+        for figures in (blocks.bounded(), blocks.followed()):
+            bounded = np.log(blocks.seconds["base"][:n]) - np.log(figures[:n])
+            p = max(p, p_value(bounded) if hodges_lehmann(bounded) > 0 else 1.0)
     return min(1.0, p * FAMILY / alpha)
 
 
