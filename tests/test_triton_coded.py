@@ -34,7 +34,7 @@ def plan_of(
     hidden, size, count, top_k = MODELS[model]
     monkeypatch.setattr(coded, "card", lambda _: card)
     monkeypatch.setattr(coded, "programmatic_on", lambda _: card.capability >= (9, 0))
-    monkeypatch.setattr(coded, "_multiplies_e4m3", lambda _: card.capability >= (8, 9))
+    monkeypatch.setattr(coded, "multiplies_e4m3", lambda _: card.capability >= (8, 9))
     rows, columns = scheme.block
     blocks = [
         (halves * (-(-size_ // rows) if rows else 1), -(-other // columns) if columns else 1)
