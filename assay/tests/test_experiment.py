@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
@@ -22,30 +21,7 @@ from assay.experiment import processes
 from assay.experiment.raw import replay
 from assay.machine import load
 from holding import python, start
-
-WORK = "total = 0\nfor i in range({units} * 10000): total += i * i\n"
-CALL = "def work(n):\n    total = n\n    for i in range({units} * 10000): total += i * i\n    return total\n"
-ANY_LOAD = ["--most-foreign", "1e9"]  # tests run beside each other
-
-
-def tree(folder: Path, units: int, more: str = "", text: str = WORK) -> Path:
-    folder.mkdir()
-    (folder / "work.py").write_text(text.format(units=units) + more)
-    (folder / "inputs.py").write_text("def make(seed):\n    return (seed,)\n")
-    return folder
-
-
-def ab(a: Path, b: Path, raw: Path, *options: str) -> int:
-    return main(["ab", str(a), str(b), "--out", str(raw), *options, "--", sys.executable, "-S", "work.py"])
-
-
-def call(a: Path, b: Path, raw: Path, *options: str) -> int:
-    given = ["--call", "work:work", "--inputs", "inputs:make", *ANY_LOAD, *options]
-    return main(["ab", str(a), str(b), "--out", str(raw), *given])
-
-
-def rows(raw: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in raw.read_text().splitlines()]
+from small_trees import ANY_LOAD, CALL, ab, call, rows, tree
 
 
 @pytest.fixture(scope="module")
@@ -136,53 +112,6 @@ def test_wrong_outputs_are_incorrect_however_fast(tmp_path: Path, capsys: pytest
     assert call(good, wrong, tmp_path / "raw") == 1
     assert capsys.readouterr().out.startswith("incorrect: outputs of ")
     assert rows(tmp_path / "raw")[-1]["verdict"] == "incorrect" and len(rows(tmp_path / "raw")) == 3
-
-
-NOISY = CALL.replace("return total", "import numpy; return numpy.array([n % 7 + {noise}, 1.0])").replace("{units}", "8")
-FEW = ("--rounds", "4", "--calls", "4")
-
-
-def noisy(folder: Path, noise: str, before: str = "") -> Path:
-    """A tree whose output is off by `noise`, an expression, in its first element."""
-    text = NOISY.format(noise=noise).replace("return", before + "return")
-    return tree(folder, 0, text="import random, time\n" + text)
-
-
-@pytest.mark.full
-def test_outputs_within_tolerances_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, near = noisy(tmp_path / "a", "0.0"), noisy(tmp_path / "near", "1e-7", "time.sleep(0.006); ")
-    assert call(a, near, tmp_path / "raw", "--atol", "1e-6", *FEW) == 1 and "0 differ" in capsys.readouterr().out
-    assert rows(tmp_path / "raw")[-1]["verdict"] == "slower"
-
-
-def test_outputs_outside_tolerances(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, far = noisy(tmp_path / "a", "0.0"), noisy(tmp_path / "far", "1e-2")
-    assert call(a, far, tmp_path / "far.jsonl", "--atol", "1e-6", *FEW) == 1
-    assert rows(tmp_path / "far.jsonl")[-1]["verdict"] == "incorrect"
-    assert call(a, noisy(tmp_path / "near", "1e-7"), tmp_path / "near.jsonl", *FEW) == 1
-    assert rows(tmp_path / "near.jsonl")[-1]["verdict"] == "incorrect"
-    random = noisy(tmp_path / "random", "random.random()")
-    assert call(random, random, tmp_path / "raw", *FEW) == 2
-    assert "expected two builds of base to agree" in capsys.readouterr().err
-
-
-CHAINED = "def work(n):\n    return n + 1\ndef chain(given, output):\n    return (output,)\n"
-
-
-def test_too_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = tree(tmp_path / "a", 0, text=CHAINED)
-    assert call(a, a, tmp_path / "raw1") == 2 and not (tmp_path / "raw1").exists()
-    assert "too_short: a call takes" in capsys.readouterr().err
-    assert call(a, a, tmp_path / "raw2", "--links", "40000") == 2
-    assert "--links: expected --chain" in capsys.readouterr().err
-
-
-@pytest.mark.full
-def test_a_chain_is_long_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = tree(tmp_path / "a", 0, text=CHAINED)
-    b = tree(tmp_path / "b", 0, text=CHAINED.replace("return n + 1", "return sum([n, *[0] * 40, 1])"))
-    assert call(a, b, tmp_path / "raw", "--links", "40000", "--chain", "work:chain") == 1
-    assert capsys.readouterr().out.startswith("slower") and rows(tmp_path / "raw")[-1]["blocks"] == 12
 
 
 OUTLIVES = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-S', '-c', {code!r}])\n"
