@@ -26,7 +26,7 @@ CASE = os.environ.get("MOEYARD_CALLERS_CASE")
 REPEAT = "python -m pytest tests/test_callers.py -k drawn"
 
 
-MOST = 2000
+MOST = 1500
 """Questions of a run that others repeat; more seconds or another seed ask more."""
 
 

@@ -132,7 +132,7 @@ def wrong(library: Any, case: dict[str, Any], at_once: bool, given: tuple[Any, .
 
 
 ALL = [(name, scheme) for name in CASES for scheme in SCHEMES]
-FEW = [("1 token", scheme) for scheme in SCHEMES[::2]] + [("2 tokens, short rings", scheme) for scheme in SCHEMES[1:3]]
+FEW = [("1 token", scheme) for scheme in SCHEMES[::2]] + [("2 tokens, short rings", scheme) for scheme in SCHEMES[2:3]]
 
 
 @pytest.mark.parametrize(

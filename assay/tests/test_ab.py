@@ -113,6 +113,7 @@ def test_all_cases_of_an_asv_benchmark(tmp_path: Path, capsys: pytest.CaptureFix
     assert "case: expected below 2" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_hooks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`--setup` once in each tree, `--prepare` before each run and in no figure; the trees that were given stay."""
     files(tmp_path, {"a/made.txt": "0.03\n", "b/made.txt": "0.01\n"})

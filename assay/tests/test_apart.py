@@ -117,6 +117,7 @@ def test_a_candidate_that_does_not_build_where_it_is_measured(tmp_path: Path) ->
         assert not (plan.parent / "gates.json").exists()
 
 
+@pytest.mark.full
 def test_what_prepare_rejects_is_a_verdict(tmp_path: Path) -> None:
     task = project(tmp_path)
     tree = candidate(task, "c", {"pkg/__init__.py": FASTER.replace("(n - 1)", "(n - 2)")})
@@ -132,6 +133,7 @@ def test_what_prepare_rejects_is_a_verdict(tmp_path: Path) -> None:
     assert outcomes == ["tests_failed", "incorrect", "out_of_scope"]
 
 
+@pytest.mark.full
 def test_gates_that_are_left_out_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     task = project(tmp_path)
     tree = candidate(task, "c", {"pkg/__init__.py": FASTER})
@@ -180,6 +182,7 @@ def test_a_budget_that_is_too_small(tmp_path: Path) -> None:
     assert [json.loads(row)["kind"] for row in rows] == ["header", "block", "failed"]
 
 
+@pytest.mark.full
 def test_the_budget_is_that_of_all_workloads(tmp_path: Path) -> None:
     task = project(tmp_path)
     second = '\n[[workload]]\nname = "more"\nrun = {kind = "command", command = ["true"]}\n\n[budget]\nseconds = 99.0'

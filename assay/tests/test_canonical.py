@@ -44,6 +44,7 @@ def judged(a: Path, b: Path, raw: Path, *options: str) -> tuple[int, list[dict[s
     return status, [json.loads(line) for line in raw.read_text().splitlines()] if raw.exists() else []
 
 
+@pytest.mark.full
 def test_a_form_that_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     seen = tmp_path / "seen"
     (tmp_path / "form.py").write_text(FORM.format(seen=str(seen)))

@@ -85,6 +85,7 @@ sys.exit(main(["measure", sys.argv[2], "--out", sys.argv[3], "--no-sandbox"]))
 """
 
 
+@pytest.mark.full
 def test_two_judges_that_measure(tmp_path: Path) -> None:
     """Two plans, measured at once, the first judge killed in the middle: no block of one within those of another."""
     task = project(tmp_path)

@@ -169,12 +169,9 @@ def crowded() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.mark.parametrize(
-    ("code", "works"),
-    [
-        pytest.param("while True: pass", True, id="works on"),
-        pytest.param("import time; time.sleep(60)", False, id="waits", marks=pytest.mark.full),
-    ],
+    ("code", "works"), [("while True: pass", True), ("import time; time.sleep(60)", False)], ids=["works on", "waits"]
 )
+@pytest.mark.full
 def test_a_busy_machine_does_not_hide_who_works_on(
     code: str, works: bool, tmp_path: Path, crowded: Callable[[int], None]
 ) -> None:
@@ -294,11 +291,12 @@ runner.timeit("text", stmt="sum(numbers)", setup="numbers = range(200000 * {unit
     ("options", "text"),
     [
         (["--asv", "work.py:TimeSums.time_sum", "--case", "3"], ASV),
-        pytest.param(["--asv", "work.py:time_alone"], ASV, marks=pytest.mark.full),
-        pytest.param(["--pyperf", "work.py:sum"], PYPERF, marks=pytest.mark.full),
-        pytest.param(["--pyperf", "work.py:text"], PYPERF, marks=pytest.mark.full),
+        (["--asv", "work.py:time_alone"], ASV),
+        (["--pyperf", "work.py:sum"], PYPERF),
+        (["--pyperf", "work.py:text"], PYPERF),
     ],
 )
+@pytest.mark.full
 def test_benchmarks_of_asv_and_pyperf(options: list[str], text: str, tmp_path: Path) -> None:
     if "--pyperf" in options:
         pytest.importorskip("pyperf", reason="pyperf is not installed")

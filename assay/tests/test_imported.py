@@ -55,8 +55,8 @@ def test_an_installed_package_hides_the_tree(tmp_path: Path) -> None:
     [
         ("", 'PYTHONPATH = "src"', ""),
         (f"setup = [{VENV}, {EDITABLE}]", 'A = "b"', IN_VENV),
-        (f"setup = [{VENV}, {COPIED}]", 'A = "b"', IN_VENV),
-        (f"setup = [{VENV}]\nbuild = [{COPIED}]", 'A = "b"', IN_VENV),
+        pytest.param(f"setup = [{VENV}, {COPIED}]", 'A = "b"', IN_VENV, marks=pytest.mark.full),
+        pytest.param(f"setup = [{VENV}]\nbuild = [{COPIED}]", 'A = "b"', IN_VENV, marks=pytest.mark.full),
     ],
     ids=["path", "editable", "installed in setup", "installed by the build"],
 )

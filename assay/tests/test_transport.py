@@ -71,6 +71,7 @@ def test_faster_is_more_than_sending_could_explain(gain: float, sent: float, ver
     assert seen is not None and seen.verdict == verdict, seen
 
 
+@pytest.mark.full
 def test_a_call_alone_is_what_the_interval_is_of(tmp_path: Path) -> None:
     """Where sending is a tenth of a call, five times less work is five times faster, and not four."""
     found = run(tmp_path, SENDS.format(passes=300), SENDS.format(passes=60))
