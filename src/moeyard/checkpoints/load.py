@@ -19,9 +19,6 @@ from moeyard.dispatch.checks import FLOATS, check_flag, check_int
 from moeyard.quant import CODES, SCALES, ExpertScales, QuantScheme, scale_shapes
 from moeyard.values import MAX_EXPERTS, ExpertWeights
 
-AHEAD = 1 << 26
-"""About how many bytes the system is told of before they are read."""
-
 
 def load_experts(
     path: str | os.PathLike[str],
@@ -118,12 +115,7 @@ def _load(
         scales = weights.scales
         if layer.storage.scheme is not None and scales is not None:
             _read_small(reader, layer, share, scales)
-        later, ahead = iter(units), 0
         for unit in units:
-            while ahead < AHEAD and (after := next(later, None)) is not None:
-                reader.expect(after.span)
-                ahead += after.span.size
-            ahead -= unit.span.size
             raw = buffer[: unit.span.size] if unit.target is None else unit.target
             reader.read(unit.span, raw)
             if unit.apply is not None:
