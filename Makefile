@@ -35,7 +35,7 @@ test: .venv/ready ## what has to pass, on two cores; ended after 15 minutes
 
 # What depends on other packages, and what tells which versions are there. The rest is the same code under any version.
 ON_LOWEST := $(addprefix tests/test_,lowest.py library.py layout.py rows.py router.py experts.py cli.py checkpoints.py \
-	bench_results.py cuda.py cuda_runtime.py triton.py examples.py) \
+	bench_results.py cuda.py cuda_runtime.py host_path.py triton.py examples.py) \
 	$(addprefix assay/tests/test_,task.py public_api.py equivalence.py outputs.py stats.py quickstart.py)
 
 $(LOWEST)/ready: pyproject.toml assay/pyproject.toml .ci/lowest.py Makefile

@@ -3,6 +3,7 @@
 One process. Every cell is a layer of a model at a number of tokens, bfloat16, uniform routing. Rows of the file:
 
 - "training step": forward and backward, with gradients of hidden states, router weights, w13 and w2;
+- "training step, fp8 blocks": the same at a scheme, by `straight_through_experts`, rounding of the weights included;
 - "forward": moeyard's own, without gradients;
 - "part: ...": one operator of moeyard's backward, as each implementation computes it.
 
@@ -35,7 +36,9 @@ from moeyard import ExpertWeights, Routing
 from moeyard.bench import peers, results, timing
 from moeyard.bench.training import TrainingStep, kept_bytes, peak_bytes
 from moeyard.dispatch.table import launcher
+from moeyard.quant import FP8_BLOCK
 from moeyard.values import Activation, Segments, WeightedGradients
+from moeyard.vectorised.quant import quantise_rows
 from training_peers import Inputs, Provider
 
 MODELS = {  # experts, top_k, hidden_size, intermediate_size
@@ -46,6 +49,8 @@ MODELS = {  # experts, top_k, hidden_size, intermediate_size
 }
 TOKENS = (32768, 8192)
 _OURS, _OTHERS = 1.1, training_peers.BOUND  # times the error of an honest computation
+_ROUNDED = 1.5  # the same at a scheme, where what rounding leaves open may become another code
+_FP8 = "training step, fp8 blocks"
 _CHECKED_EXPERTS, _CHECKED_TOKENS = 3, 16
 _ROUNDS = 15
 _LEAST_S = 15.0  # with less time left no cell begins
@@ -83,6 +88,12 @@ def ours(impl: str = "auto", save: str = "product") -> Provider:
     return call
 
 
+def at_a_scheme(given: Inputs) -> Tensor:
+    """moeyard's layer in blocks of e4m3, with codes made in the call."""
+    routing, weights = Routing(given.factors, given.ids), ExpertWeights(given.w13, given.w2)
+    return moeyard.straight_through_experts(given.rows, routing, weights, FP8_BLOCK)
+
+
 _AUTO = ", ".join(filter(None, ("auto", os.environ.get("MOEYARD_IMPL"))))
 SAVES = {"product": ("moeyard", _AUTO), "inputs": ("moeyard", f"{_AUTO}, save='inputs'")}
 
@@ -99,8 +110,25 @@ def providers() -> dict[tuple[str, str], Provider]:
 # Whether gradients are right
 
 
-def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
-    """Gradients that one has for some experts and tokens by plain torch, at a dtype."""
+def rounded(given: Inputs) -> Inputs:
+    """The values that a layer at a scheme computes with: gradients by these are its straight-through ones."""
+    plain = ExpertWeights(given.w13.detach(), given.w2.detach())
+    values = moeyard.dequantize_experts(moeyard.quantize_experts(plain, FP8_BLOCK), torch.float32)
+    return given._replace(rows=rounded_rows(given.rows.detach()), w13=values.w13, w2=values.w2)
+
+
+def rounded_rows(rows: Tensor) -> Tensor:
+    """Rows as a scheme rounds them, rounded to 16 bits before; the derivative is 1."""
+    there = quantise_rows(rows.detach().bfloat16(), FP8_BLOCK, None, 0).to(rows.dtype)
+    return rows + (there - rows).detach()
+
+
+def some_gradients(
+    given: Inputs, kind: torch.dtype, inside: Callable[[Tensor], Tensor] = lambda rows: rows
+) -> dict[str, list[Tensor]]:
+    """Gradients that one has for some experts and tokens by plain torch, at a dtype. `inside` rounds what the
+    activation leaves.
+    """
     experts = given.w13.shape[0]
     found: dict[str, list[Tensor]] = {"w13": [], "w2": [], "factors": [], "rows": []}
     for expert in sorted({0, experts // 2, experts - 1})[:_CHECKED_EXPERTS]:
@@ -108,7 +136,7 @@ def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
         leaves = [t.detach().to(kind).requires_grad_() for t in (given.w13[expert], given.w2[expert])]
         factor = given.factors.detach()[token, k].to(torch.promote_types(kind, torch.float32)).requires_grad_()
         gate, up = functional.linear(given.rows.detach()[token].to(kind), leaves[0]).chunk(2, 1)
-        result = functional.linear(functional.silu(gate) * up, leaves[1]) * factor.unsqueeze(1)
+        result = functional.linear(inside(functional.silu(gate) * up), leaves[1]) * factor.unsqueeze(1)
         upstream = given.upstream[token].to(result.dtype)
         for name, one in zip(found, torch.autograd.grad(result, (*leaves, factor), upstream), strict=False):
             found[name].append(one)
@@ -119,7 +147,8 @@ def some_gradients(given: Inputs, kind: torch.dtype) -> dict[str, list[Tensor]]:
         token, k = torch.where(few == expert)
         w13, w2 = given.w13.detach()[expert].to(kind), given.w2.detach()[expert].to(kind)
         gate, up = functional.linear(rows[token], w13).chunk(2, 1)
-        result = functional.linear(functional.silu(gate) * up, w2) * given.factors.detach()[token, k].unsqueeze(1)
+        result = functional.linear(inside(functional.silu(gate) * up), w2)
+        result = result * given.factors.detach()[token, k].unsqueeze(1)
         total = total.index_add(0, token, result.to(kind))
     found["rows"] += torch.autograd.grad(total, rows, given.upstream[:_CHECKED_TOKENS].to(kind))
     return found
@@ -305,6 +334,12 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
         with training_peers.tuning_in_parallel() if clock.on_gpu else contextlib.nullcontext():
             found[who] = judged(provider, given, _OURS if who[0] == "moeyard" else _OTHERS, exact, of_honest)
         say(f"  {' '.join(who)}: {found[who].get('wrong', 'right')}, {time.monotonic() - start:.1f} s")
+    values = rounded(given)
+    wide = some_gradients(values, torch.float64, rounded_rows)
+    of_rounded = errors(some_gradients(values, given.rows.dtype, rounded_rows), wide)
+    fp8 = judged(at_a_scheme, given, _ROUNDED, wide, of_rounded)
+    del values
+    say(f"  {_FP8}: {fp8.get('wrong', 'right')}")
     for save, who in SAVES.items():
         found[who]["kept_bytes_by_hand"] = kept_bytes(step, save)
         copied = {str(copied): peak_bytes(step, save, copied=copied) for copied in (False, True)}
@@ -313,10 +348,13 @@ def measure(cell: Cell, device: torch.device, until: float, *, of_parts: bool) -
         who: partial(train, provider, given) for who, provider in providers().items() if "wrong" not in found[who]
     }
     detached = given._replace(**{name: getattr(given, name).detach() for name in ("rows", "factors", "w13", "w2")})
+    if "wrong" not in fp8:
+        calls[_FP8] = partial(train, at_a_scheme, given)
     calls["forward"] = partial(ours(), detached)
     calls["forward"]()  # kernels are there
     times = in_turn(calls, clock, until)
     rows = [cell.row("training step", *who, step.flops, times.get(who)) | more for who, more in found.items()]
+    rows.append(cell.row(_FP8, "moeyard", _AUTO, step.flops, times.get(_FP8)) | fp8)
     rows.append(cell.row("forward", "moeyard", _AUTO, step.flops // 3, times["forward"]))
     if of_parts:
         named = parts(given, step)

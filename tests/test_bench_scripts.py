@@ -1,5 +1,6 @@
 """The scripts of benchmarks/: goals of experts, and plans of kernels that are to be timed."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import batch_invariant
 import experts_goals
 import experts_variants
+import host_path
 import serving
 import training
 from moeyard.bench import experts_cells, layers, results, run, timing
@@ -216,6 +218,8 @@ def test_steps_of_training_are_judged_before_they_are_timed(
     assert all(row["time_us"] > 0 and row["rounds"] == 3 for row in rows if row["correct"])
     of_part = {row["op"] for row in rows if row["op"].startswith("part")}
     assert of_part == ({"part: w13", "part: w2", "part: activation"} if of_parts else set())
+    fp8 = next(row for row in rows if row["op"] == "training step, fp8 blocks")
+    assert fp8["correct"] and fp8["errors"]["w13"] < 2 * fp8["honest_errors"]["w13"] < 0.1
     mine = found["moeyardauto"]
     assert mine["kept_bytes_by_hand"] < mine["peak_bytes_by_hand"]["False"]["backward, second product"]
 
@@ -239,6 +243,22 @@ def test_serving_writes_what_it_measured(tmp_path: Path) -> None:
     }
     (stalls,) = found["stalls"]
     assert stalls["calls"] >= 16 and stalls["compilations"] == 0 and "moe_layer" in stalls["longest_ms"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU, and one is there")
+def test_the_host_path_is_timed_and_counted(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setattr("sys.argv", ["host_path.py", "--rounds", "1", "--tokens", "1", "70"])
+    host_path.main()
+    one, more = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (one["tokens"], more["tokens"]) == (1, 70)
+    assert one["us (least, median)"].keys() == one["calls"].keys() >= {"torch.mm", "fused_experts", "moe_layer"}
+    launches = [
+        found["calls"][name]["launches"] for found in (one, more) for name in ("fused_experts", "route_and_align")
+    ]
+    assert launches == [2, 1, 4, 2] and one["calls"]["torch.mm"]["launches"] == 0
 
 
 def test_what_either_compiler_is_asked_for_is_noted() -> None:

@@ -1,6 +1,8 @@
 """What eager calls do on the host before the driver starts their launches, on a GPU that is not there."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -344,6 +346,18 @@ def test_other_settings_are_followed(driver: Driver) -> None:
     finally:
         programmatic_launch(False)
     assert {recipe.programmatic for recipe in driver.recipes} == {False, True}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_repeats_a_call_keeps_no_tensor(name: str, driver: Driver) -> None:
+    driver.started, x = None, Layer(40, full=True)
+    for _ in range(3):
+        result = CALLS[name](x)
+    shared = {id(tensor) for tensor in (x.weights.w13, x.weights.w2, x.weights.w13_bias, x.weights.w2_bias)}
+    left = [weakref.ref(tensor) for tensor in (*x.named.values(), *tensors_of(result)) if id(tensor) not in shared]
+    del x, result
+    gc.collect()
+    assert len(left) > 7 and not any(one() is not None for one in left)
 
 
 @pytest.mark.parametrize("name", ["route", "fused_experts"])

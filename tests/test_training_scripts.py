@@ -1,4 +1,4 @@
-"""Benchmarks of training: peers, how they are found and held against the reference, and goals."""
+"""Benchmarks of training: peers, how they are found and held against the reference, goals, and others' tests."""
 
 import os
 import sys
@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tile_kernels_tests
 import training_goals
 import training_peers
 from moeyard.bench import results
@@ -138,3 +140,61 @@ def test_peers_are_right_by_the_interpreter() -> None:
     if "not importable: scattermoe, liger_kernel" in done.stdout:
         pytest.skip(f"no peer can be imported; {training_peers.FOLDERS} lists folders of packages")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+LIGER_TEST = """
+import pytest, torch
+from liger_kernel.ops import LigerFusedMoEFunction
+from liger_kernel.ops.fused_moe import compute_routing_metadata
+
+def given():
+    torch.manual_seed(0)
+    w13, w2 = torch.randn(3, 8, 6), torch.randn(3, 6, 4)
+    ids, factors = torch.tensor([[0, 2], [2, 1]], dtype=torch.int32), torch.rand(2, 2).requires_grad_()
+    return [torch.randn(2, 6).requires_grad_(), w13.requires_grad_(), w2.requires_grad_(), ids, factors]
+
+@pytest.mark.parametrize("scale", [1.0, 1.01])
+def test_gradients(scale):
+    rows, w13, w2, ids, factors = given()
+    wanted = 0
+    for k in range(2):
+        gate, up = torch.einsum("th,tih->ti", rows, w13[ids[:, k].long()]).chunk(2, 1)
+        row = torch.einsum("ti,thi->th", torch.nn.functional.silu(gate) * up, w2[ids[:, k].long()])
+        wanted = wanted + scale * factors[:, k, None] * row
+    leaves = rows, w13, w2, factors
+    ours = LigerFusedMoEFunction.apply(rows, w13, w2, ids, factors)
+    for a, b in zip(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+def test_metadata():
+    ids = given()[3]
+    counts, offsets, tokens, routes, slots, *_ = compute_routing_metadata(ids, 3)
+    assert counts.tolist() == [1, 1, 2] and offsets.tolist() == [0, 1, 2, 4]
+    assert routes.tolist() == [0, 3, 1, 2] and tokens.tolist() == [0, 1, 0, 1] and slots.tolist() == [0, 2, 3, 1]
+"""
+
+
+@pytest.mark.full
+def test_ligers_tests_are_run_against_moeyard(tmp_path: Path) -> None:
+    (tmp_path / "test_fused_moe.py").write_text(LIGER_TEST)
+    script = str(Path(SCRIPT).with_name("liger_tests.py"))
+    done = python(script, str(tmp_path), "--", "-p", "no:warnings")
+    assert "1 failed, 2 passed" in done.stdout and "test_gradients[1.01]" in done.stdout, done.stdout + done.stderr
+    assert "expected a folder with test_fused_moe.py" in python(script, str(tmp_path / "absent")).stderr
+
+
+def test_adapters_for_the_tests_of_tile_kernels() -> None:
+    ids = torch.tensor([[1, -1], [2, 1]])
+    experts, tokens, routes, slots, first, last, counts, listed = tile_kernels_tests.get_fused_mapping(ids, 3, 0, 2)
+    assert experts.tolist() == [1, 1, 2, -1] and tokens.tolist() == [0, 1, 1, -1] and routes.tolist() == [0, 3, 2, -1]
+    assert slots.tolist() == [[0, -1], [2, 1]] and first.tolist() == [0, 0, 2] and last.tolist() == [0, 2, 4]
+    assert counts.tolist() == listed == [0, 2, 2]
+    rows = torch.tensor([[3.0], [5.0]])
+    spread = tile_kernels_tests.expand_to_fused(rows, slots, experts)
+    assert spread.tolist() == [[3.0], [5.0], [5.0], [0.0]]
+    factors = torch.tensor([[2.0, 9.0], [1.0, 0.5]])
+    assert tile_kernels_tests.reduce_fused(spread, factors, slots).tolist() == [[6.0], [7.5]]
+    with pytest.raises(NotImplementedError, match="into 8 bits"):
+        tile_kernels_tests.reduce_fused(spread, factors, slots, "e4m3")
+    assert tile_kernels_tests.topk_gate(torch.tensor([[1.0, 3.0, 3.0]]), 2).tolist() == [[1, 2]]
+    assert tile_kernels_tests.aux_fi(ids, 3, 2).tolist() == [0.0, 1.5, 0.75]

@@ -80,6 +80,7 @@ def test_a_trusted_worker_is_bounded_by_sending_alone(trusted: bool, tmp_path: P
     assert measured(plan, Trees.at(arms, tmp_path), raw, seconds=1e-9) is None
     header, block = map(json.loads, raw.getvalue().splitlines())
     assert header["plan"]["trusted"] is trusted and (block["spared_s"] > 0) is not trusted and block["transport_s"] > 0
+    assert trusted or block["spared_s"] > block["primary"]["base"]  # all but one of the chain's calls
 
 
 def test_copies_share_nothing_that_can_be_written_to() -> None:
@@ -108,15 +109,13 @@ def body(value: Any) -> bytes:
 
 
 def test_what_could_be_spared_is_measured_in_the_worker(tmp_path: Path) -> None:
-    text = "import time\ndef work(x): return x * 2\ndef following(given, y):\n    time.sleep(0.002)\n    return (y,)\n"
+    text = "def work(x): return x * 2\n"
     array = np.ones(1 << 20)
-    for links, least, most in ((1, 1e-4, 0.1), (5, 0.008, 0.2)):
-        more = {"chain": "work:following", "links": links} if links > 1 else {}
-        with worker(tmp_path, text, **more) as found:
-            exchange = Exchange(found)
-            exchange.call(body((array,)))
-            exchange.echo(body((array,)))
-            assert least < exchange.spared() < most
+    with worker(tmp_path, text) as found:
+        exchange = Exchange(found)
+        exchange.call(body((array,)))
+        exchange.echo(body((array,)))
+        assert 1e-4 < exchange.spared() < 0.1
     with worker(tmp_path, text) as found:
         exchange = Exchange(found)
         exchange.call(body((3,)))

@@ -79,7 +79,7 @@ def test_built_sources(run: Workload, tmp_path: Path) -> None:
     found = check(plan, "kernel.c", "other.c")
     assert found.outcome == "not_evaluated" and "source not on the workload's path: other.c" in found.words
     assert check(plan, "work.py").words == "nothing works without work.py"
-    assert check(plan, "gone.c", "gone.py", "test_work.py").words == "no source was changed"
+    assert check(plan, "gone.c", "gone.py", "test_work.py").words == "nothing works without the tree"
 
 
 def test_sources_that_are_compiled_at_run_time(tmp_path: Path) -> None:
@@ -127,6 +127,27 @@ def test_what_is_timed_is_the_tree_that_is_judged(shown: bool, run: Workload, tm
     seen = check(plan, "src/pkg/__init__.py")
     assert seen.outcome == ("" if shown else "not_evaluated"), seen
     assert shown or "what is timed runs though src/pkg/__init__.py raise when they are imported" in seen.words
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("changed", ["work.py", "table.txt"])
+def test_each_workload_times_the_tree_that_is_judged(changed: str, tmp_path: Path) -> None:
+    """One that no changed file breaks needs some file of the tree, and not the one alone that is started."""
+    plan = frozen(tmp_path, "def work(n): return n\n", [], CALL)
+    for folder in (tmp_path / "installed", *(plan.tree(arm) / "src" for arm in ("base", "candidate"))):
+        (folder / "pkg").mkdir(parents=True)
+        (folder / "pkg/__init__.py").write_text("def work(n): return n\n")
+    for arm in ("base", "candidate"):
+        (plan.tree(arm) / "run.py").write_text("import pkg\n")
+        (plan.tree(arm) / changed).touch()
+    place = str(tmp_path / "installed")
+    plan.content["sandbox"] |= {"readable": [place], "environment": {"PYTHONPATH": place}}
+    runs = Workload("command", command=("python3", "run.py"))
+    plan.content["workloads"]["run"] = asdict(Plan(runs).checked())
+    seen = check(plan, changed)
+    assert seen.outcome == "not_evaluated" and seen.words.startswith("run: what is timed runs "), seen
+    plan.content["sandbox"]["environment"] = {"PYTHONPATH": "/assay/tree/src"}
+    assert check(plan, changed).outcome == ""
 
 
 def test_a_file_that_is_done_without_where_it_cannot_be_imported(tmp_path: Path) -> None:

@@ -150,9 +150,10 @@ def routing_anew(arguments: tuple[Any, ...], impl: str) -> Callable[..., Routing
     start = None if prepare is None else prepare(*arguments[:-1])
     if start is None:
         return None
+    rest = arguments[3:]
 
     def repeat(logits: Tensor, bias: Tensor | None, padding: Tensor | None) -> Routing | None:
-        routing = _allocate(logits, bias, padding, *arguments[3:])
+        routing = _allocate(logits, bias, padding, *rest)
         weights, ids = routing.topk_weights.data_ptr(), routing.topk_ids.data_ptr()
         return routing if start(logits, bias, padding, weights, ids) else None
 

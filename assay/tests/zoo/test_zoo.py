@@ -30,8 +30,9 @@ def needed(trick: Trick) -> None:
 
 def each(quick: bool) -> list[Any]:
     """Every trick; those that are measured before they are known are left to the full tests, or all if not `quick`."""
-    later = pytest.mark.full
-    return [pytest.param(t, id=t.name.replace(" ", "-"), marks=() if quick and t.stops else later) for t in TRICKS]
+    quickly = [quick and trick.stops and not trick.later for trick in TRICKS]
+    marks = [() if one else pytest.mark.full for one in quickly]
+    return [pytest.param(t, id=t.name.replace(" ", "-"), marks=m) for t, m in zip(TRICKS, marks, strict=True)]
 
 
 @pytest.mark.parametrize("trick", each(quick=True))

@@ -136,6 +136,16 @@ def installed_and_timed(setting: Setting) -> None:
     setting.workload += ', paths = ["."]'
 
 
+def installed_beside(setting: Setting) -> None:
+    """A second workload runs the package that is installed beside the tree."""
+    folder = setting.folder / "installed"
+    folder.mkdir(exist_ok=True)
+    (folder / "work.py").write_text(WORK)
+    setting.more = f'[sandbox]\nreadable = ["installed"]\nenvironment = {{PYTHONPATH = "{folder}"}}\n'
+    setting.more += '[[workload]]\nname = "beside"\noutputs = "unchecked"\n'
+    setting.more += 'run = {kind = "command", command = ["python3", "-S", "beside.py"]}\n'
+
+
 def repository(setting: Setting) -> None:
     base = setting.folder / "base"
     git(base, "init", "-q")

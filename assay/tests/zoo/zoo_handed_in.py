@@ -18,6 +18,7 @@ from zoo_controls import (
     git,
     installed,
     installed_and_timed,
+    installed_beside,
     links,
     links_allowed,
     naming,
@@ -29,9 +30,16 @@ from zoo_controls import (
     repository,
     shown_inputs,
 )
-from zoo_project import BASE, SLOW, TESTS, WORK, ZEROS, Trick, naive_git
+from zoo_project import BASE, SLOW, TESTS, WORK, ZEROS, Setting, Trick, naive_git
 
 from assay.gates import provenance, tests
+
+
+def any_copy(setting: Setting) -> None:
+    """Nobody asks whose files are timed."""
+    setting.remove(provenance, "code", lambda _: [])
+    setting.remove(provenance, "_unneeded", lambda *_: "")
+
 
 HANDED_IN = [
     Trick(
@@ -70,7 +78,17 @@ HANDED_IN = [
         {"src/work.py": "raise SystemError\n"},
         base={"src/work.py": WORK},
         needs=installed_and_timed,
-        control=lambda setting: setting.remove(provenance, "code", lambda _: []),
+        control=any_copy,
+        won="through",
+    ),
+    Trick(
+        "another copy is timed beside",
+        "rejected:not_evaluated",
+        "each workload must fail once the files of the tree raise or are gone, but for those that it starts with",
+        {"work.py": SLOW},
+        base={"src/work.py": WORK, "beside.py": "import sys\ndel sys.path[0]\nimport work\nwork.work([1.0] * 150)\n"},
+        needs=installed_beside,
+        control=lambda setting: setting.remove(provenance, "_unneeded", lambda *_: ""),
         won="through",
     ),
     Trick(

@@ -128,6 +128,8 @@ class Trick:
         """Whether it has won or lost before anything is measured."""
         return self.won in ("through", "ran")
 
+    later: bool = False
+    """Whether it is left to the full tests all the same."""
     or_else: tuple[str, ...] = ()
     """What a busy machine may make of it."""
     seen: Callable[[Path], str] = lambda _: ""

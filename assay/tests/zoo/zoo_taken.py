@@ -1,8 +1,9 @@
 """Tricks that take what others need: disk, pipes, time and locks; and one that looks ahead."""
 
+import resource
 import shutil
 
-from zoo_candidates import FILLS, FORESEES, HOLDS_LOCK, LOCKS, PIPES, STALLS
+from zoo_candidates import FILLS, FORESEES, HOLDS_LOCK, LOCKS, PIPES, QUICK, STALLS
 from zoo_controls import (
     any_disk,
     any_lock,
@@ -13,9 +14,11 @@ from zoo_controls import (
     small_disk,
     without_budget,
 )
-from zoo_project import Setting, Trick
+from zoo_project import Setting, Trick, outcome
 
 from assay.arms import handle, sandbox
+from assay.arms.handle import MOST_BYTES
+from assay.experiment.exchange import Exchange
 
 MOVES = """
 import os, threading
@@ -53,6 +56,32 @@ while len(held) < 150 and fcntl.fcntl(held[-1][0], 1032) > 1 << 13:
 """Base makes a pipe per call; the candidate keeps one, sends more, and holds all pages that its user may have."""
 
 
+REPLIES = (
+    QUICK
+    + """
+calls = 0
+def answered(x):
+    global calls
+    calls += 1
+    return bytes(256 << 20) if calls == 4 else once(x)
+work = answered
+"""
+)
+
+
+def any_length(setting: Setting) -> str:
+    """A reply is read, however long it is."""
+
+    def expect(exchange: Exchange, _: int | None) -> None:
+        exchange._most = MOST_BYTES
+
+    setting.remove(Exchange, "expect", expect)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    outcome(setting, stop=False)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return "held" if grown > 200 << 10 else f"{grown} KiB"
+
+
 def any_size(setting: Setting) -> None:
     """A pipe may be made as large as the kernel lets an ordinary user make it."""
     folder = setting.folder / "inside"
@@ -88,6 +117,14 @@ TAKEN = [
         base={"work.py": MOVES},
         control=any_size,
         or_else=("undecided", "void"),
+    ),
+    Trick(
+        "a reply that fills the judge's memory",
+        "rejected:incorrect",
+        "a reply that is many times as long as base's is not read",
+        {"work.py": REPLIES},
+        control=any_length,
+        won="held",
     ),
     Trick(
         "a gate that stalls",

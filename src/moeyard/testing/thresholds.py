@@ -218,7 +218,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
     "cuda.align.plan:_in_few:16384": (("align",), _routes),
     "cuda.align.plan:_in_few:131072": (("align",), _routes),
     "cuda.align.plan:_MOST_IN_FEW": (("align",), _routes),
-    "cuda.experts.product:_ALIGNMENT": (_PRODUCTS, _row_bytes),
+    "cuda.experts.product:ALIGNMENT": (_PRODUCTS, _row_bytes),
     "cuda.experts.launchers:_UNIT": (_PRODUCTS, _columns),
     "cuda.experts.launchers:_BLOCK": (_PRODUCTS, _columns),
     "cuda.experts.outer:_PIECE": (_PRODUCTS, _sides),
@@ -252,6 +252,7 @@ REACHES: dict[str, tuple[tuple[str, ...], Reach]] = {
 }
 EXEMPT = {
     # a name: why nothing is drawn beside it
+    "dispatch.again:_MOST": "calls that are known again",
     "cpu.activation:_SILU": "the code of an activation",
     "cpu.activation:_GELU": "the code of an activation",
     "cpu.activation:_GELU_TANH": "the code of an activation",

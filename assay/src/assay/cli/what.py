@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     calls.add_argument("--graph", action="store_true", help="with --clock cuda: replay a CUDA graph of the links")
     calls.add_argument("--no-compare", action="store_true", help="outputs are not sent back and compared")
     calls.add_argument(
-        "--trusted", action="store_true", help="B does not patch its worker: its chain and copies bound nothing"
+        "--trusted", action="store_true", help="B does not patch its worker: chains may be faster, copies bound nothing"
     )
     calls.add_argument(
         "--canonical", default="", metavar="F:F", help="output -> what of it is compared, as where an order is free"

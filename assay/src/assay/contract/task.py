@@ -75,7 +75,8 @@ class Timed:
     worker: Literal["untrusted", "trusted"] = "untrusted"
     """Whether a patch may have its worker in its hands; only what that cannot explain is then called faster.
 
-    `trusted` is for patches of one's own: a chain's function, and copies of arguments and outputs, are then no bound.
+    `trusted` is for patches of one's own: a chain's calls, copies of arguments and outputs, and what is left for the
+    time after an answer are then no bound. Without it no chain is called faster.
     """
 
 

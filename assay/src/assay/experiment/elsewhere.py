@@ -31,9 +31,10 @@ def differs(plan: Plan, trees: Trees, given: Sequence[bytes], hash_seed: int) ->
         finally:
             stranger.end()
     for base, candidate in zip(called["base"], called["candidate"], strict=True):
-        for what, one, two in zip(("", "arguments afterwards: "), base, candidate, strict=True):
-            if words := _unlike(plan.workload, one, two, output=not what):
-                return f"{what}{words}"
+        if words := _unlike(plan.workload, base[0], candidate[0], output=True):
+            return words
+        if words := _unlike(plan.workload, base[1], candidate[1], output=False):
+            return f"arguments after the calls: {words.removeprefix('output')}"
     return ""
 
 

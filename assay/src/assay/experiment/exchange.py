@@ -65,7 +65,7 @@ class Exchange:
         )
 
     def spared(self) -> float:
-        """Seconds of the last request but for its calls and what was sent, by the worker's own clock: trust base's."""
+        """Seconds of a copy per call of the last request, by the worker's own clock: trust base's."""
         return self.worker.ask(b"s").inner
 
     def after(self) -> After:

@@ -43,7 +43,7 @@ class Sample:
     echoes: list[float] = field(default_factory=list)
     """Seconds that sending alone takes, once per round."""
     spared: list[float] = field(default_factory=list)
-    """Seconds of a request but for its calls and what is sent, once per round."""
+    """Seconds of a copy of arguments and output per call of a request, once per round."""
     followed: list[float] = field(default_factory=list)
     """Seconds from one answer to the next, of calls that followed one another at once."""
     outputs: list[bytes] = field(default_factory=list)

@@ -2,16 +2,18 @@
 
 Each compiled source that a patch changes is poisoned in a clean copy of the candidate, which is then built and run with
 empty caches. The Python files that it changes are poisoned together, so that what is timed is the tree that is judged,
-and no package of that name that is installed beside it. A copy that nothing was done to must build and run, so that a
-failure means what it seems to. Digests of what was built would prove less: a comment changes nothing in a library, and
-a library may be there already. Copies are built beside each other, then run one after another.
+and no package of that name that is installed beside it. A workload that none of this breaks must need another file of
+the tree than the one that it starts with. A copy that nothing was done to must build and run, so that a failure means
+what it seems to. Digests of what was built would prove less: a comment changes nothing in a library, and a library may
+be there already. Copies are built beside each other, then run one after another.
 """
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -21,6 +23,7 @@ from assay.arms.process import namespaces_work
 from assay.arms.trees import Trees
 from assay.contract.errors import ArmError
 from assay.contract.frozen import of_folder, written
+from assay.contract.workload import Workload
 from assay.experiment.once import once
 from assay.gates.gate import Found, Gate, Given, Where
 from assay.gates.poison import code, poison, some
@@ -74,8 +77,6 @@ def check(given: Given, changed: Sequence[str]) -> Provenance:
     frozen = given.frozen
     with tempfile.TemporaryDirectory(prefix="poison-", dir=frozen.folder) as folder:
         copies = _Copies.of(given, changed, Path(folder))
-        if not copies.sources and not copies.python:
-            return Provenance("", "no source was changed")
         try:
             ahead = frozen.folder / AHEAD
             return _judged(copies, copies.taken(ahead) if ahead.is_dir() else copies.built())
@@ -99,23 +100,74 @@ def _judged(copies: "_Copies", failed: Mapping[str, str]) -> Provenance:
     """What follows from copies; `failed`: by name, why a copy could not be built, in words, or ""."""
     if words := failed[_CLEAN]:
         return Provenance("infra.provenance", f"a second build of the candidate: {words}")
-    if words := copies.ran(_CLEAN):
-        return Provenance("", f"nothing can be said: the candidate fails by itself, {words}")
+    if failures := copies.failures(_CLEAN):
+        name, words = next(iter(failures.items()))
+        return Provenance("", f"nothing can be said: the candidate fails by itself, {name}: {words}")
     looked: list[str] = []
+    proved: set[str] = set()
+    """Workloads that fail where files of the tree do not work."""
     for name, source in copies.sources.items():
         looked.append(source)
-        if not failed[name] and not copies.ran(name):
+        if failed[name]:
+            continue  # the build needs it
+        if not (failures := copies.failures(name)):
             words = f"source not on the workload's path: {source} as an error changes nothing in build or run"
             return Provenance("not_evaluated", words, tuple(looked))
+        proved |= failures.keys()
     if copies.python:
         looked += copies.python
         name = _LATE if failed[_PYTHON] else _PYTHON
         if words := failed[name]:
             return Provenance("infra.provenance", f"a third build of the candidate: {words}", tuple(looked))
-        if not copies.ran(name):
+        if not (failures := copies.failures(name)):
             words = f"source not on the workload's path: what is timed runs though {some(copies.python)} raise"
             return Provenance("not_evaluated", f"{words} when they are imported", tuple(looked))
-    return Provenance("", f"nothing works without {some(looked)}", tuple(looked))
+        proved |= failures.keys()
+    if words := _unneeded(copies, [name for name in copies.given.frozen.plans() if name not in proved]):
+        return Provenance("not_evaluated", words, tuple(looked))
+    return Provenance("", f"nothing works without {some(looked) if looked else 'the tree'}", tuple(looked))
+
+
+def _unneeded(copies: "_Copies", names: Sequence[str]) -> str:
+    """Which of the workloads that no changed file breaks run without the judged tree, in words; "" if none does.
+
+    Where Python was changed, all Python raises and what the build made is gone, so that a file that is only read proves
+    nothing; else all files are gone. The files that workloads start with stay as they are.
+    """
+    tree = copies.tree(_CLEAN)
+    own = [path for plan in copies.given.frozen.plans().values() for path in started_with(plan.workload, tree)]
+    others = [path for path in code(_files(tree)) if path not in own] if copies.python else []
+    if names and others:
+        poison(tree, others)
+        names = copies.well(_CLEAN, names)
+    if names:
+        copies.given.write(tree.with_name("handed in"))
+        _without(tree, {*own, *(_files(tree.with_name("handed in")) if others else [])})
+        names = copies.well(_CLEAN, names)
+    words = "all Python files of the tree raise when they are imported" if others else "the files of the tree are gone"
+    return f"{some(names)}: what is timed runs though {words}" if names else ""
+
+
+def started_with(run: Workload, tree: Path) -> list[str]:
+    """Files of a tree that a workload names: those of its command, or the one in which its benchmark is."""
+    words = run.command if run.kind == "command" else (run.target.partition(":")[0],) * (run.kind != "call")
+    return [path for path in map(os.path.normpath, words) if (tree / path).is_file()]
+
+
+def _files(tree: Path) -> list[str]:
+    """Paths of all files of a tree, and of links."""
+    found = [path for path in tree.rglob("*") if path.is_symlink() or path.is_file()]
+    return [path.relative_to(tree).as_posix() for path in found]
+
+
+def _without(tree: Path, kept: Collection[str]) -> None:
+    """Takes files away that are not kept, and folders without any: an empty one can be imported."""
+    for path in _files(tree):
+        if path not in kept:
+            (tree / path).unlink()
+    for folder in sorted((path for path in tree.rglob("*") if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
 
 
 class _StoppedError(RuntimeError):
@@ -150,14 +202,16 @@ class _Copies:
         if failed.get(_PYTHON) and not failed[_CLEAN]:  # the build needs the files; does the workload?
             failed |= self._built({_LATE: lambda _: None})
             if not failed[_LATE]:
-                poison(self._tree(_LATE), self.python)
+                poison(self.tree(_LATE), self.python)
         return failed
 
     def _built(self, spoils: Mapping[str, Callable[[Path], object]]) -> dict[str, str]:
         # Without namespaces they would be shown at one place.
         jobs = self.given.jobs(len(spoils)) if self.given.sandboxed or namespaces_work() else 1
         failed: dict[str, str] = {}
-        with closing(turns.beside({name: self._build(name, spoil) for name, spoil in spoils.items()}, jobs)) as ended:
+        with contextlib.closing(
+            turns.beside({name: self._build(name, spoil) for name, spoil in spoils.items()}, jobs)
+        ) as ended:
             for name, words in ended:
                 failed[name] = words
                 if name == _CLEAN and words:
@@ -165,7 +219,7 @@ class _Copies:
         return failed
 
     def _build(self, name: str, spoil: Callable[[Path], object]) -> turns.Steps[str]:
-        tree = self._tree(name)
+        tree = self.tree(name)
         self._cache(name).mkdir(parents=True)
         self.given.write(tree)
         spoil(tree)
@@ -191,20 +245,28 @@ class _Copies:
         failed: dict[str, str] = noted["failed"]
         return failed
 
-    def ran(self, name: str) -> str:
-        """Runs every workload once: what failed, in words, or "". Whether it is tampering is asked beside base."""
+    def failures(self, name: str, workloads: Collection[str] | None = None) -> dict[str, str]:
+        """Runs workloads, or every one, once: why those fail that do. Whether it is tampering is asked beside base."""
         frozen = self.given.frozen
+        found = {}
         for workload, plan in frozen.plans().items():
+            if workloads is not None and workload not in workloads:
+                continue
             try:
-                alone = self._trees("candidate", self._tree(name), self._cache(name))
+                alone = self._trees("candidate", self.tree(name), self._cache(name))
                 base = self._trees("base", frozen.tree("base"), frozen.cache("base"))
                 once(replace(plan, timeout_s=self.given.most(plan.timeout_s)), alone, base, "provenance")
             except ArmError as problem:
                 if problem.infra or problem.arm != "candidate":
                     raise _StoppedError(str(problem)) from None
                 self.given.most(1)  # else it was not late, but cut short
-                return f"{workload}: {problem.words}"
-        return ""
+                found[workload] = problem.words
+        return found
+
+    def well(self, name: str, workloads: Sequence[str]) -> list[str]:
+        """Those of the workloads that run in a copy."""
+        failures = self.failures(name, workloads)
+        return [workload for workload in workloads if workload not in failures]
 
     def _trees(self, arm: str, tree: Path, cache: Path) -> Trees:
         """One arm as it runs."""
@@ -216,7 +278,8 @@ class _Copies:
         own = {**frozen.content["sandbox"]["environment"], **self.given.environment, **sandbox.caches(cache)}
         return Trees.at({arm: tree}, place, more=own)
 
-    def _tree(self, name: str) -> Path:
+    def tree(self, name: str) -> Path:
+        """The folder of a copy's files."""
         return self.folder / name / "tree"
 
     def _cache(self, name: str) -> Path:
@@ -232,6 +295,5 @@ GATE = Gate(
     looked_at,
     Where.MEASURED,
     ahead=build_ahead,
-    asked=lambda _, changed: bool(compiled(changed) or code(changed)),
-    otherwise="no source was changed",
+    asked=lambda _task, _changed: True,
 )

@@ -8,7 +8,7 @@ i  keep an input for later calls            e  echo: decode the input, answer wi
 c  call with the input in the frame         g  call with the kept input, so often as the frame's number says
 k  keep this output for echoes              p  nothing: to see it awake
 n  count the interpreter's instructions of a call with the input in the frame (counting.py)
-s  seconds of a request but for its calls and what is sent
+s  seconds of a copy of arguments and output for each call of a request
 t  combinations of parameters that the benchmark has, as texts
 a  the last call's input as it is now; of a chain, the last link's
 w  walk: a loop of calls whose inputs are sealed (sealed.py)
@@ -97,7 +97,6 @@ class Workload:
         self.last: Any = ()
         self.output: Any = None
         self.kept: list[Any] = []
-        self.chained: list[float] = []
         self.walked: list[Any] = []
         self.loops = 1
 
@@ -154,13 +153,9 @@ class Workload:
         links = self.options["links"]
         if links > 1:
             assert self.next is not None
-            for _ in range(links - 2):
+            for _ in range(links - 1):
                 given = self.next(given, output)
                 output = self.once(given)
-            start = time.perf_counter()
-            given = self.next(given, output)
-            self.chained.append(time.perf_counter() - start)
-            output = self.once(given)
             self.last = given
         return output
 
@@ -192,20 +187,17 @@ class Workload:
                 raise ValueError("outputs: expected a loop over one input to give one output, got two that differ")
 
     def spared(self) -> float:
-        """Seconds of the last request but for its calls and what was sent: its chain, and a copy per call.
+        """Seconds of a copy per call of the last request; all of a chain but one call is the judge's to count.
 
         A call that may not overwrite its arguments, and whose outputs last, can copy the former and has to make the
         latter. What that takes is what one spares that does not keep to it.
         """
-        links, chained = max(self.options["links"], self.loops, len(self.walked)), sorted(self.chained)
         given, output = copier(self.last), copier(self.output)
         start = time.perf_counter()
-        for _ in range(links):
+        for _ in range(max(self.loops, len(self.walked))):
             given()
             output()
-        seconds = time.perf_counter() - start
-        self.chained.clear()
-        return seconds + (chained[len(chained) // 2] * (links - 1) if chained else 0.0)
+        return time.perf_counter() - start
 
     def once(self, given: Any) -> Any:
         """One call."""
