@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from moeyard.cuda.push import plan as push_plan
-from moeyard.cuda.push.launchers import back_recipe, lost_rank, push_recipe
+from moeyard.cuda.push.launchers import (
+    PushTables,
+    back_recipe,
+    lost_rank,
+    push_back_launch,
+    push_launch,
+    push_recipe,
+)
 from moeyard.cuda.push.plan import PushSizes, back_grid, places_of
 from moeyard.cuda.runtime import compile as building
 from moeyard.cuda.runtime.cards import Card
+from moeyard.cuda.runtime.planning import Noted, planning
 from moeyard.cuda.runtime.sources import SOURCES
 from moeyard.parallel import Plan, contiguous_plan
 from moeyard.testing.few_tokens import COMPILER, cuobjdump
@@ -59,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def test_rows_go_and_come_back(name: str, folder: Callable[[str], Path]) -> None:
     ranks = Ranks(CASES[name])
     library = build(HEADERS, folder(name), ranks)
-    for slow in (-1, 0, 1):
+    for slow in (0, 1):
         assert outcome(library, ranks, slow) == ""
     assert outcome(library, ranks, 0, (1, 1), 1) == "", "a dispatch needs one block at a time"
 
@@ -138,6 +146,30 @@ def test_it_stores_16_bytes_releases_and_acquires(exact: bool, tmp_path: Path) -
         assert text.count("STG.E.NA.128") == 4 and len(re.findall(r"LDG\.E\.128", text)) >= 8
         assert re.search(r"MEMBAR\.ALL\.SYS(?:(?!MEMBAR|STG).)*STG\.E\.STRONG\.SYS", text, re.DOTALL)
         assert text.count("LDG.E.STRONG.SYS") >= 2 and text.count("BPT.TRAP") == 1
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_launchers_hand_over_as_much_as_kernels_take(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a plan, with tensors that need no GPU."""
+    seen: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(
+        Noted, "__call__", lambda self, shape, *pointers: seen.append(
+            (self._recipe.name, self._recipe.words, len(pointers) + len(shape.sizes)))
+    )  # fmt: skip
+
+    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    sizes = PushSizes(2, 64, 4, 512, 0, 512, exact)
+    tables = PushTables(empty(2), 0, empty(7, 2), empty(7), torch.zeros(1, dtype=torch.int64), 1, 1, 3, 4, 10**9)
+    rows, factors = empty(9, 256, dtype=torch.bfloat16), empty(9, 4, dtype=torch.float32)
+    with planning(H200):
+        for ids in (empty(9, 4), empty(9, 4, dtype=torch.int64)):
+            push_launch(rows, None, ids, factors, sizes, tables, beside=exact)
+        made, routes = empty(512, 256, dtype=torch.bfloat16), empty(512)
+        push_back_launch(made, routes if exact else None, sizes, tables, weighted=True, out=rows)
+    assert [name for name, *_ in seen] == ["push_kernel", "push_kernel", "push_back_kernel"]
+    assert all(wanted == given for _, wanted, given in seen), seen
 
 
 def test_memory_and_grids_follow_from_sizes() -> None:

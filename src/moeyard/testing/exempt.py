@@ -62,8 +62,6 @@ EXEMPT = {
     "triton.four_bits_kernels:scale_of:255": "a code of e8m0",
     "triton.four_bits_kernels:part_of_sum:4": "groups of a tile",
     "triton.four_bits_kernels:four_bits_product_kernel:64": "columns of a tile",
-    "cuda.push.plan:MOST_RANKS": "ranks of a group",
-    "cuda.push.plan:WORD": "bytes of a store between ranks",
     "cuda.experts.coded:GROUP": "columns of a scale; quantised layers have tests of their own",
     "cuda.experts.four_bits_plan:TOGETHER": "tiles of 4 bits; quantised layers have tests of their own",
     "cuda.experts.four_bits_plan:MOST_TOKENS": "tiles of 4 bits; quantised layers have tests of their own",

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from moeyard.cuda.push.plan import (
     CUT,
-    WORD,
     Cut,
     Places,
     PushSizes,
@@ -86,8 +85,8 @@ def push_launch(
     device = tables.bases.get_device()
     num_tokens = topk_ids.shape[0]
     if (
-        rows.data_ptr() % WORD
-        or (num_tokens > 1 and rows.stride(0) * rows.element_size() % WORD)
+        rows.data_ptr() % CUT.word
+        or (num_tokens > 1 and rows.stride(0) * rows.element_size() % CUT.word)
         or rows.stride(-1) != 1
     ):
         rows = rows.clone(memory_format=torch.contiguous_format)
@@ -133,8 +132,8 @@ def numbers_of_push(
     """What push.cu takes behind its pointers; `stride` is the bytes from row to row."""
     return (
         tables.rank, sizes.ranks, tables.tensor, num_tokens, sizes.max_tokens, places.tile, places.tiles, sizes.top_k,
-        sizes.sent_bytes // WORD, stride, sizes.scales, *tables.places.shape, places.rows, places.scales, places.slots,
-        places.factors, places.masks, places.flags, places.epoch, tables.timeout_ns,
+        sizes.sent_bytes // CUT.word, stride, sizes.scales, *tables.places.shape, places.rows, places.scales,
+        places.slots, places.factors, places.masks, places.flags, places.epoch, tables.timeout_ns,
     )  # fmt: skip
 
 
@@ -144,7 +143,7 @@ def numbers_of_push_back(
     """What push_back.cu takes behind its pointers; `pushers` blocks send."""
     return (
         pushers, tables.rank, sizes.ranks, num_tokens, sizes.max_tokens, places.tile_back, places.tiles_back,
-        sizes.top_k, sizes.row_bytes // WORD, tables.first_slot, tables.num_slots, places.slots, places.factors,
+        sizes.top_k, sizes.row_bytes // CUT.word, tables.first_slot, tables.num_slots, places.slots, places.factors,
         places.masks, places.back, places.flags_back, places.epoch_back, tables.timeout_ns,
     )  # fmt: skip
 

@@ -4,17 +4,14 @@ from typing import NamedTuple
 
 from moeyard.cuda.runtime.cards import WARP, Card
 
-MOST_RANKS = 32
-"""As many as a mask of 32 bits has; `MOST_RANKS` of peers.cuh."""
-WORD = 16
-"""Bytes of a store."""
-
 
 class Cut(NamedTuple):
     """How rows are cut for blocks, lanes and flags. All ranks have the same."""
 
     threads: int = 256
     """Of a block."""
+    word: int = 16
+    """Bytes of a store."""
     loads: int = 4
     """Words of a row that a lane sends at a time."""
     part: int = 256
@@ -105,7 +102,7 @@ def push_grid(places: Places, beside: bool) -> int:
 
 def push_shared_bytes(places: Places) -> int:
     """Shared memory of a block: addresses of ranks, then ranks of a tile's tokens."""
-    return 8 * MOST_RANKS + 4 * places.tile
+    return 8 * WARP + 4 * places.tile
 
 
 def back_grid(sizes: PushSizes, places: Places, card: Card) -> tuple[int, int]:
@@ -118,15 +115,15 @@ def back_grid(sizes: PushSizes, places: Places, card: Card) -> tuple[int, int]:
 
 def back_shared_bytes(sizes: PushSizes, places: Places) -> int:
     """Shared memory of a block: addresses of ranks, then the row of each place of a tile."""
-    return 8 * MOST_RANKS + 4 * places.tile_back * (sizes.top_k if sizes.exact else 1)
+    return 8 * WARP + 4 * places.tile_back * (sizes.top_k if sizes.exact else 1)
 
 
 def refusal_of_sizes(sizes: PushSizes) -> str | None:
-    """Why kernels do not take such sizes, in words."""
-    if sizes.ranks > MOST_RANKS:
-        return f"takes at most {MOST_RANKS} ranks, got {sizes.ranks}"
+    """Why kernels do not take such sizes, in words. A rank is a bit of 32, a route a lane of a warp."""
+    if sizes.ranks > WARP:
+        return f"takes at most {WARP} ranks, got {sizes.ranks}"
     if sizes.top_k > WARP:
         return f"takes at most {WARP} routes of a token, got {sizes.top_k}"
-    if sizes.sent_bytes % WORD or sizes.row_bytes % WORD:
-        return f"moves whole words of {WORD} bytes, got rows of {sizes.sent_bytes} and {sizes.row_bytes} bytes"
+    if sizes.sent_bytes % CUT.word or sizes.row_bytes % CUT.word:
+        return f"moves whole words of {CUT.word} bytes, got rows of {sizes.sent_bytes} and {sizes.row_bytes} bytes"
     return None
