@@ -83,7 +83,7 @@ def main() -> None:
     with pretended_gpu() as driver:
         for tokens in given.tokens:
             calls = {"torch.mm": lambda: torch.mm(small, small), **named_calls(tokens)}
-            for call in calls.values():
+            for call in 2 * list(calls.values()):  # a call whose sizes came before leaves what repeats it
                 call()
             if given.profile:
                 profile(calls[given.profile])
